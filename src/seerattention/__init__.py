@@ -1,0 +1,1 @@
+"""SeerAttention: learned block-sparse attention for long prompts."""
