@@ -64,9 +64,7 @@ def own_blocks(
         bool ``[Nq, Nk]``.
     """
     last_query, first_key = _block_edges(num_queries, num_keys, block_size, device)
-    first_query = num_keys - num_queries + block_size[0] * torch.arange(
-        len(last_query), device=device
-    )
+    first_query = num_keys - num_queries + block_size[0] * torch.arange(len(last_query), device=device)
     last_key = first_key + block_size[1] - 1
     causal = first_key[None, :] <= last_query[:, None]
     return causal & (last_key[None, :] >= first_query[:, None])
@@ -77,9 +75,7 @@ def _block_edges(
 ) -> tuple[Tensor, Tensor]:
     """Position of every query block's last token and of every KV block's first token."""
     if not 1 <= num_queries <= num_keys:
-        raise ValueError(
-            f"causal attention needs 1 <= Tq <= Tk, got Tq={num_queries} and Tk={num_keys}"
-        )
+        raise ValueError(f"causal attention needs 1 <= Tq <= Tk, got Tq={num_queries} and Tk={num_keys}")
     block_q, block_k = block_size
     blocks = torch.arange(num_blocks(num_queries, block_q), device=device)
     last_query = ((blocks + 1) * block_q).clamp(max=num_queries) - 1 + num_keys - num_queries
@@ -125,17 +121,14 @@ class BlockSelection:
         """
         if mask.dim() != 4 or mask.dtype != torch.bool:
             raise ValueError(
-                "a selection is made from a bool mask [B, H, Nq, Nk], got "
-                f"{mask.dtype} {list(mask.shape)}"
+                f"a selection is made from a bool mask [B, H, Nq, Nk], got {mask.dtype} {list(mask.shape)}"
             )
         counts = mask.sum(-1, dtype=torch.int32).flatten()
         offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
         if bool((counts == 0).any()):
             row = int((counts == 0).nonzero()[0])
-            raise ValueError(
-                f"row {row} of the mask selects no block; a query always reads its own block"
-            )
+            raise ValueError(f"row {row} of the mask selects no block; a query always reads its own block")
         indices = mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32)
         b, h, nq, nk = mask.shape
         return cls(offsets, indices, (b, h, nq, nk), block_size)

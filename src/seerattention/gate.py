@@ -1,0 +1,421 @@
+"""The gate: pools queries and keys per block and scores block pairs. One class for every phase.
+
+B batch, H heads (Hq query, Hk key/value, G = Hq // Hk), T tokens, N blocks, D head dim, E gate dim.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from seerattention.selection import num_blocks
+
+#: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
+Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+POOLS = ("max", "min", "avg")
+
+#: Scores of sub-blocks are reduced to scores of blocks in slices of at most this many bytes.
+SLICE_BYTES = 64 * 2**20
+
+
+class Scorer(Protocol):
+    """Anything that ranks blocks: the learned gate and every baseline.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block).
+        after_rope: Whether it reads q and k after the rotary embedding; the gate reads them before.
+    """
+
+    block_size: tuple[int, int]
+    after_rope: bool
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Summarise keys once: ``[B, Hk, T, D]`` -> what a cache keeps, blocks along dimension 2.
+
+        Args:
+            k: Keys, the first of them at the start of a block.
+            positions: int64 ``[T]`` or ``[B, T]``, each token's position in its sequence.
+        """
+        ...
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
+        """Rank the blocks for every query block: fp32 ``[B, H, Nq, Nk]``, before softmax.
+
+        Args:
+            q: ``[B, Hq, Tq, D]``.
+            k_blocks: What ``compress`` made of all keys so far.
+            positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
+            valid: bool ``[Nq, Nk]``, the causally valid blocks.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Everything that defines a gate's weights; saved beside them.
+
+    The defaults are the design that loses the fewest needles (docs/method.md); `published` gives the
+    one of the paper.
+
+    Attributes:
+        num_heads: Query heads, ``Hq``.
+        num_kv_heads: KV heads, ``Hk``.
+        head_dim: Dimension of a head, ``D``.
+        block_size: Tokens per block, of queries and keys.
+        gate_dim: Dimension ``E`` of the projected summaries; default ``head_dim``.
+        q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
+        k_pool: The same for keys.
+        q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
+            block pair's score is the maximum over its pairs of sub-blocks.
+        k_sub_block: The same for keys.
+        per_kv_head: One score per KV head, the group's queries merged by the projection, instead of
+            one per query head.
+        rope: Rotate the summaries to the position of their first token.
+        rope_theta: Base of the rotation where the model's own rotary code is not at hand.
+        qk_norm: RMS-normalise the projected summaries.
+        q_proj: Project queries. Without, queries are used as pooled and keys are projected once per
+            query head.
+        init: ``identity`` starts as the plain dot product of mean-pooled q and k; ``random`` as the
+            published code does, normal with standard deviation 0.02.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 64
+    gate_dim: int | None = None
+    q_pool: tuple[str, ...] = ("max", "min", "avg")
+    k_pool: tuple[str, ...] = ("max", "min", "avg")
+    q_sub_block: int | None = 8
+    k_sub_block: int | None = 8
+    per_kv_head: bool = False
+    rope: bool = True
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
+    q_proj: bool = True
+    init: Literal["identity", "random"] = "identity"
+
+    def __post_init__(self) -> None:
+        # JSON gives lists; keep the configuration hashable.
+        object.__setattr__(self, "q_pool", tuple(self.q_pool))
+        object.__setattr__(self, "k_pool", tuple(self.k_pool))
+        for name in (
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "block_size",
+            "dim",
+            "q_sub",
+            "k_sub",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        for name in ("q_pool", "k_pool"):
+            pools = getattr(self, name)
+            if not pools or len(set(pools)) != len(pools) or not set(pools) <= set(POOLS):
+                raise ValueError(f"{name} must name some of {POOLS}, each once, got {pools}")
+        for name in ("q_sub", "k_sub"):
+            if self.block_size % getattr(self, name):
+                raise ValueError(
+                    f"{name}_block={getattr(self, name)} must divide block_size={self.block_size}"
+                )
+        if self.rope and self.dim % 2:
+            raise ValueError(f"rotary positions need an even gate_dim, got {self.dim}")
+        if not self.q_proj and (len(self.q_pool) > 1 or self.dim != self.head_dim):
+            raise ValueError(
+                "without q_proj the gate needs one q pool and gate_dim == head_dim, got "
+                f"q_pool={self.q_pool}, gate_dim={self.dim}, head_dim={self.head_dim}"
+            )
+        if self.per_kv_head and not self.q_proj:
+            raise ValueError("per_kv_head merges a group's queries by q_proj; set q_proj=True")
+        if self.init not in ("identity", "random"):
+            raise ValueError(f"init must be 'identity' or 'random', got {self.init!r}")
+
+    @property
+    def dim(self) -> int:
+        """Gate dimension ``E``."""
+        return self.gate_dim or self.head_dim
+
+    @property
+    def q_sub(self) -> int:
+        """Tokens per query summary."""
+        return self.q_sub_block or self.block_size
+
+    @property
+    def k_sub(self) -> int:
+        """Tokens per key summary."""
+        return self.k_sub_block or self.block_size
+
+    @classmethod
+    def published(
+        cls,
+        gate_type: str = "Qavg_Kmaxminavg",
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int = 64,
+        gate_dim: int | None = None,
+        force_double: bool = False,
+        rope_theta: float = 10000.0,
+    ) -> GateConfig:
+        """Return the configuration of a published prefill gate.
+
+        Args:
+            gate_type: ``Q`` and ``K`` each followed by pools in the order max, min, avg.
+            num_heads: Query heads.
+            num_kv_heads: KV heads.
+            head_dim: Dimension of a head.
+            block_size: Tokens per block.
+            gate_dim: ``seerattn_gate_hidden_size``; default ``head_dim``.
+            force_double: Project queries even where one pool of the right size makes it optional.
+            rope_theta: Base of the rotation.
+
+        Raises:
+            ValueError: If the type cannot be read.
+
+        Source: the published code, microsoft/SeerAttention at aba03e3.
+        """
+        parts = re.fullmatch(r"Q((?:max)?(?:min)?(?:avg)?)_K((?:max)?(?:min)?(?:avg)?)", gate_type)
+        if not parts or not all(parts.groups()):
+            raise ValueError(
+                f"unknown gate type {gate_type!r}; write Q and K each followed by some of max, min, "
+                "avg in this order, e.g. 'Qavg_Kmaxminavg'"
+            )
+        q_pool, k_pool = (tuple(re.findall("max|min|avg", part)) for part in parts.groups())
+        double = force_double or len(q_pool) > 1 or gate_dim not in (None, head_dim)
+        return cls(
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            gate_dim,
+            q_pool,
+            k_pool,
+            q_sub_block=None,
+            k_sub_block=None,
+            q_proj=double,
+            rope_theta=rope_theta,
+            init="random",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GateConfig:
+        """Read a configuration back.
+
+        Raises:
+            ValueError: If a setting is unknown or one without default is missing.
+        """
+        known = set(cls.__dataclass_fields__)
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown gate settings {unknown}; known are {sorted(known)}")
+        required = {"num_heads", "num_kv_heads", "head_dim"}
+        if missing := sorted(required - set(values)):
+            raise ValueError(f"gate settings are missing {missing}")
+        return cls(**values)
+
+
+def pool_blocks(x: Tensor, size: int, pools: tuple[str, ...]) -> Tensor:
+    """Summarise each block of tokens; a short last block is pooled over the tokens it has.
+
+    Args:
+        x: ``[B, H, T, D]``.
+        size: Tokens per block.
+        pools: Any of max, min, avg.
+
+    Returns:
+        ``[B, H, N, len(pools) * D]``, pools concatenated in the order given.
+
+    Source: SeerAttention, section 3.1 (arXiv 2410.13276).
+    """
+    full = x.shape[2] // size * size
+    blocks = [x[:, :, :full].unflatten(2, (-1, size))] if full else []
+    if full < x.shape[2]:
+        blocks.append(x[:, :, full:].unsqueeze(2))
+    reduce = {"max": Tensor.amax, "min": Tensor.amin, "avg": Tensor.mean}
+    return torch.cat([torch.cat([reduce[p](b, 3) for p in pools], -1) for b in blocks], 2)
+
+
+class HeadLinear(nn.Module):
+    """A linear layer without bias per head.
+
+    Attributes:
+        weight: ``[H, in, out]``.
+    """
+
+    def __init__(self, heads: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project ``[B, H, N, in]`` to ``[B, H, N, out]``."""
+        return torch.einsum("bhni,hio->bhno", x, self.weight)
+
+
+class AttnGate(nn.Module):
+    """Scores every (query block, KV block) pair from q and k before the rotary embedding.
+
+    Args:
+        config: The gate's design.
+        rotary: The model's own rotary code for ``gate_dim``; default plain RoPE with
+            ``config.rope_theta``.
+
+    Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks and the identity start are this
+        project's (docs/method.md).
+    """
+
+    after_rope = False
+
+    def __init__(self, config: GateConfig, rotary: Rotary | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.block_size = (config.block_size, config.block_size)
+        self._rotary = rotary
+        groups = config.num_heads // config.num_kv_heads
+        q_heads, q_width = config.num_heads, len(config.q_pool) * config.head_dim
+        if config.per_kv_head:
+            q_heads, q_width = config.num_kv_heads, groups * q_width
+        k_heads = config.num_kv_heads if config.q_proj else config.num_heads
+        k_width = len(config.k_pool) * config.head_dim
+        self.linear_q = HeadLinear(q_heads, q_width, config.dim) if config.q_proj else None
+        self.linear_k = HeadLinear(k_heads, k_width, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections as ``config.init`` says, from torch's random generator."""
+        c = self.config
+        if c.init == "random":
+            for linear in filter(None, (self.linear_q, self.linear_k)):
+                nn.init.normal_(linear.weight, std=0.02)
+            return
+        groups = c.num_heads // c.num_kv_heads if c.per_kv_head else 1
+        _identity_(self.linear_k.weight, c.k_pool, c.head_dim, copies=1)
+        if self.linear_q is not None:
+            _identity_(self.linear_q.weight, c.q_pool, c.head_dim, copies=groups)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate summaries ``[B, H, N, E]`` to ``positions`` (int64 ``[N]`` or ``[B, N]``)."""
+        if not self.config.rope:
+            return x
+        positions = positions.expand(x.shape[0], -1)
+        cos, sin = (self._rotary or self._plain_rotary)(positions)
+        cos, sin = cos[:, None].float(), sin[:, None].float()
+        first, second = x.float().chunk(2, dim=-1)
+        return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+    def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = torch.arange(0, self.config.dim, 2, device=positions.device) / self.config.dim
+        angle = positions[..., None].float() * self.config.rope_theta**-exponent
+        angle = torch.cat((angle, angle), -1)
+        return angle.cos(), angle.sin()
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Summarise keys: ``[B, Hk, T, D]`` -> ``[B, H, N * block_size / k_sub, E]``.
+
+        ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `Scorer.compress`.
+        """
+        c = self.config
+        k = k.to(self.linear_k.weight.dtype)
+        pooled = pool_blocks(k, c.k_sub, c.k_pool)
+        if not c.q_proj:
+            pooled = pooled.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1)
+        summary = self.linear_k(pooled)
+        if self.norm_k is not None:
+            summary = self.norm_k(summary)
+        return self.rotate(summary, positions[..., :: c.k_sub])
+
+    def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+        """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
+        c = self.config
+        summary = pool_blocks(q.to(self.linear_k.weight.dtype), c.q_sub, c.q_pool)
+        if c.per_kv_head:
+            summary = summary.unflatten(1, (c.num_kv_heads, -1)).transpose(2, 3).flatten(3)
+        if self.linear_q is not None:
+            summary = self.linear_q(summary)
+        if self.norm_q is not None:
+            summary = self.norm_q(summary)
+        return self.rotate(summary, positions[..., :: c.q_sub])
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
+        c = self.config
+        subs_q, subs_k = c.block_size // c.q_sub, c.block_size // c.k_sub
+        queries = self.summarise_queries(q, positions=positions).float() * c.dim**-0.5
+        keys = k_blocks.float()
+        blocks_k = num_blocks(keys.shape[2], subs_k)
+        # A head's query summaries meet the key summaries of its group.
+        queries = queries.unflatten(1, (keys.shape[1], -1))
+        row_bytes = 4 * queries[:, :, :, 0, 0].numel() * subs_q * blocks_k * subs_k
+        rows = max(1, SLICE_BYTES // row_bytes) * subs_q
+        keys = keys.mT.unsqueeze(2)
+        return torch.cat(
+            [_max_over_sub_blocks(part @ keys, subs_q, subs_k) for part in queries.split(rows, dim=3)],
+            dim=3,
+        ).flatten(1, 2)
+
+    def forward(self, q_nope: Tensor, k_nope: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        """Score a whole sequence at once.
+
+        Args:
+            q_nope: ``[B, Hq, Tq, D]`` before the rotary embedding, the last of the ``Tk`` tokens.
+            k_nope: ``[B, Hk, Tk, D]`` before the rotary embedding.
+            positions: int64 ``[Tk]`` or ``[B, Tk]``; default 0, 1, 2, ...
+
+        Returns:
+            fp32 ``[B, H, Nq, Nk]``, before softmax; acausal pairs are not masked. ``H`` is ``Hq``,
+            or ``Hk`` with ``per_kv_head``.
+
+        Raises:
+            ValueError: If q or k do not have the heads and the dimension of the configuration.
+        """
+        c = self.config
+        for name, x, heads in (("q_nope", q_nope, c.num_heads), ("k_nope", k_nope, c.num_kv_heads)):
+            if x.dim() != 4 or x.shape[1] != heads or x.shape[3] != c.head_dim or not x.shape[2]:
+                raise ValueError(f"{name} must be [B, {heads}, T >= 1, {c.head_dim}], got {list(x.shape)}")
+        if positions is None:
+            positions = torch.arange(k_nope.shape[2], device=k_nope.device)
+        k_blocks = self.compress(k_nope, positions=positions)
+        return self.score(q_nope, k_blocks, positions=positions[..., -q_nope.shape[2] :])
+
+
+def _max_over_sub_blocks(scores: Tensor, subs_q: int, subs_k: int) -> Tensor:
+    """Reduce ``[..., Nq * subs_q, Nk * subs_k]`` (the last block possibly short) to ``[..., Nq, Nk]``."""
+    for dim, subs in ((-1, subs_k), (-2, subs_q)):
+        if subs == 1:
+            continue
+        missing = -scores.shape[dim] % subs
+        if missing:
+            pad = (0, missing) if dim == -1 else (0, 0, 0, missing)
+            scores = nn.functional.pad(scores, pad, value=float("-inf"))
+        scores = scores.unflatten(dim, (-1, subs)).amax(dim)
+    return scores
+
+
+def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int) -> None:
+    """Fill ``[H, copies * len(pools) * D, E]`` so that it passes the mean of the inputs, plus noise.
+
+    The mean is the avg pool where there is one, else the average of the pools there are.
+    """
+    dim = weight.shape[2]
+    share = [float(p == "avg") if "avg" in pools else 1 / len(pools) for p in pools]
+    eye = torch.eye(head_dim, dim)
+    block = torch.cat([s * eye for s in share] * copies) / copies
+    with torch.no_grad():
+        weight.normal_(std=0.01).add_(block.to(weight))

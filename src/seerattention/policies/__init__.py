@@ -1,0 +1,99 @@
+"""Policies turn block scores into a `BlockSelection`: ``Threshold``, ``TopK``, ``TopP``, ``TokenBudget``.
+
+A policy is a run-time choice: one set of trained gates serves all of them. `select` is the one place
+that guarantees what every kernel relies on: no acausal block, and the query's own block always read.
+To add a policy, write one file with a frozen dataclass and import it here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seerattention.policies._base import Policy as Policy
+from seerattention.policies.threshold import Threshold as Threshold
+from seerattention.policies.token_budget import TokenBudget as TokenBudget
+from seerattention.policies.top_k import TopK as TopK
+from seerattention.policies.top_p import TopP as TopP
+from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+
+
+def policies() -> dict[str, type[Policy]]:
+    """Return every policy imported here by its text name."""
+    return {p.name: p for p in Policy.__subclasses__()}
+
+
+def parse(text: str) -> Policy:
+    """Read a policy from its text form, the inverse of ``str(policy)``.
+
+    Args:
+        text: ``name:value`` and any common knobs, e.g. ``"threshold:5e-4,dense_last_rows=2"``.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: If the name, a knob or a value is not understood; the message lists the valid ones.
+    """
+    head, *knobs = text.strip().split(",")
+    name, colon, value = head.partition(":")
+    known = policies()
+    if name not in known or not colon:
+        forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(known.items()))
+        raise ValueError(f"unknown policy {text!r}; write one of {forms}")
+    kind = known[name]
+    arguments: dict[str, float | int] = {kind.value_name(): _number(text, kind.value_name(), value)}
+    for knob in knobs:
+        key, equals, number = knob.strip().partition("=")
+        if key not in kind.knobs() or not equals:
+            raise ValueError(
+                f"unknown knob {knob!r} in policy {text!r}; the knobs are "
+                f"{', '.join(f'{k}=<blocks>' for k in kind.knobs())}"
+            )
+        arguments[key] = _number(text, key, number)
+    return kind(**arguments)
+
+
+def _number(text: str, key: str, value: str) -> float | int:
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{key} in policy {text!r} must be a number, got {value!r}") from None
+
+
+def select(
+    policy: Policy,
+    scores: Tensor,
+    *,
+    num_queries: int,
+    num_keys: int,
+    block_size: tuple[int, int],
+) -> BlockSelection:
+    """Choose blocks by a policy and add those that are always read.
+
+    Args:
+        policy: Which blocks to take.
+        scores: fp32 ``[B, H, Nq, Nk]``, before softmax; larger means more important.
+        num_queries: Query tokens, the last of ``num_keys``.
+        num_keys: Key tokens.
+        block_size: Tokens per (query block, KV block).
+
+    Returns:
+        The selection. Every row holds the query's own block; sink and local blocks and dense last
+        rows come on top of what the policy chose.
+
+    Raises:
+        ValueError: If the scores do not fit the lengths.
+    """
+    valid = causal_blocks(num_queries, num_keys, block_size, scores.device)
+    if scores.dim() != 4 or scores.shape[2:] != valid.shape:
+        raise ValueError(
+            f"scores must be [B, H, {valid.shape[0]}, {valid.shape[1]}] for {num_queries} queries "
+            f"and {num_keys} keys in blocks of {block_size}, got {list(scores.shape)}"
+        )
+    own = own_blocks(num_queries, num_keys, block_size, scores.device)
+    mask = policy.choose(scores, valid, block_size[1]) | policy.always(own, valid)
+    return BlockSelection.from_mask(mask & valid, block_size)

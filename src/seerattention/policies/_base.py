@@ -1,0 +1,90 @@
+"""What all policies share: the common knobs, their text form, and tie-breaking top-k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of all policies; a subclass adds one value and ``choose``.
+
+    Attributes:
+        sink_blocks: The first blocks of the sequence that every row reads, in blocks.
+        local_blocks: The latest blocks that every row reads, its own included, in blocks.
+        dense_last_rows: Query-block rows at the end that read everything, in blocks. The published
+            code uses 2, because a prompt usually ends with its question.
+    """
+
+    name: ClassVar[str]
+    sink_blocks: int = 0
+    local_blocks: int = 1
+    dense_last_rows: int = 0
+
+    def __post_init__(self) -> None:
+        for knob, least in (("sink_blocks", 0), ("local_blocks", 1), ("dense_last_rows", 0)):
+            value = getattr(self, knob)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{knob} must be a whole number >= {least}, got {value!r}")
+
+    @classmethod
+    def knobs(cls) -> tuple[str, ...]:
+        """Names of the knobs that every policy has."""
+        return tuple(f.name for f in fields(Policy))
+
+    @classmethod
+    def value_name(cls) -> str:
+        """Name of the policy's own value."""
+        return next(f.name for f in fields(cls) if f.name not in cls.knobs())
+
+    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
+        """Return the blocks this policy takes, bool ``[B, H, Nq, Nk]``.
+
+        Args:
+            scores: fp32 ``[B, H, Nq, Nk]``, before softmax.
+            valid: bool ``[Nq, Nk]``, the causally valid blocks.
+            block_tokens: Key tokens per KV block.
+        """
+        raise NotImplementedError
+
+    def always(self, own: Tensor, valid: Tensor) -> Tensor:
+        """Return the blocks read whatever the scores, bool ``[Nq, Nk]``.
+
+        Args:
+            own: bool ``[Nq, Nk]``, the blocks that hold the query block's own tokens.
+            valid: bool ``[Nq, Nk]``, the causally valid blocks.
+        """
+        always = own.clone()
+        always[:, : self.sink_blocks] = True
+        for shift in range(1, min(self.local_blocks, own.shape[1])):
+            always[:, :-shift] |= own[:, shift:]
+        if self.dense_last_rows:
+            always[-self.dense_last_rows :] = True
+        return always & valid
+
+    def __str__(self) -> str:
+        value = getattr(self, self.value_name())
+        changed = [
+            f"{f.name}={getattr(self, f.name)}" for f in fields(Policy) if getattr(self, f.name) != f.default
+        ]
+        return ",".join([f"{self.name}:{value:g}", *changed])
+
+
+def softmax(scores: Tensor, valid: Tensor) -> Tensor:
+    """Softmax of each row over its valid blocks."""
+    return torch.softmax(scores.masked_fill(~valid, float("-inf")), dim=-1)
+
+
+def top_blocks(scores: Tensor, valid: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` best valid blocks of each row; ties go to the lower block."""
+    masked = scores.masked_fill(~valid, float("-inf"))
+    count = min(count, masked.shape[-1])
+    worst = masked.topk(count, dim=-1).values[..., -1:]
+    above = masked > worst
+    ties = (masked == worst) & valid
+    room = count - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
