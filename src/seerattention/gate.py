@@ -310,6 +310,10 @@ class AttnGate(nn.Module):
         if self.linear_q is not None:
             _identity_(self.linear_q.weight, c.q_pool, c.head_dim, copies=groups)
 
+    def use_rotary(self, rotary: Rotary) -> None:
+        """Rotate with this code from now on, e.g. the model's own with its RoPE scaling."""
+        self._rotary = rotary
+
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate summaries ``[B, H, N, E]`` to ``positions`` (int64 ``[N]`` or ``[B, N]``)."""
         if not self.config.rope:

@@ -1,0 +1,110 @@
+"""One call of an attention layer, and dense attention for what is not sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Query tokens per slice where causal attention with more keys than queries needs an explicit mask.
+MASKED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The inputs of one attention layer for sequences without padding.
+
+    Attributes:
+        layer: Layer index.
+        q: After RoPE, ``[B, Hq, Tq, D]``: the last ``Tq`` of ``Tk`` tokens.
+        k: After RoPE, ``[B, Hk, Tk, D]``, earlier tokens from the KV cache included.
+        v: ``[B, Hk, Tk, D]``.
+        q_nope: Before RoPE, ``[B, Hq, Tq, D]``.
+        k_nope: Before RoPE, of the new tokens only, ``[B, Hk, Tq, D]``.
+        positions: int64 ``[Tq]``, counted from each sequence's first real token.
+        scale: Softmax scale.
+        slot: Which summaries belong to these sequences: a row of a padded batch, or None.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_nope: Tensor
+    k_nope: Tensor
+    positions: Tensor
+    scale: float
+    slot: int | None = None
+
+
+#: Computes the output ``[B, Hq, Tq, D]`` of an attention layer.
+Handler = Callable[[AttentionCall], Tensor]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of the last ``Tq`` of ``Tk`` tokens, each seeing the ``window`` latest keys.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``.
+        k: ``[B, Hk, Tk, D]``.
+        v: ``[B, Hk, Tk, D]``.
+        scale: Softmax scale.
+        window: Keys that a query sees, its own included; default all.
+
+    Returns:
+        ``[B, Hq, Tq, D]``.
+    """
+    past = k.shape[2] - q.shape[2]
+    if window is not None and window >= k.shape[2]:
+        window = None
+    gqa = q.shape[1] != k.shape[1]
+    if window is None and (past == 0 or q.shape[2] == 1):
+        causal = q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    outs = []
+    for start in range(0, q.shape[2], MASKED_ROWS):
+        part = q[:, :, start : start + MASKED_ROWS]
+        first = past + start
+        end = first + part.shape[2]
+        begin = 0 if window is None else max(0, first - window + 1)
+        rows = torch.arange(first, end, device=q.device)[:, None]
+        columns = torch.arange(begin, end, device=q.device)[None]
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
+        outs.append(
+            F.scaled_dot_product_attention(
+                part, k[:, :, begin:end], v[:, :, begin:end], attn_mask=mask, scale=scale, enable_gqa=gqa
+            )
+        )
+    return torch.cat(outs, 2)
+
+
+def real_tokens(mask: Tensor | None, num_queries: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Find the real tokens of every row of a padded batch.
+
+    Args:
+        mask: ``[B, Tk]``, nonzero for real tokens, or None.
+        num_queries: Query tokens, the last columns of the mask.
+
+    Returns:
+        Per row the indices of its real query tokens and of its real key tokens, or None where nothing
+        is padded.
+
+    Raises:
+        ValueError: If the mask is not of two dimensions.
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise ValueError(
+            f"the attention mask must mark padding, [B, T], got {list(mask.shape)}; "
+            "masks of other kinds need dense attention: detach(model) first"
+        )
+    real = mask.bool()
+    if bool(real.all()):
+        return None
+    return [(row[-num_queries:].nonzero()[:, 0], row.nonzero()[:, 0]) for row in real]

@@ -1,0 +1,131 @@
+"""Gates on disk: a folder with ``gates.safetensors`` and ``config.json``, written all or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from seerattention.gate import GateConfig
+from seerattention.models._gates import BaseInfo, Gates
+from seerattention.policies import Policy, parse
+
+WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+FORMAT = 1
+KEY = "model.layers.{}.self_attn.attn_gate.{}"
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Write a folder all or nothing: yields a temporary one that replaces ``folder`` on success.
+
+    Raises:
+        OSError: If the parent folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            folder.replace(retired / "old")
+            temporary.replace(folder)
+            shutil.rmtree(retired)
+        else:
+            temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None = None) -> None:
+    """Write gates, their configuration and their base model's identity.
+
+    Args:
+        gates: The gates.
+        folder: Where to; an existing one is replaced once everything is written.
+        policy: The policy to use them with by default.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If the policy's text is not understood, or a weight is not finite.
+    """
+    text = str(parse(policy) if isinstance(policy, str) else policy) if policy else gates.policy
+    weights = {
+        KEY.format(index, name): value.detach().cpu().contiguous()
+        for index, gate in gates.items()
+        for name, value in gate.state_dict().items()
+    }
+    for key, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{key} holds NaN or infinity; these gates are not saved")
+    config = {
+        "format": FORMAT,
+        "gate": gates.config.to_dict(),
+        "layers": [index for index, _ in gates.items()],
+        "base_model": gates.base.to_dict(),
+        "policy": text,
+    }
+    with atomic_folder(folder) as temporary:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_gates(folder: str | Path) -> Gates:
+    """Read gates from a folder or a hub id.
+
+    Args:
+        folder: What `save_gates` wrote, here or on the hub.
+
+    Returns:
+        The gates on the CPU, in the precision they were saved in.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or keys or shapes are not those of its configuration.
+    """
+    path = Path(folder)
+    if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+        path = Path(snapshot_download(str(folder), allow_patterns=[WEIGHTS, CONFIG]))
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no {name}; it is not a folder written by save_gates")
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        gate_config = GateConfig.from_dict(config["gate"])
+        base = BaseInfo(**config["base_model"])
+        layers = [int(i) for i in config["layers"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / CONFIG} is damaged ({error}); save or download the gates again") from error
+    try:
+        weights = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
+        ) from error
+    gates = Gates(gate_config, base, layers, config.get("policy"))
+    expected = {
+        KEY.format(i, name): value for i, gate in gates.items() for name, value in gate.state_dict().items()
+    }
+    for what, keys in (("missing", set(expected) - set(weights)), ("extra", set(weights) - set(expected))):
+        if keys:
+            raise ValueError(f"{path / WEIGHTS} has {len(keys)} {what} gate keys, the first is {min(keys)}")
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            raise ValueError(
+                f"{key} in {path / WEIGHTS} is {list(weights[key].shape)}, "
+                f"its configuration needs {list(value.shape)}"
+            )
+    for index, gate in gates.items():
+        gate.to(next(iter(weights.values())).dtype)
+        gate.load_state_dict({n: weights[KEY.format(index, n)] for n in gate.state_dict()})
+    return gates

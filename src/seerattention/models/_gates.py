@@ -1,0 +1,192 @@
+"""A model's gates, and what identifies the base model they were made for."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from seerattention.gate import AttnGate, GateConfig, Rotary
+from seerattention.models._family import attention_layers, family_of, full_attention_layers
+
+#: Values per parameter that go into the fingerprint.
+FINGERPRINT_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Which model a set of gates belongs to.
+
+    Attributes:
+        name: Hub id or folder it was loaded from.
+        model_type: transformers' family name.
+        num_layers: Hidden layers.
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Dimension of a head.
+        fingerprint: SHA-256 over samples of the attention weights, rounded to bfloat16 so that the
+            same model has the same fingerprint whatever precision it is loaded in.
+    """
+
+    name: str
+    model_type: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> BaseInfo:
+        """Describe a model."""
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        return cls(
+            name=str(model.config._name_or_path),
+            model_type=config.model_type,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim_of(config),
+            fingerprint=fingerprint(model),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the description as plain JSON types."""
+        return asdict(self)
+
+    def differences(self, other: BaseInfo) -> list[str]:
+        """Return what differs from ``other`` that gates depend on, one phrase each."""
+        shape = ("model_type", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        found = [
+            f"{field} is {getattr(other, field)}, not {getattr(self, field)}"
+            for field in shape
+            if getattr(self, field) != getattr(other, field)
+        ]
+        if not found and self.fingerprint != other.fingerprint:
+            found.append("its attention weights differ (fingerprint)")
+        return found
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return the dimension of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _base_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in sorted(module.named_parameters()):
+        if "attn_gate." not in name:
+            yield name, parameter.detach()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a cheap fingerprint of the attention weights (see `BaseInfo`)."""
+    digest = hashlib.sha256()
+    for index, attention in attention_layers(model).items():
+        for name, parameter in _base_parameters(attention):
+            flat = parameter.flatten()
+            picks = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_SAMPLES, flat.numel()))
+            sample = flat[picks.long().to(flat.device)].to(torch.bfloat16)
+            digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())
+            digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_checksum(model: PreTrainedModel) -> str:
+    """Return the SHA-256 of every weight of the base model, gates left out."""
+    digest = hashlib.sha256()
+    for name, parameter in _base_parameters(model):
+        digest.update(name.encode())
+        digest.update(parameter.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Gates(nn.Module):
+    """One gate per full-attention layer, all of one configuration.
+
+    Args:
+        config: The gates' design.
+        base: The model they belong to.
+        layers: Layer indices that have a gate.
+        policy: Text form of the policy they were saved with, if any.
+    """
+
+    def __init__(
+        self, config: GateConfig, base: BaseInfo, layers: list[int], policy: str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base
+        self.policy = policy
+        self.layers = nn.ModuleDict({str(i): AttnGate(config) for i in layers})
+
+    def items(self) -> Iterator[tuple[int, AttnGate]]:
+        """Iterate over (layer index, gate)."""
+        for index, gate in self.layers.items():
+            assert isinstance(gate, AttnGate)
+            yield int(index), gate
+
+    def use_rotary_of(self, model: PreTrainedModel) -> None:
+        """Let every gate rotate with the model's own rotary code, RoPE scaling included."""
+        rotary = model_rotary(model, self.config.dim)
+        for _, gate in self.items():
+            gate.use_rotary(rotary)
+
+
+def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
+    """Make untrained gates for a model.
+
+    Args:
+        model: The base model.
+        settings: Fields of `GateConfig` other than the model's shape.
+
+    Returns:
+        Gates in fp32 on the model's device, for every layer with full attention.
+
+    Raises:
+        NotImplementedError: If the model's family has no file.
+        ValueError: If a setting does not fit, or no layer has full attention.
+    """
+    family_of(model)
+    layers = list(full_attention_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no full-attention layer; there is nothing to gate")
+    base = BaseInfo.of(model)
+    shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
+    gates = Gates(GateConfig.from_dict({**shape, **settings}), base, layers)
+    gates.use_rotary_of(model)
+    return gates.to(model.device)
+
+
+def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
+    """Return the model's rotary code as a function of positions, for vectors of ``dim`` values.
+
+    Raises:
+        NotImplementedError: If the model has no rotary module, or rotates only part of a head.
+    """
+    found = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
+    if found is None:
+        raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
+    config = model.config.get_text_config()
+    if dim != head_dim_of(config):
+        narrower = copy.deepcopy(config)
+        narrower.head_dim = dim
+        found = type(found)(narrower, device=model.device)  # type: ignore[call-arg]
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        cos, sin = found(like, positions)
+        if cos.shape[-1] != dim:
+            raise NotImplementedError(
+                f"the model rotates {cos.shape[-1]} of {dim} values of a head; partial rotary "
+                "embeddings are not supported yet, use GateConfig(rope=False)"
+            )
+        return cos, sin
+
+    return rotary
