@@ -1,0 +1,82 @@
+"""Find the backends of an op and choose one by its reasons why not."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+
+def load_backends(package: str, path: list[str]) -> dict[str, ModuleType]:
+    """Import every backend of an op: the files of its folder not starting with an underscore.
+
+    Called when the op's package is imported, since importing at call time breaks
+    ``torch.compile(fullgraph=True)``.
+    """
+    names = sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}
+
+
+def choose(
+    backends: Mapping[str, ModuleType], order: tuple[str, ...], backend: str, **args: Any
+) -> ModuleType:
+    """Return the backend to run: the one named, or for ``auto`` the first of ``order`` that can.
+
+    Raises:
+        ValueError: If no backend has that name.
+        NotImplementedError: If the named one, or every one of ``order``, has a reason why not.
+    """
+    if backend != "auto" and backend not in backends:
+        raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(backends)}")
+    reasons = {}
+    for name in order if backend == "auto" else (backend,):
+        reasons[name] = backends[name].unsupported(**args)
+        if not reasons[name]:
+            return backends[name]
+    lines = [f"  {k}: {_describe(v)}" for k, v in args.items()]
+    because = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items()]
+    raise NotImplementedError("\n".join(["no backend accepts", *lines, "because", *because]))
+
+
+def explain(backends: Mapping[str, ModuleType], **args: Any) -> dict[str, list[str]]:
+    """Return every backend's reasons why it cannot run these arguments; an empty list means it can."""
+    return {name: backend.unsupported(**args) for name, backend in backends.items()}
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {value.dtype} on {value.device}"
+    return f"{value.shape} blocks of {value.block_size}" if hasattr(value, "block_size") else repr(value)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Check that q, k and v make causal grouped-query attention.
+
+    Raises:
+        TypeError: If dtypes differ or are not floating point.
+        ValueError: If shapes or devices do not fit.
+    """
+    tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, T, D], got {list(x.shape)}")
+        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+            raise TypeError(
+                f"q, k and v must share one floating-point dtype, got {', '.join(f'{n} {t.dtype}' for n, t in tensors.items())}"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"q, k and v must be on one device, got {', '.join(f'{n} on {t.device}' for n, t in tensors.items())}"
+            )
+    if v is not None and k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch and head dimension")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
+    if not 1 <= q.shape[2] <= k.shape[2]:
+        raise ValueError(f"causal attention needs 1 <= Tq <= Tk, got Tq={q.shape[2]} and Tk={k.shape[2]}")

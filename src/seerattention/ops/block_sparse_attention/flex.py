@@ -1,0 +1,52 @@
+"""FlexAttention, compiled: PyTorch's own block-sparse kernels for CPU and GPU."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from seerattention.selection import BlockSelection
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
+    """Return the reasons why this backend cannot run."""
+    reasons = []
+    if q.device.type == "cpu":
+        if not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
+            reasons.append("on a CPU it is compiled by a C++ compiler, and none is on the PATH")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            reasons.append("it has no backward on a CPU")
+    elif q.device.type != "cuda":
+        reasons.append(f"it runs on cpu and cuda, not on {q.device.type}")
+    if q.dtype == torch.float64:
+        reasons.append("it has no float64 kernel")
+    if sys.version_info >= (3, 14) and torch.__version__ < "2.10":
+        reasons.append("torch.compile needs torch >= 2.10 on this Python")
+    return reasons
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+    """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
+    mask = selection.to_flex(q.shape[2], k.shape[2], q.shape[1])
+    options = None
+    if q.device.type == "cuda":
+        # The default tile is larger than a 64-token block and would be refused.
+        block_q, block_k = selection.block_size
+        options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = _compiled()(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,105 @@
+"""Pure PyTorch on any device: gather the selected K/V blocks of many rows and multiply them batched.
+
+Rows (one query block of one head) that read the same number of blocks are computed together, so no
+work is spent on padding, and only as many at a time as keep the gathered blocks and scores in a
+CPU's last-level cache. Unselected blocks are never touched. Measurements: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seerattention.selection import BlockSelection
+
+#: Bytes of gathered keys, values and scores per batched product; at least one row is taken.
+WORK_BYTES = 8 * 2**20
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
+    """Return the reasons why this backend cannot run."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return ["it writes its output in place and has no backward; use backend='reference' for gradients"]
+    return []
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+    """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
+    batch, heads, num_queries, dim = q.shape
+    block_q, block_k = selection.block_size
+    nq, nk = selection.shape[2:]
+    past = k.shape[2] - num_queries
+    queries = _to_blocks(q * scale, block_q)
+    keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
+    out = torch.empty_like(queries)
+
+    rows = torch.arange(batch * heads * nq, device=q.device)
+    b, h, i = rows // (heads * nq), rows // nq % heads, rows % nq
+    list_row = b * (selection.shape[0] > 1)
+    list_row = (list_row * selection.shape[1] + h // (heads // selection.shape[1])) * nq + i
+    first_kv = (b * k.shape[1] + h // (heads // k.shape[1])) * nk
+    counts = selection.counts.flatten()[list_row]
+    starts = selection.offsets[list_row].long()
+    # How many of a row's last blocks hold tokens later than its first query: those need a mask.
+    late = _late_blocks(selection, nq, nk, past, num_queries)[i]
+    order = torch.argsort(counts.long() * (nk + 1) + late, stable=True)
+
+    for part in _equal_parts(counts[order].tolist(), late[order].tolist(), block_q, block_k, q):
+        group, count, masked = order[part[0] : part[1]], part[2], part[3]
+        lists = selection.indices[starts[group, None] + torch.arange(count, device=q.device)].long()
+        where = (lists + first_kv[group, None]).flatten()
+        shape = (len(group), count * block_k, dim)
+        scores = torch.bmm(queries[group], keys.index_select(0, where).view(shape).mT)
+        if masked:
+            columns = masked * block_k
+            hidden = _hidden(lists[:, -masked:], i[group], block_q, block_k, past)
+            scores[:, :, -columns:].masked_fill_(hidden, float("-inf"))
+        share = torch.softmax(scores, dim=-1)
+        out[group] = torch.bmm(share, values.index_select(0, where).view(shape))
+    return out.view(batch, heads, nq * block_q, dim)[:, :, :num_queries]
+
+
+def _to_blocks(x: Tensor, size: int) -> Tensor:
+    """Cut ``[B, H, T, D]`` into ``[B * H * N, size, D]``, zeros after the last token."""
+    missing = -x.shape[2] % size
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.reshape(-1, size, x.shape[3])
+
+
+def _late_blocks(selection: BlockSelection, nq: int, nk: int, past: int, num_queries: int) -> Tensor:
+    """Bound the selected blocks per row that reach past the row's first query, int64 ``[Nq]``.
+
+    Own blocks are always selected, and they are the only ones that reach past the first query; there
+    are as many as KV blocks between the row's first and last query.
+    """
+    block_q, block_k = selection.block_size
+    first = past + block_q * torch.arange(nq, device=selection.offsets.device)
+    last = (first + block_q).clamp(max=past + num_queries) - 1
+    return last // block_k - first // block_k + 1
+
+
+def _equal_parts(
+    counts: list[int], late: list[int], block_q: int, block_k: int, q: Tensor
+) -> list[tuple[int, int, int, int]]:
+    """Split sorted rows into (start, end, blocks, masked blocks) of equal rows within ``WORK_BYTES``."""
+    parts, start = [], 0
+    while start < len(counts):
+        count, masked = counts[start], late[start]
+        row_bytes = q.element_size() * count * block_k * (2 * q.shape[3] + 2 * block_q)
+        end = start + 1
+        limit = start + max(1, WORK_BYTES // row_bytes)
+        while end < min(limit, len(counts)) and (counts[end], late[end]) == (count, masked):
+            end += 1
+        parts.append((start, end, count, masked))
+        start = end
+    return parts
+
+
+def _hidden(lists: Tensor, rows: Tensor, block_q: int, block_k: int, past: int) -> Tensor:
+    """Mark the acausal pairs in rows' last blocks, bool ``[rows, block_q, blocks * block_k]``."""
+    device = lists.device
+    key = (lists[:, :, None] * block_k + torch.arange(block_k, device=device)).flatten(1)
+    query = past + rows[:, None] * block_q + torch.arange(block_q, device=device)
+    return key[:, None, :] > query[:, :, None]
