@@ -1,0 +1,173 @@
+"""Needles in a haystack: key/number pairs hidden in a long text and asked for at its end.
+
+Documents are made of tokens from start to finish, a pure function of a seed, and cheap enough to train
+on. All questions of a document are answered in one pass: the answers stand in the text, and an answer
+counts if every digit of it would have been predicted, which is what greedy decoding would have done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+_COLOURS = (
+    "amber azure black blue bronze brown copper coral crimson cyan golden gray green indigo ivory jade "
+    "lemon lilac lime maroon mauve navy ochre olive orange pearl pink plum purple red ruby russet rusty "
+    "saffron scarlet silver tan teal violet white yellow"
+).split()
+_THINGS = (
+    "anchor apple arrow badge barrel basket beacon bell bottle bridge bucket button candle carpet castle "
+    "chair clock compass cradle crown curtain dagger drum engine feather fiddle flag fountain garden gate "
+    "glove hammer harbor hat helmet island jacket kettle key ladder lamp lantern letter lock mirror "
+    "needle oven paddle pillow pipe plate pocket ribbon ring rocket saddle scarf shield ship shovel "
+    "spoon stove table tent tower trumpet tunnel umbrella vase violin wagon wheel whistle window"
+).split()
+
+
+class Tokenizer(Protocol):
+    """Anything that turns text into token numbers without adding special ones."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Return the tokens of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class NeedleDocument:
+    """A document with needles and the questions about them.
+
+    Attributes:
+        tokens: int64 ``[length]``.
+        answers: (start, stop) of each answer's tokens, in order of appearance.
+        keys: What each question asks for.
+        values: The digits of each answer.
+    """
+
+    tokens: np.ndarray
+    answers: tuple[tuple[int, int], ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+
+    @property
+    def query_positions(self) -> np.ndarray:
+        """Positions whose logits predict the answers, int64, in order."""
+        return np.concatenate([np.arange(start - 1, stop - 1) for start, stop in self.answers])
+
+    def correct(self, predictions: np.ndarray) -> int:
+        """Count the answers predicted right in every digit.
+
+        Args:
+            predictions: The most likely next token at each of ``query_positions``.
+        """
+        right = np.asarray(predictions) == self.tokens[self.query_positions + 1]
+        lengths = [stop - start for start, stop in self.answers]
+        return sum(bool(part.all()) for part in np.split(right, np.cumsum(lengths)[:-1]))
+
+
+class NeedleTask:
+    """Makes needle documents.
+
+    Args:
+        tokenizer: The model's.
+        haystack: Tokens of ordinary text, int ``[n]``; documents are windows of it.
+        num_needles: Key/number pairs per document.
+        digits: Digits per number.
+
+    Raises:
+        ValueError: If there are more needles than keys, or no digits.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, haystack: np.ndarray, num_needles: int = 8, digits: int = 5
+    ) -> None:
+        names = [f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS]
+        if not 1 <= num_needles <= len(names) or digits < 1:
+            raise ValueError(
+                f"needles must be 1 to {len(names)} and digits at least 1, got {num_needles}, {digits}"
+            )
+        self.num_needles = num_needles
+        self.digits = digits
+        self.haystack = np.asarray(haystack)
+
+        def encode(text: str) -> np.ndarray:
+            return np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+        self._digit = [encode(str(d)) for d in range(10)]
+        if any(len(d) != 1 for d in self._digit):
+            raise ValueError("this tokenizer does not write single digits as single tokens")
+        # Names of few tokens, so that eight questions fit into the last two blocks of 64 tokens.
+        encoded = [(name, encode(" " + name)) for name in names]
+        shortest = min(len(tokens) for _, tokens in encoded)
+        short = [(name, tokens) for name, tokens in encoded if len(tokens) <= shortest + 1]
+        self.names, self._name = [name for name, _ in short], [tokens for _, tokens in short]
+        self._needle = encode("\nThe number of the"), encode(" is "), encode(".\n")
+        self._question = encode("\nThe"), encode("? "), encode("\n")
+
+    def make(
+        self,
+        length: int,
+        seed: int,
+        *,
+        questions: Literal["end", "spread"] = "end",
+        num_needles: int | None = None,
+    ) -> NeedleDocument:
+        """Make one document.
+
+        Args:
+            length: Tokens of the document.
+            seed: Everything random follows from it.
+            questions: ``end`` puts them all behind the text; ``spread`` scatters them over its second
+                half (for training), each behind its needle.
+            num_needles: Overrides the task's number.
+
+        Raises:
+            ValueError: If the needles and questions do not fit, or the haystack is too short.
+        """
+        rng = np.random.default_rng(seed)
+        count = num_needles or self.num_needles
+        picks = rng.choice(len(self.names), count, replace=False)
+        digits = rng.integers(0, 10, (count, self.digits))
+        numbers = [np.concatenate([self._digit[d] for d in row]) for row in digits]
+        before, middle, after = self._needle
+        needles = [
+            np.concatenate([before, self._name[pick], middle, number, after])
+            for pick, number in zip(picks, numbers, strict=True)
+        ]
+        ask, mark, newline = self._question
+        order = rng.permutation(count)
+        asked = [np.concatenate([ask, self._name[picks[i]], mark, numbers[i], newline]) for i in order]
+        room = length - sum(map(len, needles)) - sum(map(len, asked))
+        if room < 4 * count:
+            raise ValueError(
+                f"{count} needles and their questions take {length - room} tokens; "
+                f"a document of {length} is too short, ask for at least {length - room + 4 * count}"
+            )
+        if len(self.haystack) < room:
+            raise ValueError(f"the haystack has {len(self.haystack)} tokens, {room} are needed")
+        start = int(rng.integers(0, len(self.haystack) - room + 1))
+        text = self.haystack[start : start + room].astype(np.int64)
+        # A piece is put before the text token of its place; needles first where places are equal.
+        last = room if questions == "end" else room // 2
+        where = rng.integers(0, last, count)
+        places = [(int(x), 0, needle) for x, needle in zip(where, needles, strict=True)]
+        if questions == "end":
+            places += [(room, 1 + i, piece) for i, piece in enumerate(asked)]
+        else:
+            where = rng.integers(room // 2, room + 1, count)
+            places += [(int(x), 1 + i, piece) for i, (x, piece) in enumerate(zip(where, asked, strict=True))]
+        places.sort(key=lambda place: place[:2])
+        parts, answers, names, values = [], [], [], []
+        done = total = 0
+        for place, rank, piece in places:
+            parts += [text[done:place], piece]
+            total += place - done + len(piece)
+            done = place
+            if rank:
+                i = order[rank - 1]
+                answers.append((total - len(newline) - self.digits, total - len(newline)))
+                names.append(self.names[picks[i]])
+                values.append("".join(map(str, digits[i])))
+        parts.append(text[done:])
+        return NeedleDocument(np.concatenate(parts), tuple(answers), tuple(names), tuple(values))
