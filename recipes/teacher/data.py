@@ -29,7 +29,9 @@ def read_books(sources: list[Path]) -> Iterator[str]:
             found = True
             yield source.read_text(errors="replace")
     if not found:
-        sys.exit(f"error: no books in {[str(s) for s in sources]}; give .txt files, folders or .tar.xz archives")
+        sys.exit(
+            f"error: no books in {[str(s) for s in sources]}; give .txt files, folders or .tar.xz archives"
+        )
 
 
 def tokenise(sources: list[Path], tokenizer: Any, cache: Path) -> np.ndarray:
@@ -49,7 +51,9 @@ def tokenise(sources: list[Path], tokenizer: Any, cache: Path) -> np.ndarray:
 class Mixture:
     """Training sequences: plain windows of books, needle documents, and windows with a passage repeated."""
 
-    def __init__(self, books: np.ndarray, tokenizer: Any, needles: float, repeats: float, digits: int) -> None:
+    def __init__(
+        self, books: np.ndarray, tokenizer: Any, needles: float, repeats: float, digits: int
+    ) -> None:
         self.books = books
         self.needles = needles
         self.repeats = repeats

@@ -64,7 +64,8 @@ def export(
     tokenizer.save_pretrained(out)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     table = "\n".join(
-        f"| {r['tokens']} | {r['loss']:.3f} | {r['needle']:.1%} of {r['questions']} |" for r in results["lengths"]
+        f"| {r['tokens']} | {r['loss']:.3f} | {r['needle']:.1%} of {r['questions']} |"
+        for r in results["lengths"]
     )
     (out / "README.md").write_text(
         CARD.format(

@@ -69,7 +69,9 @@ def fastest_attention(length: int, recipe: dict[str, Any], device: torch.device)
     if device.type != "cuda":
         return [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
     m = recipe["model"]
-    shape = [(4, m[h], length, m["head_dim"]) for h in ("num_attention_heads",) + ("num_key_value_heads",) * 2]
+    shape = [
+        (4, m[h], length, m["head_dim"]) for h in ("num_attention_heads",) + ("num_key_value_heads",) * 2
+    ]
     q, k, v = (torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shape)
     times = []
     for order in orders:
@@ -81,7 +83,10 @@ def fastest_attention(length: int, recipe: dict[str, Any], device: torch.device)
                 F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).sum().backward()
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    print(f"attention at {length}: " + ", ".join(f"{o[0].name} {t / 4 * 1e3:.2f} ms" for o, t in zip(orders, times, strict=True)))
+    print(
+        f"attention at {length}: "
+        + ", ".join(f"{o[0].name} {t / 4 * 1e3:.2f} ms" for o, t in zip(orders, times, strict=True))
+    )
     return orders[times.index(min(times))]
 
 
@@ -129,13 +134,17 @@ class Checkpoint:
             for name, p in model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
                 optimizer.state[p] = {
-                    key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" and p.device.type == "cpu" else p.device)
+                    key: tensors[f"optimizer.{key}.{name}"].to(
+                        "cpu" if key == "step" and p.device.type == "cpu" else p.device
+                    )
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         return place
 
 
-def prefetched(mixture: Mixture, stage: dict[str, Any], seed: tuple[int, ...], steps: range, size: int) -> Iterator[np.ndarray]:
+def prefetched(
+    mixture: Mixture, stage: dict[str, Any], seed: tuple[int, ...], steps: range, size: int
+) -> Iterator[np.ndarray]:
     """Yield the batches of ``steps`` in order, made a few steps ahead in threads."""
     ahead = 6
     with ThreadPoolExecutor(4) as pool:
@@ -156,7 +165,10 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
     settings = recipe["optimizer"]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings["weight_decay"]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), fused=device.type == "cuda")
     checkpoint = Checkpoint(args.out)
     place = checkpoint.load(model, optimizer)
@@ -184,7 +196,10 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
             tokens = torch.from_numpy(batch).to(device, non_blocking=True)
             total = torch.zeros((), device=device)
             for part in tokens.split(size):
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), sdpa_kernel(order, set_priority=True):
+                with (
+                    torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+                    sdpa_kernel(order, set_priority=True),
+                ):
                     hidden = hidden_states(model, part)[:, :-1].flatten(0, 1)
                     loss = loss_of(hidden, model.lm_head.weight, part[:, 1:].flatten()) / passes
                 loss.backward()
@@ -199,10 +214,15 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
                 mean = float(torch.stack(losses).mean())
                 losses.clear()
                 if not math.isfinite(mean):
-                    sys.exit(f"error: loss is {mean} near step {step} of stage {index}; the last checkpoint is kept in {checkpoint.folder}")
+                    sys.exit(
+                        f"error: loss is {mean} near step {step} of stage {index}; the last checkpoint is kept in {checkpoint.folder}"
+                    )
                 elapsed = time.perf_counter() - started
                 left = elapsed / (step + 1 - first) * (steps - step - 1)
-                print(f"stage {index + 1} ({stage['length']})  step {step + 1}/{steps}  loss {mean:.4f}  norm {float(norm):.2f}  {seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left", flush=True)
+                print(
+                    f"stage {index + 1} ({stage['length']})  step {step + 1}/{steps}  loss {mean:.4f}  norm {float(norm):.2f}  {seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left",
+                    flush=True,
+                )
                 log.write(json.dumps({"stage": index, "step": step + 1, "loss": mean}) + "\n")
                 log.flush()
             stop = time.perf_counter() > deadline
@@ -218,15 +238,25 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
 
 def main() -> None:
     """Run everything that is not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--books", type=Path, nargs="+", required=True, help="training texts: .txt, folders or .tar.xz")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--books", type=Path, nargs="+", required=True, help="training texts: .txt, folders or .tar.xz"
+    )
     parser.add_argument("--heldout", type=Path, nargs="+", required=True, help="texts for evaluation only")
     parser.add_argument("--out", type=Path, default=Path("runs/teacher"), help="default: %(default)s")
     parser.add_argument("--recipe", type=Path, default=HERE / "recipe.toml", help="default: %(default)s")
-    parser.add_argument("--tokenizer", type=Path, default=HERE / "tokenizer", help="trained if it does not exist")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=HERE / "tokenizer", help="trained if it does not exist"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="stop with a checkpoint after this time")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument(
+        "--max-seconds", type=float, default=math.inf, help="stop with a checkpoint after this time"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)"
+    )
     parser.add_argument("--check-every", action="store_true", help="log every step")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     args = parser.parse_args()

@@ -65,13 +65,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, T, D], got {list(x.shape)}")
         if x.dtype != q.dtype or not x.dtype.is_floating_point:
-            raise TypeError(
-                f"q, k and v must share one floating-point dtype, got {', '.join(f'{n} {t.dtype}' for n, t in tensors.items())}"
-            )
+            got = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items())
+            raise TypeError(f"q, k and v must share one floating-point dtype, got {got}")
         if x.device != q.device:
-            raise ValueError(
-                f"q, k and v must be on one device, got {', '.join(f'{n} on {t.device}' for n, t in tensors.items())}"
-            )
+            got = ", ".join(f"{n} on {t.device}" for n, t in tensors.items())
+            raise ValueError(f"q, k and v must be on one device, got {got}")
     if v is not None and k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:

@@ -64,7 +64,8 @@ def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection) -> None:
         raise ValueError(f"the selection is for a batch of {b}, q has {q.shape[0]}")
     if h not in (1, k.shape[1], q.shape[1]):
         raise ValueError(
-            f"the selection has {h} heads; it must have 1, {k.shape[1]} (KV heads) or {q.shape[1]} (query heads)"
+            f"the selection has {h} heads; it must have 1, {k.shape[1]} (KV heads) or "
+            f"{q.shape[1]} (query heads)"
         )
     if selection.indices.device != q.device:
         raise ValueError(f"the selection is on {selection.indices.device}, q on {q.device}")

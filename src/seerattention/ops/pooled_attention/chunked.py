@@ -26,7 +26,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], *, scale: float
 ) -> tuple[Tensor | None, Tensor]:
     """Return the output (None without v) and the row-normalised block-max map."""
-    batch, heads, tokens_q, dim = q.shape
+    batch, heads, tokens_q = q.shape[:3]
     kv_heads, tokens_k = k.shape[1:3]
     block_q, block_k = block_size
     nq, nk = num_blocks(tokens_q, block_q), num_blocks(tokens_k, block_k)

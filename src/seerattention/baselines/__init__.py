@@ -1,0 +1,35 @@
+"""Other ways to rank blocks, as scorers: a comparison with the gate differs in one object.
+
+One file per method, found by its name; it defines ``create(**options) -> Scorer``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from seerattention.gate import Scorer
+
+
+def names() -> list[str]:
+    """Return the names of all baselines."""
+    return sorted(
+        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_")
+    )
+
+
+def create(name: str, **options: Any) -> Scorer:
+    """Make a baseline.
+
+    Args:
+        name: One of `names`.
+        options: What the baseline's file takes; ``block_size`` in all of them.
+
+    Raises:
+        ValueError: If there is no such baseline.
+    """
+    if name not in names():
+        raise ValueError(f"unknown baseline {name!r}; there are {', '.join(names())}")
+    return importlib.import_module(f"seerattention.baselines.{name}").create(**options)

@@ -1,0 +1,37 @@
+"""Oracle: the true block-max-pooled attention map, which the gates learn to predict.
+
+It costs as much as dense attention: an upper bound on quality, not a method.
+
+Source: SeerAttention, section 3.2 (arXiv 2410.13276).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from seerattention.ops.pooled_attention import pooled_map
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Score block pairs by the logarithm of the pooled map, so that their softmax is the map.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block).
+    """
+
+    block_size: tuple[int, int] = (64, 64)
+    after_rope = True
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Keep the keys themselves."""
+        return k
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
+        """Return the log of the pooled map, fp32 ``[B, Hq, Nq, Nk]``."""
+        return pooled_map(q, k_blocks, self.block_size).log()
+
+
+create = Oracle

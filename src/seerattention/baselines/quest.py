@@ -1,0 +1,41 @@
+"""Quest: an upper bound of q·k over a block from its elementwise minimum and maximum keys.
+
+Source: Quest (arXiv 2406.10774), equation 1, written for decoding; a query block takes the best bound
+of its queries here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seerattention.gate import pool_blocks
+
+
+@dataclass(frozen=True)
+class Quest:
+    """Score a block pair by the largest of its queries' bounds.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block).
+    """
+
+    block_size: tuple[int, int] = (64, 64)
+    after_rope = True
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Keep maxima and minima side by side, ``[B, Hk, Nk, 2 * D]``."""
+        return pool_blocks(k, self.block_size[1], ("max", "min"))
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
+        """Return the bounds, fp32 ``[B, Hq, Nq, Nk]``."""
+        # sum_d max(q_d * max_d, q_d * min_d) = relu(q) . max - relu(-q) . min
+        scaled = q.float() * q.shape[-1] ** -0.5
+        signed = torch.cat([scaled.relu(), -(-scaled).relu()], -1).unflatten(1, (k_blocks.shape[1], -1))
+        bounds = (signed @ k_blocks.float().mT.unsqueeze(2)).flatten(1, 2)
+        return pool_blocks(bounds, self.block_size[0], ("max",))
+
+
+create = Quest

@@ -1,0 +1,63 @@
+"""XAttention: the sum of a block pair's antidiagonals, every ``stride``-th token against every other.
+
+Source: XAttention (arXiv 2503.16428), section 3.1: tokens are grouped by stride, queries in reverse
+order, so that one product of the groups adds up an antidiagonal; block scores are sums of the softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class XAttention:
+    """Score block pairs by the share of attention their antidiagonals predict.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block), multiples of ``stride``.
+        stride: Tokens per group.
+    """
+
+    block_size: tuple[int, int] = (64, 64)
+    stride: int = 8
+    after_rope = True
+
+    def __post_init__(self) -> None:
+        if self.block_size[0] % self.stride or self.block_size[1] % self.stride:
+            raise ValueError(f"stride={self.stride} must divide the block sizes {self.block_size}")
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Lay the keys of each group side by side, ``[B, Hk, groups, stride * D]``."""
+        return self._groups(k, self.block_size[1]).flatten(3)
+
+    def _groups(self, x: Tensor, size: int) -> Tensor:
+        missing = -x.shape[2] % size
+        return F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, self.stride))
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
+        """Return the log of each block's share, fp32 ``[B, Hq, Nq, Nk]``."""
+        per_q, per_k = (b // self.stride for b in self.block_size)
+        groups = k_blocks.shape[1]
+        reverse = self._groups(q, self.block_size[0]).flip(3).flatten(3)
+        reverse = reverse.float() * (q.shape[-1] ** -0.5 / self.stride)
+        keys = k_blocks.float().mT
+        past = (valid.shape[1] - valid.shape[0]) * per_k
+        out = []
+        rows = max(1, 2**22 // (k_blocks.shape[2] * per_q)) * per_q
+        column = torch.arange(k_blocks.shape[2], device=q.device)
+        for first in range(0, reverse.shape[2], rows):
+            part = reverse[:, :, first : first + rows].unflatten(1, (groups, -1))
+            scores = (part @ keys.unsqueeze(2)).flatten(1, 2)
+            row = torch.arange(first, first + scores.shape[2], device=q.device) + past
+            scores = scores.masked_fill(column[None] > row[:, None], -math.inf)
+            share = torch.softmax(scores, -1).unflatten(-1, (-1, per_k)).sum(-1)
+            out.append(share.unflatten(2, (-1, per_q)).sum(3))
+        return torch.cat(out, 2).log()
+
+
+create = XAttention

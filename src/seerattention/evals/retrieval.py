@@ -1,0 +1,28 @@
+"""Needle retrieval: whether a model still finds numbers hidden in a long text."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from seerattention.evals.needle import NeedleDocument
+from seerattention.evals.perplexity import hidden_states
+
+
+@torch.inference_mode()
+def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
+    """Return the fraction of all answers that the model predicts right in every digit.
+
+    Args:
+        model: A causal language model, with or without gates attached.
+        documents: From `NeedleTask.make`, each run in one pass.
+    """
+    head = model.get_output_embeddings()
+    assert head is not None
+    correct = 0
+    for document in documents:
+        hidden = hidden_states(model, document.tokens)
+        where = torch.from_numpy(document.query_positions).to(hidden.device)
+        correct += document.correct(np.asarray(head(hidden[where]).argmax(-1).cpu()))
+    return correct / sum(len(d.answers) for d in documents)

@@ -1,0 +1,36 @@
+"""Prefill time: dense and sparse in turn, in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], *, repeats: int = 3) -> dict[str, float]:
+    """Time callables in turn, so that a machine's drift hits all alike.
+
+    Args:
+        variants: What to time, by name.
+        repeats: Timed rounds after one untimed round.
+
+    Returns:
+        Median seconds by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(repeats + 1):
+        for name, run in variants.items():
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
