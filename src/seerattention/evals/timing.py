@@ -9,24 +9,27 @@ from statistics import median
 import torch
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], *, repeats: int = 3) -> dict[str, float]:
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], *, repeats: int = 3, warmup: int = 1
+) -> dict[str, float]:
     """Time callables in turn, so that a machine's drift hits all alike.
 
     Args:
         variants: What to time, by name.
-        repeats: Timed rounds after one untimed round.
+        repeats: Timed rounds.
+        warmup: Untimed rounds before them.
 
     Returns:
         Median seconds by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(repeats + 1):
+    for round_ in range(warmup + repeats):
         for name, run in variants.items():
             _wait()
             start = time.perf_counter()
             run()
             _wait()
-            if round_:
+            if round_ >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
 
