@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from seerattention.evals.needle import NeedleTask
 from transformers import LlamaForCausalLM
+
+from seerattention.evals.needle import NeedleTask
 
 
 @torch.inference_mode()

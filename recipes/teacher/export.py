@@ -17,10 +17,10 @@ library_name: transformers
 
 # A small long-context teacher
 
-A Llama-shaped language model of {parameters:.1f} M parameters ({layers} layers, {heads} query and {kv} KV heads
-of 64, vocabulary 8192, context 32768), small enough to ship with a library and to run on a laptop, yet with
-the attention of a long-context model: it finds numbers hidden anywhere in 32k tokens of a novel. It exists to
-be taught sparse attention; as a writer it is only fluent.
+A Llama-shaped language model of {parameters:.1f} M parameters ({layers} layers, {heads} query and {kv} KV
+heads of 64, vocabulary 8192, context 32768), small enough to ship with a library and to run on a laptop,
+yet with the attention of a long-context model: it finds numbers hidden anywhere in 32k tokens of a novel.
+It exists to be taught sparse attention; as a writer it is only fluent.
 
 ## Results
 

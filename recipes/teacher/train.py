@@ -215,12 +215,14 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
                 losses.clear()
                 if not math.isfinite(mean):
                     sys.exit(
-                        f"error: loss is {mean} near step {step} of stage {index}; the last checkpoint is kept in {checkpoint.folder}"
+                        f"error: loss is {mean} near step {step} of stage {index}; "
+                        f"the last checkpoint is kept in {checkpoint.folder}"
                     )
                 elapsed = time.perf_counter() - started
                 left = elapsed / (step + 1 - first) * (steps - step - 1)
                 print(
-                    f"stage {index + 1} ({stage['length']})  step {step + 1}/{steps}  loss {mean:.4f}  norm {float(norm):.2f}  {seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left",
+                    f"stage {index + 1} ({stage['length']})  step {step + 1}/{steps}  loss {mean:.4f}  "
+                    f"norm {float(norm):.2f}  {seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left",
                     flush=True,
                 )
                 log.write(json.dumps({"stage": index, "step": step + 1, "loss": mean}) + "\n")

@@ -176,8 +176,7 @@ class Demo:
             if method.scorer is None:
                 continue
             rows = DENSE_LAST_ROWS * 64
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, :-rows], layer.values[:, :, :-rows]
+            cache.crop(-rows)
             set_policy(self.model, TopK(method.density, sink_blocks=1, dense_last_rows=DENSE_LAST_ROWS))
             last = self.model.get_decoder()(tokens[:, -rows:], past_key_values=cache, use_cache=True)
             both = torch.cat([hidden.last_hidden_state[0, :-rows], last.last_hidden_state[0]])

@@ -36,6 +36,7 @@ class Watch:
 
     @torch.inference_mode()
     def __call__(self, layer: int, call: AttentionCall, selection: BlockSelection) -> None:
+        """Add one layer's call; the signature of `attach`'s observer."""
         batch, heads = selection.shape[:2]
         tokens_q, tokens_k = call.q.shape[2], call.k.shape[2]
         valid = causal_blocks(tokens_q, tokens_k, selection.block_size)

@@ -71,7 +71,7 @@ class _Runtime:
     """What is attached to one model."""
 
     handler: Handler
-    previous_attention: str
+    previous_attention: str | None
     hooks: list[Any] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     sparse: _SparsePrefill | None = None

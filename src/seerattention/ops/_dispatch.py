@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 
-def load_backends(package: str, path: list[str]) -> dict[str, ModuleType]:
+def load_backends(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
     """Import every backend of an op: the files of its folder not starting with an underscore.
 
     Called when the op's package is imported, since importing at call time breaks

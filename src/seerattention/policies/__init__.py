@@ -7,6 +7,8 @@ To add a policy, write one file with a frozen dataclass and import it here.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from seerattention.policies._base import Policy as Policy
@@ -41,7 +43,7 @@ def parse(text: str) -> Policy:
         forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(known.items()))
         raise ValueError(f"unknown policy {text!r}; write one of {forms}")
     kind = known[name]
-    arguments: dict[str, float | int] = {kind.value_name(): _number(text, kind.value_name(), value)}
+    arguments: dict[str, Any] = {kind.value_name(): _number(text, kind.value_name(), value)}
     for knob in knobs:
         key, equals, number = knob.strip().partition("=")
         if key not in kind.knobs() or not equals:

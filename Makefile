@@ -1,0 +1,34 @@
+# Every target works from a bare clone: the environment is made in .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check gpu bench
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]' --group dev
+	touch $(READY)
+
+# The whole method in minutes, without a GPU: distil gates, compare methods, draw pictures.
+demo: $(READY)
+	$(BIN)/seerattention demo
+
+test: $(READY)
+	$(BIN)/python -m pytest tests --ignore=tests/gpu
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Needs a CUDA device and the packages in the Python that PYTHON names.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+
+bench: $(READY)
+	$(BIN)/seerattention bench
