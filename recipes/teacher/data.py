@@ -50,36 +50,38 @@ def tokenise(sources: list[Path], tokenizer: Any, cache: Path) -> np.ndarray:
 
 
 class Mixture:
-    """Training sequences: plain windows of books, needle documents, and windows with a passage repeated."""
+    """Training sequences: windows of books, needle documents, and windows in which a passage returns.
 
-    def __init__(
-        self, books: np.ndarray, tokenizer: Any, needles: float, repeats: float, digits: int
-    ) -> None:
+    Half of the returning passages are the book's own, half are its tokens at random: nothing but
+    looking them up predicts those, so attention learns to look up early in training.
+    """
+
+    def __init__(self, books: np.ndarray, tokenizer: Any, digits: int) -> None:
         self.books = books
-        self.needles = needles
-        self.repeats = repeats
         self.task = NeedleTask(tokenizer, books, digits=digits)
 
-    def sequence(self, length: int, seed: tuple[int, ...]) -> np.ndarray:
-        """Return one sequence of ``length`` tokens, int64."""
+    def sequence(self, length: int, seed: tuple[int, ...], *, needles: float, repeats: float) -> np.ndarray:
+        """Return one sequence of ``length`` tokens, int64; the shares are those of the two special kinds."""
         rng = np.random.default_rng(seed)
         kind = rng.random()
-        if kind < self.needles:
+        if kind < needles:
             return self.task.make(
                 length,
                 int(rng.integers(2**62)),
                 questions="end" if rng.random() < 0.3 else "spread",
-                num_needles=int(rng.integers(2, 17)),
+                num_needles=int(rng.integers(2, 1 + min(16, length // 48))),
             ).tokens
         start = rng.integers(0, len(self.books) - length)
         window = self.books[start : start + length].astype(np.int64)
-        if kind < self.needles + self.repeats:
+        if kind < needles + repeats:
             size = int(rng.integers(32, min(512, length // 4)))
             source = int(rng.integers(0, length // 2 - size))
             target = int(rng.integers(source + size, length - size))
+            if rng.random() < 0.5:
+                window[source : source + size] = self.books[rng.integers(0, len(self.books), size)]
             window[target : target + size] = window[source : source + size]
         return window
 
-    def batch(self, length: int, sequences: int, seed: tuple[int, ...]) -> np.ndarray:
+    def batch(self, length: int, sequences: int, seed: tuple[int, ...], **shares: float) -> np.ndarray:
         """Return ``[sequences, length]``."""
-        return np.stack([self.sequence(length, (*seed, i)) for i in range(sequences)])
+        return np.stack([self.sequence(length, (*seed, i), **shares) for i in range(sequences)])

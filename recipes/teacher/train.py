@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from seerattention.evals.needle import NeedleDocument
+
 HERE = Path(__file__).parent
 
 
@@ -100,6 +102,19 @@ def learning_rate(stage: dict[str, Any], optimizer: dict[str, Any], step: int, s
     return stage["lr"] * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@torch.inference_mode()
+def needles_found(model: LlamaForCausalLM, documents: list[NeedleDocument]) -> float:
+    """Return the share of needles found in training-like documents, all run as one batch."""
+    tokens = torch.from_numpy(np.stack([d.tokens for d in documents])).to(model.device)
+    with torch.compiler.set_stance("force_eager"), torch.autocast(model.device.type, torch.bfloat16):
+        hidden = hidden_states(model, tokens)
+        found = 0
+        for document, states in zip(documents, hidden, strict=True):
+            where = torch.from_numpy(document.query_positions).to(model.device)
+            found += document.correct(model.lm_head(states[where]).argmax(-1).cpu().numpy())
+    return found / sum(len(d.answers) for d in documents)
+
+
 class Checkpoint:
     """Weights and optimizer state as safetensors and the place in the recipe as JSON, whole or not at all."""
 
@@ -151,7 +166,8 @@ def prefetched(
         waiting: list[Future[np.ndarray]] = []
         for step in [*steps, *[None] * ahead]:
             if step is not None:
-                waiting.append(pool.submit(mixture.batch, stage["length"], size, (*seed, step)))
+                shares = {"needles": stage["needles"], "repeats": stage["repeats"]}
+                waiting.append(pool.submit(mixture.batch, stage["length"], size, (*seed, step), **shares))
             if len(waiting) > ahead or (step is None and waiting):
                 yield waiting.pop(0).result()
 
@@ -172,7 +188,7 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
     optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), fused=device.type == "cuda")
     checkpoint = Checkpoint(args.out)
     place = checkpoint.load(model, optimizer)
-    mixture = Mixture(books, tokenizer, **recipe["data"])
+    mixture = Mixture(books, tokenizer, recipe["data"]["digits"])
     loss_of = token_loss
     if not args.no_compile:
         torch._dynamo.config.recompile_limit = 64
@@ -187,6 +203,7 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
         steps = round(stage["tokens"] / stage["batch"])
         size, passes = int(stage["sequences"]), round(stage["batch"] / stage["length"] / stage["sequences"])
         order = fastest_attention(stage["length"], recipe, device)
+        probes = [mixture.task.make(stage["length"], seed) for seed in range(4)]
         started, seen = time.perf_counter(), 0
         batches = prefetched(mixture, stage, (recipe["seed"], index), range(first, steps), size * passes)
         losses: list[Tensor] = []
@@ -220,14 +237,23 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
                     )
                 elapsed = time.perf_counter() - started
                 left = elapsed / (step + 1 - first) * (steps - step - 1)
+                needle = needles_found(model, probes)
                 print(
                     f"stage {index + 1} ({stage['length']})  step {step + 1}/{steps}  loss {mean:.4f}  "
-                    f"norm {float(norm):.2f}  {seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left",
+                    f"norm {float(norm):.2f}  needles {needle:.2f}  "
+                    f"{seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left",
                     flush=True,
                 )
-                log.write(json.dumps({"stage": index, "step": step + 1, "loss": mean}) + "\n")
+                log.write(
+                    json.dumps({"stage": index, "step": step + 1, "loss": mean, "needles": needle}) + "\n"
+                )
                 log.flush()
             stop = time.perf_counter() > deadline
+            if last and needle < stage["expect"]:
+                sys.exit(
+                    f"error: stage {index + 1} ends with {needle:.0%} of the needles found, the recipe "
+                    f"expects {stage['expect']:.0%}; change its data or its learning rate"
+                )
             if last:
                 checkpoint.save(model, optimizer, {"stage": index + 1, "step": 0})
             elif stop or (args.save_every and (step + 1) % args.save_every == 0):

@@ -18,7 +18,7 @@ LOGIT_ROWS = 2048
 @torch.inference_mode()
 def hidden_states(model: PreTrainedModel, tokens: np.ndarray, **kwargs: Any) -> Tensor:
     """Return the last hidden states ``[T, hidden]`` of one sequence, without any logits."""
-    ids = torch.from_numpy(np.ascontiguousarray(tokens)).to(model.device)[None]
+    ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(model.device)[None]
     return model.get_decoder()(ids, use_cache=False, **kwargs).last_hidden_state[0]
 
 
@@ -36,7 +36,7 @@ def next_token_losses(model: PreTrainedModel, tokens: np.ndarray) -> Tensor:
     if len(tokens) < 2:
         raise ValueError(f"perplexity needs at least two tokens, got {len(tokens)}")
     hidden = hidden_states(model, tokens)[:-1]
-    targets = torch.from_numpy(np.ascontiguousarray(tokens[1:])).to(hidden.device)
+    targets = torch.from_numpy(np.ascontiguousarray(tokens[1:], dtype=np.int64)).to(hidden.device)
     head = model.get_output_embeddings()
     assert head is not None
     losses = [

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from seerattention.selection import num_blocks
 
-#: Bytes of scores held at a time (fp32), small enough for a CPU cache (64 MB was four times slower on
-#: 2 cores, docs/kernels.md); at least one query block of one head is taken.
-WORK_BYTES = 8 * 2**20
+#: Bytes of scores held at a time (fp32) per device type; at least one query block of one head is taken.
+#: On a CPU small enough for its cache (64 MB was four times slower on 2 cores, docs/kernels.md); on a
+#: GPU large enough to fill it.
+WORK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int]) -> list[str]:
@@ -31,6 +32,7 @@ def run(
     block_q, block_k = block_size
     nq, nk = num_blocks(tokens_q, block_q), num_blocks(tokens_k, block_k)
     past = tokens_k - tokens_q
+    budget = WORK_BYTES.get(q.device.type, WORK_BYTES["cpu"])
     work = torch.promote_types(q.dtype, torch.float32)
     target = torch.zeros(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
     out = None if v is None else torch.empty_like(q)
@@ -43,7 +45,7 @@ def run(
                 seen = min(tokens_k, past + (first + 1) * block_q)
                 row_bytes = 4 * grouped.shape[2] * block_q * (seen + block_k)
                 # Later rows of the slice see more keys; half the budget leaves room for them.
-                last = min(nq, first + max(1, WORK_BYTES // 2 // row_bytes))
+                last = min(nq, first + max(1, budget // 2 // row_bytes))
                 rows = slice(first * block_q, min(last * block_q, tokens_q))
                 seen = min(tokens_k, past + rows.stop)
                 part = grouped[b, h, :, rows].to(work)
