@@ -138,11 +138,11 @@ class Checkpoint:
             if old.name != name:
                 old.unlink()
 
-    def load(self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, int]:
-        """Restore the newest state and return its place; the beginning if there is none."""
+    def load(self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, int] | None:
+        """Restore the newest state and return its place; None if there is none."""
         state = self.folder / "state.json"
         if not state.exists():
-            return {"stage": 0, "step": 0}
+            return None
         place = json.loads(state.read_text())
         tensors = load_file(self.folder / place.pop("file"))
         with torch.no_grad():
@@ -187,7 +187,10 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
     ]
     optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), fused=device.type == "cuda")
     checkpoint = Checkpoint(args.out)
-    place = checkpoint.load(model, optimizer)
+    if args.start_from is not None:
+        trained = LlamaForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
+    place = checkpoint.load(model, optimizer) or {"stage": args.first_stage - 1, "step": 0}
     mixture = Mixture(books, tokenizer, recipe["data"]["digits"])
     loss_of = token_loss
     if not args.no_compile:
@@ -277,6 +280,10 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=HERE / "recipe.toml", help="default: %(default)s")
     parser.add_argument(
         "--tokenizer", type=Path, default=HERE / "tokenizer", help="trained if it does not exist"
+    )
+    parser.add_argument("--start-from", type=Path, help="folder of trained weights to continue from")
+    parser.add_argument(
+        "--first-stage", type=int, default=1, help="stage to begin with, from 1 (default: %(default)s)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention import baselines
 from seerattention.attention import select_blocks
+from seerattention.distill import TextWindows
 from seerattention.evals.needle import NeedleDocument, NeedleTask
 from seerattention.evals.observe import Watch
 from seerattention.evals.perplexity import LOGIT_ROWS
@@ -84,6 +85,26 @@ def methods(gates: Gates, live: Gates | None) -> list[Method]:
         "random": "random",
     }
     return rows + [Method(title, baselines.create(name), 0.1) for name, title in others.items()]
+
+
+@dataclass(frozen=True)
+class LiveBatches:
+    """What the gates are distilled on while one watches: windows of the text, half of them with needles.
+
+    Attributes:
+        task: Makes the needle documents.
+        windows: Makes the plain ones.
+    """
+
+    task: NeedleTask
+    windows: TextWindows
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Return the sequence of a step, int64 ``[1, length]``."""
+        if step % 2:
+            return self.windows(step)
+        # Seeds far from those of the evaluation's documents.
+        return self.task.make(self.windows.length, 10**6 + step, questions="spread").tokens[None]
 
 
 @dataclass

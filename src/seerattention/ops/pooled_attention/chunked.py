@@ -37,7 +37,7 @@ def run(
     target = torch.zeros(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
     out = None if v is None else torch.empty_like(q)
     # Heads of a group meet their shared keys in one product: [B, Hk, G * rows, D] x [B, Hk, D, Tk].
-    grouped = (q * scale).unflatten(1, (kv_heads, -1))
+    grouped = q.unflatten(1, (kv_heads, -1))
     for b in range(batch):
         for h in range(kv_heads):
             first = 0
@@ -48,7 +48,7 @@ def run(
                 last = min(nq, first + max(1, budget // 2 // row_bytes))
                 rows = slice(first * block_q, min(last * block_q, tokens_q))
                 seen = min(tokens_k, past + rows.stop)
-                part = grouped[b, h, :, rows].to(work)
+                part = grouped[b, h, :, rows].to(work) * scale
                 scores = part @ k[b, h, :seen].to(work).mT
                 hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
                 scores.masked_fill_(hidden.triu(1 + past + rows.start), float("-inf"))

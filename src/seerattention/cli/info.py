@@ -1,0 +1,145 @@
+"""``seerattention info``: what runs where on this machine, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether one backend runs on one device and dtype.
+
+    Attributes:
+        op: The operation.
+        backend: Its backend.
+        device: ``cpu`` or ``cuda``.
+        dtype: Precision of q, k and v.
+        reasons: Why it does not run; empty if it does.
+    """
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    reasons: list[str]
+
+
+def support() -> list[Support]:
+    """Ask every backend of every op about the devices at hand."""
+    import torch
+
+    from seerattention.ops import block_sparse_attention as sparse
+    from seerattention.ops import pooled_attention as pooled
+    from seerattention.ops._dispatch import explain
+    from seerattention.selection import BlockSelection
+
+    found = []
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
+            k = q[:, :1]
+            selection = BlockSelection.full(128, 128, (64, 64), device)
+            asked: list[tuple[str, Any, dict[str, Any]]] = [
+                ("block_sparse_attention", sparse, {"q": q, "k": k, "v": k, "selection": selection}),
+                ("pooled_attention", pooled, {"q": q, "k": k, "v": k, "block_size": (64, 64)}),
+            ]
+            for op, module, args in asked:
+                for backend, reasons in explain(module.BACKENDS, **args).items():
+                    found.append(Support(op, backend, device, str(dtype).removeprefix("torch."), reasons))
+    return found
+
+
+def markdown() -> str:
+    """Return the support of this installation as Markdown, for the README."""
+    from seerattention.models import families
+    from seerattention.policies import policies
+
+    by_backend: dict[tuple[str, str], list[Support]] = {}
+    for row in support():
+        by_backend.setdefault((row.op, row.backend), []).append(row)
+    lines = ["| operation | backend | CPU float32 | CPU bfloat16 |", "|---|---|---|---|"]
+    for (op, backend), rows in by_backend.items():
+        cells = ["yes" if not r.reasons else "; ".join(r.reasons) for r in rows if r.device == "cpu"]
+        lines.append(f"| `{op}` | `{backend}` | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Model families: {', '.join(families())}.",
+        "Policies: " + ", ".join(f"`{n}:<{p.value_name()}>`" for n, p in sorted(policies().items())) + ".",
+    ]
+    return "\n".join(lines)
+
+
+def layer_report(model: str) -> list[tuple[str, str]]:
+    """Return, for a model's layers, which run sparse with gates attached and which do not and why.
+
+    Args:
+        model: Hub id or folder; only its configuration is read.
+
+    Returns:
+        Pairs of layer numbers, such as ``0-27``, and what happens in them.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from seerattention.models._family import attention_layers, family_of, full_attention_layers
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    family_of(built)
+    full = full_attention_layers(built)
+    rows: list[tuple[int, str]] = []
+    for index in attention_layers(built):
+        what = "sparse prefill, dense decoding" if index in full else "dense: sliding-window attention"
+        rows.append((index, what))
+    return _ranges(rows)
+
+
+def _ranges(rows: list[tuple[int, str]]) -> list[tuple[str, str]]:
+    grouped: list[tuple[int, int, str]] = []
+    for index, what in rows:
+        if grouped and grouped[-1][2] == what and grouped[-1][1] == index - 1:
+            grouped[-1] = (grouped[-1][0], index, what)
+        else:
+            grouped.append((index, index, what))
+    return [(f"{a}-{b}" if a != b else f"{a}", what) for a, b, what in grouped]
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model to explain.")] = "",
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the support table only.")] = False,
+) -> None:
+    """Show what runs where on this machine and why not; with a model, what its layers would do."""
+    if as_markdown:
+        print(markdown())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from seerattention.baselines import names
+    from seerattention.evals.versions import versions
+    from seerattention.models import families
+    from seerattention.models._attach import DENSE_BELOW
+    from seerattention.policies import policies
+
+    console = Console()
+    console.print("  ".join(f"{k} {v}" for k, v in versions().items()), highlight=False)
+    table = Table("operation", "backend", "device", "dtype", "runs")
+    for row in support():
+        runs = "[green]yes[/]" if not row.reasons else "[yellow]no[/]: " + "; ".join(row.reasons)
+        table.add_row(row.op, row.backend, row.device, row.dtype, runs)
+    console.print(table)
+    console.print(f"model families   {', '.join(families())}", highlight=False)
+    forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(policies().items()))
+    console.print(f"policies         {forms}", highlight=False, markup=False)
+    console.print(f"baselines        {', '.join(names())}", highlight=False)
+    below = ", ".join(f"{device} {tokens}" for device, tokens in DENSE_BELOW.items())
+    console.print(f"dense below      {below} tokens (min_tokens=... changes it)", highlight=False)
+    if model:
+        console.print(f"\n{model}", highlight=False)
+        for layers, what in layer_report(model):
+            console.print(f"  layers {layers}: {what}", highlight=False)
