@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from seerattention.distill import TextWindows
 from seerattention.evals.needle import NeedleDocument, NeedleTask
 from seerattention.evals.observe import Watch
 from seerattention.evals.perplexity import LOGIT_ROWS
-from seerattention.evals.timing import interleaved
 from seerattention.gate import Scorer
 from seerattention.models import AttentionCall, Gates, attach, detach, set_policy
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import TopK
 from seerattention.selection import BlockSelection
+from seerattention.testing.timing import interleaved
 
 #: Query-block rows at the end that the published code computes densely.
 DENSE_LAST_ROWS = 2
@@ -179,7 +180,7 @@ class Demo:
                 hidden[:-1].split(LOGIT_ROWS), tokens[0, 1:].split(LOGIT_ROWS), strict=True
             ):
                 losses.append(F.cross_entropy(self._head(part).float(), target, reduction="none"))
-        return math.exp(float(torch.cat(losses).double().mean())), sorted(seconds)[len(seconds) // 2]
+        return math.exp(float(torch.cat(losses).double().mean())), median(seconds)
 
     @torch.inference_mode()
     def _needles(self, method: Method) -> tuple[float, float]:
@@ -260,7 +261,7 @@ class Demo:
 
         # Short runs are repeated; the longest need no warm-up round either.
         rounds = {"repeats": 3 if length <= 4096 else 1, "warmup": int(length <= 8192)}
-        model_s = interleaved({"dense": prefill, "sparse": sparse_prefill}, **rounds)
+        model_s = _medians(interleaved({"dense": prefill, "sparse": sparse_prefill}, **rounds))
         call, selection = kept[-1]
         gate = dict(gates.items())[middle]
 
@@ -273,14 +274,12 @@ class Demo:
                 call.q_nope, k_blocks, gate, policy, positions=call.positions, num_keys=length
             )
 
-        layer_s = interleaved(
-            {
-                "dense": dense_attention,
-                "sparse": lambda: block_sparse_attention(call.q, call.k, call.v, selection),
-                "select": choose,
-            },
-            **rounds,
-        )
+        parts = {
+            "dense": dense_attention,
+            "sparse": lambda: block_sparse_attention(call.q, call.k, call.v, selection),
+            "select": choose,
+        }
+        layer_s = _medians(interleaved(parts, **rounds))
         return {
             "tokens": length,
             "density": watch.density,
@@ -292,3 +291,7 @@ class Demo:
             "selection_s": layer_s["select"],
             "attention_speedup": layer_s["dense"] / layer_s["sparse"],
         }
+
+
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(values) for name, values in seconds.items()}

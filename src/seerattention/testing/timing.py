@@ -1,17 +1,16 @@
-"""Prefill time: dense and sparse in turn, in one run."""
+"""Times of several variants taken in turn, in one run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
 
 import torch
 
 
 def interleaved(
     variants: Mapping[str, Callable[[], object]], *, repeats: int = 3, warmup: int = 1
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """Time callables in turn, so that a machine's drift hits all alike.
 
     Args:
@@ -20,7 +19,7 @@ def interleaved(
         warmup: Untimed rounds before them.
 
     Returns:
-        Median seconds by name.
+        Seconds of every timed round by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warmup + repeats):
@@ -31,7 +30,7 @@ def interleaved(
             _wait()
             if round_ >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _wait() -> None:
