@@ -29,13 +29,13 @@ def run(
     from rich.table import Table
 
     from seerattention.evals.versions import versions
-    from seerattention.models import atomic_file
+    from seerattention.files import staged
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     console = Console()
     place, kind = torch.device(device), getattr(torch, dtype)
-    with atomic_file(out) as temporary:
+    with staged(out.parent) as folder:
         rate = _ceiling(place, kind)
         rows: list[dict[str, Any]] = []
         for length in tokens or [4096, 8192, 16384]:
@@ -51,7 +51,7 @@ def run(
             "matmul_tflops": round(rate, 4),
             "rows": rows,
         }
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
     table = Table(
         "tokens", "backend", "density", "median ms", "min-max ms", "TFLOP/s", "of matmul", "speedup"
     )

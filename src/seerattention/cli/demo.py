@@ -30,13 +30,13 @@ def run(
     from seerattention.evals import bundled, figures
     from seerattention.evals.demo import Demo, methods
     from seerattention.evals.versions import versions
-    from seerattention.models import atomic_folder
+    from seerattention.files import staged
     from seerattention.policies import TopK
 
     figures.require_matplotlib()
     console = Console()
     # Fails now, not after minutes, where nothing can be written.
-    with atomic_folder(out) as folder:
+    with staged(out) as folder:
         model, tokenizer = bundled.load_teacher()
         training, text = bundled.text_tokens(tokenizer)
         gates = bundled.load_teacher_gates()

@@ -13,7 +13,6 @@ from seerattention.models._attach import intercept as intercept
 from seerattention.models._attach import set_policy as set_policy
 from seerattention.models._attach import usage as usage
 from seerattention.models._call import AttentionCall as AttentionCall
-from seerattention.models._checkpoint import atomic_folder as atomic_folder
 from seerattention.models._checkpoint import load_gates as load_gates
 from seerattention.models._checkpoint import save_gates as save_gates
 from seerattention.models._family import families as families
