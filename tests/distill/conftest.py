@@ -1,0 +1,32 @@
+"""A tiny model to distil gates for, and text for it."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    built = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        # Attention of small random weights is uniform; there would be nothing to learn.
+        for parameter in built.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return built
+
+
+@pytest.fixture
+def text():
+    return np.random.default_rng(0).integers(3, 97, 4000)
