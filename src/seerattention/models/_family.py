@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
+import sys
 from typing import Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
+
+_PACKAGE = "seerattention.models"
 
 
 class Family(Protocol):
@@ -23,10 +25,9 @@ class Family(Protocol):
 
 
 def families() -> list[str]:
-    """Return the model types that have a file here."""
-    return sorted(
-        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_")
-    )
+    """Return the model types that have a file in this package's path."""
+    found = pkgutil.iter_modules(sys.modules[_PACKAGE].__path__)
+    return sorted(m.name for m in found if not m.name.startswith("_"))
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -41,7 +42,7 @@ def family_of(model: PreTrainedModel) -> Family:
             f"model type {model_type!r} has no family file; supported are {', '.join(families())}. "
             f"To add it, write models/{model_type}.py (see CONTRIBUTING.md)"
         )
-    return importlib.import_module(f"seerattention.models.{model_type}")  # type: ignore[return-value]
+    return importlib.import_module(f"{_PACKAGE}.{model_type}")  # type: ignore[return-value]
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
