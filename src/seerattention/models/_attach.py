@@ -71,6 +71,14 @@ def _runtime(model: nn.Module) -> _Runtime | None:
     return model.__dict__.get("_seerattention_runtime")
 
 
+def _idle_runtime(model: nn.Module) -> _Runtime | None:
+    """Return what is attached, refusing while a handler stands in for it."""
+    runtime = _runtime(model)
+    if runtime is not None and runtime.handler is not runtime.sparse:
+        raise ValueError("this model's attention is intercepted; leave intercept(model, ...) first")
+    return runtime
+
+
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -127,13 +135,15 @@ def _refuse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
     family = family_of(model)
+    # Whatever can fail comes first, so that a failure leaves the model as it was.
+    tapped = {i: (attention, *family.taps(attention)) for i, attention in attention_layers(model).items()}
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
     runtime = _Runtime(handler, model.config._attn_implementation)
     head_dim = head_dim_of(model.config.get_text_config())
-    for index, attention in attention_layers(model).items():
+    model.set_attn_implementation(NAME)
+    for index, (attention, q, k) in tapped.items():
         tap = _Tap(runtime, index, head_dim)
-        q, k = family.taps(attention)
         runtime.hooks += [
             q.register_forward_hook(tap.keep("q")),
             k.register_forward_hook(tap.keep("k")),
@@ -142,7 +152,6 @@ def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
         attention.__dict__["_seerattention_tap"] = tap
         runtime.modules.append(attention)
     runtime.hooks.append(model.register_forward_pre_hook(_refuse, with_kwargs=True))
-    model.set_attn_implementation(NAME)
     model.__dict__["_seerattention_runtime"] = runtime
     return runtime
 
@@ -195,13 +204,20 @@ def attach(
         The same model.
 
     Raises:
-        NotImplementedError: If the model's family has no file.
-        ValueError: If the gates are for another model, or there is no policy.
+        NotImplementedError: If the model's family has no file, or its layers or positions are of a kind
+            that is not supported.
+        TypeError: If ``scorers`` or ``policy`` is of another type.
+        ValueError: If the gates are for another model, there is no policy or no full-attention layer, or
+            the call is made inside `intercept`. The model stays as it was.
     """
     family_of(model)
     layers = full_attention_layers(model)
     if isinstance(policy, str):
         policy = parse(policy)
+    if not isinstance(policy, Policy | None):
+        raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
+    if not isinstance(scorers, Gates) and not hasattr(scorers, "score"):
+        raise TypeError(f"scorers must be Gates or a Scorer, got {scorers!r}; use load_gates(folder) first")
     if isinstance(scorers, Gates):
         _check_gates(model, scorers, list(layers), check_base)
         policy = policy or (parse(scorers.policy) if scorers.policy else None)
@@ -210,13 +226,14 @@ def attach(
         by_layer = dict.fromkeys(layers, scorers)
     if policy is None:
         raise ValueError('these gates were saved without a policy; pass one, e.g. policy="top_k:0.1"')
-    if _runtime(model) is not None:
+    if isinstance(scorers, Gates):
+        scorers.use_rotary_of(model)
+    if _idle_runtime(model) is not None:
         _uninstall(model)
     sparse = SparsePrefill(by_layer, policy, backend, min_tokens, observe)
     runtime = _install(model, sparse)
     runtime.sparse = sparse
     if isinstance(scorers, Gates):
-        scorers.use_rotary_of(model)
         for index, gate in scorers.items():
             layers[index].attn_gate = gate.to(next(layers[index].parameters()).device)
     return model
@@ -241,9 +258,10 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take gates, hooks and attention function off again, leaving the model as it was.
 
     Raises:
-        ValueError: If nothing is attached.
+        ValueError: If nothing is attached, or inside `intercept`.
     """
     _sparse(model)
+    _idle_runtime(model)
     _uninstall(model)
     return model
 

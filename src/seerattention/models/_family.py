@@ -56,7 +56,12 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 def full_attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return the self-attention modules that see the whole sequence; sliding windows stay as they are."""
+    """Return the self-attention modules that see the whole sequence; sliding windows stay as they are.
+
+    Raises:
+        ValueError: If there is none.
+        NotImplementedError: If a layer is neither.
+    """
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
 
@@ -65,4 +70,15 @@ def full_attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             return types[index] == "full_attention"
         return getattr(config, "sliding_window", None) is None
 
-    return {i: m for i, m in attention_layers(model).items() if full(i)}
+    if other := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+        raise NotImplementedError(
+            f"layers of type {', '.join(other)} are not supported; layers must be full_attention or "
+            "sliding_attention"
+        )
+    layers = {i: m for i, m in attention_layers(model).items() if full(i)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no full-attention layer (sliding_window={config.sliding_window}), "
+            "so there is nothing to make sparse; use a model or a config with sliding_window=None"
+        )
+    return layers

@@ -134,6 +134,8 @@ class Gates(nn.Module):
 
     def use_rotary_of(self, model: PreTrainedModel) -> None:
         """Let every gate rotate with the model's own rotary code, RoPE scaling included."""
+        if not self.config.rope:
+            return
         rotary = model_rotary(model, self.config.dim)
         for _, gate in self.items():
             gate.use_rotary(rotary)
@@ -155,8 +157,6 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     """
     family_of(model)
     layers = list(full_attention_layers(model))
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no full-attention layer; there is nothing to gate")
     base = BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     gates = Gates(GateConfig.from_dict({**shape, **settings}), base, layers)
@@ -178,15 +178,14 @@ def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
         narrower = copy.deepcopy(config)
         narrower.head_dim = dim
         found = type(found)(narrower, device=model.device)  # type: ignore[call-arg]
+    if (rotated := 2 * found.get_buffer("inv_freq").shape[-1]) != dim:
+        raise NotImplementedError(
+            f"{type(model).__name__} rotates {rotated} of {dim} values of a head; partial rotary embeddings "
+            "are not supported yet, use GateConfig(rope=False)"
+        )
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        cos, sin = found(like, positions)
-        if cos.shape[-1] != dim:
-            raise NotImplementedError(
-                f"the model rotates {cos.shape[-1]} of {dim} values of a head; partial rotary "
-                "embeddings are not supported yet, use GateConfig(rope=False)"
-            )
-        return cos, sin
+        return found(like, positions)
 
     return rotary
