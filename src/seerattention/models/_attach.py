@@ -121,16 +121,25 @@ def _attention_forward(
     return out.transpose(1, 2), None
 
 
-def _refuse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the model: refuse what attached models cannot do, before any work."""
-    if kwargs.get("output_attentions"):
+def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the decoder: refuse what attached models cannot do, before any work."""
+    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         raise ValueError(
             "output_attentions needs the whole attention map, which sparse attention never computes; "
             "detach(model) and load it with attn_implementation='eager' for that"
         )
     tokens = kwargs.get("input_ids", args[0] if args else None)
-    if isinstance(tokens, Tensor) and tokens.numel() == 0:
-        raise ValueError(f"empty prompt: input_ids is {list(tokens.shape)}; give at least one token")
+    for name, given in (("input_ids", tokens), ("inputs_embeds", kwargs.get("inputs_embeds"))):
+        if isinstance(given, Tensor) and given.numel() == 0:
+            raise ValueError(f"empty prompt: {name} is {list(given.shape)}; give at least one token")
+    positions = kwargs.get("position_ids")
+    if positions is not None and kwargs.get("attention_mask") is None:
+        jumps = (positions.diff(dim=-1) != 1).nonzero()
+        if len(jumps):
+            raise NotImplementedError(
+                f"position_ids jump after token {int(jumps[0, -1])}: sequences packed into one row are not "
+                "supported, give them as a padded batch with an attention_mask"
+            )
 
 
 def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
@@ -151,7 +160,8 @@ def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
         ]
         attention.__dict__["_seerattention_tap"] = tap
         runtime.modules.append(attention)
-    runtime.hooks.append(model.register_forward_pre_hook(_refuse, with_kwargs=True))
+    # The decoder, because it can be called without its head.
+    runtime.hooks.append(model.get_decoder().register_forward_pre_hook(_refuse, with_kwargs=True))
     model.__dict__["_seerattention_runtime"] = runtime
     return runtime
 
