@@ -18,6 +18,9 @@ from seerattention.models._family import attention_layers, family_of, full_atten
 #: Values per parameter that go into the fingerprint.
 FINGERPRINT_SAMPLES = 256
 
+#: Smaller values count as zero: float16 has not enough bits left for them to round like bfloat16.
+FINGERPRINT_LEAST = 2.0**-16
+
 
 @dataclass(frozen=True)
 class BaseInfo:
@@ -30,8 +33,9 @@ class BaseInfo:
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_dim: Dimension of a head.
-        fingerprint: SHA-256 over samples of the attention weights, rounded to bfloat16 so that the
-            same model has the same fingerprint whatever precision it is loaded in.
+        fingerprint: SHA-256 over samples of the attention weights, rounded so that a model stored in
+            bfloat16 or float16 has the same fingerprint whatever precision it is loaded in; one stored
+            in float32, in float32 and bfloat16.
     """
 
     name: str
@@ -91,11 +95,17 @@ def fingerprint(model: PreTrainedModel) -> str:
     for index, attention in attention_layers(model).items():
         for name, parameter in _base_parameters(attention):
             flat = parameter.flatten()
-            picks = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_SAMPLES, flat.numel()))
-            sample = flat[picks.long().to(flat.device)].to(torch.bfloat16)
+            sample = flat[_spread(flat.numel(), FINGERPRINT_SAMPLES).to(flat.device)].to(torch.bfloat16)
+            sample = torch.where(sample.abs() < FINGERPRINT_LEAST, torch.zeros_like(sample), sample)
             digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())
             digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _spread(size: int, count: int) -> Tensor:
+    """Return ``count`` indices from first to last of ``size``; float32 would round past the end."""
+    count = min(count, size)
+    return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
 def base_checksum(model: PreTrainedModel) -> str:
