@@ -259,9 +259,17 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
             f"{actual.name or 'this model'}: {'; '.join(differences)}. Load that model, or distil gates "
             "for this one; a fine-tuned variant may use them with check_base=False"
         )
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+        if (made := getattr(gates.config, name)) != (needed := getattr(actual, name)):
+            raise ValueError(
+                f"these gates have {name}={made}, the model has {needed}; make them by new_gates"
+            )
     have = [index for index, _ in gates.items()]
     if have != layers:
-        raise ValueError(f"these gates are for layers {have}; the model's full-attention layers are {layers}")
+        raise ValueError(
+            f"these gates are for layers {have}; the model's full-attention layers are {layers}; "
+            "make them by new_gates"
+        )
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
