@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,14 +34,18 @@ class _Tap:
         self.k: Tensor | None = None
         self.cache: Any = None
 
-    def keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        """Return a forward hook that keeps a module's output as ``[B, H, T, D]``."""
+    # Bound methods, not closures: a deep copy of the model then hands over to its own copy of the tap.
+    def keep_q(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the module whose output is q before RoPE."""
+        self.q = self._by_head(output)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            heads_last = output if output.dim() == 4 else output.unflatten(-1, (-1, self.head_dim))
-            setattr(self, name, heads_last.transpose(1, 2))
+    def keep_k(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the module whose output is k before RoPE."""
+        self.k = self._by_head(output)
 
-        return hook
+    def _by_head(self, output: Tensor) -> Tensor:
+        """Return ``[B, T, H * D]`` or ``[B, T, H, D]`` as ``[B, H, T, D]``."""
+        return (output if output.dim() == 4 else output.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: remember its KV cache."""
@@ -154,8 +158,8 @@ def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
     for index, (attention, q, k) in tapped.items():
         tap = _Tap(runtime, index, head_dim)
         runtime.hooks += [
-            q.register_forward_hook(tap.keep("q")),
-            k.register_forward_hook(tap.keep("k")),
+            q.register_forward_hook(tap.keep_q),
+            k.register_forward_hook(tap.keep_k),
             attention.register_forward_pre_hook(tap.before, with_kwargs=True),
         ]
         attention.__dict__["_seerattention_tap"] = tap
