@@ -187,7 +187,7 @@ def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
     if dim != head_dim_of(config):
         narrower = copy.deepcopy(config)
         narrower.head_dim = dim
-        found = type(found)(narrower, device=model.device)  # type: ignore[call-arg]
+        found = type(found)(narrower).to(model.device)  # type: ignore[call-arg]
     if (rotated := 2 * found.get_buffer("inv_freq").shape[-1]) != dim:
         raise NotImplementedError(
             f"{type(model).__name__} rotates {rotated} of {dim} values of a head; partial rotary embeddings "
