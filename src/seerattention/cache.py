@@ -84,7 +84,7 @@ class KeySummaries:
             return False
         blocks, rest = divmod(tokens, self.block)
         have = self.block_bits.shape[2]
-        if blocks > have or rest > (self.tail.shape[2] if blocks == have else 0):
+        if rest and blocks != have:
             return False
         whole = blocks * self.block
         if not torch.equal(self._sums(_bits(cached[:, :, :whole])), self.block_bits[:, :, :blocks]):

@@ -146,6 +146,16 @@ def test_filled_by_the_dense_model(tiny):
     tiny.assert_as_close(out, dense[:, 40:], gold[:, 40:])
 
 
+def test_other_gates_do_not_read_these_summaries(tiny):
+    case, ids = Case(tiny), tiny.tokens(1, 64)
+    cache = case.cache()
+    case.feed(ids[:, :48], cache)
+    other = models.new_gates(case.model, block_size=16, init="random")
+    models.attach(case.model, other, case.policy, min_tokens=0)
+    _, how = case.feed(ids[:, 48:], cache)
+    assert how == {CHANGED}
+
+
 def test_copied_cache(tiny):
     """A prefix computed once serves several continuations."""
     case, prefix = Case(tiny), tiny.tokens(1, 48)
@@ -256,3 +266,15 @@ def test_any_changed_bit_is_noticed(length, token, head, dim):
     changed[place] = torch.nextafter(changed[place], torch.tensor(torch.inf))
     assert not summaries.matches(changed)
     assert summaries.matches(cached)
+
+
+def test_a_cut_inside_a_finished_block_is_no_match():
+    """Even where all cached keys are alike: the raw keys of that block are gone."""
+    summaries = KeySummaries(AttnGate(GateConfig(4, 2, 8, block_size=16)))
+    cached = torch.ones(1, 2, 40, 8)
+    with torch.no_grad():
+        summaries.extend(torch.randn(1, 2, 40, 8), cached)
+    assert not summaries.matches(cached[:, :, :20])
+    assert summaries.matches(cached[:, :, :36])
+    assert summaries.matches(cached[:, :, :32])
+    assert summaries.tokens == 32
