@@ -2,16 +2,24 @@
 
 A KV cache holds keys after the rotary embedding; the gate reads them before. What is kept here is the
 summary of every finished block and the raw keys of the block still being filled. The cache can be
-cropped, copied, reordered or refilled by anyone, so every use first compares the cached keys with
+cropped, copied, reordered or refilled by anyone, so every prefill first compares the cached keys with
 those that were summarised, and summaries that no longer belong are dropped, never used.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
 from seerattention.gate import Scorer
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().view(_INTEGER[x.element_size()])
 
 
 class KeySummaries:
@@ -26,17 +34,39 @@ class KeySummaries:
         self.block = scorer.block_size[1]
         self.finished: Tensor | None = None
         self.tail: Tensor | None = None
-        # Cached keys at the last token of each finished block, and of every token of the tail: what
-        # the KV cache must still hold for the summaries to be of these keys.
-        self.block_ends: Tensor | None = None
-        self.tail_cached: Tensor | None = None
+        # The cached keys' bits, summed over each finished block, and as they are for the tail: what the
+        # KV cache must still hold for the summaries to be of these keys. Not just a block's last key: in
+        # the first layer it depends on nothing but its own token. Integer sums are exact in any order.
+        self.block_bits: Tensor | None = None
+        self.tail_bits: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KeySummaries:
+        # Tensors here are replaced, never written to, so a copy of a KV cache may share them; and the
+        # scorer must stay the one that is attached.
+        return copy.copy(self)
 
     @property
     def tokens(self) -> int:
         """Tokens summarised so far."""
-        if self.block_ends is None or self.tail is None:
+        if self.block_bits is None or self.tail is None:
             return 0
-        return self.block_ends.shape[2] * self.block + self.tail.shape[2]
+        return self.block_bits.shape[2] * self.block + self.tail.shape[2]
+
+    def row(self, index: int) -> KeySummaries:
+        """Return the summaries of one sequence of the batch."""
+        one = copy.copy(self)
+        for name in ("finished", "tail", "block_bits", "tail_bits"):
+            value = getattr(self, name)
+            setattr(one, name, None if value is None else value[index : index + 1])
+        return one
+
+    def as_long_as(self, cached: Tensor) -> bool:
+        """Whether as many keys were summarised as are cached: cheap, and no proof that they are these.
+
+        Args:
+            cached: The keys of all earlier tokens as the KV cache holds them, ``[B, Hk, T, D]``.
+        """
+        return self.tokens == cached.shape[2] and (self.tail is None or self.tail.shape[0] == cached.shape[0])
 
     def matches(self, cached: Tensor) -> bool:
         """Whether these are summaries of ``cached``; a cache cropped to fewer tokens matches too.
@@ -48,25 +78,28 @@ class KeySummaries:
         """
         tokens = cached.shape[2]
         if tokens == 0:
-            self.finished = self.tail = self.block_ends = self.tail_cached = None
+            self.finished = self.tail = self.block_bits = self.tail_bits = None
             return True
-        if self.block_ends is None or self.tail is None or self.tail_cached is None:
+        if self.block_bits is None or self.tail is None or self.tail_bits is None:
             return False
         blocks, rest = divmod(tokens, self.block)
-        have = self.block_ends.shape[2]
-        if blocks > have or rest > (self.tail.shape[2] if blocks == have else 0):
+        have = self.block_bits.shape[2]
+        if rest and blocks != have:
             return False
-        ends = cached[:, :, self.block - 1 : blocks * self.block : self.block]
-        if not torch.equal(ends, self.block_ends[:, :, :blocks]):
+        whole = blocks * self.block
+        if not torch.equal(self._sums(_bits(cached[:, :, :whole])), self.block_bits[:, :, :blocks]):
             return False
-        if rest and not torch.equal(cached[:, :, blocks * self.block :], self.tail_cached[:, :, :rest]):
+        if not torch.equal(_bits(cached[:, :, whole:]), self.tail_bits[:, :, :rest]):
             return False
-        self.block_ends = self.block_ends[:, :, :blocks]
-        self.tail, self.tail_cached = self.tail[:, :, :rest], self.tail_cached[:, :, :rest]
+        self.block_bits = self.block_bits[:, :, :blocks]
+        self.tail, self.tail_bits = self.tail[:, :, :rest], self.tail_bits[:, :, :rest]
         if self.finished is not None:
             per_block = self.finished.shape[2] // max(have, 1)
             self.finished = self.finished[:, :, : blocks * per_block]
         return True
+
+    def _sums(self, bits: Tensor) -> Tensor:
+        return bits.unflatten(2, (bits.shape[2] // self.block, self.block)).sum(3, dtype=torch.int64)
 
     def extend(self, k: Tensor, cached: Tensor) -> None:
         """Add the keys of new tokens.
@@ -75,18 +108,19 @@ class KeySummaries:
             k: New keys as the scorer reads them, ``[B, Hk, T, D]``.
             cached: The same keys as the KV cache holds them, ``[B, Hk, T, D]``.
         """
+        bits = _bits(cached)
         start = self.tokens - (0 if self.tail is None else self.tail.shape[2])
-        if self.tail is not None and self.tail_cached is not None:
-            k, cached = torch.cat([self.tail, k], 2), torch.cat([self.tail_cached, cached], 2)
+        if self.tail is not None and self.tail_bits is not None:
+            k, bits = torch.cat([self.tail, k], 2), torch.cat([self.tail_bits, bits], 2)
         whole = k.shape[2] // self.block * self.block
-        ends = cached[:, :, self.block - 1 : whole : self.block]
-        self.block_ends = ends if self.block_ends is None else torch.cat([self.block_ends, ends], 2)
+        sums = self._sums(bits[:, :, :whole])
+        self.block_bits = sums if self.block_bits is None else torch.cat([self.block_bits, sums], 2)
         if whole:
             positions = torch.arange(start, start + whole, device=k.device)
             new = self.scorer.compress(k[:, :, :whole], positions=positions)
             self.finished = new if self.finished is None else torch.cat([self.finished, new], 2)
         # Copies, so that a short tail does not keep a long prompt's keys alive.
-        self.tail, self.tail_cached = k[:, :, whole:].clone(), cached[:, :, whole:].clone()
+        self.tail, self.tail_bits = k[:, :, whole:].clone(), bits[:, :, whole:].clone()
 
     def all(self) -> Tensor:
         """Return the summaries of every block, the last one of the tokens it has so far."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,24 +12,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from seerattention.attention import seer_attention
-from seerattention.cache import KeySummaries
 from seerattention.gate import Scorer
 from seerattention.models._call import AttentionCall, Handler, dense_attention, real_tokens
-from seerattention.models._family import family_of, full_attention_layers
+from seerattention.models._family import attention_layers, family_of, full_attention_layers
 from seerattention.models._gates import BaseInfo, Gates, head_dim_of
+from seerattention.models._sparse import Observer, SparsePrefill
 from seerattention.policies import Policy, parse
-from seerattention.selection import BlockSelection
 
 #: Name under which the attention function is registered with transformers.
 NAME = "seerattention"
-
-#: Tokens below which prefill is dense because selection costs more than it saves, per device type;
-#: measurements in docs/kernels.md.
-DENSE_BELOW = {"cpu": 2048, "cuda": 16384}
-
-#: Called after every sparse layer with its inputs and the blocks that were read.
-Observer = Callable[[int, AttentionCall, BlockSelection], None]
 
 
 class _Tap:
@@ -44,14 +34,18 @@ class _Tap:
         self.k: Tensor | None = None
         self.cache: Any = None
 
-    def keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        """Return a forward hook that keeps a module's output as ``[B, H, T, D]``."""
+    # Bound methods, not closures: a deep copy of the model then hands over to its own copy of the tap.
+    def keep_q(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the module whose output is q before RoPE."""
+        self.q = self._by_head(output)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            heads_last = output if output.dim() == 4 else output.unflatten(-1, (-1, self.head_dim))
-            setattr(self, name, heads_last.transpose(1, 2))
+    def keep_k(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the module whose output is k before RoPE."""
+        self.k = self._by_head(output)
 
-        return hook
+    def _by_head(self, output: Tensor) -> Tensor:
+        """Return ``[B, T, H * D]`` or ``[B, T, H, D]`` as ``[B, H, T, D]``."""
+        return (output if output.dim() == 4 else output.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: remember its KV cache."""
@@ -74,11 +68,19 @@ class _Runtime:
     previous_attention: str | None
     hooks: list[Any] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
-    sparse: _SparsePrefill | None = None
+    sparse: SparsePrefill | None = None
 
 
 def _runtime(model: nn.Module) -> _Runtime | None:
     return model.__dict__.get("_seerattention_runtime")
+
+
+def _idle_runtime(model: nn.Module) -> _Runtime | None:
+    """Return what is attached, refusing while a handler stands in for it."""
+    runtime = _runtime(model)
+    if runtime is not None and runtime.handler is not runtime.sparse:
+        raise ValueError("this model's attention is intercepted; leave intercept(model, ...) first")
+    return runtime
 
 
 def _attention_forward(
@@ -98,175 +100,72 @@ def _attention_forward(
             f"attention dropout ({dropout}) is not supported; set attention_dropout=0 or call model.eval()"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tap: _Tap | None = module.__dict__.get("_seerattention_tap")
-    if tap is None:
-        rows = real_tokens(attention_mask, query.shape[2])
-        compute = lambda q, k, v: dense_attention(q, k, v, scale=scale, window=sliding_window)  # noqa: E731
-        return _by_row(rows, query, key, value, compute).transpose(1, 2), None
+    tap: _Tap = module.__dict__["_seerattention_tap"]
     q_nope, k_nope, cache = tap.take()
     if cache is not None and (seen := int(cache.get_seq_length(tap.layer))) < key.shape[2]:
         # A static cache hands over its whole buffer.
         key, value = key[:, :, :seen], value[:, :, :seen]
         attention_mask = None if attention_mask is None else attention_mask[:, :seen]
-    rows = real_tokens(attention_mask, query.shape[2])
-    handler = tap.runtime.handler
-    if isinstance(handler, _SparsePrefill):
-        handler.use_cache(cache)
 
-    def call(q: Tensor, k: Tensor, v: Tensor, qn: Tensor, kn: Tensor, slot: int | None) -> Tensor:
-        past = k.shape[2] - q.shape[2]
-        positions = torch.arange(past, k.shape[2], device=q.device)
-        return handler(AttentionCall(tap.layer, q, k, v, qn, kn, positions, scale, slot))
+    def compute(q: Tensor, k: Tensor, v: Tensor, qn: Tensor, kn: Tensor, slot: int | None) -> Tensor:
+        if sliding_window is not None:
+            return dense_attention(q, k, v, scale=scale, window=sliding_window)
+        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        return tap.runtime.handler(AttentionCall(tap.layer, q, k, v, qn, kn, positions, scale, slot, cache))
 
+    rows = real_tokens(attention_mask, query.shape[2], key.shape[2])
     if rows is None:
-        return call(query, key, value, q_nope, k_nope, None).transpose(1, 2), None
+        return compute(query, key, value, q_nope, k_nope, None).transpose(1, 2), None
     out = torch.zeros_like(query)
     for b, (of_q, of_k) in enumerate(rows):
         if of_q.numel():
             one = slice(b, b + 1)
-            q, qn, kn = query[one][:, :, of_q], q_nope[one][:, :, of_q], k_nope[one][:, :, of_q]
-            out[one, :, of_q] = call(q, key[one][:, :, of_k], value[one][:, :, of_k], qn, kn, b)
+            q, qn, kn = (x[one][:, :, of_q] for x in (query, q_nope, k_nope))
+            out[one, :, of_q] = compute(q, key[one][:, :, of_k], value[one][:, :, of_k], qn, kn, b)
     return out.transpose(1, 2), None
 
 
-def _by_row(
-    rows: list[tuple[Tensor, Tensor]] | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compute: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Compute attention over the real tokens of each row; padding gets zeros."""
-    if rows is None:
-        return compute(query, key, value)
-    out = torch.zeros_like(query)
-    for b, (of_q, of_k) in enumerate(rows):
-        if of_q.numel():
-            one = slice(b, b + 1)
-            out[one, :, of_q] = compute(query[one][:, :, of_q], key[one][:, :, of_k], value[one][:, :, of_k])
-    return out
-
-
-class _SparsePrefill:
-    """The handler that `attach` installs: sparse prefill, dense decoding."""
-
-    def __init__(
-        self,
-        scorers: dict[int, Scorer],
-        policy: Policy,
-        backend: str,
-        min_tokens: int | None,
-        observe: Observer | None,
-    ) -> None:
-        self.scorers = scorers
-        self.policy = policy
-        self.backend = backend
-        self.min_tokens = min_tokens
-        self.observe = observe
-        self.usage: Counter[str] = Counter()
-        self._summaries: dict[tuple[int, int | None], KeySummaries] | None = None
-
-    def use_cache(self, cache: Any) -> None:
-        """Keep summaries with this KV cache: copies of the cache copy them along."""
-        if cache is None:
-            self._summaries = None
-            return
-        if not hasattr(cache, "seerattention_summaries"):
-            cache.seerattention_summaries = {}
-        self._summaries = cache.seerattention_summaries
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        scorer = self.scorers[call.layer]
-        summaries = self._update_summaries(call, scorer)
-        reason = self._why_dense(call, scorer, summaries)
-        self.usage[reason or "sparse"] += 1
-        if reason:
-            return dense_attention(call.q, call.k, call.v, scale=call.scale)
-        if scorer.after_rope:
-            positions = torch.arange(call.k.shape[2], device=call.k.device)
-            k_blocks = scorer.compress(call.k, positions=positions)
-        else:
-            assert summaries is not None
-            k_blocks = summaries.all()
-        out, selection = seer_attention(
-            call.q,
-            call.k,
-            call.v,
-            scorer,
-            self.policy,
-            q_scored=call.q if scorer.after_rope else call.q_nope,
-            k_blocks=k_blocks,
-            positions=call.positions,
-            scale=call.scale,
-            backend=self.backend,
-        )
-        if self.observe is not None:
-            self.observe(call.layer, call, selection)
-        return out
-
-    def _why_dense(self, call: AttentionCall, scorer: Scorer, summaries: KeySummaries | None) -> str | None:
-        """Return why this call is computed densely, or None."""
-        new, total = call.q.shape[2], call.k.shape[2]
-        least = self.min_tokens
-        if least is None:
-            least = DENSE_BELOW.get(call.q.device.type, 0)
-        if new == 1 and total > 1:
-            return "dense: decoding step"
-        if total < least:
-            return f"dense: fewer than {least} tokens"
-        if summaries is None and not scorer.after_rope:
-            return "dense: the KV cache was changed from outside, block summaries no longer match it"
-        return None
-
-    def _update_summaries(self, call: AttentionCall, scorer: Scorer) -> KeySummaries | None:
-        """Add this call's keys to the summaries; None if they do not belong to the cached keys."""
-        if scorer.after_rope:
-            return None
-        past = call.k.shape[2] - call.q.shape[2]
-        key = (call.layer, call.slot)
-        store = {} if self._summaries is None else self._summaries
-        summaries = store.get(key)
-        if summaries is None or summaries.scorer is not scorer:
-            summaries = KeySummaries(scorer)
-        if not summaries.matches(call.k[:, :, :past]):
-            store.pop(key, None)
-            return None
-        summaries.extend(call.k_nope, call.k[:, :, past:])
-        store[key] = summaries
-        return summaries
-
-
-def _refuse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the model: refuse what attached models cannot do, before any work."""
-    if kwargs.get("output_attentions"):
+def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the decoder: refuse what attached models cannot do, before any work."""
+    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         raise ValueError(
             "output_attentions needs the whole attention map, which sparse attention never computes; "
             "detach(model) and load it with attn_implementation='eager' for that"
         )
     tokens = kwargs.get("input_ids", args[0] if args else None)
-    if isinstance(tokens, Tensor) and tokens.numel() == 0:
-        raise ValueError(f"empty prompt: input_ids is {list(tokens.shape)}; give at least one token")
+    for name, given in (("input_ids", tokens), ("inputs_embeds", kwargs.get("inputs_embeds"))):
+        if isinstance(given, Tensor) and given.numel() == 0:
+            raise ValueError(f"empty prompt: {name} is {list(given.shape)}; give at least one token")
+    positions = kwargs.get("position_ids")
+    if positions is not None and kwargs.get("attention_mask") is None:
+        jumps = (positions.diff(dim=-1) != 1).nonzero()
+        if len(jumps):
+            raise NotImplementedError(
+                f"position_ids jump after token {int(jumps[0, -1])}: sequences packed into one row are not "
+                "supported, give them as a padded batch with an attention_mask"
+            )
 
 
 def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
     family = family_of(model)
-    layers = full_attention_layers(model)
+    # Whatever can fail comes first, so that a failure leaves the model as it was.
+    tapped = {i: (attention, *family.taps(attention)) for i, attention in attention_layers(model).items()}
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
     runtime = _Runtime(handler, model.config._attn_implementation)
     head_dim = head_dim_of(model.config.get_text_config())
-    for index, attention in layers.items():
+    model.set_attn_implementation(NAME)
+    for index, (attention, q, k) in tapped.items():
         tap = _Tap(runtime, index, head_dim)
-        q, k = family.taps(attention)
         runtime.hooks += [
-            q.register_forward_hook(tap.keep("q")),
-            k.register_forward_hook(tap.keep("k")),
+            q.register_forward_hook(tap.keep_q),
+            k.register_forward_hook(tap.keep_k),
             attention.register_forward_pre_hook(tap.before, with_kwargs=True),
         ]
         attention.__dict__["_seerattention_tap"] = tap
         runtime.modules.append(attention)
-    runtime.hooks.append(model.register_forward_pre_hook(_refuse, with_kwargs=True))
-    model.set_attn_implementation(NAME)
+    # The decoder, because it can be called without its head.
+    runtime.hooks.append(model.get_decoder().register_forward_pre_hook(_refuse, with_kwargs=True))
     model.__dict__["_seerattention_runtime"] = runtime
     return runtime
 
@@ -319,13 +218,20 @@ def attach(
         The same model.
 
     Raises:
-        NotImplementedError: If the model's family has no file.
-        ValueError: If the gates are for another model, or there is no policy.
+        NotImplementedError: If the model's family has no file, or its layers or positions are of a kind
+            that is not supported.
+        TypeError: If ``scorers`` or ``policy`` is of another type.
+        ValueError: If the gates are for another model, there is no policy or no full-attention layer, or
+            the call is made inside `intercept`. The model stays as it was.
     """
     family_of(model)
     layers = full_attention_layers(model)
     if isinstance(policy, str):
         policy = parse(policy)
+    if not isinstance(policy, Policy | None):
+        raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
+    if not isinstance(scorers, Gates) and not hasattr(scorers, "score"):
+        raise TypeError(f"scorers must be Gates or a Scorer, got {scorers!r}; use load_gates(folder) first")
     if isinstance(scorers, Gates):
         _check_gates(model, scorers, list(layers), check_base)
         policy = policy or (parse(scorers.policy) if scorers.policy else None)
@@ -334,13 +240,14 @@ def attach(
         by_layer = dict.fromkeys(layers, scorers)
     if policy is None:
         raise ValueError('these gates were saved without a policy; pass one, e.g. policy="top_k:0.1"')
-    if _runtime(model) is not None:
+    if isinstance(scorers, Gates):
+        scorers.use_rotary_of(model)
+    if _idle_runtime(model) is not None:
         _uninstall(model)
-    sparse = _SparsePrefill(by_layer, policy, backend, min_tokens, observe)
+    sparse = SparsePrefill(by_layer, policy, backend, min_tokens, observe)
     runtime = _install(model, sparse)
     runtime.sparse = sparse
     if isinstance(scorers, Gates):
-        scorers.use_rotary_of(model)
         for index, gate in scorers.items():
             layers[index].attn_gate = gate.to(next(layers[index].parameters()).device)
     return model
@@ -356,18 +263,27 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
             f"{actual.name or 'this model'}: {'; '.join(differences)}. Load that model, or distil gates "
             "for this one; a fine-tuned variant may use them with check_base=False"
         )
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+        if (made := getattr(gates.config, name)) != (needed := getattr(actual, name)):
+            raise ValueError(
+                f"these gates have {name}={made}, the model has {needed}; make them by new_gates"
+            )
     have = [index for index, _ in gates.items()]
     if have != layers:
-        raise ValueError(f"these gates are for layers {have}; the model's full-attention layers are {layers}")
+        raise ValueError(
+            f"these gates are for layers {have}; the model's full-attention layers are {layers}; "
+            "make them by new_gates"
+        )
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take gates, hooks and attention function off again, leaving the model as it was.
 
     Raises:
-        ValueError: If nothing is attached.
+        ValueError: If nothing is attached, or inside `intercept`.
     """
     _sparse(model)
+    _idle_runtime(model)
     _uninstall(model)
     return model
 
@@ -390,7 +306,7 @@ def usage(model: PreTrainedModel) -> dict[str, int]:
     return dict(_sparse(model).usage)
 
 
-def _sparse(model: PreTrainedModel) -> _SparsePrefill:
+def _sparse(model: PreTrainedModel) -> SparsePrefill:
     runtime = _runtime(model)
     if runtime is None or runtime.sparse is None:
         raise ValueError("nothing is attached to this model; call attach(model, gates, policy) first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class AttentionCall:
         positions: int64 ``[Tq]``, counted from each sequence's first real token.
         scale: Softmax scale.
         slot: Which summaries belong to these sequences: a row of a padded batch, or None.
+        cache: The model's KV cache, or None.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class AttentionCall:
     positions: Tensor
     scale: float
     slot: int | None = None
+    cache: Any = None
 
 
 #: Computes the output ``[B, Hq, Tq, D]`` of an attention layer.
@@ -83,19 +86,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     return torch.cat(outs, 2)
 
 
-def real_tokens(mask: Tensor | None, num_queries: int) -> list[tuple[Tensor, Tensor]] | None:
+def real_tokens(mask: Tensor | None, num_queries: int, num_keys: int) -> list[tuple[Tensor, Tensor]] | None:
     """Find the real tokens of every row of a padded batch.
 
     Args:
         mask: ``[B, Tk]``, nonzero for real tokens, or None.
         num_queries: Query tokens, the last columns of the mask.
+        num_keys: Key tokens, all columns of the mask.
 
     Returns:
         Per row the indices of its real query tokens and of its real key tokens, or None where nothing
         is padded.
 
     Raises:
-        ValueError: If the mask is not of two dimensions.
+        ValueError: If the mask is not of two dimensions, or does not cover all keys.
     """
     if mask is None:
         return None
@@ -103,6 +107,11 @@ def real_tokens(mask: Tensor | None, num_queries: int) -> list[tuple[Tensor, Ten
         raise ValueError(
             f"the attention mask must mark padding, [B, T], got {list(mask.shape)}; "
             "masks of other kinds need dense attention: detach(model) first"
+        )
+    if mask.shape[1] != num_keys:
+        raise ValueError(
+            f"the attention mask covers {mask.shape[1]} tokens, but there are {num_keys}; give one that "
+            "covers the tokens already cached too"
         )
     real = mask.bool()
     if bool(real.all()):

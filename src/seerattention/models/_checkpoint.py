@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -31,18 +33,23 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         OSError: If the parent folder cannot be written.
     """
     folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield temporary
-        temporary.chmod(0o755)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise OSError(f"cannot write {folder} ({error}); choose a folder that can be written") from error
+    try:
+        new = temporary / "new"
+        new.mkdir()
+        yield new
         if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            folder.replace(retired / "old")
-            temporary.replace(folder)
-            shutil.rmtree(retired)
-        else:
-            temporary.replace(folder)
+            folder.replace(temporary / "old")
+        try:
+            new.replace(folder)
+        except OSError:
+            if (temporary / "old").exists():
+                (temporary / "old").replace(folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -52,10 +59,11 @@ def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None 
 
     Args:
         gates: The gates.
-        folder: Where to; an existing one is replaced once everything is written.
+        folder: Where to; gates already there are replaced once everything is written.
         policy: The policy to use them with by default.
 
     Raises:
+        FileExistsError: If something other than gates is there.
         OSError: If the folder cannot be written.
         ValueError: If the policy's text is not understood, or a weight is not finite.
     """
@@ -67,7 +75,9 @@ def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None 
     }
     for key, value in weights.items():
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{key} holds NaN or infinity; these gates are not saved")
+            raise ValueError(
+                f"{key} holds NaN or infinity; train the gates again from a state that is finite"
+            )
     config = {
         "format": FORMAT,
         "gate": gates.config.to_dict(),
@@ -75,9 +85,36 @@ def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None 
         "base_model": gates.base.to_dict(),
         "policy": text,
     }
+    _check_replaceable(Path(folder))
     with atomic_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost."""
+    if folder.is_dir():
+        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG})
+    else:
+        other = [folder.name] if folder.exists() else []
+    if other:
+        raise FileExistsError(
+            f"{folder} holds other files than gates ({', '.join(other[:3])}); choose a new or empty folder"
+        )
+
+
+def _local_folder(folder: str | Path) -> Path:
+    """Return the folder itself, or where the hub client put the repository of that name."""
+    path = Path(folder)
+    if path.exists() or isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
+        return path
+    try:
+        return Path(snapshot_download(folder, allow_patterns=[WEIGHTS, CONFIG]))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {folder}, and it cannot be had from the hub ({reason}); check the name"
+        ) from error
 
 
 def load_gates(folder: str | Path) -> Gates:
@@ -93,37 +130,45 @@ def load_gates(folder: str | Path) -> Gates:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, or keys or shapes are not those of its configuration.
     """
-    path = Path(folder)
-    if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
-        path = Path(snapshot_download(str(folder), allow_patterns=[WEIGHTS, CONFIG]))
+    path = _local_folder(folder)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} holds no {name}; it is not a folder written by save_gates")
+            raise FileNotFoundError(
+                f"{path} holds no {name}; give a folder written by save_gates, or a hub id of one"
+            )
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise ValueError(f"format {config['format']!r}, this version reads {FORMAT}")
         gate_config = GateConfig.from_dict(config["gate"])
         base = BaseInfo(**config["base_model"])
         layers = [int(i) for i in config["layers"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG} is damaged ({error}); save or download the gates again") from error
+        policy = config["policy"] and str(parse(config["policy"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path / CONFIG} is damaged ({type(error).__name__}: {error}); save or download the gates again"
+        ) from error
     try:
         weights = load_file(path / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(
             f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
         ) from error
-    gates = Gates(gate_config, base, layers, config.get("policy"))
+    gates = Gates(gate_config, base, layers, policy)
     expected = {
         KEY.format(i, name): value for i, gate in gates.items() for name, value in gate.state_dict().items()
     }
     for what, keys in (("missing", set(expected) - set(weights)), ("extra", set(weights) - set(expected))):
         if keys:
-            raise ValueError(f"{path / WEIGHTS} has {len(keys)} {what} gate keys, the first is {min(keys)}")
+            raise ValueError(
+                f"{path / WEIGHTS} has {len(keys)} {what} gate keys, the first is {min(keys)}; "
+                "save or download the gates again"
+            )
     for key, value in expected.items():
         if weights[key].shape != value.shape:
             raise ValueError(
                 f"{key} in {path / WEIGHTS} is {list(weights[key].shape)}, "
-                f"its configuration needs {list(value.shape)}"
+                f"its configuration needs {list(value.shape)}; save or download the gates again"
             )
     for index, gate in gates.items():
         gate.to(next(iter(weights.values())).dtype)

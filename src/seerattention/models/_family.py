@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
+import sys
 from typing import Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
+
+_PACKAGE = "seerattention.models"
 
 
 class Family(Protocol):
@@ -23,10 +25,9 @@ class Family(Protocol):
 
 
 def families() -> list[str]:
-    """Return the model types that have a file here."""
-    return sorted(
-        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_")
-    )
+    """Return the model types that have a file in this package's path."""
+    found = pkgutil.iter_modules(sys.modules[_PACKAGE].__path__)
+    return sorted(m.name for m in found if not m.name.startswith("_"))
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -41,7 +42,7 @@ def family_of(model: PreTrainedModel) -> Family:
             f"model type {model_type!r} has no family file; supported are {', '.join(families())}. "
             f"To add it, write models/{model_type}.py (see CONTRIBUTING.md)"
         )
-    return importlib.import_module(f"seerattention.models.{model_type}")  # type: ignore[return-value]
+    return importlib.import_module(f"{_PACKAGE}.{model_type}")  # type: ignore[return-value]
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -55,7 +56,12 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 def full_attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return the self-attention modules that see the whole sequence; sliding windows stay as they are."""
+    """Return the self-attention modules that see the whole sequence; sliding windows stay as they are.
+
+    Raises:
+        ValueError: If there is none.
+        NotImplementedError: If a layer is neither.
+    """
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
 
@@ -64,4 +70,15 @@ def full_attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             return types[index] == "full_attention"
         return getattr(config, "sliding_window", None) is None
 
-    return {i: m for i, m in attention_layers(model).items() if full(i)}
+    if other := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+        raise NotImplementedError(
+            f"layers of type {', '.join(other)} are not supported; layers must be full_attention or "
+            "sliding_attention"
+        )
+    layers = {i: m for i, m in attention_layers(model).items() if full(i)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no full-attention layer (sliding_window={config.sliding_window}), "
+            "so there is nothing to make sparse; use a model or a config with sliding_window=None"
+        )
+    return layers

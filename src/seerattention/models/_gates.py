@@ -18,6 +18,9 @@ from seerattention.models._family import attention_layers, family_of, full_atten
 #: Values per parameter that go into the fingerprint.
 FINGERPRINT_SAMPLES = 256
 
+#: Smaller values count as zero: float16 has not enough bits left for them to round like bfloat16.
+FINGERPRINT_LEAST = 2.0**-16
+
 
 @dataclass(frozen=True)
 class BaseInfo:
@@ -30,8 +33,9 @@ class BaseInfo:
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_dim: Dimension of a head.
-        fingerprint: SHA-256 over samples of the attention weights, rounded to bfloat16 so that the
-            same model has the same fingerprint whatever precision it is loaded in.
+        fingerprint: SHA-256 over samples of the attention weights, rounded so that a model stored in
+            bfloat16 or float16 has the same fingerprint whatever precision it is loaded in; one stored
+            in float32, in float32 and bfloat16.
     """
 
     name: str
@@ -91,11 +95,17 @@ def fingerprint(model: PreTrainedModel) -> str:
     for index, attention in attention_layers(model).items():
         for name, parameter in _base_parameters(attention):
             flat = parameter.flatten()
-            picks = torch.linspace(0, flat.numel() - 1, min(FINGERPRINT_SAMPLES, flat.numel()))
-            sample = flat[picks.long().to(flat.device)].to(torch.bfloat16)
+            sample = flat[_spread(flat.numel(), FINGERPRINT_SAMPLES).to(flat.device)].to(torch.bfloat16)
+            sample = torch.where(sample.abs() < FINGERPRINT_LEAST, torch.zeros_like(sample), sample)
             digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())
             digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _spread(size: int, count: int) -> Tensor:
+    """Return ``count`` indices from first to last of ``size``; float32 would round past the end."""
+    count = min(count, size)
+    return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
 def base_checksum(model: PreTrainedModel) -> str:
@@ -134,6 +144,8 @@ class Gates(nn.Module):
 
     def use_rotary_of(self, model: PreTrainedModel) -> None:
         """Let every gate rotate with the model's own rotary code, RoPE scaling included."""
+        if not self.config.rope:
+            return
         rotary = model_rotary(model, self.config.dim)
         for _, gate in self.items():
             gate.use_rotary(rotary)
@@ -155,8 +167,6 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     """
     family_of(model)
     layers = list(full_attention_layers(model))
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no full-attention layer; there is nothing to gate")
     base = BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     gates = Gates(GateConfig.from_dict({**shape, **settings}), base, layers)
@@ -177,16 +187,15 @@ def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
     if dim != head_dim_of(config):
         narrower = copy.deepcopy(config)
         narrower.head_dim = dim
-        found = type(found)(narrower, device=model.device)  # type: ignore[call-arg]
+        found = type(found)(narrower).to(model.device)  # type: ignore[call-arg]
+    if (rotated := 2 * found.get_buffer("inv_freq").shape[-1]) != dim:
+        raise NotImplementedError(
+            f"{type(model).__name__} rotates {rotated} of {dim} values of a head; partial rotary embeddings "
+            "are not supported yet, use GateConfig(rope=False)"
+        )
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        cos, sin = found(like, positions)
-        if cos.shape[-1] != dim:
-            raise NotImplementedError(
-                f"the model rotates {cos.shape[-1]} of {dim} values of a head; partial rotary "
-                "embeddings are not supported yet, use GateConfig(rope=False)"
-            )
-        return cos, sin
+        return found(like, positions)
 
     return rotary

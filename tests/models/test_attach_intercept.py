@@ -1,0 +1,117 @@
+"""intercept on a plain and on an attached model, and what it leaves behind."""
+
+import pytest
+import torch
+
+from seerattention import models
+from seerattention.models._call import dense_attention
+
+
+def dense(call):
+    return dense_attention(call.q, call.k, call.v, scale=call.scale)
+
+
+def test_plain_model(tiny, kind):
+    model, ids = tiny.make(kind), tiny.tokens(2, 30)
+    before, gold, keys = tiny.logits(model, ids), tiny.gold_logits(model, ids), list(model.state_dict())
+    layers = []
+
+    def handler(call):
+        layers.append(call.layer)
+        return dense(call)
+
+    with models.intercept(model, handler) as same:
+        assert same is model
+        assert not models.attached(model)
+        assert list(model.state_dict()) == keys
+        tiny.assert_as_close(tiny.logits(model, ids), before, gold)
+    assert layers == ([0, 2] if kind == "qwen2-mixed" else [0, 1])
+    assert torch.equal(tiny.logits(model, ids), before)
+    assert "_seerattention_runtime" not in vars(model)
+
+
+def test_attached_model(tiny):
+    model, ids = tiny.make(), tiny.tokens(1, 70)
+    before, gold = tiny.logits(model, ids), tiny.gold_logits(model, ids)
+    models.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    sparse = tiny.logits(model, ids)
+    with models.intercept(model, dense):
+        assert models.attached(model)
+        tiny.assert_as_close(tiny.logits(model, ids), before, gold)
+    assert torch.equal(tiny.logits(model, ids), sparse)
+    assert models.usage(model) == {"sparse": 4}
+
+
+def test_nested(tiny):
+    model, ids, order = tiny.make(), tiny.tokens(1, 10), []
+
+    def named(name):
+        def handler(call):
+            order.append(name)
+            return dense(call)
+
+        return handler
+
+    with models.intercept(model, named("outer")):
+        with models.intercept(model, named("inner")):
+            tiny.logits(model, ids)
+        tiny.logits(model, ids)
+    assert order == ["inner"] * 2 + ["outer"] * 2
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop(call):
+    raise StoppedError
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_exceptions_leave_the_model_as_before(tiny, attached):
+    model, ids = tiny.make(), tiny.tokens(1, 70)
+    if attached:
+        models.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    before = tiny.logits(model, ids)
+    implementation = model.config._attn_implementation
+    with pytest.raises(StoppedError), models.intercept(model, stop):
+        tiny.logits(model, ids)
+    assert torch.equal(tiny.logits(model, ids), before)
+    assert model.config._attn_implementation == implementation
+    assert models.attached(model) == attached
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_attach_and_detach_inside_are_refused(tiny, attached):
+    model, ids = tiny.make(), tiny.tokens(1, 70)
+    gates = tiny.gates_for(model)
+    if attached:
+        models.attach(model, gates, "top_k:0.1", min_tokens=0)
+    before = tiny.logits(model, ids)
+    with models.intercept(model, dense):
+        with pytest.raises(ValueError, match=r"is intercepted; leave intercept"):
+            models.attach(model, gates, "top_k:0.1")
+        with pytest.raises(ValueError, match="is intercepted" if attached else "nothing is attached"):
+            models.detach(model)
+    assert torch.equal(tiny.logits(model, ids), before)
+
+
+def test_padding_is_taken_off(tiny):
+    model, ids = tiny.make(), tiny.tokens(2, 20)
+    mask = torch.ones(2, 20)
+    mask[0, :7] = 0
+    calls = []
+
+    def handler(call):
+        calls.append(call)
+        return dense(call)
+
+    with models.intercept(model, handler):
+        tiny.logits(model, ids, attention_mask=mask)
+    assert [(c.layer, c.slot, c.q.shape[2], c.k_nope.shape[2]) for c in calls] == [
+        (0, 0, 13, 13),
+        (0, 1, 20, 20),
+        (1, 0, 13, 13),
+        (1, 1, 20, 20),
+    ]
+    assert torch.equal(calls[0].positions, torch.arange(13))

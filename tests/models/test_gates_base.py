@@ -1,0 +1,176 @@
+"""What identifies a base model, how gates rotate, and how a family is added."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seerattention import models
+from seerattention.models import _gates
+
+
+def loaded(model, folder, dtype):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_fingerprint_does_not_depend_on_the_loaded_dtype(tiny, family, tmp_path, stored, dtype):
+    model = tiny.make(family)
+    with torch.no_grad():
+        # Values that float16 holds with fewer bits than bfloat16, or not at all.
+        model.model.layers[0].self_attn.q_proj.weight[:8] *= 1e-4
+        model.model.layers[1].self_attn.k_proj.weight[:8] *= 1e-7
+    model.to(stored)
+    expected = models.BaseInfo.of(model).fingerprint
+    assert models.BaseInfo.of(loaded(model, tmp_path, dtype)).fingerprint == expected
+
+
+def test_fingerprint_of_a_float32_model_loaded_in_bfloat16(tiny, family, tmp_path):
+    model = tiny.make(family)
+    other = loaded(model, tmp_path, torch.bfloat16)
+    assert models.BaseInfo.of(other).fingerprint == models.BaseInfo.of(model).fingerprint
+    models.attach(other, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    assert tiny.logits(other, tiny.tokens(1, 40)).dtype == torch.bfloat16
+
+
+def test_fingerprint_tells_models_apart(tiny, family):
+    model = tiny.make(family)
+    own = models.BaseInfo.of(model).fingerprint
+    assert models.BaseInfo.of(tiny.make(family)).fingerprint == own
+    assert models.BaseInfo.of(tiny.make(family, seed=1)).fingerprint != own
+    for layer, name in ((0, "q_proj"), (1, "o_proj")):
+        tuned = tiny.make(family)
+        with torch.no_grad():
+            getattr(tuned.model.layers[layer].self_attn, name).weight.mul_(1.02)
+        assert models.BaseInfo.of(tuned).fingerprint != own
+
+
+def test_fingerprint_ignores_gates_and_the_mlp(tiny):
+    model = tiny.make()
+    own = models.BaseInfo.of(model)
+    models.attach(model, tiny.gates_for(model), "top_k:0.1")
+    assert models.BaseInfo.of(model) == own
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert models.BaseInfo.of(model) == own
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 257, 2**24 + 2, 8192 * 8192, 2**40 + 1])
+def test_sampled_positions_stay_inside(size):
+    picks = _gates._spread(size, 256)
+    assert len(picks) == min(size, 256)
+    assert picks[0] == 0
+    assert picks[-1] == size - 1
+    assert (picks.diff() > 0).all()
+
+
+def test_checksum_covers_every_weight(tiny):
+    model = tiny.make()
+    own = models.base_checksum(model)
+    assert models.base_checksum(tiny.make()) == own
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            was = parameter.flatten()[-1].clone()
+            parameter.view(-1)[-1] += 1
+            assert models.base_checksum(model) != own, name
+            parameter.view(-1)[-1] = was
+    assert models.base_checksum(model) == own
+    models.attach(model, tiny.gates_for(model), "top_k:0.1")
+    assert models.base_checksum(model) == own
+
+
+def test_new_gates_fit_the_model(tiny, kind):
+    model = tiny.make(kind)
+    gates = models.new_gates(model, block_size=32, gate_dim=8)
+    config = model.config
+    assert (gates.config.num_heads, gates.config.num_kv_heads) == (4, 2)
+    assert gates.config.head_dim == model.model.layers[0].self_attn.head_dim
+    assert (gates.config.block_size, gates.config.dim) == (32, 8)
+    assert gates.base.model_type == config.model_type
+    assert gates.policy is None
+    assert all(p.dtype == torch.float32 for p in gates.parameters())
+    with pytest.raises(ValueError, match="unknown gate settings"):
+        models.new_gates(model, colour="red")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        gates.config.block_size = 1
+
+
+def test_gates_rotate_like_the_model(tiny, kind):
+    model = tiny.make(kind)
+    gate = dict(tiny.gates_for(model).items())[0]
+    positions = torch.tensor([0, 16, 48, 400])
+    x = torch.randn(2, 4, 4, gate.config.dim)
+    cos, sin = model.model.rotary_emb(x, positions[None])
+    half = gate.config.dim // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    assert torch.equal(gate.rotate(x, positions), x * cos[:, None] + turned * sin[:, None])
+
+
+def test_scaled_rope_is_not_plain_rope(tiny):
+    x, positions = torch.randn(1, 4, 3, 16), torch.tensor([16, 48, 400])
+    plain = dict(tiny.gates_for(tiny.make("llama")).items())[0].rotate(x, positions)
+    for kind in ("llama-llama3", "qwen3-yarn"):
+        assert not torch.allclose(
+            dict(tiny.gates_for(tiny.make(kind)).items())[0].rotate(x, positions), plain
+        )
+
+
+@pytest.mark.parametrize("rope", ["llama", "llama-llama3", "qwen3-yarn"])
+def test_gate_dim_other_than_head_dim_rotates_as_a_model_of_that_head_dim(tiny, rope):
+    model, narrow = tiny.make(rope), tiny.make(rope, head_dim=8)
+    gate = dict(tiny.gates_for(model, gate_dim=8).items())[0]
+    positions = torch.tensor([0, 16, 400])
+    x = torch.randn(1, 4, 3, 8)
+    cos, sin = narrow.model.rotary_emb(x, positions[None])
+    turned = torch.cat([-x[..., 4:], x[..., :4]], -1)
+    assert torch.equal(gate.rotate(x, positions), x * cos[:, None] + turned * sin[:, None])
+    models.attach(model, tiny.gates_for(model, gate_dim=8), "top_k:0.2", min_tokens=0)
+    assert tiny.logits(model, tiny.tokens(1, 70)).isfinite().all()
+
+
+class CousinConfig(LlamaConfig):
+    model_type = "cousin"
+
+
+class CousinForCausalLM(LlamaForCausalLM):
+    config_class = CousinConfig
+
+
+def test_a_family_is_one_file(tiny, tmp_path, monkeypatch):
+    model, ids = CousinForCausalLM(CousinConfig(**tiny.shape)).eval(), tiny.tokens(2, 70)
+    with pytest.raises(NotImplementedError, match=r"'cousin' has no family file.*write models/cousin.py"):
+        models.new_gates(model)
+    (tmp_path / "cousin.py").write_text(
+        '"""cousin: as in llama."""\n\n\n'
+        "def taps(attention):\n"
+        "    return attention.q_proj, attention.k_proj\n"
+    )
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    assert models.families() == ["cousin", "llama", "mistral", "qwen2", "qwen3"]
+    dense, gold = tiny.logits(model, ids), tiny.gold_logits(model, ids)
+    gates = tiny.gates_for(model)
+    assert gates.base.model_type == "cousin"
+    models.attach(model, gates, "top_k:1", min_tokens=0)
+    tiny.assert_as_close(tiny.logits(model, ids), dense, gold)
+    models.set_policy(model, "top_k:0.1")
+    assert not torch.equal(tiny.logits(model, ids), dense)
+    models.detach(model)
+    assert torch.equal(tiny.logits(model, ids), dense)
+
+
+def test_a_family_file_that_does_not_fit_leaves_the_model_alone(tiny, tmp_path, monkeypatch):
+    class OddConfig(LlamaConfig):
+        model_type = "odd"
+
+    model, ids = LlamaForCausalLM(OddConfig(**tiny.shape)).eval(), tiny.tokens(1, 20)
+    (tmp_path / "odd.py").write_text("def taps(attention):\n    return attention.q_norm, attention.k_norm\n")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    dense = tiny.logits(model, ids)
+    with pytest.raises(AttributeError, match="q_norm"):
+        models.attach(model, tiny.gates_for(model), "top_k:0.5")
+    assert not models.attached(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(tiny.logits(model, ids), dense)
