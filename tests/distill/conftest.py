@@ -29,6 +29,6 @@ def model():
 
 @pytest.fixture
 def text():
-    """Passages about one of 24 topics, each with four words: which block matters can be told from its words."""
+    """Passages about one of 24 topics of four words each: a block's words tell whether it matters."""
     rng = np.random.default_rng(0)
     return 1 + np.concatenate([4 * rng.integers(0, 24) + rng.integers(0, 4, 48) for _ in range(84)])

@@ -21,7 +21,8 @@ from seerattention.selection import BlockSelection, causal_blocks, own_blocks
 
 def policies() -> dict[str, type[Policy]]:
     """Return every policy imported here by its text name."""
-    return {p.name: p for p in Policy.__subclasses__()}
+    exported = (p for p in globals().values() if isinstance(p, type) and issubclass(p, Policy))
+    return {p.name: p for p in exported if p is not Policy}
 
 
 def parse(text: str) -> Policy:

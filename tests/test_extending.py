@@ -1,0 +1,182 @@
+"""CONTRIBUTING.md's recipes, done: each test adds one thing as one new file and uses it."""
+
+import importlib
+import sys
+import textwrap
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from seerattention import baselines, cli, policies
+from seerattention.attention import seer_attention
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops import block_sparse_attention as op
+from seerattention.ops._dispatch import load_backends
+from seerattention.policies import TopK
+from seerattention.selection import BlockSelection
+from seerattention.testing.inputs import make_qkv, random_selection
+
+
+@pytest.fixture
+def add(tmp_path, monkeypatch):
+    """Write a file that a package finds in its folder, without touching the source tree."""
+    added = []
+
+    def write(package, name, text):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        importlib.invalidate_caches()
+        added.append((package, name))
+
+    yield write
+    for package, name in added:
+        sys.modules.pop(f"{package.__name__}.{name}", None)
+        vars(package).pop(name, None)
+
+
+def test_a_backend_is_one_file(add, monkeypatch):
+    add(
+        op,
+        "doubled",
+        """
+        from seerattention.ops.block_sparse_attention import reference
+
+        def unsupported(q, k, v, selection):
+            return [] if q.shape[3] == 32 else [f"it needs head_dim 32, not {q.shape[3]}"]
+
+        def run(q, k, v, selection, *, scale):
+            return 2 * reference.run(q, k, v, selection, scale=scale)
+        """,
+    )
+    monkeypatch.setattr(op, "BACKENDS", load_backends(op.__name__, op.__path__))
+    q, k, v = make_qkv(1, 2, 1, 100, 100, 32)
+    selection = random_selection(1, 2, 100, 100, (16, 16), density=0.5)
+    plain = op.block_sparse_attention(q, k, v, selection, backend="reference")
+    assert torch.equal(op.block_sparse_attention(q, k, v, selection, backend="doubled"), 2 * plain)
+    q, k, v = make_qkv(1, 2, 1, 100, 100, 64)
+    with pytest.raises(NotImplementedError, match="it needs head_dim 32, not 64"):
+        op.block_sparse_attention(q, k, v, selection, backend="doubled")
+    # `auto` is the op's choice, and a new file does not change it.
+    assert torch.equal(
+        op.block_sparse_attention(q, k, v, selection),
+        op.block_sparse_attention(q, k, v, selection, backend=op.ORDER[0]),
+    )
+
+
+def test_a_policy_is_one_file_and_one_export(add, monkeypatch):
+    add(
+        policies,
+        "every_nth",
+        """
+        from dataclasses import dataclass
+        from typing import ClassVar
+
+        import torch
+
+        from seerattention.policies import Policy
+
+        @dataclass(frozen=True)
+        class EveryNth(Policy):
+            name: ClassVar[str] = "every_nth"
+            n: int
+
+            def choose(self, scores, valid, block_tokens):
+                return (torch.arange(scores.shape[-1]) % self.n == 0).expand_as(scores)
+        """,
+    )
+    kind = importlib.import_module("seerattention.policies.every_nth").EveryNth
+    with pytest.raises(ValueError, match="unknown policy 'every_nth:3'"):
+        policies.parse("every_nth:3")
+    monkeypatch.setattr(policies, "EveryNth", kind, raising=False)
+    policy = policies.parse("every_nth:3,dense_last_rows=1")
+    assert policy == kind(3, dense_last_rows=1)
+    assert str(policy) == "every_nth:3,dense_last_rows=1"
+    scores = torch.randn(1, 1, 8, 8)
+    mask = policies.select(policy, scores, num_queries=64, num_keys=64, block_size=(8, 8)).to_mask()
+    assert mask[0, 0, 5].nonzero().flatten().tolist() == [0, 3, 5]
+    assert mask[0, 0, 7].all()
+
+
+def test_a_baseline_is_one_file(add):
+    add(
+        baselines,
+        "latest",
+        """
+        from dataclasses import dataclass
+
+        import torch
+
+        @dataclass(frozen=True)
+        class Latest:
+            block_size: tuple = (16, 16)
+            after_rope = True
+
+            def compress(self, k, *, positions):
+                return k[..., :1]
+
+            def score(self, q, k_blocks, *, positions, valid):
+                return torch.arange(valid.shape[1]).float().expand(q.shape[0], 1, *valid.shape)
+
+        create = Latest
+        """,
+    )
+    assert "latest" in baselines.names()
+    scorer = baselines.create("latest")
+    q, k, v = make_qkv(1, 2, 1, 128, 128, 32)
+    positions = torch.arange(128)
+    out, selection = seer_attention(
+        q,
+        k,
+        v,
+        scorer,
+        TopK(0.5),
+        q_scored=q,
+        k_blocks=scorer.compress(k, positions=positions),
+        positions=positions,
+    )
+    assert out.shape == q.shape
+    assert isinstance(selection, BlockSelection)
+    # k = floor((1 - sqrt(0.5)) * 8) = 2: the latest two blocks.
+    assert selection.to_mask()[0, 0, 5].nonzero().flatten().tolist() == [4, 5]
+
+
+def test_a_command_is_one_file(add):
+    add(
+        cli,
+        "greet",
+        '''
+        def run(name: str, loud: bool = False) -> None:
+            """Greet somebody."""
+            if name == "nobody":
+                raise ValueError("name must be somebody, got 'nobody'")
+            print(name.upper() if loud else name)
+        ''',
+    )
+    runner = CliRunner()
+    assert "Greet somebody." in runner.invoke(cli.app(), ["--help"]).output
+    assert runner.invoke(cli.app(), ["greet", "you", "--loud"]).output == "YOU\n"
+    refused = runner.invoke(cli.app(), ["greet", "nobody"])
+    assert refused.exit_code == 2
+    assert refused.output == "error: name must be somebody, got 'nobody'\n"
+
+
+def test_a_gate_works_in_place_of_any_baseline():
+    """The comparison of methods differs in one object."""
+    torch.manual_seed(0)
+    gate = AttnGate(GateConfig(2, 1, 32, block_size=16, q_sub_block=8, k_sub_block=8))
+    q, k, v = make_qkv(1, 2, 1, 128, 128, 32)
+    positions = torch.arange(128)
+    for scorer in (gate, *(baselines.create(n, block_size=(16, 16)) for n in baselines.names())):
+        with torch.inference_mode():
+            out, _ = seer_attention(
+                q,
+                k,
+                v,
+                scorer,
+                TopK(0.5),
+                q_scored=q,
+                k_blocks=scorer.compress(k, positions=positions),
+                positions=positions,
+            )
+        assert bool(torch.isfinite(out).all())
