@@ -40,13 +40,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: fl
         block_q, block_k = selection.block_size
         options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = _compiled()(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
-    )
+    gqa = q.shape[1] != k.shape[1]
+    out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
     assert isinstance(out, Tensor)
     return out
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    # Lengths stay symbolic: compiled per length, the ninth length would reach Dynamo's limit of
+    # recompilations and run uncompiled, with the whole score matrix. Past the limit fullgraph raises.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
