@@ -6,6 +6,8 @@ output comes from the same pass.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,10 +42,7 @@ def run(
         for h in range(kv_heads):
             first = 0
             while first < nq:
-                seen = min(tokens_k, past + (first + 1) * block_q)
-                row_bytes = 4 * grouped.shape[2] * block_q * (seen + block_k)
-                # Later rows of the slice see more keys; half the budget leaves room for them.
-                last = min(nq, first + max(1, WORK_BYTES // 2 // row_bytes))
+                last = min(nq, first + _slice_blocks(grouped.shape[2], block_q, past + first * block_q))
                 rows = slice(first * block_q, min(last * block_q, tokens_q))
                 seen = min(tokens_k, past + rows.stop)
                 part = grouped[b, h, :, rows].to(work)
@@ -58,6 +57,16 @@ def run(
                     out.unflatten(1, (kv_heads, -1))[b, h, :, rows] = mixed.to(out.dtype)
                 first = last
     return out, target / target.sum(-1, keepdim=True)
+
+
+def _slice_blocks(groups: int, block_q: int, seen: int) -> int:
+    """Query blocks whose scores fit ``WORK_BYTES``, ``seen`` keys before the first of them; at least 1.
+
+    ``n`` blocks have ``n * block_q`` rows and see ``seen + n * block_q`` keys: the largest ``n`` solves
+    a quadratic equation.
+    """
+    area = WORK_BYTES // (4 * groups * block_q)
+    return max(1, (math.isqrt(seen * seen + 4 * block_q * area) - seen) // (2 * block_q))
 
 
 def _block_max(share: Tensor, block_size: tuple[int, int]) -> Tensor:
