@@ -79,13 +79,13 @@ class KeySummaries:
         if self.tail is not None and self.tail_cached is not None:
             k, cached = torch.cat([self.tail, k], 2), torch.cat([self.tail_cached, cached], 2)
         whole = k.shape[2] // self.block * self.block
-        ends = cached[:, :, self.block - 1 : whole : self.block]
+        # Copies, so that neither the ends nor a short tail keep a long prompt's keys alive.
+        ends = cached[:, :, self.block - 1 : whole : self.block].clone()
         self.block_ends = ends if self.block_ends is None else torch.cat([self.block_ends, ends], 2)
         if whole:
             positions = torch.arange(start, start + whole, device=k.device)
             new = self.scorer.compress(k[:, :, :whole], positions=positions)
             self.finished = new if self.finished is None else torch.cat([self.finished, new], 2)
-        # Copies, so that a short tail does not keep a long prompt's keys alive.
         self.tail, self.tail_cached = k[:, :, whole:].clone(), cached[:, :, whole:].clone()
 
     def all(self) -> Tensor:
