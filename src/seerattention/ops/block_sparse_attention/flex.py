@@ -13,6 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from seerattention.selection import BlockSelection
 
+#: Kinds of calls (dtype, head dim, heads, block size, one block or several) compiled per process; the
+#: default of 8 is for functions that should settle on one.
+RECOMPILE_LIMIT = 128
+
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
     """Return the reasons why this backend cannot run."""
@@ -41,13 +45,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: fl
         options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gqa = q.shape[1] != k.shape[1]
-    out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
     assert isinstance(out, Tensor)
     return out
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # Lengths stay symbolic: compiled per length, the ninth length would reach Dynamo's limit of
-    # recompilations and run uncompiled, with the whole score matrix. Past the limit fullgraph raises.
+    # Lengths stay symbolic, so that a new one is not a new compilation; fullgraph raises at the limit
+    # instead of running uncompiled, with the whole score matrix.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
