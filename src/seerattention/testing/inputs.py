@@ -1,0 +1,65 @@
+"""Seeded inputs: queries, keys, values and selections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seerattention.ops._shapes import Shape
+from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+
+
+def random_qkv(
+    shape: Shape, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw normal queries, keys and values.
+
+    Args:
+        shape: The sizes.
+        dtype: Of the result; the numbers are the same ones, rounded.
+        device: Of the result; the numbers do not depend on it.
+        seed: Of the random numbers.
+
+    Returns:
+        q ``[B, Hq, Tq, D]``, k and v ``[B, Hk, Tk, D]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int, tokens: int) -> Tensor:
+        x = torch.randn(shape.batch, heads, tokens, shape.head_dim, generator=generator)
+        return x.to(device, dtype)
+
+    return (
+        draw(shape.heads, shape.queries),
+        draw(shape.kv_heads, shape.keys),
+        draw(shape.kv_heads, shape.keys),
+    )
+
+
+def random_selection(
+    shape: Shape,
+    *,
+    density: float,
+    heads: int | None = None,
+    batch: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> BlockSelection:
+    """Draw a selection: a query block's own blocks, and each earlier block with a given probability.
+
+    Args:
+        shape: The sizes.
+        density: Probability of an earlier block, in [0, 1].
+        heads: Heads of the selection; default ``Hq``.
+        batch: Batch of the selection; default ``B``.
+        device: Of the result; the selection does not depend on it.
+        seed: Of the random numbers.
+
+    Returns:
+        The selection, ``[batch, heads, Nq, Nk]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = shape.queries, shape.keys, shape.block_size
+    valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+    draws = torch.rand(batch or shape.batch, heads or shape.heads, *valid.shape, generator=generator)
+    return BlockSelection.from_mask((((draws < density) & valid) | own).to(device), shape.block_size)
