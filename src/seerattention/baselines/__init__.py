@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
 from typing import Any
 
 from seerattention.gate import Scorer
@@ -15,9 +14,7 @@ from seerattention.gate import Scorer
 
 def names() -> list[str]:
     """Return the names of all baselines."""
-    return sorted(
-        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_")
-    )
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def create(name: str, **options: Any) -> Scorer:
