@@ -38,3 +38,15 @@ def test_zero_takes_everything() -> None:
         Threshold(0), torch.randn(1, 1, 6, 6), num_queries=6, num_keys=6, block_size=(1, 1)
     ).to_mask()
     assert torch.equal(mask[0, 0], torch.ones(6, 6, dtype=torch.bool).tril())
+
+
+def test_border() -> None:
+    scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 1, 4, 4)
+    valid = torch.ones(4, 4, dtype=torch.bool).tril()
+    for share, count in ((0.5, 1), (0.3, 2), (0.15, 3), (0.05, 4)):
+        below, above = Threshold(share * (1 - 1e-6)), Threshold(share * (1 + 1e-6))
+        assert int(below.choose(scores, valid, 64)[0, 0, 3].sum()) == count
+        assert int(above.choose(scores, valid, 64)[0, 0, 3].sum()) == count - 1
+    # A share equal to the threshold is not above it.
+    halves = torch.zeros(1, 1, 2, 2)
+    assert not Threshold(0.5).choose(halves, valid[:2, :2], 64)[0, 0, 1].any()
