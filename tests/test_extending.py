@@ -13,9 +13,16 @@ from seerattention.attention import seer_attention
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops import block_sparse_attention as op
 from seerattention.ops._dispatch import load_backends
+from seerattention.ops._shapes import Shape
 from seerattention.policies import TopK
 from seerattention.selection import BlockSelection
-from seerattention.testing.inputs import make_qkv, random_selection
+from seerattention.testing.inputs import random_qkv, random_selection
+
+
+def shape(tokens, head_dim):
+    return Shape(
+        name="", heads=2, kv_heads=1, queries=tokens, keys=tokens, head_dim=head_dim, block_size=(16, 16)
+    )
 
 
 @pytest.fixture
@@ -50,11 +57,11 @@ def test_a_backend_is_one_file(add, monkeypatch):
         """,
     )
     monkeypatch.setattr(op, "BACKENDS", load_backends(op.__name__, op.__path__))
-    q, k, v = make_qkv(1, 2, 1, 100, 100, 32)
-    selection = random_selection(1, 2, 100, 100, (16, 16), density=0.5)
+    q, k, v = random_qkv(shape(100, 32))
+    selection = random_selection(shape(100, 32), density=0.5)
     plain = op.block_sparse_attention(q, k, v, selection, backend="reference")
     assert torch.equal(op.block_sparse_attention(q, k, v, selection, backend="doubled"), 2 * plain)
-    q, k, v = make_qkv(1, 2, 1, 100, 100, 64)
+    q, k, v = random_qkv(shape(100, 64))
     with pytest.raises(NotImplementedError, match="it needs head_dim 32, not 64"):
         op.block_sparse_attention(q, k, v, selection, backend="doubled")
     # `auto` is the op's choice, and a new file does not change it.
@@ -123,7 +130,7 @@ def test_a_baseline_is_one_file(add):
     )
     assert "latest" in baselines.names()
     scorer = baselines.create("latest")
-    q, k, v = make_qkv(1, 2, 1, 128, 128, 32)
+    q, k, v = random_qkv(shape(128, 32))
     positions = torch.arange(128)
     out, selection = seer_attention(
         q,
@@ -165,7 +172,7 @@ def test_a_gate_works_in_place_of_any_baseline():
     """The comparison of methods differs in one object."""
     torch.manual_seed(0)
     gate = AttnGate(GateConfig(2, 1, 32, block_size=16, q_sub_block=8, k_sub_block=8))
-    q, k, v = make_qkv(1, 2, 1, 128, 128, 32)
+    q, k, v = random_qkv(shape(128, 32))
     positions = torch.arange(128)
     for scorer in (gate, *(baselines.create(n, block_size=(16, 16)) for n in baselines.names())):
         with torch.inference_mode():

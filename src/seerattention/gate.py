@@ -105,16 +105,11 @@ class GateConfig:
         # JSON gives lists; keep the configuration hashable.
         object.__setattr__(self, "q_pool", tuple(self.q_pool))
         object.__setattr__(self, "k_pool", tuple(self.k_pool))
-        for name in (
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "block_size",
-            "dim",
-            "q_sub",
-            "k_sub",
-        ):
+        optional = ("gate_dim", "q_sub_block", "k_sub_block")
+        for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", *optional):
             value = getattr(self, name)
+            if value is None and name in optional:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
         if self.num_heads % self.num_kv_heads:
@@ -145,17 +140,17 @@ class GateConfig:
     @property
     def dim(self) -> int:
         """Gate dimension ``E``."""
-        return self.gate_dim or self.head_dim
+        return self.head_dim if self.gate_dim is None else self.gate_dim
 
     @property
     def q_sub(self) -> int:
         """Tokens per query summary."""
-        return self.q_sub_block or self.block_size
+        return self.block_size if self.q_sub_block is None else self.q_sub_block
 
     @property
     def k_sub(self) -> int:
         """Tokens per key summary."""
-        return self.k_sub_block or self.block_size
+        return self.block_size if self.k_sub_block is None else self.k_sub_block
 
     @classmethod
     def published(

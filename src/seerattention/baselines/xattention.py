@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.selection import num_blocks
+
 
 @dataclass(frozen=True)
 class XAttention:
@@ -46,7 +48,8 @@ class XAttention:
         reverse = self._groups(q, self.block_size[0]).flip(3).flatten(3)
         reverse = reverse.float() * (q.shape[-1] ** -0.5 / self.stride)
         keys = k_blocks.float().mT
-        past = (valid.shape[1] - valid.shape[0]) * per_k
+        past = (valid.shape[1] - num_blocks(q.shape[2], self.block_size[1])) * per_k
+        real = num_blocks(q.shape[2], self.stride)
         out = []
         rows = max(1, 2**22 // (k_blocks.shape[2] * per_q)) * per_q
         column = torch.arange(k_blocks.shape[2], device=q.device)
@@ -56,6 +59,8 @@ class XAttention:
             row = torch.arange(first, first + scores.shape[2], device=q.device) + past
             scores = scores.masked_fill(column[None] > row[:, None], -math.inf)
             share = torch.softmax(scores, -1).unflatten(-1, (-1, per_k)).sum(-1)
+            # Groups of nothing but padding attend evenly to everything: they have no say.
+            share[:, :, max(0, real - first) :] = 0
             out.append(share.unflatten(2, (-1, per_q)).sum(3))
         return torch.cat(out, 2).log()
 

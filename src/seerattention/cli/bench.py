@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from seerattention.ops._shapes import Shape
 
 
 def run(
@@ -30,17 +33,26 @@ def run(
 
     from seerattention.evals.versions import versions
     from seerattention.files import staged
+    from seerattention.ops._shapes import Shape
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     console = Console()
-    place, kind = torch.device(device), getattr(torch, dtype)
+    kind = getattr(torch, dtype)
     with staged(out.parent) as folder:
-        rate = _ceiling(place, kind)
+        rate = _ceiling(device, kind)
         rows: list[dict[str, Any]] = []
         for length in tokens or [4096, 8192, 16384]:
-            shape = (heads, kv_heads, length, head_dim)
-            rows += _measure(shape, block, density or [0.2, 0.1, 0.05], repeats, place, kind)
+            shape = Shape(
+                name=f"{length}",
+                heads=heads,
+                kv_heads=kv_heads,
+                queries=length,
+                keys=length,
+                head_dim=head_dim,
+                block_size=(block, block),
+            )
+            rows += _measure(shape, density or [0.2, 0.1, 0.05], repeats, device, kind)
         for row in rows:
             row["share_of_matmul"] = round(row["tflops"] / rate, 3)
         report = {
@@ -72,7 +84,7 @@ def run(
     console.print(f"{out} has these numbers", highlight=False)
 
 
-def _ceiling(device: Any, dtype: Any) -> float:
+def _ceiling(device: str, dtype: Any) -> float:
     """Return the rate of a large matrix product on random data, in TFLOP/s."""
     from statistics import median
 
@@ -87,12 +99,7 @@ def _ceiling(device: Any, dtype: Any) -> float:
 
 
 def _measure(
-    shape: tuple[int, int, int, int],
-    block: int,
-    densities: list[float],
-    repeats: int,
-    device: Any,
-    dtype: Any,
+    shape: Shape, densities: list[float], repeats: int, device: str, dtype: Any
 ) -> list[dict[str, Any]]:
     """Time dense SDPA and every backend that runs here at one length; dense first."""
     from statistics import median
@@ -102,19 +109,19 @@ def _measure(
 
     from seerattention.ops import block_sparse_attention as op
     from seerattention.selection import causal_blocks
-    from seerattention.testing.inputs import make_qkv, random_selection
+    from seerattention.testing.inputs import random_qkv, random_selection
     from seerattention.testing.timing import interleaved
 
-    heads, kv_heads, length, dim = shape
-    q, k, v = make_qkv(1, heads, kv_heads, length, length, dim, dtype=dtype, device=device)
-    valid = causal_blocks(length, length, (block, block), device)
+    length = shape.queries
+    q, k, v = random_qkv(shape, dtype=dtype, device=device)
+    valid = causal_blocks(length, length, shape.block_size)
     variants: dict[tuple[str, float], Any] = {
         ("dense sdpa", 1.0): lambda: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=heads != kv_heads
+            q, k, v, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
         )
     }
     for asked in densities:
-        chosen = random_selection(1, heads, length, length, (block, block), density=asked, device=device)
+        chosen = random_selection(shape, density=asked, device=device)
         for name, backend in op.BACKENDS.items():
             # The reference computes the dense map whatever the density.
             if name != "reference" and not backend.unsupported(q, k, v, chosen):
@@ -125,7 +132,7 @@ def _measure(
     with torch.inference_mode():
         seconds = interleaved(named, repeats=repeats)
     # Two products of 2 * D FLOPs for every causal pair of tokens.
-    dense_flops = 4 * dim * heads * length * (length + 1) / 2
+    dense_flops = 4 * shape.head_dim * shape.heads * length * (length + 1) / 2
     dense_ms = median(seconds["dense sdpa 1.0"]) * 1e3
     rows = []
     for (name, share), times in zip(variants, seconds.values(), strict=True):

@@ -71,7 +71,7 @@ class Policy:
         changed = [
             f"{f.name}={getattr(self, f.name)}" for f in fields(Policy) if getattr(self, f.name) != f.default
         ]
-        return ",".join([f"{self.name}:{value:g}", *changed])
+        return ",".join([f"{self.name}:{value!r}", *changed])
 
 
 def softmax(scores: Tensor, valid: Tensor) -> Tensor:

@@ -1,1 +1,4 @@
-"""Inputs, the error budget, NaN poisoning, conformance checks and planted bugs, for tests and users."""
+"""Tools for testing kernels: inputs, error budget, NaN poisoning, memory, conformance, planted bugs.
+
+A new backend is tested by running `conformance` over it; `mutants` show that the checks can fail.
+"""

@@ -1,59 +1,65 @@
-"""Seeded inputs: queries, keys, values and random selections."""
+"""Seeded inputs: queries, keys, values and selections."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from seerattention.ops._shapes import Shape
 from seerattention.selection import BlockSelection, causal_blocks, own_blocks
 
 
-def make_qkv(
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    num_queries: int,
-    num_keys: int,
-    head_dim: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
+def random_qkv(
+    shape: Shape, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normal q ``[B, Hq, Tq, D]`` and k, v ``[B, Hk, Tk, D]``, the same for the same seed."""
+    """Draw normal queries, keys and values.
+
+    Args:
+        shape: The sizes.
+        dtype: Of the result; the numbers are the same ones, rounded.
+        device: Of the result; the numbers do not depend on it.
+        seed: Of the random numbers.
+
+    Returns:
+        q ``[B, Hq, Tq, D]``, k and v ``[B, Hk, Tk, D]``.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(h: int, t: int) -> Tensor:
-        return torch.randn(batch, h, t, head_dim, generator=generator).to(device, dtype)
+    def draw(heads: int, tokens: int) -> Tensor:
+        x = torch.randn(shape.batch, heads, tokens, shape.head_dim, generator=generator)
+        return x.to(device, dtype)
 
-    return normal(heads, num_queries), normal(kv_heads, num_keys), normal(kv_heads, num_keys)
+    return (
+        draw(shape.heads, shape.queries),
+        draw(shape.kv_heads, shape.keys),
+        draw(shape.kv_heads, shape.keys),
+    )
 
 
 def random_selection(
-    batch: int,
-    heads: int,
-    num_queries: int,
-    num_keys: int,
-    block_size: tuple[int, int],
+    shape: Shape,
     *,
     density: float,
-    device: torch.device | str = "cpu",
+    heads: int | None = None,
+    batch: int | None = None,
+    device: str = "cpu",
     seed: int = 0,
 ) -> BlockSelection:
-    """Return a selection of random causal blocks and every row's own ones.
+    """Draw a selection: a query block's own blocks, and each earlier block with a given probability.
 
     Args:
-        batch: Batch of the selection.
-        heads: Heads of the selection: 1, ``Hk`` or ``Hq``.
-        num_queries: Query tokens, the last of ``num_keys``.
-        num_keys: Key tokens.
-        block_size: Tokens per (query block, KV block).
-        density: Probability of a block that is not the row's own.
-        device: Where to build it.
-        seed: Of the random blocks.
+        shape: The sizes.
+        density: Probability of an earlier block, in [0, 1].
+        heads: Heads of the selection; default ``Hq``.
+        batch: Batch of the selection; default ``B``.
+        device: Of the result; the selection does not depend on it.
+        seed: Of the random numbers.
+
+    Returns:
+        The selection, ``[batch, heads, Nq, Nk]``.
     """
     generator = torch.Generator().manual_seed(seed)
-    valid = causal_blocks(num_queries, num_keys, block_size)
-    own = own_blocks(num_queries, num_keys, block_size)
-    drawn = torch.rand(batch, heads, *valid.shape, generator=generator) < density
-    return BlockSelection.from_mask(((drawn | own) & valid).to(device), block_size)
+    sizes = shape.queries, shape.keys, shape.block_size
+    valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+    draws = torch.rand(batch or shape.batch, heads or shape.heads, *valid.shape, generator=generator)
+    return BlockSelection.from_mask((((draws < density) & valid) | own).to(device), shape.block_size)

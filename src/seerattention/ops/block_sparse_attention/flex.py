@@ -13,6 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from seerattention.selection import BlockSelection
 
+#: Kinds of calls (dtype, head dim, heads, block size, one block or several) compiled per process; the
+#: default of 8 is for functions that should settle on one.
+RECOMPILE_LIMIT = 128
+
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
     """Return the reasons why this backend cannot run."""
@@ -40,13 +44,17 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: fl
         block_q, block_k = selection.block_size
         options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = _compiled()(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
-    )
+    gqa = q.shape[1] != k.shape[1]
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        out = _compiled(not q.is_cuda)(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options
+        )
     assert isinstance(out, Tensor)
     return out
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(dynamic: bool) -> Callable[..., Tensor]:
+    # On a CPU lengths stay symbolic, so that a new one is not a new compilation; on a GPU only fixed
+    # ones are tested. fullgraph raises at the limit instead of running uncompiled, with the whole map.
+    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)

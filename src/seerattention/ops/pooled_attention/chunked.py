@@ -6,16 +6,18 @@ output comes from the same pass.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.selection import num_blocks
 
-#: Bytes of scores held at a time (fp32) per device type; at least one query block of one head is taken.
-#: On a CPU small enough for its cache (64 MB was four times slower on 2 cores, docs/kernels.md); on a
-#: GPU large enough to fill it.
-WORK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+#: Bytes of scores held at a time (fp32); at least one query block of one head is taken. Small enough for
+#: a CPU's cache (64 MB was four times slower on 2 cores, docs/kernels.md), large enough to fill a GPU.
+WORK_BYTES = 8 * 2**20
+CUDA_WORK_BYTES = 512 * 2**20
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int]) -> list[str]:
@@ -32,7 +34,7 @@ def run(
     block_q, block_k = block_size
     nq, nk = num_blocks(tokens_q, block_q), num_blocks(tokens_k, block_k)
     past = tokens_k - tokens_q
-    budget = WORK_BYTES.get(q.device.type, WORK_BYTES["cpu"])
+    budget = CUDA_WORK_BYTES if q.is_cuda else WORK_BYTES
     work = torch.promote_types(q.dtype, torch.float32)
     target = torch.zeros(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
     out = None if v is None else torch.empty_like(q)
@@ -42,10 +44,9 @@ def run(
         for h in range(kv_heads):
             first = 0
             while first < nq:
-                seen = min(tokens_k, past + (first + 1) * block_q)
-                row_bytes = 4 * grouped.shape[2] * block_q * (seen + block_k)
-                # Later rows of the slice see more keys; half the budget leaves room for them.
-                last = min(nq, first + max(1, budget // 2 // row_bytes))
+                last = min(
+                    nq, first + _slice_blocks(budget, grouped.shape[2], block_q, past + first * block_q)
+                )
                 rows = slice(first * block_q, min(last * block_q, tokens_q))
                 seen = min(tokens_k, past + rows.stop)
                 part = grouped[b, h, :, rows].to(work) * scale
@@ -60,6 +61,16 @@ def run(
                     out.unflatten(1, (kv_heads, -1))[b, h, :, rows] = mixed.to(out.dtype)
                 first = last
     return out, target / target.sum(-1, keepdim=True)
+
+
+def _slice_blocks(budget: int, groups: int, block_q: int, seen: int) -> int:
+    """Query blocks whose scores fit ``budget`` bytes, ``seen`` keys before the first of them; at least 1.
+
+    ``n`` blocks have ``n * block_q`` rows and see ``seen + n * block_q`` keys: the largest ``n`` solves
+    a quadratic equation.
+    """
+    area = budget // (4 * groups * block_q)
+    return max(1, (math.isqrt(seen * seen + 4 * block_q * area) - seen) // (2 * block_q))
 
 
 def _block_max(share: Tensor, block_size: tuple[int, int]) -> Tensor:

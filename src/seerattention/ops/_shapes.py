@@ -1,0 +1,32 @@
+"""The shapes that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of one attention call.
+
+    Attributes:
+        name: Unique among the cases of an op.
+        heads: Query heads, ``Hq``.
+        kv_heads: KV heads, ``Hk``.
+        queries: Query tokens, ``Tq``.
+        keys: Key tokens, ``Tk``.
+        head_dim: Dimension of a head, ``D``.
+        batch: Sequences, ``B``.
+        block_size: Tokens per (query block, KV block).
+        large: For benchmarks: tests on a CPU leave it out of their list of cases.
+    """
+
+    name: str
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    batch: int = 1
+    block_size: tuple[int, int] = (64, 64)
+    large: bool = False

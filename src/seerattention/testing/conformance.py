@@ -1,0 +1,190 @@
+"""What every backend of an op must do, as functions of the backend: a test or a planted bug passes it in.
+
+A backend is anything with ``unsupported`` and ``run``: a module of `seerattention.ops`, or a mutant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from seerattention.ops._shapes import Shape
+from seerattention.ops.block_sparse_attention import reference as attention_reference
+from seerattention.ops.block_sparse_attention._cases import Case
+from seerattention.selection import BlockSelection, num_blocks
+from seerattention.testing.budget import Budget
+from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.testing.poison import poison, unread_tokens
+
+
+class Backend(Protocol):
+    """A backend of an op, as a module or an object."""
+
+    @property
+    def unsupported(self) -> Callable[..., list[str]]:
+        """Return the reasons why it cannot run."""
+        ...
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """Compute the op."""
+        ...
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Causal attention by the book, from the last ``Tq`` of ``Tk`` tokens: ``[B, Hq, Tq, D]``."""
+    return dense_weights(q, k, scale=scale) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def dense_weights(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+    """Return the causal softmax map ``[B, Hq, Tq, Tk]``."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+    later = torch.arange(k.shape[2], device=q.device)[None, :] > query[:, None]
+    return scores.masked_fill(later, float("-inf")).softmax(-1)
+
+
+def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, BlockSelection, float]:
+    selection = random_selection(case, density=case.density, heads=case.selection_heads)
+    return *random_qkv(case, dtype=dtype), selection, case.head_dim**-0.5
+
+
+def attention_matches_reference(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Check the output against the reference, within the error budget."""
+    q, k, v, selection, scale = _inputs(case, dtype)
+    budget = Budget.of(lambda q, k, v: attention_reference.run(q, k, v, selection, scale=scale), q, k, v)
+    budget.check(backend.run(q, k, v, selection, scale=scale))
+
+
+def attention_full_is_dense(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Check that a full selection gives dense attention, within the error budget."""
+    q, k, v = random_qkv(case, dtype=dtype)
+    scale = case.head_dim**-0.5
+    budget = Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=scale), q, k, v)
+    full = BlockSelection.full(case.queries, case.keys, case.block_size)
+    budget.check(backend.run(q, k, v, full, scale=scale))
+
+
+def attention_ignores_unread(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Check that NaN in keys and values that nobody reads changes no bit of the output.
+
+    Raises:
+        AssertionError: Also if the case leaves nothing unread: give it fewer queries than keys.
+    """
+    q, k, v, selection, scale = _inputs(case, dtype)
+    assert unread_tokens(selection, case.kv_heads, case.keys).any(), f"{case.name} reads every block"
+    clean = backend.run(q, k, v, selection, scale=scale)
+    assert not clean.isnan().any(), "NaN without poison"
+    poisoned = backend.run(q, *poison(k, v, selection), selection, scale=scale)
+    assert torch.equal(clean, poisoned), "unread keys or values reach the output"
+
+
+def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Check that a block changes only the rows that select it, and a token only causally later ones."""
+    q, k, v, selection, scale = _inputs(case, dtype)
+    clean = backend.run(q, k, v, selection, scale=scale)
+    block_k = selection.block_size[1]
+    reads = attention_reference.token_mask(selection, case.heads, case.queries, case.keys)
+    for block in range(0, num_blocks(case.keys, block_k), 2):
+        # From the block's middle on, so that a limit off by one inside the block is seen as well.
+        changed = slice(min(block * block_k + block_k // 2, case.keys - 1), (block + 1) * block_k)
+        other_k, other_v = k.clone(), v.clone()
+        other_k[:, :, changed] += 3
+        other_v[:, :, changed] -= 3
+        other = backend.run(q, other_k, other_v, selection, scale=scale)
+        blind = ~reads[..., changed].any(-1)
+        assert torch.equal(clean[blind], other[blind]), f"rows that do not read KV block {block} changed"
+        seeing = (clean != other).any(-1)[~blind]
+        assert seeing.all(), f"rows that read KV block {block} did not change"
+
+
+def attention_equals_expanded_heads(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Check that grouped KV heads give what KV heads repeated for every query head give."""
+    q, k, v, selection, scale = _inputs(case, dtype)
+    groups = case.heads // case.kv_heads
+    budget = Budget.of(lambda q, k, v: attention_reference.run(q, k, v, selection, scale=scale), q, k, v)
+    wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    budget.check(backend.run(q, wide_k, wide_v, selection, scale=scale))
+    per_head = selection.to_mask().repeat_interleave(case.heads // selection.shape[1], 1)
+    wide = BlockSelection.from_mask(per_head, selection.block_size)
+    budget.check(backend.run(q, k, v, wide, scale=scale))
+
+
+def attention_batch_rows_are_independent(
+    backend: Backend, case: Case, dtype: torch.dtype = torch.float32
+) -> None:
+    """Check that a sequence of a batch gets what it gets alone, with its own and with a shared selection."""
+    case = replace(case, batch=3)
+    q, k, v, selection, scale = _inputs(case, dtype)
+    first = BlockSelection.from_mask(selection.to_mask()[:1], selection.block_size)
+    out, shared = (backend.run(q, k, v, s, scale=scale) for s in (selection, first))
+    for b in range(case.batch):
+        alone = BlockSelection.from_mask(selection.to_mask()[b : b + 1], selection.block_size)
+        one = slice(b, b + 1)
+        for together, chosen in ((out, alone), (shared, first)):
+            budget = Budget.of(
+                lambda q, k, v, s=chosen: attention_reference.run(q, k, v, s, scale=scale),
+                *(x[one] for x in (q, k, v)),
+            )
+            budget.check(together[one])
+
+
+#: Checks of a `block_sparse_attention` backend on one case. `attention_ignores_unread` is apart: it
+#: needs a case with fewer queries than keys.
+ATTENTION_CHECKS = (
+    attention_matches_reference,
+    attention_full_is_dense,
+    attention_rows_are_isolated,
+    attention_equals_expanded_heads,
+    attention_batch_rows_are_independent,
+)
+
+
+def check_attention(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Run every check of a `block_sparse_attention` backend that the case allows.
+
+    Raises:
+        AssertionError: If one of them fails.
+    """
+    for check in ATTENTION_CHECKS:
+        check(backend, case, dtype)
+    if case.queries < case.keys:
+        attention_ignores_unread(backend, case, dtype)
+
+
+def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], *, scale: float) -> Tensor:
+    """Return the target one block at a time, ``[B, Hq, Nq, Nk]`` in the dtype of q."""
+    share = dense_weights(q, k, scale=scale)
+    block_q, block_k = block_size
+    nq, nk = num_blocks(q.shape[2], block_q), num_blocks(k.shape[2], block_k)
+    pooled = share.new_zeros(*share.shape[:2], nq, nk)
+    for i in range(nq):
+        for j in range(nk):
+            tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
+            pooled[:, :, i, j] = tile.amax((2, 3))
+    return pooled / pooled.sum(-1, keepdim=True)
+
+
+def check_pooled(backend: Backend, case: Shape, dtype: torch.dtype = torch.float32) -> None:
+    """Run every check of a `pooled_attention` backend.
+
+    Raises:
+        AssertionError: If one of them fails.
+    """
+    q, k, v = random_qkv(case, dtype=dtype)
+    scale = case.head_dim**-0.5
+    out, target = backend.run(q, k, v, case.block_size, scale=scale)
+    Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=scale), q, k, v).check(out)
+    slow = Budget.of(lambda q, k: slow_pooled_map(q, k, case.block_size, scale=scale).float(), q, k)
+    slow.check(target)
+    ones = torch.ones(target.shape[:3])
+    Budget(ones.double(), torch.float32, torch.finfo(torch.float32).eps * target.shape[-1]).check(
+        target.sum(-1)
+    )
+    nothing, alone = backend.run(q, k, None, case.block_size, scale=scale)
+    assert nothing is None, "without v there is no output"
+    assert torch.equal(alone, target), "the map depends on v"

@@ -1,0 +1,110 @@
+"""Planted bugs: backends that are wrong in one way, which the checks of `conformance` must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seerattention.ops.block_sparse_attention import reference
+from seerattention.selection import BlockSelection
+from seerattention.testing.conformance import Backend
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A backend like another one but for a bug.
+
+    Attributes:
+        backend: The one that it calls.
+    """
+
+    backend: Backend
+
+    def unsupported(self, *args: object, **kwargs: object) -> list[str]:
+        """Return the reasons of the backend it calls."""
+        return self.backend.unsupported(*args, **kwargs)
+
+
+class WrongScale(Mutant):
+    """The softmax scale is one percent too large."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+        return self.backend.run(q, k, v, selection, scale=1.01 * scale)
+
+
+class DroppedLastBlock(Mutant):
+    """The loop over a row's blocks ends one too early, except in rows of one block."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+        mask = selection.to_mask()
+        last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+        short = BlockSelection.from_mask(
+            mask & ~(last & (mask.sum(-1, keepdim=True) > 1)), selection.block_size
+        )
+        return self.backend.run(q, k, v, short, scale=scale)
+
+
+class SwappedHeadMap(Mutant):
+    """Query head ``h`` reads KV head ``h % Hk`` instead of ``h // G``."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+        order = torch.arange(q.shape[1]).view(-1, k.shape[1]).T.flatten()
+        mask = selection.to_mask().repeat_interleave(q.shape[1] // selection.shape[1], 1)
+        moved = BlockSelection.from_mask(mask[:, order], selection.block_size)
+        out = torch.empty_like(q)
+        out[:, order] = self.backend.run(q[:, order], k, v, moved, scale=scale)
+        return out
+
+
+@dataclass(frozen=True)
+class ShiftedCausalLimit(Mutant):
+    """A query sees ``shift`` keys too many (or too few) inside its selected blocks.
+
+    The causal limit is out of a caller's reach, so this one computes by itself.
+
+    Attributes:
+        shift: Keys past the query's own that it sees.
+    """
+
+    shift: int = 1
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+        groups = q.shape[1] // k.shape[1]
+        mask = selection.to_mask().repeat_interleave(q.shape[1] // selection.shape[1], 1)
+        tokens = mask.repeat_interleave(selection.block_size[0], 2)[:, :, : q.shape[2]]
+        tokens = tokens.repeat_interleave(selection.block_size[1], 3)[..., : k.shape[2]]
+        limit = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        tokens = tokens & limit.tril(k.shape[2] - q.shape[2] + self.shift)
+        tokens = tokens.expand(q.shape[0], -1, -1, -1)
+        scores = q @ k.repeat_interleave(groups, 1).mT * scale
+        # A row that sees nothing returns zeros, as kernels do.
+        share = torch.softmax(scores.masked_fill(~tokens, float("-inf")), -1).nan_to_num(0)
+        values = v.repeat_interleave(groups, 1).masked_fill(~tokens.any(2)[..., None], 0)
+        return share @ values
+
+
+class ColumnNormalised(Mutant):
+    """The pooled map's columns add up to 1 instead of its rows."""
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], *, scale: float
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the output and the map with the bug."""
+        out, target = self.backend.run(q, k, v, block_size, scale=scale)
+        return out, target / target.sum(-2, keepdim=True)
+
+
+#: Bugs of a block-sparse attention kernel, planted into the reference.
+ATTENTION_MUTANTS: dict[str, Mutant] = {
+    "wrong scale": WrongScale(reference),
+    "dropped last block": DroppedLastBlock(reference),
+    "swapped head map": SwappedHeadMap(reference),
+    "sees the next key": ShiftedCausalLimit(reference, 1),
+    "misses its own key": ShiftedCausalLimit(reference, -1),
+}

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from seerattention import BlockSelection, block_sparse_attention
+from seerattention.ops._shapes import Shape
+from seerattention.ops.block_sparse_attention import BACKENDS, gather, reference
+from seerattention.ops.block_sparse_attention._cases import CASES, Case
+from seerattention.testing import conformance
+from seerattention.testing.budget import Budget
+from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.testing.memory import LargestTensor
+
+SMALL = [case for case in CASES if not case.large]
+# flex compiles for seconds per kind of call and has a file of its own.
+EAGER = {name: backend for name, backend in BACKENDS.items() if name != "flex"}
+by_backend = pytest.mark.parametrize("backend", EAGER.values(), ids=EAGER)
+by_case = pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+
+
+def test_cases_have_names_of_their_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert {case.head_dim for case in SMALL} >= {64, 80, 96, 128, 256}
+
+
+@by_backend
+@by_case
+def test_conforms(backend: ModuleType, case: Case) -> None:
+    conformance.check_attention(backend, case)
+
+
+@by_backend
+@by_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(backend: ModuleType, case: Case, dtype: torch.dtype) -> None:
+    conformance.attention_matches_reference(backend, case, dtype)
+    conformance.attention_full_is_dense(backend, case, dtype)
+    if case.queries < case.keys:
+        conformance.attention_ignores_unread(backend, case, dtype)
+
+
+@by_backend
+def test_full_selection_is_sdpa(backend: ModuleType) -> None:
+    shape = Shape(name="", heads=4, kv_heads=2, queries=777, keys=777, head_dim=64, batch=2)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True
+        )
+
+    q, k, v = random_qkv(shape)
+    full = BlockSelection.full(777, 777, (64, 64))
+    Budget.of(dense, q, k, v).check(backend.run(q, k, v, full, scale=64**-0.5))
+
+
+@by_backend
+def test_strides_do_not_matter(backend: ModuleType) -> None:
+    shape = Shape(name="", heads=4, kv_heads=2, queries=200, keys=200, head_dim=64)
+    q, k, v = random_qkv(shape)
+    selection = random_selection(shape, density=0.3)
+    # As models hand them over: [B, T, H, D] transposed, v a slice of something wider.
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    wide = torch.cat([v, v], -1)[..., :64]
+    out = backend.run(q, k, v, selection, scale=0.125)
+    assert torch.equal(backend.run(*strided, wide, selection, scale=0.125), out)
+
+
+@by_backend
+def test_infinite_unread_keys(backend: ModuleType) -> None:
+    case = next(case for case in SMALL if case.name == "later-chunk")
+    q, k, v = random_qkv(case)
+    selection = random_selection(case, density=0.3, heads=1)
+    unread = ~selection.to_mask()[0, 0].any(0).repeat_interleave(64)[: case.keys]
+    assert unread.any()
+    clean = backend.run(q, k, v, selection, scale=0.125)
+    k[:, :, unread], v[:, :, unread] = torch.inf, -torch.inf
+    assert torch.equal(backend.run(q, k, v, selection, scale=0.125), clean)
+
+
+def test_gather_rows_do_not_see_nan_that_only_others_read() -> None:
+    shape = Shape(name="", heads=4, kv_heads=2, queries=500, keys=500, head_dim=64)
+    q, k, v = random_qkv(shape)
+    selection = random_selection(shape, density=0.3)
+    clean = gather.run(q, k, v, selection, scale=0.125)
+    k[:, :, 128:192], v[:, :, 128:192] = torch.nan, torch.nan
+    poisoned = gather.run(q, k, v, selection, scale=0.125)
+    reads = selection.to_mask()[..., 2].repeat_interleave(64, -1)[..., :500]
+    assert torch.equal(poisoned[~reads], clean[~reads])
+    assert poisoned[reads].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1, 50_000, 1_000_000])
+def test_gather_in_smaller_parts(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(gather, "WORK_BYTES", size)
+    for case in SMALL:
+        conformance.attention_matches_reference(gather, case)
+
+
+@pytest.mark.parametrize("block_size", [(64, 64), (16, 16)])
+def test_gather_needs_no_dense_map(block_size: tuple[int, int]) -> None:
+    shape = Shape(name="", heads=2, kv_heads=1, queries=4096, keys=4096, head_dim=64, block_size=block_size)
+    q, k, v = random_qkv(shape)
+    selection = random_selection(shape, density=0.1)
+    with LargestTensor() as largest:
+        gather.run(q, k, v, selection, scale=0.125)
+    # Nothing larger than the stated working memory, or one row that alone exceeds it.
+    assert 0 < largest.bytes <= gather.WORK_BYTES
+    with LargestTensor() as largest:
+        reference.run(q, k, v, selection, scale=0.125)
+    assert largest.bytes >= 4 * 4096 * 4096
+
+
+@pytest.mark.parametrize("queries", [150, 40])
+def test_reference_gradients(queries: int) -> None:
+    shape = Shape(name="", heads=4, kv_heads=2, queries=queries, keys=150, head_dim=16, block_size=(32, 32))
+    selection = random_selection(shape, density=0.4)
+    blocks = selection.to_mask().repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :queries, :150]
+    query = torch.arange(150 - queries, 150)[:, None]
+    hidden = ~blocks | (torch.arange(150) > query)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(2, 1)) / 4
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attention(q, k, v, selection, backend="reference")
+
+    def gradient(attention: Callable[[Tensor, Tensor, Tensor], Tensor], which: int) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            weight = torch.linspace(-1, 1, 16, dtype=inputs[0].dtype)
+            return torch.autograd.grad((attention(*leaves) * weight).sum(), leaves)[which]
+
+        return run
+
+    inputs = random_qkv(shape)
+    for which in range(3):
+        Budget.of(gradient(plain, which), *inputs).check(gradient(sparse, which)(*inputs))
+
+
+def test_public_function_chooses_gather() -> None:
+    case = SMALL[4]
+    q, k, v = random_qkv(case)
+    selection = random_selection(case, density=0.3)
+    out = block_sparse_attention(q, k, v, selection)
+    assert torch.equal(out, gather.run(q, k, v, selection, scale=64**-0.5))
+    scaled = block_sparse_attention(q, k, v, selection, scale=0.5)
+    assert torch.equal(scaled, gather.run(q, k, v, selection, scale=0.5))
+    assert torch.equal(block_sparse_attention(q, k, v, selection, scale=0.5, backend="gather"), scaled)
+
+
+def test_scale_of_zero_is_a_scale() -> None:
+    case = SMALL[3]
+    q, k, v = random_qkv(case)
+    full = BlockSelection.full(65, 65, (64, 64))
+    out = block_sparse_attention(q, k, v, full, scale=0.0)
+    mean = v.cumsum(2) / torch.arange(1, 66)[:, None]
+    torch.testing.assert_close(out, mean.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("backend", [*EAGER, "auto"])
+def test_inputs_are_left_alone(backend: str) -> None:
+    case = SMALL[4]
+    inputs = random_qkv(case)
+    before = [x.clone() for x in inputs]
+    block_sparse_attention(*inputs, random_selection(case, density=0.3), backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))

@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seerattention import AttnGate, GateConfig, Threshold, TopK
+from seerattention import gate as gate_module
+from seerattention.ops._shapes import Shape
+from seerattention.policies import Policy, select
+from seerattention.testing.inputs import random_qkv
+
+TYPES = [
+    ("Qavg_Kmaxminavg", False),
+    ("Qmaxmin_Kavg", False),
+    ("Qavg_Kmax", True),
+    ("Qmaxminavg_Kmaxminavg", False),
+]
+HEADS, DIM, BLOCK = 4, 32, 64
+
+
+def qk(
+    tokens: int, groups: int = 2, batch: int = 1, queries: int | None = None, dim: int = DIM
+) -> tuple[Tensor, Tensor]:
+    q, k, _ = random_qkv(
+        Shape(
+            name="",
+            heads=HEADS,
+            kv_heads=HEADS // groups,
+            queries=queries or tokens,
+            keys=tokens,
+            head_dim=dim,
+            batch=batch,
+        )
+    )
+    return q, k
+
+
+def config(**options: Any) -> GateConfig:
+    return GateConfig(**{"num_heads": HEADS, "num_kv_heads": 2, "head_dim": DIM} | options)
+
+
+# --- the published formula, written a second time -----------------------------------------------------
+
+
+def pooled(x: Tensor, pools: list[str]) -> Tensor:
+    """``[H, T, D]`` -> ``[H, N, pools * D]``, one block at a time."""
+    rows = []
+    for start in range(0, x.shape[1], BLOCK):
+        block = x[:, start : start + BLOCK]
+        parts = {"max": block.max(1).values, "min": block.min(1).values, "avg": block.sum(1) / block.shape[1]}
+        rows.append(torch.cat([parts[name] for name in pools], -1))
+    return torch.stack(rows, 1)
+
+
+def rotated(x: Tensor, theta: float) -> Tensor:
+    """Each pair (i, i + E/2) as a complex number, turned by position * theta ** (-2i / E).
+
+    The angle is rounded to fp32, as the models' own code does: at position 1000 that is 3e-5 radians.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half) / half)
+    angle = (torch.arange(x.shape[1]) * BLOCK).float()[:, None] * frequency
+    turn = torch.polar(torch.ones(()).double(), angle.double())
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * turn
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def published_scores(
+    q: Tensor, k: Tensor, q_pools: list[str], k_pools: list[str], wq: Tensor | None, wk: Tensor, theta: float
+) -> Tensor:
+    """Scores of one sequence in fp64, ``[Hq, N, N]``: q ``[Hq, T, D]``, k ``[Hk, T, D]``."""
+    groups = q.shape[0] // k.shape[0]
+    pool_q, pool_k = pooled(q.double(), q_pools), pooled(k.double(), k_pools)
+    if wq is None:
+        gate_q, gate_k = pool_q, torch.einsum("hni,hio->hno", pool_k.repeat_interleave(groups, 0), wk)
+    else:
+        gate_q = torch.einsum("hni,hio->hno", pool_q, wq)
+        gate_k = torch.einsum("hni,hio->hno", pool_k, wk).repeat_interleave(groups, 0)
+    gate_q, gate_k = rotated(gate_q, theta), rotated(gate_k, theta)
+    return torch.einsum("hid,hjd->hij", gate_q, gate_k) / math.sqrt(gate_q.shape[-1])
+
+
+def check_published_scores(
+    make: Callable[[GateConfig], AttnGate], gate_type: str, force_double: bool, groups: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Compare a gate of a published type with the formula; return both scores, ``[1, Hq, N, N]``."""
+    design = GateConfig.published(
+        gate_type,
+        num_heads=HEADS,
+        num_kv_heads=HEADS // groups,
+        head_dim=DIM,
+        force_double=force_double,
+        rope_theta=500000.0,
+    )
+    gate = make(design)
+    q, k = qk(tokens, groups)
+    double = force_double or gate_type.startswith("Qmax")
+    assert (gate.linear_q is not None) == double
+    with torch.no_grad():
+        # Scores of about one, so that 1e-5 asks as much of every type and rows are not uniform.
+        gate.linear_k.weight.div_(gate(q, k).std())
+        actual = gate(q, k)
+        names = [[p for p in ("max", "min", "avg") if p in part] for part in gate_type.split("_")]
+        wq = None if gate.linear_q is None else gate.linear_q.weight.double()
+        wk = gate.linear_k.weight.double()
+        assert wk.shape[0] == (HEADS // groups if double else HEADS)
+        expected = published_scores(q[0], k[0], names[0], names[1], wq, wk, 500000.0)[None]
+    assert actual.dtype == torch.float32
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) <= 1e-5
+    return actual, expected
+
+
+PUBLISHED = [
+    pytest.param(*kind, groups, tokens, id=f"{kind[0]}-G{groups}-T{tokens}")
+    for kind in TYPES
+    for groups in (1, 2, 4)
+    for tokens in (300, 777, 1000, 1024)
+]
+
+
+@pytest.mark.parametrize(("gate_type", "force_double", "groups", "tokens"), PUBLISHED)
+def test_published_formula(gate_type: str, force_double: bool, groups: int, tokens: int) -> None:
+    actual, expected = check_published_scores(AttnGate, gate_type, force_double, groups, tokens)
+    blocks = math.ceil(tokens / BLOCK)
+    options: dict[str, Any] = {"num_queries": tokens, "num_keys": tokens, "block_size": (BLOCK, BLOCK)}
+
+    def chosen(policy: Policy) -> Tensor:
+        return select(policy, actual, **options).to_mask()
+
+    count = max(1, math.floor((1 - math.sqrt(1 - 0.3)) * blocks))
+    top, above = torch.zeros_like(actual, dtype=torch.bool), torch.zeros_like(actual, dtype=torch.bool)
+    share = 1 / blocks
+    for h in range(HEADS):
+        for i in range(blocks):
+            row = expected[0, h, i, : i + 1]
+            best = sorted(range(i + 1), key=lambda j: (-float(row[j]), j))[:count]
+            top[0, h, i, best] = True
+            weights = [math.exp(x - float(row.max())) for x in row.tolist()]
+            above[0, h, i, : i + 1] = torch.tensor([w / sum(weights) > share for w in weights])
+            top[0, h, i, i] = above[0, h, i, i] = True
+    assert torch.equal(chosen(TopK(0.3)), top)
+    assert torch.equal(chosen(Threshold(share)), above)
+    assert 0.2 < above.sum() / (HEADS * blocks * (blocks + 1) / 2) < 0.9
+
+
+class RotatesAtLastToken(AttnGate):
+    """Seen in a short last block only: elsewhere queries and keys turn alike."""
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        return super().compress(k, positions=(positions + BLOCK - 1).clamp(max=k.shape[2] - 1))
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
+        last = (positions + BLOCK - 1).clamp(max=q.shape[2] - 1)
+        return super().score(q, k_blocks, positions=last, valid=valid)
+
+
+class ForgetsShortBlock(AttnGate):
+    """Divides the sum of a short last block by the full block size."""
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % BLOCK))
+        return super().compress(padded, positions=torch.arange(padded.shape[2]))
+
+
+class ScalesByHeadCount(AttnGate):
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
+        return super().score(q, k_blocks, positions=positions, valid=valid) * 2**-0.5
+
+
+@pytest.mark.parametrize("mutant", [RotatesAtLastToken, ForgetsShortBlock, ScalesByHeadCount])
+def test_published_formula_notices(mutant: type[AttnGate]) -> None:
+    with pytest.raises(AssertionError):
+        check_published_scores(mutant, "Qavg_Kmaxminavg", False, 2, 300)
+
+
+# --- this project's additions -------------------------------------------------------------------------
+
+
+def set_identity(gate: AttnGate) -> AttnGate:
+    """Weights that pass the average pool (the last third of the width) and nothing else."""
+    with torch.no_grad():
+        for linear in filter(None, (gate.linear_q, gate.linear_k)):
+            linear.weight.zero_()
+            linear.weight[:, -DIM:] = torch.eye(DIM)
+    return gate
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 63, 64, 65, 300, 777])
+@torch.no_grad()
+def test_block_score_is_the_maximum_over_sub_blocks(tokens: int) -> None:
+    gate = set_identity(AttnGate(config(q_sub_block=8, k_sub_block=16, rope=False)))
+    q, k = qk(tokens)
+    actual = gate(q, k)
+    blocks = math.ceil(tokens / BLOCK)
+    assert actual.shape == (1, HEADS, blocks, blocks)
+    for h in range(HEADS):
+        means_q = [x.mean(0) for x in q[0, h].split(8)]
+        means_k = [x.mean(0) for x in k[0, h // 2].split(16)]
+        for i in range(blocks):
+            for j in range(blocks):
+                pairs = [a @ b for a in means_q[i * 8 : (i + 1) * 8] for b in means_k[j * 4 : (j + 1) * 4]]
+                assert abs(float(actual[0, h, i, j]) - float(max(pairs)) / math.sqrt(DIM)) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [64, 300])
+@torch.no_grad()
+def test_identity_start_is_the_product_of_means(tokens: int) -> None:
+    q, k = qk(tokens)
+    plain = set_identity(AttnGate(config(q_sub_block=None, k_sub_block=None, rope=False)))
+    means_q = torch.stack([x.mean(1) for x in q[0].split(BLOCK, 1)], 1)
+    means_k = torch.stack([x.mean(1) for x in k[0].split(BLOCK, 1)], 1).repeat_interleave(2, 0)
+    expected = means_q @ means_k.mT / math.sqrt(DIM)
+    torch.testing.assert_close(plain(q, k)[0], expected, rtol=0, atol=1e-6)
+    # What the initialisation adds to the identity is noise with a standard deviation of 0.01.
+    fresh = AttnGate(plain.config)
+    for linear, identity in ((fresh.linear_q, plain.linear_q), (fresh.linear_k, plain.linear_k)):
+        assert linear is not None
+        assert identity is not None
+        noise = linear.weight - identity.weight
+        assert 0.009 < float(noise.std()) < 0.011
+        assert abs(float(noise.mean())) < 0.001
+
+
+@torch.no_grad()
+def test_identity_without_an_average_pool() -> None:
+    gate = AttnGate(config(q_pool=("max", "min"), k_pool=("max",)))
+    assert gate.linear_q is not None
+    third = gate.linear_q.weight.unflatten(1, (2, DIM)).diagonal(dim1=2, dim2=3)
+    assert abs(float(third.mean()) - 0.5) < 0.01
+    assert abs(float(gate.linear_k.weight.diagonal(dim1=1, dim2=2).mean()) - 1) < 0.01
+
+
+@torch.no_grad()
+def test_short_last_block_is_pooled_over_its_tokens() -> None:
+    _, k = qk(70)
+    gate = set_identity(AttnGate(config(k_sub_block=None, rope=False)))
+    summaries = gate.compress(k, positions=torch.arange(70))
+    torch.testing.assert_close(summaries[:, :, 1], k[:, :, 64:].mean(2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_one_score_per_kv_head(qk_norm: bool) -> None:
+    design = config(per_kv_head=True, qk_norm=qk_norm, rope=False, q_sub_block=None, k_sub_block=None)
+    gate = AttnGate(replace(design, init="random"))
+    q, k = qk(130)
+    actual = gate(q, k)
+    assert actual.shape == (1, 2, 3, 3)
+    assert gate.linear_q is not None
+    pool_q, pool_k = (pooled(x[0].double(), ["max", "min", "avg"]) for x in (q, k))
+    for h in range(2):
+        merged = torch.cat([pool_q[2 * h], pool_q[2 * h + 1]], -1) @ gate.linear_q.weight[h].double()
+        keys = pool_k[h] @ gate.linear_k.weight[h].double()
+        if qk_norm:
+            merged, keys = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (merged, keys))
+        expected = merged @ keys.T / math.sqrt(DIM)
+        assert float((actual[0, h] - expected).abs().max()) <= 1e-5
+
+
+@torch.no_grad()
+def test_norm_is_learned() -> None:
+    gate = AttnGate(config(qk_norm=True))
+    q, k = qk(100)
+    before = gate(q, k)
+    assert gate.norm_k is not None
+    gate.norm_k.weight.fill_(2)
+    torch.testing.assert_close(gate(q, k), 2 * before)
+    scaled = gate(3 * q, 5 * k)
+    # Normalised summaries do not depend on the size of q and k (but for the norm's epsilon).
+    torch.testing.assert_close(scaled, 2 * before, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_explicit_positions() -> None:
+    gate = AttnGate(config())
+    q, k = qk(200, batch=2)
+    default = gate(q, k)
+    torch.testing.assert_close(gate(q, k, positions=torch.arange(200)), default)
+    # RoPE is relative: the same shift for all changes nothing but rounding; a different one does.
+    shift = torch.tensor([[0], [640]])
+    shifted = gate(q, k, positions=torch.arange(200) + shift)
+    assert torch.equal(shifted[0], default[0])
+    assert float((shifted[1] - default[1]).abs().max()) < 1e-4
+    stretched = gate(q, k, positions=3 * torch.arange(200))
+    assert float((stretched - default).abs().max()) > 0.01
+
+
+@torch.no_grad()
+def test_later_queries_score_as_rows_of_the_whole() -> None:
+    for design in (config(), GateConfig.published(num_heads=HEADS, num_kv_heads=2, head_dim=DIM)):
+        gate = AttnGate(design)
+        q, k = qk(300)
+        whole = gate(q, k)
+        part = gate(q[:, :, 128:], k)
+        torch.testing.assert_close(part, whole[:, :, 2:], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_own_rotary_code_is_used() -> None:
+    gate = AttnGate(config())
+    q, k = qk(200)
+    plain = gate(q, k)
+    seen: list[Tensor] = []
+
+    def still(positions: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(positions)
+        return torch.ones(1, positions.shape[1], DIM), torch.zeros(1, positions.shape[1], DIM)
+
+    gate.use_rotary(still)
+    unrotated = gate(q, k)
+    assert [p.tolist() for p in seen] == [[list(range(0, 200, 8))]] * 2
+    reference = AttnGate(replace(gate.config, rope=False))
+    reference.load_state_dict(gate.state_dict())
+    assert torch.equal(unrotated, reference(q, k))
+    assert not torch.equal(unrotated, plain)
+
+
+@torch.no_grad()
+def test_bf16_weights() -> None:
+    gate = AttnGate(config())
+    q, k = qk(300)
+    exact = gate.double()(q, k)
+    gate = gate.bfloat16()
+    actual = gate(q.bfloat16(), k.bfloat16())
+    assert actual.dtype == torch.float32
+    # Each summary is rounded a few times to 8 bits; products of 32 of them stay within that share.
+    eps = torch.finfo(torch.bfloat16).eps
+    assert float((actual - exact).abs().max()) <= 4 * eps * float(exact.abs().max())
+    assert gate(q, k).dtype == torch.float32
+
+
+@pytest.mark.parametrize("design", [config(), config(per_kv_head=True), config(q_sub_block=None)])
+@torch.no_grad()
+def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, design: GateConfig) -> None:
+    gate = AttnGate(design)
+    q, k = qk(777, batch=2)
+    whole = gate(q, k)
+    for size in (1, 30_000, 100_000):
+        monkeypatch.setattr(gate_module, "SLICE_BYTES", size)
+        torch.testing.assert_close(gate(q, k), whole, rtol=0, atol=1e-6)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    gate = AttnGate(config(qk_norm=True))
+    q, k = qk(200)
+    gate(q, k).square().sum().backward()
+    for name, parameter in gate.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_parameter_names_are_stable() -> None:
+    assert sorted(AttnGate(config()).state_dict()) == ["linear_k.weight", "linear_q.weight"]
+
+
+@pytest.mark.parametrize(
+    "design",
+    [
+        config(),
+        config(gate_dim=16, qk_norm=True, per_kv_head=True, q_pool=("avg",), init="random", rope_theta=5e5),
+        GateConfig.published("Qmaxmin_Kavg", num_heads=8, num_kv_heads=2, head_dim=64, gate_dim=32),
+    ],
+)
+def test_configuration_round_trip(design: GateConfig) -> None:
+    assert GateConfig.from_dict(json.loads(json.dumps(design.to_dict()))) == design
+
+
+def test_published_design() -> None:
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+    plain = GateConfig.published(**sizes)
+    assert (plain.q_pool, plain.k_pool, plain.q_proj) == (("avg",), ("max", "min", "avg"), False)
+    assert (plain.q_sub, plain.k_sub, plain.dim) == (64, 64, 64)
+    assert AttnGate(plain).linear_k.weight.shape == (8, 192, 64)
+    for double in (
+        GateConfig.published(**sizes, force_double=True),
+        GateConfig.published("Qmaxmin_Kmaxminavg", **sizes),
+        GateConfig.published(**sizes, gate_dim=32),
+    ):
+        assert double.q_proj
+        assert AttnGate(double).linear_k.weight.shape == (2, 192, double.dim)
+    assert not GateConfig.published(**sizes, gate_dim=64).q_proj
+
+
+@pytest.mark.parametrize("name", ["", "Qavg", "Q_Kavg", "Qavg_K", "Qminmax_Kavg", "qavg_kavg", "Qavg_Kmean"])
+def test_unknown_published_type(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown gate type {name!r}"):
+        GateConfig.published(name, num_heads=8, num_kv_heads=2, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 0}, "num_heads must be a whole number >= 1, got 0"),
+        ({"num_kv_heads": -1}, "num_kv_heads must be a whole number >= 1, got -1"),
+        ({"head_dim": 1.5}, "head_dim must be a whole number >= 1, got 1.5"),
+        ({"block_size": None}, "block_size must be a whole number >= 1, got None"),
+        ({"gate_dim": 0}, "gate_dim must be a whole number >= 1, got 0"),
+        ({"q_sub_block": 0}, "q_sub_block must be a whole number >= 1, got 0"),
+        ({"k_sub_block": "8"}, "k_sub_block must be a whole number >= 1, got '8'"),
+        ({"num_heads": 5}, "num_heads=5 must be a multiple of num_kv_heads=2"),
+        ({"q_pool": ()}, r"q_pool must name some of .*, got \(\)"),
+        ({"k_pool": ("avg", "avg")}, "k_pool must name some of"),
+        ({"k_pool": ("mean",)}, "k_pool must name some of"),
+        ({"q_pool": "avg"}, "q_pool must name some of"),
+        ({"q_sub_block": 7}, "q_sub_block=7 must divide block_size=64"),
+        ({"k_sub_block": 128}, "k_sub_block=128 must divide block_size=64"),
+        ({"gate_dim": 15}, "rotary positions need an even gate_dim, got 15"),
+        ({"q_proj": False}, "without q_proj the gate needs one q pool"),
+        ({"q_proj": False, "q_pool": ("avg",), "gate_dim": 16}, "without q_proj the gate needs one q pool"),
+        ({"q_proj": False, "q_pool": ("avg",), "per_kv_head": True}, "per_kv_head merges"),
+        ({"init": "zeros"}, "init must be 'identity' or 'random', got 'zeros'"),
+    ],
+)
+def test_impossible_configuration(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_configuration_with_wrong_keys() -> None:
+    with pytest.raises(ValueError, match=r"unknown gate settings \['heads'\]"):
+        GateConfig.from_dict(config().to_dict() | {"heads": 3})
+    with pytest.raises(ValueError, match=r"gate settings are missing \['head_dim', 'num_heads'\]"):
+        GateConfig.from_dict({"num_kv_heads": 2})
+
+
+def test_wrong_inputs() -> None:
+    gate = AttnGate(config())
+    q, k = qk(10)
+    for bad_q, bad_k, message in (
+        (q[:, :3], k, r"q_nope must be \[B, 4, T >= 1, 32\], got \[1, 3, 10, 32\]"),
+        (q, k.repeat(1, 2, 1, 1), r"k_nope must be \[B, 2, T >= 1, 32\], got \[1, 4, 10, 32\]"),
+        (q[..., :16], k, "q_nope must be"),
+        (q[0], k, "q_nope must be"),
+        (q[:, :, :0], k, "q_nope must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gate(bad_q, bad_k)

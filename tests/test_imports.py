@@ -1,0 +1,180 @@
+"""The direction of dependencies, and what an import of the package does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import seerattention
+
+PACKAGE = Path(seerattention.__file__).parent
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+#: What a part may import besides itself, read from docs/design.md: everything in the layers before.
+LAYERS = [
+    {"selection"},
+    {"gate", "policies", "ops"},
+    {"attention", "cache", "baselines", "testing"},
+    {"models"},
+    {"distill", "evals"},
+    {"cli"},
+]
+#: The measurements distil gates live, to compare them.
+WITHIN_A_LAYER = {("testing", "attention"), ("evals", "distill")}
+TRANSFORMERS = {"models", "distill", "evals", "cli"}
+
+
+def modules_imported(source: str, package: str) -> Iterator[str]:
+    """Names of the modules that a file of ``package`` imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def imports_of(file: Path) -> set[str]:
+    package = ".".join(["seerattention", *file.parent.parts])
+    return set(modules_imported((PACKAGE / file).read_text(encoding="utf-8"), package))
+
+
+def part_of(module: str) -> str | None:
+    """The part of the project that a module belongs to, None for others' modules and the root."""
+    names = module.split(".")
+    known = set().union(*LAYERS)
+    return names[1] if names[0] == "seerattention" and len(names) > 1 and names[1] in known else None
+
+
+def part_of_file(file: Path) -> str:
+    return file.parts[0].removesuffix(".py")
+
+
+def wrong_direction(part: str, imported: str) -> bool:
+    if part == imported or (part, imported) in WITHIN_A_LAYER:
+        return False
+    level = next(i for i, layer in enumerate(LAYERS) if part in layer)
+    return not any(imported in layer for layer in LAYERS[:level])
+
+
+def violations(file: Path, imported: set[str]) -> set[str]:
+    """Imports of a file that break a rule."""
+    part = part_of_file(file)
+    if part in ("__init__", "__main__"):
+        return {m for m in imported if m.split(".")[0] in ("transformers", "triton")}
+    wrong = {m for m in imported if (other := part_of(m)) and wrong_direction(part, other)}
+    if part not in TRANSFORMERS:
+        wrong |= {m for m in imported if m.split(".")[0] == "transformers"}
+    is_backend = part == "ops" and len(file.parts) == 3 and not file.name.startswith("_")
+    if not is_backend:
+        return wrong | {m for m in imported if m.split(".")[0] == "triton"}
+    op = ".".join(["seerattention", *file.parent.parts])
+    siblings = {path.stem for path in (PACKAGE / file).parent.glob("[!_]*.py")}
+    return wrong | {m for m in imported if m.startswith(f"{op}.") and m.split(".")[3] in siblings}
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_dependencies_point_one_way(file: Path) -> None:
+    assert part_of_file(file) in {"__init__", "__main__", *set().union(*LAYERS)}, "a part without a layer"
+    assert violations(file, imports_of(file)) == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "wrong"),
+    [
+        ("selection.py", "from seerattention.gate import AttnGate", True),
+        ("selection.py", "def f():\n    from seerattention import gate", True),
+        ("policies/top_k.py", "from seerattention.selection import num_blocks", False),
+        ("policies/top_k.py", "from seerattention.ops import _dispatch", True),
+        ("policies/top_k.py", "from ..attention import select_blocks", True),
+        ("gate.py", "import transformers.models", True),
+        ("models/llama.py", "import transformers.models", False),
+        ("models/llama.py", "from seerattention.evals import needle", True),
+        ("ops/block_sparse_attention/__init__.py", "import triton", True),
+        ("ops/block_sparse_attention/gather.py", "import triton.language as tl", False),
+        ("ops/block_sparse_attention/gather.py", "from . import flex", True),
+        ("ops/block_sparse_attention/gather.py", "from .reference import run", True),
+        ("ops/block_sparse_attention/gather.py", "from seerattention.ops._dispatch import check_qkv", False),
+        ("__init__.py", "import transformers", True),
+    ],
+)
+def test_the_rules_notice(file: str, line: str, wrong: bool) -> None:
+    package = ".".join(["seerattention", *Path(file).parent.parts])
+    assert bool(violations(Path(file), set(modules_imported(line, package)))) == wrong
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part_of_file(f) != "cli"], ids=str)
+def test_nothing_is_printed_outside_the_command_line(file: Path) -> None:
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert "print" not in called
+
+
+def python(code: str) -> str:
+    path = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+    run = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_importing_brings_no_transformers_and_no_triton_kernel() -> None:
+    loaded = python(
+        "import seerattention, seerattention.baselines, seerattention.cache\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'datasets', 'rich', 'typer')])"
+    )
+    assert loaded == "[]\n"
+
+
+def test_importing_changes_nothing() -> None:
+    # Even with transformers there, an import registers no attention function and sets no variable.
+    code = """
+import os, random, torch, warnings
+import torch.nn.attention.flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.llama import modeling_llama
+
+def state():
+    return (
+        sorted(AttentionInterface().keys()),
+        sorted(AttentionMaskInterface().keys()),
+        {n: id(f) for n, f in vars(modeling_llama).items()},
+        {n: id(f) for n, f in vars(torch.nn.functional).items()},
+        dict(os.environ),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.initial_seed(),
+        torch.is_grad_enabled(),
+        random.getstate(),
+    )
+
+before = state()
+import seerattention, seerattention.models, seerattention.evals.demo
+print(before == state())
+"""
+    assert python(code) == "True\n"
+
+
+def test_public_names_are_there() -> None:
+    missing = python(
+        "import seerattention\nprint([n for n in dir(seerattention) if not hasattr(seerattention, n)])"
+    )
+    assert missing == "[]\n"
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        seerattention.magic  # noqa: B018
+    assert {"attach", "detach", "AttnGate", "seer_attention", "TopK"} <= set(dir(seerattention))
+
+
+def test_backends_are_imported_with_their_op() -> None:
+    loaded = python(
+        "import seerattention.ops.block_sparse_attention as op\n"
+        "print(all(b.__name__ in sys.modules for b in op.BACKENDS.values()))"
+    )
+    assert loaded == "True\n"

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from seerattention.ops._shapes import Shape
+from seerattention.ops.block_sparse_attention import gather, reference
+from seerattention.ops.block_sparse_attention._cases import Case
+from seerattention.ops.pooled_attention import reference as pooled_reference
+from seerattention.testing import conformance
+from seerattention.testing.mutants import ATTENTION_MUTANTS, ColumnNormalised, Mutant, ShiftedCausalLimit
+
+CASE = Case(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32)
+RED = {
+    "wrong scale": ["matches_reference", "full_is_dense"],
+    "dropped last block": ["matches_reference", "full_is_dense", "rows_are_isolated"],
+    "swapped head map": ["matches_reference", "full_is_dense"],
+    "sees the next key": ["matches_reference", "full_is_dense"],
+    "misses its own key": ["matches_reference", "full_is_dense"],
+}
+
+
+def test_what_is_right_passes() -> None:
+    for backend in (reference, gather, ShiftedCausalLimit(reference, 0)):
+        conformance.check_attention(backend, CASE)
+    conformance.check_pooled(pooled_reference, CASE)
+
+
+@pytest.mark.parametrize("name", ATTENTION_MUTANTS)
+def test_attention_checks_notice(name: str) -> None:
+    mutant = ATTENTION_MUTANTS[name]
+    assert mutant.unsupported(q=None, k=None, v=None, selection=None) == []
+    with pytest.raises(AssertionError):
+        conformance.check_attention(mutant, CASE)
+    for check in RED[name]:
+        run: Callable[[Mutant, Case], None] = getattr(conformance, f"attention_{check}")
+        with pytest.raises(AssertionError):
+            run(mutant, CASE)
+
+
+def test_pooled_checks_notice() -> None:
+    shape = Shape(name="", heads=4, kv_heads=2, queries=200, keys=200, head_dim=32)
+    with pytest.raises(AssertionError):
+        conformance.check_pooled(ColumnNormalised(pooled_reference), shape)
