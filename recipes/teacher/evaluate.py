@@ -48,7 +48,7 @@ def evaluate(
     prompt = tokenizer("The old house stood at the end of the lane, and", return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
     written = model.generate(
-        prompt.to(model.device), max_new_tokens=120, do_sample=True, temperature=0.7, top_p=0.9
+        prompt.to(model.device), max_new_tokens=120, do_sample=True, temperature=0.9, top_p=0.95
     )
     sample = tokenizer.decode(written[0], skip_special_tokens=True)
     print(sample)

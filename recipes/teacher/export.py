@@ -31,25 +31,27 @@ an answer counts if all five digits are right.
 |---|---|---|
 {table}
 
-A sample (temperature 0.7, top-p 0.9):
+A sample (temperature 0.9, top-p 0.95):
 
 > {sample}
 
 ## Data
 
-Training: 402 public-domain English books (205 MB of text): windows of them (50 %), the same with hidden
-numbers and questions (35 %), the same with a passage repeated (15 %). Evaluation: 13 Standard Ebooks
-(CC0 1.0), never trained on.
+Training: 402 public-domain English books (205 MB of text): windows of them, the same with hidden numbers and
+questions, and the same with a passage that returns, in shares that differ by stage (`recipe.toml`).
+Evaluation: 13 Standard Ebooks (CC0 1.0), never trained on.
 
 ## Recipe
 
-`recipes/teacher/` of the seerattention repository: {tokens:.0f} M tokens in stages of 2k, 8k and 32k tokens
-on one GPU, `recipe.toml` as committed with these weights, seed {seed}.
+`recipes/teacher/` of the seerattention repository: {tokens:.0f} M tokens in stages of 512, 2k, 8k and 32k
+tokens on one GPU, seed {seed}. The comments of `recipe.toml` say how the shipped weights were made stage by
+stage.
 
 ## Licence and limits
 
 Weights: MIT. The books are old: so are their language and their views. The model knows nothing, follows no
-instructions and must not be used for anything but experiments with attention.
+instructions, repeats itself when sampled at low temperature, and must not be used for anything but
+experiments with attention.
 """
 
 

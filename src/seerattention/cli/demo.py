@@ -15,32 +15,34 @@ if TYPE_CHECKING:
     from seerattention.models import Gates
 
 #: Tokens per sequence of the live distillation, and the bounds of its number of steps.
-LIVE_TOKENS, FEWEST_STEPS, MOST_STEPS = 4096, 20, 200
+LIVE_TOKENS, FEWEST_STEPS, MOST_STEPS = 2048, 20, 200
 
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for report.json and the figures.")] = Path("runs/demo"),
     distil_seconds: Annotated[
         int, typer.Option(help="About how long to distil gates live, in seconds; 0 skips it.")
-    ] = 60,
+    ] = 50,
 ) -> None:
     """Distil gates, compare them with dense attention and other methods, draw pictures. About 5 minutes."""
     from rich.console import Console
 
     from seerattention.evals import bundled, figures
-    from seerattention.evals.demo import Demo, methods
+    from seerattention.evals.demo import Demo, Plan, methods
     from seerattention.evals.versions import versions
     from seerattention.files import staged
     from seerattention.policies import TopK
 
     figures.require_matplotlib()
     console = Console()
+    if not console.is_terminal:
+        console.width = 110
     # Fails now, not after minutes, where nothing can be written.
     with staged(out) as folder:
         model, tokenizer = bundled.load_teacher()
         training, text = bundled.text_tokens(tokenizer)
         gates = bundled.load_teacher_gates()
-        demo = Demo(model, tokenizer, text)
+        demo = Demo(model, tokenizer, text, Plan())
         parameters = sum(p.numel() for p in model.parameters())
         console.print(
             f"The teacher: a {parameters / 1e6:.1f} M parameter Llama with a context of "
@@ -114,6 +116,7 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
 
 def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[str, Any]]:
     """Measure every method and print the table."""
+    from rich.box import SIMPLE_HEAD
     from rich.progress import track
     from rich.table import Table
 
@@ -125,8 +128,10 @@ def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[s
     rows: list[dict[str, Any]] = []
     for method in track(methods, "measuring", console=console, disable=not console.is_terminal):
         rows.append(demo.measure(method, rows[0]["prefill_s"] if rows else None))
-    table = Table()
-    table.add_column("method")
+        if not console.is_terminal:
+            console.print(f"  measured {method.name}", highlight=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("method", no_wrap=True)
     for title in ("density", "perplexity", "needles", "last rows dense", "recall", "prefill s", "speedup"):
         table.add_column(title, justify="right")
     for row in rows:
@@ -152,6 +157,7 @@ def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[s
 
 def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
     """Time dense and sparse over the lengths and print the table."""
+    from rich.box import SIMPLE_HEAD
     from rich.progress import Progress
     from rich.table import Table
 
@@ -162,14 +168,15 @@ def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("timing", total=sum(demo.plan.lengths))
         rows = demo.curve(gates, lambda length: progress.advance(task, length))
-    table = Table("tokens")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for title in (
+        "tokens",
         "model dense s",
-        "sparse s",
-        "speedup",
-        "one layer's attention dense ms",
-        "sparse ms",
-        "choosing blocks ms",
+        "model sparse s",
+        "model speedup",
+        "layer dense ms",
+        "layer sparse ms",
+        "choosing ms",
         "attention speedup",
         "with choosing",
     ):
@@ -188,4 +195,8 @@ def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
             f"{with_selection:.1f}x",
         )
     console.print(table)
+    console.print(
+        "   layer: the attention of one layer alone; choosing: pooling, scores and policy of that layer.",
+        highlight=False,
+    )
     return rows

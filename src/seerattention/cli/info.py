@@ -123,7 +123,7 @@ def run(
     from seerattention.baselines import names
     from seerattention.evals.versions import versions
     from seerattention.models import families
-    from seerattention.models._attach import DENSE_BELOW
+    from seerattention.models._sparse import DENSE_BELOW
     from seerattention.policies import policies
 
     console = Console()

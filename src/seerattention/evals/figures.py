@@ -141,7 +141,7 @@ def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows[1:]:
             if row["method"] == "SeerAttention":
                 continue
-            colour = COLOURS["live" if "run" in row["method"] else "other"]
+            colour = COLOURS["live" if "live" in row["method"] else "other"]
             axis.plot(row["density"], row[key], next(markers), color=colour, label=row["method"])
         axis.set_xlabel("density: fraction of blocks read (measured)")
         axis.set_ylabel(label)

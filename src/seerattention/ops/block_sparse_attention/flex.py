@@ -45,10 +45,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: fl
         options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gqa = q.shape[1] != k.shape[1]
+    run_compiled = _compiled(dynamic=not q.is_cuda)
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        out = _compiled(not q.is_cuda)(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options
-        )
+        out = run_compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
     assert isinstance(out, Tensor)
     return out
 

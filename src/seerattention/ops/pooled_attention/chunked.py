@@ -44,15 +44,16 @@ def run(
         for h in range(kv_heads):
             first = 0
             while first < nq:
-                last = min(
-                    nq, first + _slice_blocks(budget, grouped.shape[2], block_q, past + first * block_q)
-                )
+                fits = _slice_blocks(budget, grouped.shape[2], block_q, past + first * block_q)
+                last = min(nq, first + fits)
                 rows = slice(first * block_q, min(last * block_q, tokens_q))
                 seen = min(tokens_k, past + rows.stop)
                 part = grouped[b, h, :, rows].to(work) * scale
                 scores = part @ k[b, h, :seen].to(work).mT
-                hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
-                scores.masked_fill_(hidden.triu(1 + past + rows.start), float("-inf"))
+                # Every row of the slice sees all keys before the slice; only the slice's own need a mask.
+                own = scores[:, :, past + rows.start :]
+                hidden = torch.ones(own.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+                own.masked_fill_(hidden, float("-inf"))
                 share = torch.softmax(scores, -1)
                 pooled = _block_max(share, block_size)
                 target.unflatten(1, (kv_heads, -1))[b, h, :, first:last, : pooled.shape[2]] = pooled
