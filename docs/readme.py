@@ -35,7 +35,8 @@ def quality(report: dict[str, Any]) -> str:
     lines = [
         f"At {rows[0]['tokens']:,} tokens; {report['questions']} needle questions; {machine(report)}:",
         "",
-        "| method | density | perplexity | needles | needles, last rows dense | recall | prefill s | speedup |",
+        "| method | density | perplexity | needles | needles, last rows dense | recall | prefill s | "
+        "speedup |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -82,8 +83,8 @@ def bench() -> str:
     shape = report["shape"]
     lines = [
         f"{report['date']}, {machine(report)}; {report['dtype']}, {shape['heads']} query and "
-        f"{shape['kv_heads']} KV heads of {shape['head_dim']}, blocks of {shape['block']}, random blocks per head; "
-        f"a matrix product of 2048 x 2048 x 2048 ran at {report['matmul_tflops']:.3f} TFLOP/s:",
+        f"{shape['kv_heads']} KV heads of {shape['head_dim']}, blocks of {shape['block']}, random blocks per "
+        f"head; a matrix product of 2048 x 2048 x 2048 ran at {report['matmul_tflops']:.3f} TFLOP/s:",
         "",
         "| tokens | backend | density | median ms | range ms | TFLOP/s | of the matrix rate | speedup |",
         "|---|---|---|---|---|---|---|---|",

@@ -102,6 +102,7 @@ def test_nothing_fed_matches_nothing_cached() -> None:
 @torch.no_grad()
 def test_long_prompts_are_not_kept_alive() -> None:
     summaries, _, _ = fed(32 * 100 + 5)
-    for kept, tokens in ((summaries.block_ends, 100), (summaries.tail, 5), (summaries.tail_cached, 5)):
-        assert kept is not None
-        assert kept.untyped_storage().nbytes() == 4 * 2 * tokens * 16
+    kept = ((summaries.block_bits, 100, 8), (summaries.tail, 5, 4), (summaries.tail_bits, 5, 4))
+    for tensor, tokens, size in kept:
+        assert tensor is not None
+        assert tensor.untyped_storage().nbytes() == size * 2 * tokens * 16

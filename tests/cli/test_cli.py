@@ -1,4 +1,4 @@
-"""The command line as a person types it: real commands, exit codes, one clear sentence, nothing left behind."""
+"""The command line as a person types it: exit codes, one clear sentence, nothing left behind."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def test_distill_prints_its_plan_shows_progress_and_writes_gates_that_load(base,
     result = distil(base, text, tmp_path / "out", "--steps", 4, "--save-every", 2, "--policy", "top_k:0.3")
     assert result.exit_code == 0, result.output
     plan = " ".join(result.output.split())
-    assert "2,001 tokens; 4 steps of 1 x 128 read 512" in plan
+    assert "tokens; 4 steps of 1 x 128 read 512" in plan
     assert "frozen" in plan
     assert "step 4/4 loss" in plan
     gates = load_gates(tmp_path / "out" / "gates")
@@ -82,7 +82,7 @@ def test_distill_run_again_continues(base, text, tmp_path):
         (["--gate", "[1]"], ["--gate must be a JSON object", "[1]"]),
         (["--gate", '{"blocksize": 16}'], ["unknown gate settings ['blocksize']", "block_size"]),
         (["--steps", "0"], ["steps must be a whole number >= 1, got 0"]),
-        (["--length", "99999"], ["the text has 2001 tokens", "99999"]),
+        (["--length", "99999"], ["the text has", "fewer than one sequence of 99999"]),
         (["--dtype", "int8"], ["--dtype must be one of", "'int8'"]),
         (["--device", "abacus"], ["--device 'abacus' is not a device"]),
     ],
@@ -144,6 +144,8 @@ def test_info_gives_a_backends_reason_why_not(monkeypatch):
     assert {s.backend for s in support() if s.reasons} == {"flex"}
 
 
+# torch's own import of its compiler uses what torch deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_bench_measures_dense_beside_sparse(tmp_path):
     out = tmp_path / "results" / "bench.json"
     result = invoke("bench", "--out", out, "--tokens", 512, "--density", 0.2, "--repeats", 1)

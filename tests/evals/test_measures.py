@@ -131,4 +131,4 @@ def test_timing_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(calls) == "abababab"
     # Between readings n and n + 1 lie 2n + 1 seconds. The warm-up reads twice, then calls of a start at
     # readings 2, 6, 10 and calls of b at 4, 8, 12.
-    assert seconds == {"a": [2 * n + 1 for n in (4, 8, 12)], "b": [2 * n + 1 for n in (6, 10, 14)]}
+    assert seconds == {"a": [2 * n + 1 for n in (2, 6, 10)], "b": [2 * n + 1 for n in (4, 8, 12)]}

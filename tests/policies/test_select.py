@@ -93,7 +93,10 @@ class Lazy(Policy):
         return torch.zeros_like(scores, dtype=torch.bool)
 
 
-def test_a_new_policy_is_one_class_and_cannot_break_the_guarantees() -> None:
+def test_a_new_policy_is_one_class_and_cannot_break_the_guarantees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("seerattention.policies.Acausal", Acausal, raising=False)
     assert policies()["acausal"] is Acausal
     policy = parse("acausal:1,sink_blocks=1")
     assert policy == Acausal(1, sink_blocks=1)

@@ -28,6 +28,7 @@ def run(
     from datetime import UTC, datetime
 
     import torch
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -64,9 +65,9 @@ def run(
             "rows": rows,
         }
         (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
-    table = Table(
-        "tokens", "backend", "density", "median ms", "min-max ms", "TFLOP/s", "of matmul", "speedup"
-    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for title in ("tokens", "backend", "density", "ms", "min-max ms", "TFLOP/s", "of matmul", "speedup"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         low, high = row["range_ms"]
         table.add_row(
