@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs/kernels.md from result files; ``--check`` only compares.
+"""Fill the generated parts of README.md and docs/ from result files; ``--check`` only compares.
 
 python docs/readme.py
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
 BENCH = ROOT / "benchmarks" / "results" / "cpu" / "prefill.json"
 TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
+DESIGNS = ROOT / "benchmarks" / "results" / "cpu" / "gate_design.json"
 GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
 
 
@@ -98,6 +99,25 @@ def bench() -> str:
     return "\n".join(lines)
 
 
+def designs() -> str:
+    """Return the comparison of gate designs as a table."""
+    report = json.loads(DESIGNS.read_text())
+    lines = [
+        f"{report['steps']} steps of {report['length']:,} tokens for every design, then `{report['policy']}` "
+        f"at {report['tokens']:,} tokens, no dense last rows, {report['questions']} questions; "
+        f"{machine(report)}:",
+        "",
+        "| design | parameters | loss | density | perplexity | needles |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['design']} | {r['parameters']:,} | {r['loss']:.3f} | {r['density']:.1%} | "
+        f"{r['perplexity']:.2f} | {r['needle']:.0%} |"
+        for r in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def filled(path: Path, parts: dict[str, str]) -> str:
     """Return a page with its generated parts made anew."""
     text = path.read_text()
@@ -120,6 +140,7 @@ def main() -> None:
             "support": markdown(),
         },
         ROOT / "docs" / "kernels.md": {"bench": bench()},
+        ROOT / "docs" / "method.md": {"designs": designs()},
     }
     for path, parts in pages.items():
         after = filled(path, parts)

@@ -64,7 +64,8 @@ def evaluate(
             if scorer is not None:
                 attach(model, scorer, settings["policy"], min_tokens=0, observe=watch)
             found = retrieval(model, documents)
-            loss = perplexity(model, heldout, window=length, windows=4 * 32768 // length)
+            windows = max(1, settings["text_tokens"] // length)
+            loss = perplexity(model, heldout, window=length, windows=windows)
             if scorer is not None:
                 detach(model)
             rows.append(

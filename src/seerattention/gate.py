@@ -60,7 +60,7 @@ class Scorer(Protocol):
 class GateConfig:
     """Everything that defines a gate's weights; saved beside them.
 
-    The defaults are the design that loses the fewest needles (docs/method.md); `published` gives the
+    The defaults are the design that found the most needles in docs/method.md; `published` gives the
     one of the paper.
 
     Attributes:

@@ -199,6 +199,8 @@ def test_checkpoints_of_another_run_are_refused(model, text, tmp_path):
         Distiller(
             model, gates_of(model), TextWindows(text, 128), DistillConfig(steps=3, save_every=1), out=tmp_path
         )
+    with pytest.raises(ValueError, match="another run, text differ"):
+        Distiller(model, gates_of(model), TextWindows(text[::-1], 128), config, out=tmp_path)
     with pytest.raises(ValueError, match="another run, gate differ"):
         Distiller(model, gates_of(model, k_sub_block=16), TextWindows(text, 128), config, out=tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -200,6 +201,7 @@ class Distiller:
             "config": asdict(self.config),
             "gate": json.loads(json.dumps(self.gates.config.to_dict())),
             "base": self.gates.base.fingerprint,
+            "text": hashlib.sha256(self.batches(0).tobytes()).hexdigest()[:16],
         }
 
     def _save(self, out: Path) -> None:

@@ -83,10 +83,6 @@ class NeedleTask:
         self, tokenizer: Tokenizer, haystack: np.ndarray, num_needles: int = 8, digits: int = 5
     ) -> None:
         names = [f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS]
-        if not 1 <= num_needles <= len(names) or digits < 1:
-            raise ValueError(
-                f"needles must be 1 to {len(names)} and digits at least 1, got {num_needles}, {digits}"
-            )
         self.num_needles = num_needles
         self.digits = digits
         self.haystack = np.asarray(haystack)
@@ -101,6 +97,10 @@ class NeedleTask:
         encoded = [(name, encode(" " + name)) for name in names]
         shortest = min(len(tokens) for _, tokens in encoded)
         short = [(name, tokens) for name, tokens in encoded if len(tokens) <= shortest + 1]
+        if not 1 <= num_needles <= len(short) or digits < 1:
+            raise ValueError(
+                f"needles must be 1 to {len(short)} and digits at least 1, got {num_needles}, {digits}"
+            )
         self.names, self._name = [name for name, _ in short], [tokens for _, tokens in short]
         self._needle = encode("\nThe number of the"), encode(" is "), encode(".\n")
         self._question = encode("\nThe"), encode("? "), encode("\n")
