@@ -24,7 +24,7 @@ def run(
         int, typer.Option(help="About how long to distil gates live, in seconds; 0 skips it.")
     ] = 50,
 ) -> None:
-    """Distil gates, compare them with dense attention and other methods, draw pictures. Under 6 minutes on 2 cores."""
+    """Distil gates, compare dense attention and other methods, draw pictures; under 6 minutes on 2 cores."""
     from rich.console import Console
 
     from seerattention.evals import bundled, figures
