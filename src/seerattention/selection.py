@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+#: Blocks per word of a selection.
+WORD = 32
 
 
 def num_blocks(tokens: int, size: int) -> int:
@@ -85,36 +89,35 @@ def _block_edges(
 
 @dataclass(frozen=True)
 class BlockSelection:
-    """Which KV blocks each query block reads, as compressed sparse rows.
+    """Which KV blocks each query block reads, one bit per pair.
 
     A row is one (batch, head, query block). ``H`` may be 1, ``Hk`` or ``Hq``; kernels index it with
-    ``h // (Hq // H)``. Every row holds at least one block, ascending, none of them acausal; `select`
-    makes sure of it. Rows of compressed storage take 4 bytes per selected block whatever the
-    distribution over rows (docs/design.md compares it with padded lists and with bits).
+    ``h // (Hq // H)``. Every row holds at least one block, none of them acausal; `select` makes sure
+    of it. Bits have one size whatever was selected, so a GPU fills them without the host learning how
+    many blocks there are (docs/design.md compares them with compressed rows and padded lists).
 
     Attributes:
-        offsets: int32 ``[B * H * Nq + 1]``; row ``r`` is ``indices[offsets[r]:offsets[r + 1]]``.
-        indices: int32 ``[nnz]``, KV block numbers, ascending inside a row.
+        bits: int32 ``[B, H, Nq, ceil(Nk / 32)]``; block ``j`` is bit ``j % 32`` of word ``j // 32``,
+            bits past ``Nk`` are zero.
         shape: ``(B, H, Nq, Nk)``.
         block_size: Tokens per (query block, KV block); ``(1, b)`` is decoding.
     """
 
-    offsets: Tensor
-    indices: Tensor
+    bits: Tensor
     shape: tuple[int, int, int, int]
     block_size: tuple[int, int]
 
     @classmethod
-    def from_mask(cls, mask: Tensor, block_size: tuple[int, int]) -> BlockSelection:
+    def from_mask(cls, mask: Tensor, block_size: tuple[int, int], *, check: bool = True) -> BlockSelection:
         """Build a selection from a mask.
 
         Args:
             mask: bool ``[B, H, Nq, Nk]``.
             block_size: Tokens per (query block, KV block).
+            check: Look for empty rows, for which a GPU is waited for once.
 
         Returns:
-            The selection, on the mask's device. On a GPU this waits for the device once, to learn
-            how many blocks are selected.
+            The selection, on the mask's device.
 
         Raises:
             ValueError: If the mask is not a boolean tensor of four dimensions or a row is empty.
@@ -123,15 +126,15 @@ class BlockSelection:
             raise ValueError(
                 f"a selection is made from a bool mask [B, H, Nq, Nk], got {mask.dtype} {list(mask.shape)}"
             )
-        counts = mask.sum(-1, dtype=torch.int32).flatten()
-        offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=mask.device)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
-        if bool((counts == 0).any()):
-            row = int((counts == 0).nonzero()[0])
-            raise ValueError(f"row {row} of the mask selects no block; a query always reads its own block")
-        indices = mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32)
         b, h, nq, nk = mask.shape
-        return cls(offsets, indices, (b, h, nq, nk), block_size)
+        if check and not bool((some := mask.any(-1)).all()):
+            row = int((~some.flatten()).nonzero()[0])
+            raise ValueError(f"row {row} of the mask selects no block; a query always reads its own block")
+        words = F.pad(mask, (0, -nk % WORD)).unflatten(-1, (-1, WORD))
+        places = torch.arange(WORD, dtype=torch.int32, device=mask.device)
+        # Distinct bits, so their sum is their union; bit 31 wraps to the sign.
+        bits = (words.to(torch.int32) << places).sum(-1, dtype=torch.int32)
+        return cls(bits, (b, h, nq, nk), block_size)
 
     @classmethod
     def full(
@@ -147,25 +150,35 @@ class BlockSelection:
 
     def to_mask(self) -> Tensor:
         """Return the selection as a bool mask ``[B, H, Nq, Nk]``."""
-        b, h, nq, nk = self.shape
-        rows = torch.repeat_interleave(
-            torch.arange(b * h * nq, device=self.offsets.device),
-            self.counts.flatten(),
-            output_size=self.indices.numel(),
-        )
-        mask = torch.zeros(b * h * nq, nk, dtype=torch.bool, device=self.offsets.device)
-        mask[rows, self.indices.long()] = True
-        return mask.view(b, h, nq, nk)
+        places = torch.arange(WORD, dtype=torch.int32, device=self.bits.device)
+        mask = (self.bits[..., None] >> places) & 1
+        return mask.to(torch.bool).flatten(-2)[..., : self.shape[3]]
 
     @property
     def counts(self) -> Tensor:
         """Selected blocks per row, int32 ``[B, H, Nq]``."""
-        return self.offsets.diff().view(self.shape[:3])
+        # Sums of neighbouring bits, then pairs, then nibbles (Warren, Hacker's Delight, section 5-1).
+        x = self.bits
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        x = x + (x >> 8)
+        return ((x + (x >> 16)) & 0x3F).sum(-1, dtype=torch.int32)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the selection as compressed rows; on a GPU this waits for the device.
+
+        Returns:
+            ``offsets``, int64 ``[B * H * Nq + 1]``, and ``indices``, int32 ``[nnz]``: row ``r`` reads
+            the blocks ``indices[offsets[r]:offsets[r + 1]]``, ascending.
+        """
+        offsets = F.pad(self.counts.flatten().cumsum(0), (1, 0))
+        return offsets, self.to_mask().flatten(0, 2).nonzero()[:, 1].to(torch.int32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage."""
-        return 4 * (self.offsets.numel() + self.indices.numel())
+        return 4 * self.bits.numel()
 
     def density(self, valid: Tensor) -> float:
         """Fraction of the causally valid blocks that are read.
@@ -179,7 +192,7 @@ class BlockSelection:
         b, h, nq, nk = self.shape
         if tuple(valid.shape) != (nq, nk):
             raise ValueError(f"valid must be [{nq}, {nk}], got {list(valid.shape)}")
-        return self.indices.numel() / (b * h * int(valid.sum()))
+        return int(self.counts.sum()) / (b * h * int(valid.sum()))
 
     def to_flex(self, num_queries: int, num_keys: int, num_heads: int) -> BlockMask:
         """Return the selection as a ``BlockMask`` for `torch.nn.attention.flex_attention`.

@@ -144,7 +144,7 @@ def test_inputs_that_do_not_fit(
             r"has 3 heads; it must have 1, 2 \(KV heads\) or 4 \(query heads\)",
         ),
         (
-            BlockSelection(FULL.offsets.to("meta"), FULL.indices.to("meta"), FULL.shape, FULL.block_size),
+            BlockSelection(FULL.bits.to("meta"), FULL.shape, FULL.block_size),
             "the selection is on meta, q on cpu",
         ),
     ],

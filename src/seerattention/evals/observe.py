@@ -40,7 +40,7 @@ class Watch:
         batch, heads = selection.shape[:2]
         tokens_q, tokens_k = call.q.shape[2], call.k.shape[2]
         valid = causal_blocks(tokens_q, tokens_k, selection.block_size)
-        self.selected += selection.indices.numel()
+        self.selected += int(selection.counts.sum())
         self.valid += batch * heads * int(valid.sum())
         if not self.rows:
             return

@@ -67,5 +67,5 @@ def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection) -> None:
             f"the selection has {h} heads; it must have 1, {k.shape[1]} (KV heads) or "
             f"{q.shape[1]} (query heads)"
         )
-    if selection.indices.device != q.device:
-        raise ValueError(f"the selection is on {selection.indices.device}, q on {q.device}")
+    if selection.bits.device != q.device:
+        raise ValueError(f"the selection is on {selection.bits.device}, q on {q.device}")

@@ -39,15 +39,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: fl
     list_row = b * (selection.shape[0] > 1)
     list_row = (list_row * selection.shape[1] + h // (heads // selection.shape[1])) * nq + i
     first_kv = (b * k.shape[1] + h // (heads // k.shape[1])) * nk
-    counts = selection.counts.flatten()[list_row]
-    starts = selection.offsets[list_row].long()
+    offsets, indices = selection.rows()
+    starts, counts = offsets[list_row], offsets.diff()[list_row]
     # How many of a row's last blocks hold tokens later than its first query: those need a mask.
     late = _late_blocks(selection, nq, nk, past, num_queries)[i]
-    order = torch.argsort(counts.long() * (nk + 1) + late, stable=True)
+    order = torch.argsort(counts * (nk + 1) + late, stable=True)
 
     for part in _equal_parts(counts[order].tolist(), late[order].tolist(), block_q, block_k, q):
         group, count, masked = order[part[0] : part[1]], part[2], part[3]
-        lists = selection.indices[starts[group, None] + torch.arange(count, device=q.device)].long()
+        lists = indices[starts[group, None] + torch.arange(count, device=q.device)].long()
         where = (lists + first_kv[group, None]).flatten()
         shape = (len(group), count * block_k, dim)
         scores = torch.bmm(queries[group], keys.index_select(0, where).view(shape).mT)
@@ -75,7 +75,7 @@ def _late_blocks(selection: BlockSelection, nq: int, nk: int, past: int, num_que
     are as many as KV blocks between the row's first and last query.
     """
     block_q, block_k = selection.block_size
-    first = past + block_q * torch.arange(nq, device=selection.offsets.device)
+    first = past + block_q * torch.arange(nq, device=selection.bits.device)
     last = (first + block_q).clamp(max=past + num_queries) - 1
     return last // block_k - first // block_k + 1
 
