@@ -18,6 +18,7 @@ from seerattention.cache import KeySummaries
 from seerattention.gate import Scorer
 from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import reference
+from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import own_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.conformance import dense_attention
@@ -45,8 +46,8 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     assert mask.any(-1).all()
     assert not (mask & ~causal_blocks(tokens, tokens, (64, 64))).any()
     assert (mask | ~own_blocks(tokens, tokens, (64, 64))).all()
-    scale = 32**-0.5
-    Budget.of(lambda q, k, v: reference.run(q, k, v, selection, scale=scale), q, k, v).check(out)
+    options = Options(scale=32**-0.5)
+    Budget.of(lambda q, k, v: reference.run(q, k, v, selection, options), q, k, v).check(out)
 
 
 @torch.no_grad()

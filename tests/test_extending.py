@@ -49,11 +49,11 @@ def test_a_backend_is_one_file(add, monkeypatch):
         """
         from seerattention.ops.block_sparse_attention import reference
 
-        def unsupported(q, k, v, selection):
+        def unsupported(q, k, v, selection, options):
             return [] if q.shape[3] == 32 else [f"it needs head_dim 32, not {q.shape[3]}"]
 
-        def run(q, k, v, selection, *, scale):
-            return 2 * reference.run(q, k, v, selection, scale=scale)
+        def run(q, k, v, selection, options):
+            return 2 * reference.run(q, k, v, selection, options)
         """,
     )
     monkeypatch.setattr(op, "BACKENDS", load_backends(op.__name__, op.__path__))

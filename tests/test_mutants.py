@@ -30,7 +30,7 @@ def test_what_is_right_passes() -> None:
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
 def test_attention_checks_notice(name: str) -> None:
     mutant = ATTENTION_MUTANTS[name]
-    assert mutant.unsupported(q=None, k=None, v=None, selection=None) == []
+    assert mutant.unsupported(q=None, k=None, v=None, selection=None, options=None) == []
     with pytest.raises(AssertionError):
         conformance.check_attention(mutant, CASE)
     for check in RED[name]:

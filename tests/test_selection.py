@@ -122,3 +122,29 @@ def test_short_prompts() -> None:
         full = BlockSelection.full(tokens, tokens, (64, 64))
         assert full.shape == (1, 1, blocks, blocks)
         assert torch.equal(full.to_mask()[0, 0], torch.ones(blocks, blocks, dtype=torch.bool).tril())
+
+
+def test_check_finds_what_kernels_rely_on() -> None:
+    good = BlockSelection.full(100, 300, (64, 64))
+    good.check(100, 300)
+    with pytest.raises(ValueError, match=r"but 100 queries and 200 keys make \[2, 4\] blocks"):
+        good.check(100, 200)
+
+    def changed(bits: list[int]) -> BlockSelection:
+        return BlockSelection(torch.tensor([[[[b] for b in bits]]], dtype=torch.int32), good.shape, (64, 64))
+
+    changed([0b01111, 0b11111]).check(100, 300)
+    with pytest.raises(ValueError, match=r"row \[0, 0, 1\] .* selects no block"):
+        changed([1, 0]).check(100, 300)
+    with pytest.raises(ValueError, match=r"row \[0, 0, 0\] .* has bits set past its 5 blocks"):
+        changed([1 | 1 << 5, 1]).check(100, 300)
+    with pytest.raises(ValueError, match=r"row \[0, 0, 0\] .* selects a block that lies after its queries"):
+        changed([0b11111, 1]).check(100, 300)
+
+
+def test_row_slice_shares_storage() -> None:
+    selection = BlockSelection.full(300, 300, (64, 64))
+    part = selection.row_slice(1, 3)
+    assert part.shape == (1, 1, 2, 5)
+    assert torch.equal(part.to_mask(), selection.to_mask()[:, :, 1:3])
+    assert part.bits.untyped_storage().data_ptr() == selection.bits.untyped_storage().data_ptr()

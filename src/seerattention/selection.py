@@ -165,6 +165,39 @@ class BlockSelection:
         x = x + (x >> 8)
         return ((x + (x >> 16)) & 0x3F).sum(-1, dtype=torch.int32)
 
+    def row_slice(self, start: int, end: int) -> BlockSelection:
+        """Return the selection of query blocks ``start`` to ``end``, sharing storage."""
+        b, h, _, nk = self.shape
+        return BlockSelection(self.bits[:, :, start:end], (b, h, end - start, nk), self.block_size)
+
+    def check(self, num_queries: int, num_keys: int) -> None:
+        """Check what kernels rely on and never look at, for debugging; this waits for a GPU.
+
+        Args:
+            num_queries: Query tokens, ``Tq``.
+            num_keys: Key tokens, ``Tk``.
+
+        Raises:
+            ValueError: If the number of blocks does not fit, a bit is set past ``Nk``, a row selects
+                no block, or a block lies wholly after its queries.
+        """
+        b, h, nq, nk = self.shape
+        valid = causal_blocks(num_queries, num_keys, self.block_size, self.bits.device)
+        if tuple(valid.shape) != (nq, nk) or tuple(self.bits.shape) != (b, h, nq, num_blocks(nk, WORD)):
+            raise ValueError(
+                f"a selection of shape {self.shape} holds bits {list(self.bits.shape)}, but {num_queries} "
+                f"queries and {num_keys} keys make {list(valid.shape)} blocks"
+            )
+        mask = BlockSelection(self.bits, (b, h, nq, self.bits.shape[3] * WORD), self.block_size).to_mask()
+        past, mask = mask[..., nk:], mask[..., :nk]
+        for wrong, what in (
+            (past.any(-1), f"has bits set past its {nk} blocks"),
+            (~mask.any(-1), "selects no block"),
+            ((mask & ~valid).any(-1), "selects a block that lies after its queries"),
+        ):
+            if wrong.any():
+                raise ValueError(f"row {wrong.nonzero()[0].tolist()} (batch, head, query block) {what}")
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the selection as compressed rows; on a GPU this waits for the device.
 

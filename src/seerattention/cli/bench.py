@@ -109,6 +109,7 @@ def _measure(
     import torch.nn.functional as F
 
     from seerattention.ops import block_sparse_attention as op
+    from seerattention.ops.block_sparse_attention._options import Options
     from seerattention.selection import causal_blocks
     from seerattention.testing.inputs import random_qkv, random_selection
     from seerattention.testing.timing import interleaved
@@ -116,6 +117,7 @@ def _measure(
     length = shape.queries
     q, k, v = random_qkv(shape, dtype=dtype, device=device)
     valid = causal_blocks(length, length, shape.block_size)
+    options = Options(scale=shape.head_dim**-0.5)
     variants: dict[tuple[str, float], Any] = {
         ("dense sdpa", 1.0): lambda: F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
@@ -125,7 +127,7 @@ def _measure(
         chosen = random_selection(shape, density=asked, device=device)
         for name, backend in op.BACKENDS.items():
             # The reference computes the dense map whatever the density.
-            if name != "reference" and not backend.unsupported(q, k, v, chosen):
+            if name != "reference" and not backend.unsupported(q, k, v, chosen, options):
                 variants[name, chosen.density(valid)] = lambda name=name, chosen=chosen: (
                     op.block_sparse_attention(q, k, v, chosen, backend=name)
                 )

@@ -34,6 +34,7 @@ def support() -> list[Support]:
     from seerattention.ops import block_sparse_attention as sparse
     from seerattention.ops import pooled_attention as pooled
     from seerattention.ops._dispatch import explain
+    from seerattention.ops.block_sparse_attention._options import Options
     from seerattention.selection import BlockSelection
 
     found = []
@@ -43,9 +44,11 @@ def support() -> list[Support]:
             q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
             k = q[:, :1]
             selection = BlockSelection.full(128, 128, (64, 64), device)
+            options = Options(scale=64**-0.5)
+            qkv = {"q": q, "k": k, "v": k}
             asked: list[tuple[str, Any, dict[str, Any]]] = [
-                ("block_sparse_attention", sparse, {"q": q, "k": k, "v": k, "selection": selection}),
-                ("pooled_attention", pooled, {"q": q, "k": k, "v": k, "block_size": (64, 64)}),
+                ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
+                ("pooled_attention", pooled, qkv | {"block_size": (64, 64)}),
             ]
             for op, module, args in asked:
                 for backend, reasons in explain(module.BACKENDS, **args).items():

@@ -18,6 +18,8 @@ class Shape:
         head_dim: Dimension of a head, ``D``.
         batch: Sequences, ``B``.
         block_size: Tokens per (query block, KV block).
+        lengths: (queries, keys) of sequences packed behind one another; they add up to ``queries`` and
+            ``keys``. Empty for a batch of sequences of one length.
         large: For benchmarks: tests on a CPU leave it out of their list of cases.
     """
 
@@ -29,4 +31,5 @@ class Shape:
     head_dim: int
     batch: int = 1
     block_size: tuple[int, int] = (64, 64)
+    lengths: tuple[tuple[int, int], ...] = ()
     large: bool = False

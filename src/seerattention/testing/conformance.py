@@ -15,6 +15,7 @@ from torch import Tensor
 from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import reference as attention_reference
 from seerattention.ops.block_sparse_attention._cases import Case
+from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection, num_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -48,25 +49,41 @@ def dense_weights(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
     return scores.masked_fill(later, float("-inf")).softmax(-1)
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, BlockSelection, float]:
+def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, BlockSelection, Options]:
     selection = random_selection(case, density=case.density, heads=case.selection_heads)
-    return *random_qkv(case, dtype=dtype), selection, case.head_dim**-0.5
+    return *random_qkv(case, dtype=dtype), selection, case.options()
+
+
+def _reference(
+    selection: BlockSelection, options: Options, which: int = 0
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the reference as a function of q, k and v, for its output (0) or its lse (1)."""
+    both = replace(options, return_lse=True)
+    return lambda q, k, v: attention_reference.run(q, k, v, selection, both)[which]
 
 
 def attention_matches_reference(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check the output against the reference, within the error budget."""
-    q, k, v, selection, scale = _inputs(case, dtype)
-    budget = Budget.of(lambda q, k, v: attention_reference.run(q, k, v, selection, scale=scale), q, k, v)
-    budget.check(backend.run(q, k, v, selection, scale=scale))
+    q, k, v, selection, options = _inputs(case, dtype)
+    budget = Budget.of(_reference(selection, options), q, k, v)
+    budget.check(backend.run(q, k, v, selection, options))
+
+
+def attention_lse_matches_reference(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Check the logarithm of the softmax's denominator, and that asking for it changes no output."""
+    q, k, v, selection, options = _inputs(case, dtype)
+    out, lse = backend.run(q, k, v, selection, replace(options, return_lse=True))
+    assert torch.equal(out, backend.run(q, k, v, selection, options)), "return_lse changes the output"
+    Budget.of(_reference(selection, options, 1), q, k, v).check(lse)
 
 
 def attention_full_is_dense(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check that a full selection gives dense attention, within the error budget."""
     q, k, v = random_qkv(case, dtype=dtype)
-    scale = case.head_dim**-0.5
-    budget = Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=scale), q, k, v)
+    options = Options(scale=case.head_dim**-0.5)
+    budget = Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v)
     full = BlockSelection.full(case.queries, case.keys, case.block_size)
-    budget.check(backend.run(q, k, v, full, scale=scale))
+    budget.check(backend.run(q, k, v, full, options))
 
 
 def attention_ignores_unread(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
@@ -75,18 +92,18 @@ def attention_ignores_unread(backend: Backend, case: Case, dtype: torch.dtype = 
     Raises:
         AssertionError: Also if the case leaves nothing unread: give it fewer queries than keys.
     """
-    q, k, v, selection, scale = _inputs(case, dtype)
+    q, k, v, selection, options = _inputs(case, dtype)
     assert unread_tokens(selection, case.kv_heads, case.keys).any(), f"{case.name} reads every block"
-    clean = backend.run(q, k, v, selection, scale=scale)
+    clean = backend.run(q, k, v, selection, options)
     assert not clean.isnan().any(), "NaN without poison"
-    poisoned = backend.run(q, *poison(k, v, selection), selection, scale=scale)
+    poisoned = backend.run(q, *poison(k, v, selection), selection, options)
     assert torch.equal(clean, poisoned), "unread keys or values reach the output"
 
 
 def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check that a block changes only the rows that select it, and a token only causally later ones."""
-    q, k, v, selection, scale = _inputs(case, dtype)
-    clean = backend.run(q, k, v, selection, scale=scale)
+    q, k, v, selection, options = _inputs(case, dtype)
+    clean = backend.run(q, k, v, selection, options)
     block_k = selection.block_size[1]
     reads = attention_reference.token_mask(selection, case.heads, case.queries, case.keys)
     for block in range(0, num_blocks(case.keys, block_k), 2):
@@ -95,7 +112,7 @@ def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype
         other_k, other_v = k.clone(), v.clone()
         other_k[:, :, changed] += 3
         other_v[:, :, changed] -= 3
-        other = backend.run(q, other_k, other_v, selection, scale=scale)
+        other = backend.run(q, other_k, other_v, selection, options)
         blind = ~reads[..., changed].any(-1)
         assert torch.equal(clean[blind], other[blind]), f"rows that do not read KV block {block} changed"
         seeing = (clean != other).any(-1)[~blind]
@@ -104,14 +121,14 @@ def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype
 
 def attention_equals_expanded_heads(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check that grouped KV heads give what KV heads repeated for every query head give."""
-    q, k, v, selection, scale = _inputs(case, dtype)
+    q, k, v, selection, options = _inputs(case, dtype)
     groups = case.heads // case.kv_heads
-    budget = Budget.of(lambda q, k, v: attention_reference.run(q, k, v, selection, scale=scale), q, k, v)
+    budget = Budget.of(_reference(selection, options), q, k, v)
     wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    budget.check(backend.run(q, wide_k, wide_v, selection, scale=scale))
+    budget.check(backend.run(q, wide_k, wide_v, selection, options))
     per_head = selection.to_mask().repeat_interleave(case.heads // selection.shape[1], 1)
     wide = BlockSelection.from_mask(per_head, selection.block_size)
-    budget.check(backend.run(q, k, v, wide, scale=scale))
+    budget.check(backend.run(q, k, v, wide, options))
 
 
 def attention_batch_rows_are_independent(
@@ -119,15 +136,15 @@ def attention_batch_rows_are_independent(
 ) -> None:
     """Check that a sequence of a batch gets what it gets alone, with its own and with a shared selection."""
     case = replace(case, batch=3)
-    q, k, v, selection, scale = _inputs(case, dtype)
+    q, k, v, selection, options = _inputs(case, dtype)
     first = BlockSelection.from_mask(selection.to_mask()[:1], selection.block_size)
-    out, shared = (backend.run(q, k, v, s, scale=scale) for s in (selection, first))
+    out, shared = (backend.run(q, k, v, s, options) for s in (selection, first))
     for b in range(case.batch):
         alone = BlockSelection.from_mask(selection.to_mask()[b : b + 1], selection.block_size)
         one = slice(b, b + 1)
         for together, chosen in ((out, alone), (shared, first)):
             budget = Budget.of(
-                lambda q, k, v, s=chosen: attention_reference.run(q, k, v, s, scale=scale),
+                _reference(chosen, options),
                 *(x[one] for x in (q, k, v)),
             )
             budget.check(together[one])

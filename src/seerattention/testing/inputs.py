@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops._shapes import Shape
-from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+from seerattention.selection import BlockSelection, causal_blocks, num_blocks, own_blocks
 
 
 def random_qkv(
@@ -58,8 +61,22 @@ def random_selection(
     Returns:
         The selection, ``[batch, heads, Nq, Nk]``.
     """
+    if shape.lengths:
+        return _random_packed(shape, density, heads or shape.heads, device, seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = shape.queries, shape.keys, shape.block_size
     valid, own = causal_blocks(*sizes), own_blocks(*sizes)
     draws = torch.rand(batch or shape.batch, heads or shape.heads, *valid.shape, generator=generator)
     return BlockSelection.from_mask((((draws < density) & valid) | own).to(device), shape.block_size)
+
+
+def _random_packed(shape: Shape, density: float, heads: int, device: str, seed: int) -> BlockSelection:
+    """Draw one selection per packed sequence and lay their rows behind one another."""
+    longest = num_blocks(max(keys for _, keys in shape.lengths), shape.block_size[1])
+    masks = []
+    for i, (queries, keys) in enumerate(shape.lengths):
+        if queries:
+            one = replace(shape, queries=queries, keys=keys, lengths=())
+            mask = random_selection(one, density=density, heads=heads, batch=1, seed=seed + i).to_mask()
+            masks.append(F.pad(mask, (0, longest - mask.shape[3])))
+    return BlockSelection.from_mask(torch.cat(masks, 2).to(device), shape.block_size)

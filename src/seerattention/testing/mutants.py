@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import reference
+from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection
 from seerattention.testing.conformance import Backend
 
@@ -30,34 +31,34 @@ class Mutant:
 class WrongScale(Mutant):
     """The softmax scale is one percent too large."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
         """Return attention with the bug, ``[B, Hq, Tq, D]``."""
-        return self.backend.run(q, k, v, selection, scale=1.01 * scale)
+        return self.backend.run(q, k, v, selection, replace(options, scale=1.01 * options.scale))
 
 
 class DroppedLastBlock(Mutant):
     """The loop over a row's blocks ends one too early, except in rows of one block."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
         """Return attention with the bug, ``[B, Hq, Tq, D]``."""
         mask = selection.to_mask()
         last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
         short = BlockSelection.from_mask(
             mask & ~(last & (mask.sum(-1, keepdim=True) > 1)), selection.block_size
         )
-        return self.backend.run(q, k, v, short, scale=scale)
+        return self.backend.run(q, k, v, short, options)
 
 
 class SwappedHeadMap(Mutant):
     """Query head ``h`` reads KV head ``h % Hk`` instead of ``h // G``."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
         """Return attention with the bug, ``[B, Hq, Tq, D]``."""
         order = torch.arange(q.shape[1]).view(-1, k.shape[1]).T.flatten()
         mask = selection.to_mask().repeat_interleave(q.shape[1] // selection.shape[1], 1)
         moved = BlockSelection.from_mask(mask[:, order], selection.block_size)
         out = torch.empty_like(q)
-        out[:, order] = self.backend.run(q[:, order], k, v, moved, scale=scale)
+        out[:, order] = self.backend.run(q[:, order], k, v, moved, options)
         return out
 
 
@@ -73,7 +74,7 @@ class ShiftedCausalLimit(Mutant):
 
     shift: int = 1
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
         """Return attention with the bug, ``[B, Hq, Tq, D]``."""
         groups = q.shape[1] // k.shape[1]
         mask = selection.to_mask().repeat_interleave(q.shape[1] // selection.shape[1], 1)
@@ -82,7 +83,7 @@ class ShiftedCausalLimit(Mutant):
         limit = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
         tokens = tokens & limit.tril(k.shape[2] - q.shape[2] + self.shift)
         tokens = tokens.expand(q.shape[0], -1, -1, -1)
-        scores = q @ k.repeat_interleave(groups, 1).mT * scale
+        scores = q @ k.repeat_interleave(groups, 1).mT * options.scale
         # A row that sees nothing returns zeros, as kernels do.
         share = torch.softmax(scores.masked_fill(~tokens, float("-inf")), -1).nan_to_num(0)
         values = v.repeat_interleave(groups, 1).masked_fill(~tokens.any(2)[..., None], 0)

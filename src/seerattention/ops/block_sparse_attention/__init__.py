@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from seerattention.ops._dispatch import check_qkv, choose, load_backends
+from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
@@ -14,6 +17,7 @@ BACKENDS = load_backends(__name__, __path__)
 ORDER = ("gather",)
 
 
+@overload
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -21,8 +25,46 @@ def block_sparse_attention(
     selection: BlockSelection,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute causal softmax attention in which each query block reads only its selected KV blocks.
 
     Args:
@@ -32,30 +74,58 @@ def block_sparse_attention(
         selection: The blocks to read. Its batch is B or 1, its heads 1, Hk or Hq. Keys and values of
             unselected blocks do not influence the output, whatever they hold.
         scale: Softmax scale; default ``D ** -0.5``.
+        softcap: Scores become ``softcap * tanh(scores * scale / softcap)`` before the causal mask.
+        sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
+            only.
+        return_lse: Also return the logarithm of the softmax's denominator, sinks included.
+        cu_seqlens_q: int32 ``[S + 1]``, the first query of each of ``S`` sequences packed behind one
+            another, then ``Tq``. B is 1 then, each sequence's queries are the last of its keys, and the
+            selection's rows are every sequence's ``ceil(queries / block)`` rows behind one another; its
+            columns are blocks counted from each sequence's own first key, as many as the longest
+            sequence has. Values are not checked, which would mean to wait for a GPU.
+        cu_seqlens_k: int32 ``[S + 1]``, the same of the keys.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
-        ``[B, Hq, Tq, D]`` in the dtype of q.
+        ``[B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` also fp32 ``[B, Hq, Tq]`` (fp64 for
+        fp64 inputs), a natural logarithm.
 
     Raises:
         TypeError: If dtypes differ.
-        ValueError: If shapes, devices or the selection do not fit, or the backend is unknown.
+        ValueError: If shapes, devices, options or the selection do not fit, or the backend is unknown.
         NotImplementedError: If the backend cannot run this, with its reasons.
 
     Source: SeerAttention, section 3.3 (arXiv 2410.13276).
     """
     check_qkv(q, k, v)
-    _check_selection(q, k, selection)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    module = choose(BACKENDS, ORDER, backend, q=q, k=k, v=v, selection=selection)
-    return module.run(q, k, v, selection, scale=scale)
+    options = Options(
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    options.check(q, k)
+    _check_selection(q, k, selection, options)
+    module = choose(BACKENDS, ORDER, backend, q=q, k=k, v=v, selection=selection, options=options)
+    return module.run(q, k, v, selection, options)
 
 
-def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection) -> None:
+def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: Options) -> None:
     b, h, nq, nk = selection.shape
     block_q, block_k = selection.block_size
     need = num_blocks(q.shape[2], block_q), num_blocks(k.shape[2], block_k)
-    if (nq, nk) != need:
+    if options.cu_seqlens_q is not None:
+        # The lengths are on the device; every sequence ends in at most one short block.
+        sequences = len(options.cu_seqlens_q) - 1
+        fits = need[0] <= nq < need[0] + sequences and num_blocks(k.shape[2], sequences * block_k) <= nk
+        if not fits or nk > need[1]:
+            raise ValueError(
+                f"the selection has {nq} x {nk} blocks of {selection.block_size} tokens, which {sequences} "
+                f"sequences of {q.shape[2]} queries and {k.shape[2]} keys cannot make; select again"
+            )
+    elif (nq, nk) != need:
         raise ValueError(
             f"the selection has {nq} x {nk} blocks of {selection.block_size} tokens, but {q.shape[2]} "
             f"queries and {k.shape[2]} keys make {need[0]} x {need[1]}; select again for this input"

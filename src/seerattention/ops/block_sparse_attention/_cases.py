@@ -4,20 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from seerattention.ops._shapes import Shape
+from seerattention.ops.block_sparse_attention._options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Shape):
-    """A shape with a selection on it.
+    """A shape with a selection on it, and what else is asked for.
 
     Attributes:
         density: Fraction of the earlier blocks that are selected.
         selection_heads: Heads of the selection; default one per query head.
+        softcap: Limit of the scores.
+        sinks: Whether every head has a sink logit.
     """
 
     density: float = 0.3
     selection_heads: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    def options(self, device: str = "cpu", *, return_lse: bool = False) -> Options:
+        """Return the options of the case, its tensors on a device."""
+        starts: list[torch.Tensor | None] = [None, None]
+        if self.lengths:
+            ends = torch.tensor([(0, 0), *self.lengths]).cumsum(0).to(device, torch.int32)
+            starts = [ends[:, 0].contiguous(), ends[:, 1].contiguous()]
+        return Options(
+            scale=self.head_dim**-0.5,
+            softcap=self.softcap,
+            sinks=torch.linspace(-1, 2, self.heads, device=device) if self.sinks else None,
+            return_lse=return_lse,
+            cu_seqlens_q=starts[0],
+            cu_seqlens_k=starts[1],
+        )
 
 
 CASES = (
@@ -39,6 +61,9 @@ CASES = (
     Case(name="wide-rows", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64, block_size=(128, 64)),
     Case(name="wide-columns", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64, block_size=(32, 128)),
     Case(name="decode-rows", heads=4, kv_heads=2, queries=3, keys=600, head_dim=64, block_size=(1, 64)),
+    Case(name="small-blocks", heads=4, kv_heads=2, queries=70, keys=401, head_dim=64, block_size=(32, 32)),
+    Case(name="big-blocks", heads=4, kv_heads=2, queries=150, keys=900, head_dim=128, block_size=(128, 128)),
+    Case(name="many-words", heads=2, kv_heads=1, queries=70, keys=1200, head_dim=64, block_size=(64, 16)),
     Case(
         name="teacher-8k", heads=6, kv_heads=2, queries=8192, keys=8192, head_dim=64, density=0.1, large=True
     ),
@@ -61,5 +86,43 @@ CASES = (
         head_dim=128,
         density=0.1,
         large=True,
+    ),
+)
+
+#: What not every backend takes.
+OPTION_CASES = (
+    Case(name="softcap", heads=4, kv_heads=2, queries=150, keys=300, head_dim=64, softcap=2.0),
+    Case(name="sinks", heads=4, kv_heads=2, queries=150, keys=300, head_dim=64, sinks=True),
+    Case(
+        name="softcap-and-sinks",
+        heads=2,
+        kv_heads=2,
+        queries=90,
+        keys=90,
+        head_dim=80,
+        softcap=30.0,
+        sinks=True,
+    ),
+    Case(
+        name="packed",
+        heads=4,
+        kv_heads=2,
+        queries=284,
+        keys=414,
+        head_dim=64,
+        lengths=((130, 130), (1, 1), (0, 0), (63, 193), (90, 90)),
+    ),
+    Case(
+        name="packed-with-all",
+        heads=4,
+        kv_heads=2,
+        queries=164,
+        keys=294,
+        head_dim=96,
+        block_size=(32, 64),
+        selection_heads=2,
+        lengths=((100, 100), (64, 194)),
+        softcap=3.0,
+        sinks=True,
     ),
 )

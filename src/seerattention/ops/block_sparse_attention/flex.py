@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection
 
 #: Kinds of calls (dtype, head dim, heads, block size, one block or several) compiled per process; the
@@ -18,7 +19,7 @@ from seerattention.selection import BlockSelection
 RECOMPILE_LIMIT = 128
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = []
     if q.device.type == "cpu":
@@ -32,22 +33,30 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> l
         reasons.append("it has no float64 kernel")
     if sys.version_info >= (3, 14) and torch.__version__ < "2.10":
         reasons.append("torch.compile needs torch >= 2.10 on this Python")
-    return reasons
+    asked = {
+        "softcap": options.softcap is not None,
+        "sinks": options.sinks is not None,
+        "return_lse": options.return_lse,
+        "packed sequences (cu_seqlens_q, cu_seqlens_k)": options.packed,
+    }
+    return reasons + [f"it takes no {name}" for name, wanted in asked.items() if wanted]
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
     mask = selection.to_flex(q.shape[2], k.shape[2], q.shape[1])
-    options = None
+    kernel_options = None
     if q.device.type == "cuda":
         # The default tile is larger than a 64-token block and would be refused.
         block_q, block_k = selection.block_size
-        options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
+        kernel_options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gqa = q.shape[1] != k.shape[1]
     run_compiled = _compiled(dynamic=not q.is_cuda)
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        out = run_compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options)
+        out = run_compiled(
+            q, k, v, block_mask=mask, scale=options.scale, enable_gqa=gqa, kernel_options=kernel_options
+        )
     assert isinstance(out, Tensor)
     return out
 

@@ -11,28 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection
 
 #: Bytes of gathered keys, values and scores per batched product; at least one row is taken.
 WORK_BYTES = 8 * 2**20
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
+    reasons = []
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return ["it writes its output in place and has no backward; use backend='reference' for gradients"]
-    return []
+        reasons.append(
+            "it writes its output in place and has no backward; use backend='reference' for gradients"
+        )
+    if options.packed:
+        reasons.append("it takes no packed sequences (cu_seqlens_q, cu_seqlens_k)")
+    return reasons
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
-    """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
+def run(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
     batch, heads, num_queries, dim = q.shape
     block_q, block_k = selection.block_size
     nq, nk = selection.shape[2:]
     past = k.shape[2] - num_queries
-    queries = _to_blocks(q * scale, block_q)
+    queries = _to_blocks(q * options.scale, block_q)
     keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
     out = torch.empty_like(queries)
+    lse = queries.new_empty(queries.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
     rows = torch.arange(batch * heads * nq, device=q.device)
     b, h, i = rows // (heads * nq), rows // nq % heads, rows % nq
@@ -51,13 +60,21 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: fl
         where = (lists + first_kv[group, None]).flatten()
         shape = (len(group), count * block_k, dim)
         scores = torch.bmm(queries[group], keys.index_select(0, where).view(shape).mT)
+        if options.softcap is not None:
+            scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
         if masked:
             columns = masked * block_k
             hidden = _hidden(lists[:, -masked:], i[group], block_q, block_k, past)
             scores[:, :, -columns:].masked_fill_(hidden, float("-inf"))
-        share = torch.softmax(scores, dim=-1)
+        if options.sinks is not None:
+            sinks = options.sinks.to(scores.dtype)[h[group], None, None].expand(-1, block_q, 1)
+            scores = torch.cat([scores, sinks], -1)
+        if options.return_lse:
+            lse[group] = scores.to(lse.dtype).logsumexp(-1)
+        share = torch.softmax(scores, dim=-1)[..., : count * block_k]
         out[group] = torch.bmm(share, values.index_select(0, where).view(shape))
-    return out.view(batch, heads, nq * block_q, dim)[:, :, :num_queries]
+    out = out.view(batch, heads, nq * block_q, dim)[:, :, :num_queries]
+    return (out, lse.view(batch, heads, -1)[:, :, :num_queries]) if options.return_lse else out
 
 
 def _to_blocks(x: Tensor, size: int) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.selection import BlockSelection
+from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.selection import BlockSelection, num_blocks
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> list[str]:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run; it runs everything."""
     return []
 
@@ -23,12 +24,43 @@ def token_mask(selection: BlockSelection, num_heads: int, num_queries: int, num_
     return tokens & causal.tril(num_keys - num_queries)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
-    """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
+def run(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
+    if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
+        out, lse = _attend(q, k, v, selection, options)
+        return (out, lse) if options.return_lse else out
+    outs, lses, row = [], [], 0
+    q_starts, k_starts = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+    for i in range(len(q_starts) - 1):
+        one_q = q[:, :, q_starts[i] : q_starts[i + 1]]
+        one_k, one_v = (x[:, :, k_starts[i] : k_starts[i + 1]] for x in (k, v))
+        rows = num_blocks(one_q.shape[2], selection.block_size[0])
+        if rows:
+            out, lse = _attend(one_q, one_k, one_v, selection.row_slice(row, row + rows), options)
+            outs.append(out)
+            lses.append(lse)
+        row += rows
+    out, lse = torch.cat(outs, 2), torch.cat(lses, 2)
+    return (out, lse) if options.return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the logarithm of the softmax's denominator of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
     mask = token_mask(selection, q.shape[1], q.shape[2], k.shape[2]).expand(q.shape[0], -1, -1, -1)
-    scores = (q * scale) @ k.repeat_interleave(groups, 1).mT
-    share = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    scores = (q * options.scale) @ k.repeat_interleave(groups, 1).mT
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
+    share = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
     # 0 * nan is nan: zero the values that no query of the head reads.
     read = mask.any(2)[..., None]
-    return share @ v.repeat_interleave(groups, 1).masked_fill(~read, 0)
+    return share @ v.repeat_interleave(groups, 1).masked_fill(~read, 0), lse
