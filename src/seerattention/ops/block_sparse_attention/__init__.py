@@ -14,7 +14,7 @@ BACKENDS = load_backends(__name__, __path__)
 
 #: What ``auto`` tries, in order. ``flex`` wins on long runs of one shape but compiles for seconds, so
 #: it is taken only by name; ``reference`` computes the dense map and is never chosen.
-ORDER = ("gather",)
+ORDER = ("hopper", "gather")
 
 
 @overload

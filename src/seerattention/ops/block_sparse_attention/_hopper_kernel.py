@@ -1,0 +1,449 @@
+"""The Hopper kernel in Gluon, triton's language with explicit layouts, barriers and warp roles.
+
+A multiprocessor runs one persistent program of two consumers (a warpgroup each, 64 queries) and their
+producers (a warp each). A producer takes the next query tile from a counter, reads its row of the
+selection's bits from the last block to the first and copies keys and values into a ring of 64-token
+tiles by TMA. Its consumer multiplies tiles two by two: while softmax works on one pair, the tensor cores
+multiply the probabilities of the pair before. Only tiles at a row's end need a causal mask, and they come
+first. With SHARE both consumers read the ring of one producer.
+
+`c` numbers a consumer, `r` a ring, `g` counts uses of a ring's slots since the start.
+"""
+
+# Gluon is a language of its own: a type checker of Python does not know it.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.extra import libdevice
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+#: Registers per thread: two consumers of 128 threads and the producers' warpgroup share 65,536.
+CONSUMER_REGISTERS = gl.constexpr(240)
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+#: How a warpgroup holds 64 x 64 scores, and queries as a product's left side.
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+
+# The copy is called async_load since triton 3.7.
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+def descriptor(x: Tensor, tile: int) -> Any:
+    """Describe ``[B, H, T, D]`` for TMA copies of ``[tile, D]``; tokens past the end read as zero."""
+    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), 4)
+    # A dimension of one element may have any stride, TMA wants a multiple of 16 bytes.
+    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride(), x.shape, strict=True)][:3]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, x.shape[3]], layout)
+
+
+@gluon.jit
+def _place(item, sizes, SHARE: gl.constexpr):
+    """Return an item's batch entry, KV head, head and first tile; a KV head's longest come first."""
+    heads, kv_heads, tiles_q, _past, _queries = sizes
+    groups = heads // kv_heads
+    per: gl.constexpr = 2 if SHARE else 1
+    steps = gl.cdiv(tiles_q, per)
+    outer = item // (steps * groups)
+    inner = item % (steps * groups)
+    head = outer % kv_heads * groups + inner % groups
+    return outer // kv_heads, outer % kv_heads, head, (steps - 1 - inner // groups) * per
+
+
+@gluon.jit
+def _last_key_tile(tile, sizes, SHARE: gl.constexpr):
+    """Return the tile of the last key that an item's queries may see."""
+    _heads, _kv_heads, _tiles_q, past, queries = sizes
+    end = (tile + 2) * 64 if SHARE else (tile + 1) * 64
+    return (past + gl.minimum(end, queries) - 1) // 64
+
+
+@gluon.jit
+def _slot(g, r: gl.constexpr, STAGES: gl.constexpr):
+    return r * STAGES + g % STAGES
+
+
+@gluon.jit
+def _wait(channel, g, r: gl.constexpr, STAGES: gl.constexpr):
+    mbarrier.wait(channel[2].index(_slot(g, r, STAGES)), (g // STAGES) & 1)
+
+
+@gluon.jit
+def _free(channel, g, r: gl.constexpr, STAGES: gl.constexpr):
+    mbarrier.arrive(channel[3].index(_slot(g, r, STAGES)), count=1)
+
+
+@gluon.jit
+def _wait_free(channel, g, r: gl.constexpr, STAGES: gl.constexpr):
+    mbarrier.wait(channel[3].index(_slot(g, r, STAGES)), ((g // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def _put(desc, b, head, tile, channel, g, r: gl.constexpr, STAGES: gl.constexpr):
+    """Copy a tile of 64 tokens into the ring's next slot once it is free."""
+    ring, _notes, full, _empty = channel
+    D: gl.constexpr = desc.block_shape[3]
+    slot = _slot(g, r, STAGES)
+    _wait_free(channel, g, r, STAGES)
+    mbarrier.expect(full.index(slot), 64 * D * 2)
+    _load_tile(desc, [b, head, tile * 64, 0], full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _note(channel, g, item, n, r: gl.constexpr, STAGES: gl.constexpr):
+    """Write an item and its number of tiles beside the slot that will hold its queries."""
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    zero = gl.zeros([1], gl.int32, lane)
+    slot = _slot(g, r, STAGES)
+    _wait_free(channel, g, r, STAGES)
+    channel[1].index(slot * 2).store(zero + item)
+    channel[1].index(slot * 2 + 1).store(zero + n)
+
+
+@gluon.jit
+def _read_note(channel, g, part: gl.constexpr, r: gl.constexpr, STAGES: gl.constexpr):
+    note = channel[1].index(_slot(g, r, STAGES) * 2 + part)
+    return gl.sum(note.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _row(lists, b, head, tile, sizes, BLOCK_Q: gl.constexpr):
+    """Return the address of a row of the selection."""
+    bits, words, sel_batch, sel_heads, sel_rows = lists
+    row = gl.where(sel_batch > 1, b, 0) * sel_heads + head // (sizes[0] // sel_heads)
+    return bits + (row * sel_rows + tile * 64 // BLOCK_Q).to(gl.int64) * words
+
+
+@gluon.jit
+def _count(row, word, below, own, WORDS: gl.constexpr):
+    """Count a row's blocks up to bit `own` of `word`."""
+    at = gl.arange(0, WORDS, gl.BlockedLayout([1], [32], [1], [0]))
+    w = gl.load(row + at, mask=at <= word, other=0)
+    return gl.sum(libdevice.popc(gl.where(at == word, w & below | own, w)), 0)
+
+
+@gluon.jit
+def _produce(
+    source,
+    r: gl.constexpr,
+    SHARE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WORDS: gl.constexpr,
+):
+    """Feed a ring: per item its queries, then keys and values of its tiles, two by two, keys first."""
+    qd, kd, vd, lists, counter, items, sizes, channel = source
+    g = 0
+    item = gl.atomic_add(counter, 1)
+    while item < items:
+        b, kv_head, head, tile = _place(item, sizes, SHARE)
+        following_item = gl.atomic_add(counter, 1)
+        last_tile = _last_key_tile(tile, sizes, SHARE)
+        row = _row(lists, b, head, tile, sizes, BLOCK_Q)
+        word = last_tile // PARTS // 32
+        # The own block is always read; bits above it would be acausal.
+        own = 1 << (last_tile // PARTS % 32)
+        w = gl.load(row + word) & (2 * own - 1) | own
+        # The last block may reach past the last tile.
+        surplus = (last_tile // PARTS + 1) * PARTS - 1 - last_tile
+        n = _count(row, word, 2 * own - 1, own, WORDS) * PARTS - surplus
+        _note(channel, g, item, n, r, STAGES)
+        _put(qd, b, head, tile, channel, g, r, STAGES)
+        g += 1
+        if SHARE:
+            _put(qd, b, head, tile + 1, channel, g, r, STAGES)
+            g += 1
+        # An odd first tile goes alone, its values right behind its keys.
+        t = -(n & 1)
+        held = 0
+        while word >= 0:
+            following = gl.load(row + gl.maximum(word - 1, 0))
+            while w != 0:
+                bit = 31 - libdevice.clz(w)
+                w = w ^ (1 << bit)
+                for part in gl.static_range(PARTS):
+                    j = (word * 32 + bit) * PARTS + (PARTS - 1 - part)
+                    if j <= last_tile:
+                        _put(kd, b, kv_head, j, channel, g, r, STAGES)
+                        g += 1
+                        if (t & 1) == 1:
+                            if t > 0:
+                                _put(vd, b, kv_head, held, channel, g, r, STAGES)
+                                g += 1
+                            _put(vd, b, kv_head, j, channel, g, r, STAGES)
+                            g += 1
+                        held = j
+                        t += 1
+            w = following
+            word -= 1
+        item = following_item
+    _note(channel, g, -1, 0, r, STAGES)
+    mbarrier.arrive(channel[2].index(_slot(g, r, STAGES)), count=1)
+
+
+@gluon.jit
+def _mask(s, first_key, first_query):
+    layout: gl.constexpr = s.type.layout
+    key = first_key + gl.arange(0, 64, gl.SliceLayout(0, layout))
+    query = first_query + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    return gl.where(key[None, :] <= query[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def _softmax(s0, s1, m, total, scale):
+    """Go on with a running softmax, base 2: probabilities, maximum, sum and the factor of what was."""
+    m_new = gl.maximum(m, gl.max(gl.maximum(s0, s1), 1) * scale)
+    p0 = gl.exp2(s0 * scale - m_new[:, None])
+    p1 = gl.exp2(s1 * scale - m_new[:, None])
+    alpha = gl.exp2(m - m_new)
+    return p0, p1, m_new, total * alpha + gl.sum(p0 + p1, 1), alpha
+
+
+@gluon.jit
+def _scores(q, channel, g, r: gl.constexpr, STAGES: gl.constexpr):
+    """Start the product of queries and a tile of keys."""
+    D: gl.constexpr = q.shape[1]
+    k = channel[0].index(_slot(g, r, STAGES)).reshape([64, D])
+    zero = gl.zeros([64, 64], gl.float32, SCORES)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_values(p, channel, g, o, r: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
+    """Start the product of probabilities and a tile of values."""
+    return warpgroup_mma(p, channel[0].index(_slot(g, r, STAGES)).reshape([64, D]), o, is_async=True)
+
+
+@gluon.jit
+def _first_scores(q, channel, g, single, r: gl.constexpr, STAGES: gl.constexpr):
+    """Multiply the first tile, and the second unless the first goes alone."""
+    _wait(channel, g, r, STAGES)
+    s0_done = _scores(q, channel, g, r, STAGES)
+    if single == 0:
+        _wait(channel, g + 1, r, STAGES)
+        s1_done = _scores(q, channel, g + 1, r, STAGES)
+        s0, s1 = warpgroup_mma_wait(0, deps=[s0_done, s1_done])
+        _free(channel, g, r, STAGES)
+        _free(channel, g + 1, r, STAGES)
+    else:
+        s0 = warpgroup_mma_wait(0, deps=[s0_done])
+        s1 = gl.full([64, 64], float("-inf"), gl.float32, SCORES)
+        _free(channel, g, r, STAGES)
+    return s0, s1
+
+
+@gluon.jit
+def _load_queries(channel, g, c: gl.constexpr, SHARE: gl.constexpr, r: gl.constexpr, STAGES: gl.constexpr):
+    """Take the queries into registers, which frees their slots at once."""
+    D: gl.constexpr = channel[0].shape[4]
+    if SHARE:
+        _wait(channel, g + 1, r, STAGES)
+        q = channel[0].index(_slot(g + c, r, STAGES)).reshape([64, D]).load(QUERIES)
+        _free(channel, g, r, STAGES)
+        _free(channel, g + 1, r, STAGES)
+    else:
+        q = channel[0].index(_slot(g, r, STAGES)).reshape([64, D]).load(QUERIES)
+        _free(channel, g, r, STAGES)
+    return q
+
+
+@gluon.jit
+def _store(out, lse, sinks, o, m, total, line, first, head, queries, LSE: gl.constexpr, SINKS: gl.constexpr):
+    """Write 64 rows of the output: `line` is the number of (batch, head), `first` the first query."""
+    layout: gl.constexpr = o.type.layout
+    D: gl.constexpr = o.shape[1]
+    if SINKS:
+        total += gl.exp2(gl.load(sinks + head) * LOG2E - m)
+    if LSE:
+        at = first + gl.arange(0, 64, m.type.layout)
+        gl.store(lse + line.to(gl.int64) * queries + at, (m + gl.log2(total)) * LN2, mask=at < queries)
+    o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))[:, None]
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, D, gl.SliceLayout(0, layout))
+    where = out + line.to(gl.int64) * queries * D + rows[:, None] * D + columns[None, :]
+    gl.store(where, o.to(out.dtype.element_ty), mask=(rows < queries)[:, None])
+
+
+@gluon.jit
+def _consume(  # noqa: PLR0915
+    target,
+    c: gl.constexpr,
+    SHARE: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+):
+    """Compute attention of the items that a ring brings."""
+    out, lse, sinks, sizes, scale, channel = target
+    heads, _kv_heads, _tiles_q, past, queries = sizes
+    r: gl.constexpr = 0 if SHARE else c
+    dtype: gl.constexpr = channel[0].dtype
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    g = 0
+    _wait(channel, g, r, STAGES)
+    item = _read_note(channel, g, 0, r, STAGES)
+    while item >= 0:
+        n = _read_note(channel, g, 1, r, STAGES)
+        b, _kv_head, head, tile = _place(item, sizes, SHARE)
+        last_tile = _last_key_tile(tile, sizes, SHARE)
+        q = _load_queries(channel, g, c, SHARE, r, STAGES)
+        g += 2 if SHARE else 1
+        if SHARE:
+            tile += c
+        first_query = past + tile * 64
+        # Tiles at the front that hold keys after the first query: they need the causal mask.
+        late = last_tile - first_query // 64 + 1
+        single = n & 1
+        s0, s1 = _first_scores(q, channel, g, single, r, STAGES)
+        s0 = _mask(s0, last_tile * 64, first_query)
+        if (late > 1) & (single == 0):
+            s1 = _mask(s1, (last_tile - 1) * 64, first_query)
+        # Finite, so that a row without a key in its first tiles has weight zero there and not NaN.
+        m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
+        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
+        o = gl.zeros([64, D], gl.float32, o_layout)
+        p0, p1, m, total, alpha = _softmax(s0, s1, m, total, scale)
+        p0 = gl.convert_layout(p0.to(dtype), p_layout)
+        p1 = gl.convert_layout(p1.to(dtype), p_layout)
+        # A single first tile has no partner: probabilities of zero meet its own values again.
+        v0 = g + 2 - single
+        v1 = v0 + 1 - single
+        t = 2 - single
+        while t < n:
+            k = g + 2 * t
+            _wait(channel, k, r, STAGES)
+            s0_done = _scores(q, channel, k, r, STAGES)
+            _wait(channel, k + 1, r, STAGES)
+            s1_done = _scores(q, channel, k + 1, r, STAGES)
+            _wait(channel, v0, r, STAGES)
+            _wait(channel, v1, r, STAGES)
+            o = _add_values(p0, channel, v0, o, r, STAGES, D)
+            o = _add_values(p1, channel, v1, o, r, STAGES, D)
+            s0, s1 = warpgroup_mma_wait(2, deps=[s0_done, s1_done])
+            _free(channel, k, r, STAGES)
+            _free(channel, k + 1, r, STAGES)
+            if t < late:
+                s0 = _mask(s0, (last_tile - t) * 64, first_query)
+                if t + 1 < late:
+                    s1 = _mask(s1, (last_tile - t - 1) * 64, first_query)
+            e0, e1, m, total, alpha = _softmax(s0, s1, m, total, scale)
+            o, p0, p1 = warpgroup_mma_wait(0, deps=[o, p0, p1])
+            _free(channel, v0, r, STAGES)
+            if v1 > v0:
+                _free(channel, v1, r, STAGES)
+            o = o * gl.convert_layout(alpha, o_row)[:, None]
+            p0 = gl.convert_layout(e0.to(dtype), p_layout)
+            p1 = gl.convert_layout(e1.to(dtype), p_layout)
+            v0 = k + 2
+            v1 = k + 3
+            t += 2
+        _wait(channel, v0, r, STAGES)
+        _wait(channel, v1, r, STAGES)
+        o = _add_values(p0, channel, v0, o, r, STAGES, D)
+        o = warpgroup_mma_wait(0, deps=[_add_values(p1, channel, v1, o, r, STAGES, D)])
+        _free(channel, v0, r, STAGES)
+        if v1 > v0:
+            _free(channel, v1, r, STAGES)
+        _store(out, lse, sinks, o, m, total, b * heads + head, tile * 64, head, queries, LSE, SINKS)
+        g += 2 * n
+        _wait(channel, g, r, STAGES)
+        item = _read_note(channel, g, 0, r, STAGES)
+
+
+@gluon.jit
+def attend(
+    qd,
+    kd,
+    vd,
+    out,
+    lse,
+    sinks,
+    bits,
+    counter,
+    items,
+    words,
+    sel_batch,
+    sel_heads,
+    sel_rows,
+    heads,
+    kv_heads,
+    tiles_q,
+    past,
+    queries,
+    scale,
+    D: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WORDS: gl.constexpr,
+    SHARE: gl.constexpr,
+    LSE: gl.constexpr,
+    SINKS: gl.constexpr,
+):
+    """Compute attention of all items; launched with at most one program per multiprocessor.
+
+    `qd`, `kd` and `vd` describe q ``[B, Hq, Tq, D]`` and k, v ``[B, Hk, Tk, D]``. `out` is a contiguous
+    ``[B, Hq, Tq, D]``, `lse` fp32 ``[B, Hq, Tq]`` (written with LSE), `sinks` fp32 ``[Hq]`` (read with
+    SINKS), `bits` int32 ``[sel_batch, sel_heads, sel_rows, words]``. `counter` is zero and counts the
+    `items` taken: tiles of queries of all heads, pairs of tiles with SHARE. `past` is the number of keys
+    before the first query, `scale` the softmax scale times log2(e). A KV block has PARTS tiles, WORDS is
+    `words` rounded up to a power of two.
+    """
+    rings: gl.constexpr = 1 if SHARE else 2
+    ring = gl.allocate_shared_memory(qd.dtype, [rings * STAGES, 1, 1, 64, D], qd.layout)
+    note_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    notes = gl.allocate_shared_memory(gl.int32, [rings * STAGES * 2, 1], note_layout)
+    full = gl.allocate_shared_memory(gl.int64, [rings * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [rings * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(rings * STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=3 - rings)
+    fence_async_shared()
+    sizes = (heads, kv_heads, tiles_q, past, queries)
+    lists = (bits, words, sel_batch, sel_heads, sel_rows)
+    channel = (ring, notes, full, empty)
+    source = (qd, kd, vd, lists, counter, items, sizes, channel)
+    target = (out, lse, sinks, sizes, scale, channel)
+    if SHARE:
+        gl.warp_specialize(
+            [
+                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS)),
+                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS)),
+                (_produce, (source, 0, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS)),
+                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS)),
+                (_produce, (source, 0, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
+                (_produce, (source, 1, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
+            ],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
