@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+
+from seerattention.models._crossover import device_name
 
 
 def versions(device: str | None = None) -> dict[str, str]:
@@ -23,18 +24,3 @@ def versions(device: str | None = None) -> dict[str, str]:
         "device": device_name(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def device_name(device: str) -> str:
-    """Return the name of the GPU or of the processor."""
-    return torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _processor()
-
-
-def _processor() -> str:
-    """Name the processor; Linux tells it in a file, other systems through ``platform``."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -31,7 +31,8 @@ def run(
         str, typer.Option(help="Of cudnn, fa2 and flex on a GPU; dense ones give the speedups.")
     ] = "cudnn,fa2,flex",
     peer: Annotated[
-        list[str] | None, typer.Option(help="A further peer, module:function(q, k, v, selection); repeatable.")
+        list[str] | None,
+        typer.Option(help="A further peer, module:function(q, k, v, selection); repeatable."),
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="KV heads.")] = None,
@@ -131,7 +132,17 @@ def _attention_table(report: dict[str, Any]) -> Any:
 
 def _layer_table(report: dict[str, Any]) -> Any:
     table = _table(
-        ["tokens", "block", "gate", "density", "selection ms", "attention ms", "total ms", "speedup", "extra MB"]
+        [
+            "tokens",
+            "block",
+            "gate",
+            "density",
+            "selection ms",
+            "attention ms",
+            "total ms",
+            "speedup",
+            "extra MB",
+        ]
     )
     for row in report["layers"]:
         table.add_row(

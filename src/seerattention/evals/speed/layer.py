@@ -48,7 +48,8 @@ def measure_layers(
     tokens = qkv[0].shape[2]
     policy = TopK(plan.layer_density, sink_blocks=1)
     runs: dict[str, Callable[[], object]] = {}
-    everything = BlockSelection.full(tokens, tokens, (plan.blocks[0],) * 2, plan.device)
+    size = plan.blocks[0], plan.blocks[0]
+    everything = BlockSelection.full(tokens, tokens, size, plan.device)
     for name, peer in dense.items():
         runs[name] = lambda peer=peer: peer(*qkv, everything)
     found = []

@@ -169,7 +169,9 @@ def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
     from seerattention.models._call import dense_attention
 
     model, tokenizer = bundled.load_teacher()
-    model, gates = model.to(device), bundled.load_teacher_gates().to(device)
+    # pyright takes the argument for self (transformers' `to` is decorated).
+    model.to(device)  # type: ignore[arg-type]
+    gates = bundled.load_teacher_gates().to(device)
     gates.use_rotary_of(model)
     by_layer, found = dict(gates.items()), []
 

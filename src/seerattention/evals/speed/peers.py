@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.selection import BlockSelection
 
-#: Computes attention over a selection; a dense one ignores it. q ``[B, Hq, T, D]``, k and v ``[B, Hk, T, D]``.
+#: Computes attention of q ``[B, Hq, T, D]``, k and v ``[B, Hk, T, D]`` ; dense ones ignore the selection.
 Peer = Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor]
 
 #: Bytes of FlexAttention's index lists above which it is left out: they hold every block pair as int32,
@@ -38,7 +39,9 @@ def dense_peers(device: str, names: list[str]) -> dict[str, Peer]:
         f"dense {name}": functools.partial(_sdpa, kind) for name, kind in kinds.items() if name in names
     }
     if not found:
-        raise ValueError(f"--peers must name a dense kernel, cudnn or fa2, to measure speedups by; got {names}")
+        raise ValueError(
+            f"--peers must name a dense kernel, cudnn or fa2, to measure speedups by; got {names}"
+        )
     return found
 
 
@@ -64,15 +67,13 @@ def flex(q: Tensor, k: Tensor, selection: BlockSelection) -> Peer:
     mask = selection.to_flex(q.shape[2], k.shape[2], q.shape[1])
     block_q, block_k = selection.block_size
     # The default tile is larger than a 64-token block and would be refused.
-    options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    options: Any = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def peer(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
         gqa = q.shape[1] != k.shape[1]
         with torch._dynamo.config.patch(recompile_limit=64):
-            out = compiled(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)
-        assert isinstance(out, Tensor)
-        return out
+            return compiled(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)
 
     return peer
 
@@ -88,7 +89,7 @@ def load(name: str) -> Peer:
     if not (module and colon and function):
         raise ValueError(f"--peer must be module:function, got {name!r}")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        found: Peer | None = getattr(importlib.import_module(module), function, None)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"--peer {name}: {error}; is its folder on PYTHONPATH?") from error
     if not callable(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -100,19 +101,22 @@ class Plan:
 
     def gate(self, name: str, block: int) -> AttnGate:
         """Return a gate of a named design, with random weights in the plan's dtype."""
-        sizes = {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        sizes = self.heads, self.kv_heads, self.head_dim
         torch.manual_seed(0)
         if name == "published":
-            config = GateConfig.published(**sizes, block_size=block)
+            heads, kv_heads, head_dim = sizes
+            config = GateConfig.published(
+                num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block
+            )
         elif name == "sub16":
-            config = GateConfig(**sizes, block_size=block, q_sub_block=16, k_sub_block=16)
+            config = GateConfig(*sizes, block_size=block, q_sub_block=16, k_sub_block=16)
         else:
-            config = GateConfig(**sizes, block_size=block)
+            config = GateConfig(*sizes, block_size=block)
         return AttnGate(config).to(self.device, self.kind).requires_grad_(False)
 
 
 #: Defaults per device type: on a GPU the shape of Llama 3.1 8B, on a CPU that of the bundled teacher.
-DEFAULTS: dict[str, dict[str, object]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "tokens": (4096, 8192, 16384),
         "densities": (0.2, 0.1, 0.05),

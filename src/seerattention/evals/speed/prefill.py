@@ -22,7 +22,6 @@ from seerattention.evals.versions import versions
 from seerattention.ops import block_sparse_attention as op
 from seerattention.selection import BlockSelection, causal_blocks
 from seerattention.testing.budget import Budget
-from seerattention.testing.inputs import random_qkv
 from seerattention.testing.timing import interleaved
 
 #: Backends that are not for timing: the reference computes the dense map whatever the density, and on a
@@ -102,7 +101,7 @@ def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
             scores = masks.teacher_scores(plan.device, plan.teacher_tokens)
         rows, layers = [], []
         for tokens in plan.tokens:
-            q, k, v = random_qkv(plan.shape(tokens, plan.blocks[0]), dtype=plan.kind, device=plan.device)
+            q, k, v = _draw(plan, tokens)
             variants = _dense_variants(plan, dense, q, k, v)
             for block in plan.blocks:
                 for mask, asked, selection in _selections(plan, tokens, block, scores):
@@ -126,6 +125,17 @@ def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     }
     report["targets"] = judge(report) if plan.device == "cuda" else []
     return report
+
+
+def _draw(plan: Plan, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw normal q, k and v on the device: the host takes many seconds for 128k tokens."""
+    generator = torch.Generator(device=plan.device).manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        size = (1, heads, tokens, plan.head_dim)
+        return torch.randn(size, generator=generator, device=plan.device, dtype=plan.kind)
+
+    return draw(plan.heads), draw(plan.kv_heads), draw(plan.kv_heads)
 
 
 def _selections(
@@ -152,7 +162,8 @@ def _selections(
 def _dense_variants(
     plan: Plan, dense: dict[str, peers.Peer], q: Tensor, k: Tensor, v: Tensor
 ) -> list[Variant]:
-    everything = BlockSelection.full(q.shape[2], k.shape[2], (plan.blocks[0],) * 2, plan.device)
+    size = plan.blocks[0], plan.blocks[0]
+    everything = BlockSelection.full(q.shape[2], k.shape[2], size, plan.device)
     return [
         Variant("dense", name, everything, "full", 1.0, partial(peer, q, k, v, everything))
         for name, peer in dense.items()
@@ -233,7 +244,9 @@ def _first_call(qkv: tuple[Tensor, Tensor, Tensor], variant: Variant) -> float:
         try:
             check_rows(qkv, variant.selection, out)
         except AssertionError as error:
-            raise ValueError(f"{variant.name} is wrong at {tokens:,} tokens and is not timed: {error}") from error
+            raise ValueError(
+                f"{variant.name} is wrong at {tokens:,} tokens and is not timed: {error}"
+            ) from error
     return first_ms
 
 

@@ -66,6 +66,9 @@ def _panel(axis: Any, report: dict[str, Any], tokens: int, block: int, colours: 
                 points = [r["density"] for r in line], [r["tflops"] for r in line]
                 axis.plot(*points, style, color=colour, markersize=4, label=f"{name}, {mask}")
     axis.set_xscale("log")
+    ticks = sorted({r["asked"] for r in rows if r["block"] == block})
+    axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_title(f"{tokens:,} tokens, blocks of {block}")
     axis.grid(alpha=0.3)
