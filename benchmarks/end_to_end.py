@@ -55,6 +55,8 @@ SHAPES = {
         "max_position_embeddings": 4096,
     },
 }
+#: Which part a module belongs to, by the last word of its name.
+MODULES = {"mlp": "mlp"} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "projections")
 PARTS = ("attention", "selection", "mlp", "projections", "rest")
 
 
@@ -127,21 +129,9 @@ class Parts:
                 run = partial(self.wrapped, part, getattr(owner, name))
                 stack.enter_context(patch.object(owner, name, run))
             for name, module in model.named_modules():
-                last = name.rpartition(".")[2]
-                part = (
-                    "mlp"
-                    if last == "mlp"
-                    else "projections"
-                    if last in ("q_proj", "k_proj", "v_proj", "o_proj")
-                    else ""
-                )
-                if part:
-                    hooks = (
-                        module.register_forward_pre_hook(before),
-                        module.register_forward_hook(partial(after, part)),
-                    )
-                    for hook in hooks:
-                        stack.callback(hook.remove)
+                if part := MODULES.get(name.rpartition(".")[2]):
+                    stack.callback(module.register_forward_pre_hook(before).remove)
+                    stack.callback(module.register_forward_hook(partial(after, part)).remove)
             yield
 
     def seconds(self) -> dict[str, float]:
@@ -165,10 +155,10 @@ def first_token(model: Any, ids: torch.Tensor) -> float:
 
 
 @contextmanager
-def attached(model: Any, gates: Any) -> Iterator[None]:
+def attached(model: Any, gates: Any, backend: str) -> Iterator[None]:
     """Attach gates, or nothing for None."""
     if gates is not None:
-        attach(model, gates, POLICY, min_tokens=0)
+        attach(model, gates, POLICY, backend=backend, min_tokens=0)
     yield
     if gates is not None:
         assert set(usage(model)) == {"sparse"}, usage(model)
@@ -176,16 +166,16 @@ def attached(model: Any, gates: Any) -> Iterator[None]:
 
 
 def measure(
-    model: Any, gates: dict[str, Any], tokens: int, repeats: int, step: Callable[[], None]
+    model: Any, gates: dict[str, Any], tokens: int, args: argparse.Namespace, step: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Measure dense attention and every gate design at one length, in turn."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
     cuda = ids.is_cuda
     seconds: dict[str, list[float]] = {name: [] for name in gates}
     rows = []
-    for round_ in range(repeats + 1):
+    for round_ in range(args.repeats + 1):
         for name, gate in gates.items():
-            with attached(model, gate):
+            with attached(model, gate, args.backend):
                 took = first_token(model, ids)
             # The first round compiles and plans.
             if round_:
@@ -195,7 +185,7 @@ def measure(
         parts = Parts(cuda)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with attached(model, gate), parts.watch(model):
+        with attached(model, gate, args.backend), parts.watch(model):
             whole = first_token(model, ids)
         spent = parts.seconds()
         spent["rest"] = whole - sum(spent.values())
@@ -237,12 +227,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/end_to_end.json"), help="default: %(default)s")
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 32768 and 131072")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="default: %(default)s")
-    parser.add_argument(
-        "--layers", type=int, help="fewer layers than the shape has, for less time and memory"
-    )
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument(
         "--gate", choices=("published", "default"), action="append", help="repeatable; default both"
     )
+    parser.add_argument("--backend", default="auto", help="of block_sparse_attention (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -250,14 +239,13 @@ def main() -> None:
     lengths = args.tokens or [32768, 131072]
     with staged(args.out.parent) as folder:
         model = make_model(args.shape, args.layers, args.device, dtype)
-        gates = {"dense": None} | {
-            name: make_gates(model, name) for name in args.gate or ("published", "default")
-        }
+        designs = args.gate or ("published", "default")
+        gates = {"dense": None} | {name: make_gates(model, name) for name in designs}
         rows = []
         with Progress() as progress:
             task = progress.add_task("prefill", total=len(lengths) * len(gates) * (args.repeats + 2))
             for tokens in lengths:
-                rows += measure(model, gates, tokens, args.repeats, lambda: progress.advance(task))
+                rows += measure(model, gates, tokens, args, lambda: progress.advance(task))
         report = {
             "versions": versions(args.device),
             "date": datetime.now(UTC).date().isoformat(),
@@ -265,6 +253,7 @@ def main() -> None:
             "layers": model.config.num_hidden_layers,
             "dtype": str(dtype).removeprefix("torch."),
             "policy": POLICY,
+            "backend": args.backend,
             "rows": rows,
         }
         (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")

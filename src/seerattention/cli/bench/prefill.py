@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,7 +171,7 @@ def _target_table(report: dict[str, Any]) -> Any:
     return table
 
 
-def _table(titles: list[str]) -> Any:
+def _table(titles: Sequence[str]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
