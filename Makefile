@@ -30,5 +30,10 @@ check: $(READY)
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
-bench: $(READY)
-	$(BIN)/seerattention bench
+# On a CUDA device with the packages of the Python that PYTHON names, as gpu; without one in .venv on the CPU.
+CUDA := $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+SEER := -c 'from seerattention.cli import main; main()'
+
+bench:
+	if $(CUDA); then PYTHONPATH=src $(PYTHON) $(SEER) bench prefill; \
+	else $(MAKE) setup && $(BIN)/seerattention bench prefill; fi

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -17,10 +17,18 @@ def versions(device: str | None = None) -> dict[str, str]:
         device: ``cpu`` or ``cuda``, what was measured; default the GPU if there is one.
     """
     return {
-        "seerattention": version("seerattention"),
+        "seerattention": _own_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "device": device_name(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _own_version() -> str:
+    try:
+        return version("seerattention")
+    except PackageNotFoundError:
+        # Run from a checkout on the path, as `make bench` does on a GPU.
+        return "not installed"

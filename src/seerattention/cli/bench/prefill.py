@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def run(
     out: Annotated[Path, typer.Option(help="File for the results, JSON.")] = Path("runs/prefill.json"),
     figure: Annotated[
-        Path | None, typer.Option(help="Picture of rate against density; needs matplotlib.")
+        Path | None, typer.Option(help="Picture; default beside the results where matplotlib is installed.")
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Sequence length; repeatable.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Share of blocks read; repeatable.")] = None,
@@ -54,6 +55,7 @@ def run(
     from seerattention.evals.figures import require_matplotlib
     from seerattention.evals.speed.plan import DEFAULTS, Plan
     from seerattention.evals.speed.prefill import measure
+    from seerattention.evals.speed.roofline import draw_roofline
     from seerattention.files import staged
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,13 +88,15 @@ def run(
         with ProgressReporter(console) as reporter:
             report = measure(plan, reporter)
         (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
-    if figure is not None:
-        from seerattention.evals.speed.roofline import draw_roofline
-
-        with staged(figure.parent) as folder:
-            draw_roofline(report, folder / figure.name)
     _show(report, console)
     console.print(f"{out} has these numbers", highlight=False)
+    if figure is None and importlib.util.find_spec("matplotlib") is None:
+        console.print(f"no picture without matplotlib; seerattention bench roofline {out} draws it elsewhere")
+        return
+    figure = figure or out.with_suffix(".png")
+    with staged(figure.parent) as folder:
+        draw_roofline(report, folder / figure.name)
+    console.print(f"{figure} is its picture", highlight=False)
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
