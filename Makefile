@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check gpu bench
+.PHONY: setup demo test check gpu bench bench-gpu bench-cpu
 
 setup: $(READY)
 
@@ -30,10 +30,13 @@ check: $(READY)
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
-# On a CUDA device with the packages of the Python that PYTHON names, as gpu; without one in .venv on the CPU.
-CUDA := $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
-SEER := -c 'from seerattention.cli import main; main()'
-
+# On a CUDA device in the Python that PYTHON names, as gpu; without one in .venv on the CPU.
 bench:
-	if $(CUDA); then PYTHONPATH=src $(PYTHON) $(SEER) bench prefill; \
-	else $(MAKE) setup && $(BIN)/seerattention bench prefill; fi
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(MAKE) bench-gpu; else $(MAKE) bench-cpu; fi
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -c 'from seerattention.cli import main; main()' bench prefill
+
+bench-cpu: $(READY)
+	$(BIN)/seerattention bench prefill

@@ -63,13 +63,16 @@ def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def nearest(entries: list[dict[str, Any]], device_type: str, name: str) -> Crossover:
-    """Return what is known about a device, or about the one of its type whose name is most like its.
+def nearest(
+    entries: list[dict[str, Any]], device_type: str, name: str, capability: str | None = None
+) -> Crossover:
+    """Return what is known about a device, or about the one of its type that is most like it.
 
     Args:
         entries: From `read_table`.
         device_type: ``cpu`` or ``cuda``.
         name: The device's name.
+        capability: A GPU's compute capability, e.g. ``"9.0"``: GPUs of one are alike whatever their names.
 
     Returns:
         Its entry; without any of its type one that never chooses dense attention.
@@ -77,7 +80,12 @@ def nearest(entries: list[dict[str, Any]], device_type: str, name: str) -> Cross
     known = [e for e in entries if e["device_type"] == device_type]
     if not known:
         return Crossover(None, 0)
-    entry = max(known, key=lambda e: SequenceMatcher(None, e["device"] or "", name).ratio())
+
+    def likeness(entry: dict[str, Any]) -> tuple[float, ...]:
+        apart = abs(float(entry.get("capability") or 0) - float(capability or 0))
+        return entry["device"] == name, -apart, SequenceMatcher(None, entry["device"] or "", name).ratio()
+
+    entry = max(known, key=likeness)
     return Crossover(
         device=entry["device"],
         dense_below=entry["dense_below"],
@@ -90,7 +98,15 @@ def nearest(entries: list[dict[str, Any]], device_type: str, name: str) -> Cross
 @functools.cache
 def crossover(device_type: str) -> Crossover:
     """Return what is known about the device of a type at hand."""
-    return nearest(read_table(), device_type, device_name(device_type))
+    return nearest(read_table(), device_type, device_name(device_type), capability(device_type))
+
+
+def capability(device_type: str) -> str | None:
+    """Return the compute capability of the GPU at hand, None for a CPU."""
+    if device_type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
 
 
 @torch.compiler.assume_constant_result

@@ -44,6 +44,7 @@ def entry_of(report: dict[str, Any], gate: str, block: int) -> dict[str, Any]:
     return {
         "device_type": report["device_type"],
         "device": report["versions"]["device"],
+        "capability": report["capability"],
         "versions": report["versions"],
         "date": report["date"],
         "dtype": report["dtype"],

@@ -125,7 +125,8 @@ def lay_out(scores: Tensor, blocks: int, seed: int) -> Tensor:
     passages = blocks // (half - 1) + 1
     amounts = torch.randn(passages, passages, generator=generator).to(scores.device)
     causal = scores[torch.ones_like(scores, dtype=torch.bool).tril()]
-    moved = PASSAGE_SPREAD * causal[causal.isfinite()].std() * amounts[row // half, column // (half - 1)]
+    passage = ((row - known) // half).clamp(min=0), (column - 1).clamp(min=0) // (half - 1)
+    moved = PASSAGE_SPREAD * causal[causal.isfinite()].std() * amounts[passage]
     repeated = (distance >= half) & (row >= known) & (column > 0)
     return scores[source_row, source_column] + torch.where(repeated, moved, 0.0)
 

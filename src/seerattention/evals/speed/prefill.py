@@ -19,6 +19,7 @@ from seerattention.evals.speed.layer import measure_layers
 from seerattention.evals.speed.plan import Plan
 from seerattention.evals.speed.targets import judge
 from seerattention.evals.versions import versions
+from seerattention.models._crossover import capability
 from seerattention.ops import block_sparse_attention as op
 from seerattention.selection import BlockSelection, causal_blocks
 from seerattention.testing.budget import Budget
@@ -89,8 +90,10 @@ def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     notes: list[str] = []
 
     def note(text: str) -> None:
-        notes.append(text)
-        reporter.note(text)
+        # The same reason holds at every density: said once.
+        if text not in notes:
+            notes.append(text)
+            reporter.note(text)
 
     reporter.stage("ceilings of the device", 1)
     with torch.inference_mode():
@@ -115,6 +118,7 @@ def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
         "versions": versions(plan.device),
         "date": datetime.now(UTC).date().isoformat(),
         "device_type": plan.device,
+        "capability": capability(plan.device),
         "dtype": plan.dtype,
         "shape": {"heads": plan.heads, "kv_heads": plan.kv_heads, "head_dim": plan.head_dim},
         "repeats": plan.repeats,
@@ -213,17 +217,12 @@ def _rows(
     reporter.stage(f"{tokens:,} tokens: first calls, checked against the reference", len(variants))
     first_ms: dict[str, float] = {}
     running: list[Variant] = []
-    refused: set[str] = set()
     for variant in variants:
         try:
             first_ms[variant.name] = _first_call(qkv, variant)
             running.append(variant)
         except NotImplementedError as error:
-            reason = str(error).split("because")[-1].strip()
-            # The same at every density and length: said once.
-            if reason not in refused:
-                note(f"left out: {reason}")
-            refused.add(reason)
+            note(f"left out: {str(error).split('because')[-1].strip()}")
         reporter.step(variant.name)
     reporter.stage(f"{tokens:,} tokens: timing", len(running) * (plan.repeats + 1))
     runs = {variant.name: variant.run for variant in running}
