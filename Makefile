@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check gpu bench
+.PHONY: setup demo test check gpu bench bench-gpu bench-cpu
 
 setup: $(READY)
 
@@ -30,5 +30,13 @@ check: $(READY)
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
-bench: $(READY)
-	$(BIN)/seerattention bench
+# On a CUDA device in the Python that PYTHON names, as gpu; without one in .venv on the CPU.
+bench:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(MAKE) bench-gpu; else $(MAKE) bench-cpu; fi
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -c 'from seerattention.cli import main; main()' bench prefill
+
+bench-cpu: $(READY)
+	$(BIN)/seerattention bench prefill

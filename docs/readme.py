@@ -16,6 +16,9 @@ from seerattention.cli.info import markdown
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
 BENCH = ROOT / "benchmarks" / "results" / "cpu" / "prefill.json"
+GPU = ROOT / "benchmarks" / "results" / "h200"
+ROOFLINE = ROOT / "docs" / "figures" / "prefill-h200.png"
+CROSSOVER = ROOT / "src" / "seerattention" / "data" / "crossover.json"
 TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
 DESIGNS = ROOT / "benchmarks" / "results" / "cpu" / "gate_design.json"
 GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
@@ -78,25 +81,163 @@ def lengths() -> str:
     return "\n".join(lines)
 
 
-def bench() -> str:
-    """Return the prefill benchmark as a table, dense first at every length."""
-    report = json.loads(BENCH.read_text())
-    shape = report["shape"]
-    lines = [
+def measured_with(report: dict[str, Any]) -> str:
+    """Say what a prefill report was measured with, and the ceilings of that run."""
+    shape, limits = report["shape"], report["ceilings"]
+    size = limits["matmul_size"]
+    text = (
         f"{report['date']}, {machine(report)}; {report['dtype']}, {shape['heads']} query and "
-        f"{shape['kv_heads']} KV heads of {shape['head_dim']}, blocks of {shape['block']}, random blocks per "
-        f"head; a matrix product of 2048 x 2048 x 2048 ran at {report['matmul_tflops']:.3f} TFLOP/s:",
+        f"{shape['kv_heads']} KV heads of {shape['head_dim']}, batch 1; a matrix product of {size} x "
+        f"{size} x {size} ran at {digits(limits['matmul_tflops'])} TFLOP/s"
+    )
+    for name, what in (("copy_tbs", "copies"), ("l2_tbs", "reads from the L2 cache")):
+        text += f", {what} at {digits(limits[name])} TB/s" if limits[name] else ""
+    return text + ":"
+
+
+def digits(value: float) -> str:
+    """Return a number with about three digits."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def bench() -> str:
+    """Return the prefill benchmark on a CPU as a table, dense first at every length."""
+    report = json.loads(BENCH.read_text())
+    lines = [
+        measured_with(report),
         "",
-        "| tokens | backend | density | median ms | range ms | TFLOP/s | of the matrix rate | speedup |",
-        "|---|---|---|---|---|---|---|---|",
+        "| tokens | block | mask | backend | density | median ms | range ms | TFLOP/s | of the matrix rate | "
+        "speedup |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['tokens']:,} | {r['backend']} | {r['density']:.1%} | {r['ms']:.1f} | "
-        f"{r['range_ms'][0]:.1f}-{r['range_ms'][1]:.1f} | {r['tflops']:.3f} | {r['share_of_matmul']:.0%} | "
-        f"{r['speedup']:.2f}x |"
+        f"| {r['tokens']:,} | {r['block'] or ''} | {r['mask']} | {r['backend']} | {r['density']:.1%} | "
+        f"{r['ms']:.1f} | {r['range_ms'][0]:.1f}-{r['range_ms'][1]:.1f} | {r['tflops']:.3f} | "
+        f"{r['share_of_matmul']:.0%} | {r['speedup']:.2f}x |"
+        for r in report["rows"]
+    ]
+    lines += ["", *layers(report)] if report["layers"] else []
+    lines += ["", *report["notes"]] if report["notes"] else []
+    return "\n".join(lines)
+
+
+def layers(report: dict[str, Any]) -> list[str]:
+    """Return whole layers of a report as a table."""
+    lines = [
+        "| tokens | block | gate | density | selection ms | attention ms | together ms | dense ms | "
+        "speedup | extra MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in report["layers"]:
+        memory = "" if r["memory_mb"] is None else digits(r["memory_mb"])
+        lines.append(
+            f"| {r['tokens']:,} | {r['block']} | {r['gate']} | {r['density']:.1%} | "
+            f"{digits(r['selection_ms'])} | {digits(r['attention_ms'])} | {digits(r['total_ms'])} | "
+            f"{digits(r['dense_ms'])} | {r['speedup']:.2f}x | {memory} |"
+        )
+    return lines
+
+
+def gpu() -> str:
+    """Return what was measured on a GPU: picture, targets, attention, layers, whole model; or nothing."""
+    parts = []
+    if (path := GPU / "prefill.json").exists():
+        report = json.loads(path.read_text())
+        if ROOFLINE.exists():
+            parts.append(f"![Rate against density under the device's ceilings](figures/{ROOFLINE.name})")
+        parts += [measured_with(report), attention(report), "\n".join(layers(report)), targets(report)]
+        parts += ["\n".join(f"- {note}" for note in report["notes"])] if report["notes"] else []
+    if (path := GPU / "end_to_end.json").exists():
+        parts.append(end_to_end(json.loads(path.read_text())))
+    return "\n\n".join(parts)
+
+
+def attention(report: dict[str, Any]) -> str:
+    """Return attention alone, one line per backend, one column per density asked for."""
+    asked = sorted({r["asked"] for r in report["rows"]}, reverse=True)
+    lines = [
+        f"| tokens | block | mask | backend | {' | '.join(f'{a:.0%}' for a in asked)} |",
+        "|---" * (4 + len(asked)) + "|",
+    ]
+    found: dict[tuple[Any, ...], dict[float, str]] = {}
+    for r in report["rows"]:
+        key = f"{r['tokens']:,}", r["block"] or "", r["mask"], r["backend"]
+        cell = f"{digits(r['ms'])} ms, {digits(r['tflops'])} TFLOP/s, {r['speedup']:.2f}x"
+        found.setdefault(key, {})[r["asked"]] = cell
+    for key, cells in found.items():
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells.get(a, '') for a in asked)} |")
+    return "\n".join(lines)
+
+
+def targets(report: dict[str, Any]) -> str:
+    """Return the targets and what was reached."""
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    lines = ["| target | wanted | reached | met |", "|---|---|---|---|"]
+    for r in report["targets"]:
+        reached = "" if r["reached"] is None else digits(r["reached"])
+        sign = "at most" if r["at_most"] else "at least"
+        lines.append(f"| {r['what']} | {sign} {r['bound']} | {reached} | {words[r['met']]} |")
+    return "\n".join(lines)
+
+
+def end_to_end(report: dict[str, Any]) -> str:
+    """Return the time to the first token and its parts."""
+    parts = list(report["rows"][0]["parts_s"])
+    lines = [
+        f"Time to the first token, {report['date']}, {machine(report)}; shape {report['shape']} with "
+        f"{report['layers']} layers and random weights, {report['dtype']}, `{report['policy']}`:",
+        "",
+        f"| tokens | method | first token s | speedup | {' | '.join(f'{p} s' for p in parts)} | peak GB |",
+        "|---" * (5 + len(parts)) + "|",
+    ]
+    lines += [
+        f"| {r['tokens']:,} | {r['method']} | {r['first_token_s']:.2f} | {r['speedup']:.2f}x | "
+        + "".join(f"{r['parts_s'][part]:.2f} | " for part in parts)
+        + f"{r['peak_gb'] or ''} |"
         for r in report["rows"]
     ]
     return "\n".join(lines)
+
+
+def crossover() -> str:
+    """Return up to which density sparse prefill is faster, per device and length."""
+    lines = []
+    for entry in json.loads(CROSSOVER.read_text()):
+        if entry["device"] is None:
+            lines += [
+                f"On a {entry['device_type']} device no table was measured yet: prefill is dense below "
+                f"{entry['dense_below']:,} tokens, a cautious guess.",
+                "",
+            ]
+            continue
+        lines += [
+            f"{entry['device']}, {entry['date']}, torch {entry['versions']['torch']}, {entry['dtype']}, "
+            f"`{entry['backend']}`, {entry['gate']} gate, blocks of {entry['block']}: dense below "
+            f"{entry['dense_below']:,} tokens.",
+            "",
+            "| tokens | fastest dense | dense ms | selection ms | sparse is faster up to density |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['tokens']:,} | {r['dense']} | {digits(r['dense_ms'])} | {digits(r['selection_ms'])} | "
+            f"{r['densest']:.0%} |"
+            for r in entry["rows"]
+        ]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def dense_below() -> str:
+    """Return from which length prefill is sparse, per device."""
+    entries = json.loads(CROSSOVER.read_text())
+    below = ", ".join(
+        f"{e['dense_below']:,} tokens on {e['device'] or 'a ' + e['device_type'] + ' device (a guess)'}"
+        for e in entries
+    )
+    return (
+        "- Shorter prompts than this are prefilled densely, since choosing costs more than it saves:\n"
+        f"  {below}; `min_tokens=` changes it."
+    )
 
 
 def designs() -> str:
@@ -138,8 +279,13 @@ def main() -> None:
             "times": times(report),
             "lengths": lengths(),
             "support": markdown(),
+            "dense": dense_below(),
         },
-        ROOT / "docs" / "kernels.md": {"bench": bench()},
+        ROOT / "docs" / "kernels.md": {
+            "bench": bench(),
+            "gpu": gpu(),
+            "crossover": crossover(),
+        },
         ROOT / "docs" / "method.md": {"designs": designs()},
     }
     for path, parts in pages.items():

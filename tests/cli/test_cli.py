@@ -103,7 +103,7 @@ def test_an_output_that_cannot_be_written_is_refused(base, text, tmp_path):
     for command in (
         distil(base, text, tmp_path / "file" / "out", "--steps", 1),
         invoke("demo", "--out", tmp_path / "file" / "out"),
-        invoke("bench", "--out", tmp_path / "file" / "out.json"),
+        invoke("bench", "prefill", "--out", tmp_path / "file" / "out.json"),
     ):
         assert command.exit_code == 2, command.output
         assert "error:" in command.output
@@ -148,7 +148,8 @@ def test_info_gives_a_backends_reason_why_not(monkeypatch):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_bench_measures_dense_beside_sparse(tmp_path):
     out = tmp_path / "results" / "bench.json"
-    result = invoke("bench", "--out", out, "--tokens", 512, "--density", 0.2, "--repeats", 1)
+    options = ("--tokens", 512, "--density", 0.2, "--repeats", 1, "--gate", "none")
+    result = invoke("bench", "prefill", "--out", out, *options)
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
     assert report["rows"][0]["backend"] == "dense sdpa"

@@ -126,9 +126,12 @@ def test_timing_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(x * x) for x in range(100))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     seconds = interleaved(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        repeats=3,
+        warmup=1,
+        after=calls.append,
     )
-    assert "".join(calls) == "abababab"
-    # Between readings n and n + 1 lie 2n + 1 seconds. The warm-up reads twice, then calls of a start at
-    # readings 2, 6, 10 and calls of b at 4, 8, 12.
-    assert seconds == {"a": [2 * n + 1 for n in (2, 6, 10)], "b": [2 * n + 1 for n in (4, 8, 12)]}
+    assert "".join(calls) == "aabb" * 4
+    # Between readings n and n + 1 lie 2n + 1 seconds. Every call reads twice: timed calls of a start at
+    # readings 4, 8, 12 and those of b at 6, 10, 14.
+    assert seconds == {"a": [2 * n + 1 for n in (4, 8, 12)], "b": [2 * n + 1 for n in (6, 10, 14)]}

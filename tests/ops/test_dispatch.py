@@ -74,7 +74,7 @@ def test_auto_tells_all_reasons() -> None:
 
 def test_unknown_backend() -> None:
     q, k, v = random_qkv(SHAPE)
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; there are auto, .*gather, .*reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'; there are auto, .*gather, .*reference"):
         block_sparse_attention(q, k, v, FULL, backend="cuda")
     with pytest.raises(ValueError, match="unknown backend ''; there are auto, chunked, reference"):
         pooled_attention(q, k, v, (64, 64), backend="")

@@ -1,7 +1,7 @@
-"""The command line: one file per command, found by its name.
+"""The command line: one file per command, found by its name; a folder is a group of commands.
 
-Each defines ``run``, whose signature and docstring are the command's options and help. Files here import
-what is heavy inside ``run``, so that ``--help`` answers at once.
+Each file defines ``run``, whose signature and docstring are the command's options and help. Files here
+import what is heavy inside ``run``, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import typer
@@ -22,7 +22,11 @@ EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, Module
 
 def commands() -> list[str]:
     """Return the names of all commands."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return _names(__path__)
+
+
+def _names(path: Iterable[str]) -> list[str]:
+    return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
 
 
 def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,12 +54,21 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for name in commands():
-        module = importlib.import_module(f"{__name__}.{name}")
-        built.command(name)(_guarded(module.run))
-    # A group even with one command, so that the command is always named.
-    built.callback()(lambda: None)
+    _add(built, __name__, commands())
     return built
+
+
+def _add(to: typer.Typer, package: str, names: list[str]) -> None:
+    for name in names:
+        module = importlib.import_module(f"{package}.{name}")
+        if hasattr(module, "__path__"):
+            group = typer.Typer(help=module.__doc__, no_args_is_help=True)
+            _add(group, module.__name__, _names(module.__path__))
+            to.add_typer(group, name=name)
+        else:
+            to.command(name)(_guarded(module.run))
+    # A group even with one command, so that the command is always named.
+    to.callback()(lambda: None)
 
 
 def main() -> None:

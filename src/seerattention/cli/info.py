@@ -76,6 +76,27 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def crossover_lines() -> list[str]:
+    """Return, for the devices at hand, where prefill is dense because that is faster."""
+    import torch
+
+    from seerattention.models._crossover import crossover
+
+    lines = []
+    for kind in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+        known = crossover(kind)
+        lines.append(
+            f"dense on {kind:<8} below {known.dense_below:,} tokens (min_tokens=... changes it), "
+            f"{known.source}"
+        )
+        if known.densest:
+            table = ", ".join(f"{tokens:,}: {density:.0%}" for tokens, density in known.densest)
+            lines.append(f"{'':<17}and above this density, where the policy knows it ahead: {table}")
+        if known.cudnn_from and kind == "cuda":
+            lines.append(f"{'':<17}by cuDNN from {known.cudnn_from:,} tokens")
+    return lines
+
+
 def layer_report(model: str) -> list[tuple[str, str]]:
     """Return, for a model's layers, which run sparse with gates attached and which do not and why.
 
@@ -126,7 +147,6 @@ def run(
     from seerattention.baselines import names
     from seerattention.evals.versions import versions
     from seerattention.models import families
-    from seerattention.models._sparse import DENSE_BELOW
     from seerattention.policies import policies
 
     console = Console()
@@ -140,8 +160,8 @@ def run(
     forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(policies().items()))
     console.print(f"policies         {forms}", highlight=False, markup=False)
     console.print(f"baselines        {', '.join(names())}", highlight=False)
-    below = ", ".join(f"{device} {tokens}" for device, tokens in DENSE_BELOW.items())
-    console.print(f"dense below      {below} tokens (min_tokens=... changes it)", highlight=False)
+    for line in crossover_lines():
+        console.print(line, highlight=False)
     if model:
         console.print(f"\n{model}", highlight=False)
         for layers, what in layer_report(model):

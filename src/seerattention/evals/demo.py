@@ -260,8 +260,9 @@ class Demo:
                 detach(self.model)
 
         # Short runs are repeated and warmed up; long ones are as steady without.
-        rounds = {"repeats": 3, "warmup": 1} if length <= 4096 else {"repeats": 1, "warmup": 0}
-        model_s = _medians(interleaved({"dense": prefill, "sparse": sparse_prefill}, **rounds))
+        repeats, warmup = (3, 1) if length <= 4096 else (1, 0)
+        models = {"dense": prefill, "sparse": sparse_prefill}
+        model_s = _medians(interleaved(models, repeats=repeats, warmup=warmup))
         call, selection = kept[-1]
         gate = dict(gates.items())[middle]
 
@@ -279,7 +280,7 @@ class Demo:
             "sparse": lambda: block_sparse_attention(call.q, call.k, call.v, selection),
             "select": choose,
         }
-        layer_s = _medians(interleaved(parts, **rounds))
+        layer_s = _medians(interleaved(parts, repeats=repeats, warmup=warmup))
         return {
             "tokens": length,
             "density": watch.density,

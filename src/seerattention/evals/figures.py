@@ -28,7 +28,8 @@ def require_matplotlib() -> None:
         raise ModuleNotFoundError("figures need matplotlib; pip install 'seerattention[plot]'")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib set up to draw into files."""
     require_matplotlib()
     import matplotlib
 
@@ -89,7 +90,7 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
 
 def draw_maps(maps: list[dict[str, Any]], path: Path) -> None:
     """Draw true map, gate and selection of several heads side by side."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(len(maps), 3, figsize=(9, 2.9 * len(maps)), constrained_layout=True)
     titles = ("true map (block maximum)", "what the gate predicts", "blocks read")
     for row, found in zip(axes, maps, strict=True):
@@ -121,7 +122,7 @@ def draw_maps(maps: list[dict[str, Any]], path: Path) -> None:
 
 def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw needle accuracy and perplexity against measured density."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     dense = rows[0]
     for axis, key, label in (
@@ -158,7 +159,7 @@ def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
 
 def draw_time(lengths: list[dict[str, Any]], path: Path) -> None:
     """Draw prefill and attention time against length, dense and sparse."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     tokens = [r["tokens"] for r in lengths]
     for axis, what, title in (

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from seerattention.models._crossover import device_name
 
-def versions() -> dict[str, str]:
-    """Return the versions of the package, Python, torch and transformers, and the device."""
+
+def versions(device: str | None = None) -> dict[str, str]:
+    """Return the versions of the package, Python, torch and transformers, and the device.
+
+    Args:
+        device: ``cpu`` or ``cuda``, what was measured; default the GPU if there is one.
+    """
     return {
-        "seerattention": version("seerattention"),
+        "seerattention": _own_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": device_name(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": str(torch.get_num_threads()),
     }
 
 
-def _processor() -> str:
-    """Name the processor; Linux tells it in a file, other systems through ``platform``."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _own_version() -> str:
+    try:
+        return version("seerattention")
+    except PackageNotFoundError:
+        # Run from a checkout on the path, as `make bench` does on a GPU.
+        return "not installed"

@@ -209,8 +209,9 @@ def attach(
         policy: How many blocks to read, as an object or text such as ``"top_k:0.1"``; default the one
             saved with the gates.
         backend: A backend of ``block_sparse_attention``.
-        min_tokens: Sequences shorter than this are computed densely; default measured per device
-            (``DENSE_BELOW``). 0 makes every prefill sparse.
+        min_tokens: Sequences shorter than this are computed densely, all others sparsely; 0 makes every
+            prefill sparse. By default what was measured on the device, or on the one most like it,
+            decides by length and, where the policy knows it ahead, by density (`seerattention info`).
         observe: Called after every sparse layer with (layer, `AttentionCall`, `BlockSelection`).
         check_base: Refuse gates whose base model's weights differ. Shapes are always checked.
 

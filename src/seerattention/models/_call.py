@@ -9,6 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seerattention.models._crossover import cudnn_from
+
+#: Kernels of dense attention in the order in which `cudnn_first` takes them.
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 #: Query tokens per slice where causal attention with more keys than queries needs an explicit mask.
 MASKED_ROWS = 512
@@ -66,6 +77,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     gqa = q.shape[1] != k.shape[1]
     if window is None and (past == 0 or q.shape[2] == 1):
         causal = q.shape[2] > 1
+        if q.is_cuda and causal and (least := cudnn_from()) is not None and q.shape[2] >= least:
+            return cudnn_first(q, k, v, scale=scale)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
     outs = []
     for start in range(0, q.shape[2], MASKED_ROWS):
@@ -84,6 +97,18 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
             )
         )
     return torch.cat(outs, 2)
+
+
+def cudnn_first(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Causal attention of whole sequences by cuDNN where it can, else in torch's usual order.
+
+    torch prefers FA2 even on GPUs where cuDNN is much faster (docs/kernels.md), since cuDNN plans every
+    new length anew: worth it for long prompts, not for decoding steps.
+    """
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def real_tokens(mask: Tensor | None, num_queries: int, num_keys: int) -> list[tuple[Tensor, Tensor]] | None:

@@ -12,12 +12,9 @@ from seerattention.attention import seer_attention
 from seerattention.cache import KeySummaries
 from seerattention.gate import Scorer
 from seerattention.models._call import AttentionCall, dense_attention
+from seerattention.models._crossover import crossover
 from seerattention.policies import Policy
-from seerattention.selection import BlockSelection
-
-#: Tokens below which prefill is dense because selection costs more than it saves, per device type;
-#: measurements in docs/kernels.md.
-DENSE_BELOW = {"cpu": 2048, "cuda": 16384}
+from seerattention.selection import BlockSelection, num_blocks
 
 #: Called after every sparse layer with its inputs and the blocks that were read.
 Observer = Callable[[int, AttentionCall, BlockSelection], None]
@@ -30,7 +27,8 @@ class SparsePrefill:
         scorers: The scorer of every layer.
         policy: How many blocks to read.
         backend: A backend of ``block_sparse_attention``.
-        min_tokens: Sequences shorter than this are dense; default ``DENSE_BELOW``.
+        min_tokens: Sequences shorter than this are dense, all others sparse; by default the table of
+            measured crossovers says which, by length and, where the policy knows it, by density.
         observe: Called after every sparse layer.
     """
 
@@ -48,6 +46,9 @@ class SparsePrefill:
         self.min_tokens = min_tokens
         self.observe = observe
         self.usage: Counter[str] = Counter()
+        # Looked up here, not in a call, where `torch.compile` would trace the reading of a file.
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self.crossovers = {kind: crossover(kind) for kind in kinds}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Return the output of one layer, ``[B, Hq, Tq, D]``."""
@@ -81,15 +82,24 @@ class SparsePrefill:
         return out
 
     def _why_dense(self, call: AttentionCall) -> str | None:
-        """Return why a call of this length is computed densely, or None."""
+        """Return why a call is computed densely, or None."""
         total = call.k.shape[2]
-        least = self.min_tokens
-        if least is None:
-            least = DENSE_BELOW.get(call.q.device.type, 0)
         if _decodes(call):
             return "dense: decoding step"
-        if total < least:
-            return f"dense: fewer than {least} tokens"
+        if self.min_tokens is not None:
+            return f"dense: fewer than {self.min_tokens} tokens" if total < self.min_tokens else None
+        known = self.crossovers.get(call.q.device.type)
+        if known is None:
+            return None
+        if total < known.dense_below:
+            return f"dense: fewer than {known.dense_below} tokens ({known.source})"
+        if call.q.shape[2] < total:
+            # A later piece of a prompt: its dense computation needs a mask, and was not measured.
+            return None
+        block = self.scorers[call.layer].block_size[1]
+        density = self.policy.expected_density(num_blocks(total, block), block)
+        if density is not None and density > (most := known.densest_at(total)):
+            return f"dense: the policy reads {density:.0%}, dense is faster from {most:.0%} ({known.source})"
         return None
 
 

@@ -51,6 +51,27 @@ class Policy:
         """
         raise NotImplementedError
 
+    def expected_density(self, num_blocks: int, block_tokens: int) -> float | None:
+        """Return the density of a whole prefill, if it does not depend on the scores.
+
+        Args:
+            num_blocks: Blocks of the sequence.
+            block_tokens: Key tokens per KV block.
+
+        Returns:
+            At most this fraction of the causally valid blocks is read; None where only the scores tell.
+        """
+        return None
+
+    def _density_of(self, count: int, num_blocks: int) -> float:
+        """Density where every row takes ``count`` blocks, and those always read come on top."""
+        free = max(0, num_blocks - self.dense_last_rows)
+        count = min(count + self.sink_blocks + self.local_blocks, free)
+        triangle = num_blocks * (num_blocks + 1) // 2
+        # Rows shorter than `count` read everything, then come equal rows, then dense ones.
+        read = count * (count + 1) // 2 + (free - count) * count + triangle - free * (free + 1) // 2
+        return read / triangle
+
     def always(self, own: Tensor, valid: Tensor) -> Tensor:
         """Return the blocks read whatever the scores, bool ``[Nq, Nk]``.
 

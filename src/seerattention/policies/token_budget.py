@@ -28,6 +28,10 @@ class TokenBudget(Policy):
         if not isinstance(self.tokens, int) or self.tokens < 1:
             raise ValueError(f"tokens must be a whole number >= 1, got {self.tokens!r}")
 
+    def expected_density(self, num_blocks: int, block_tokens: int) -> float:
+        """Return the density of a whole prefill; see `Policy.expected_density`."""
+        return self._density_of(max(1, self.tokens // block_tokens), num_blocks)
+
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the best blocks of each row, bool ``[B, H, Nq, Nk]``."""
         return top_blocks(scores, valid, max(1, self.tokens // block_tokens))

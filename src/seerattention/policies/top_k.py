@@ -38,6 +38,10 @@ class TopK(Policy):
         """Blocks per row for a sequence of ``num_blocks`` KV blocks."""
         return max(1, int((1 - math.sqrt(1 - self.density)) * num_blocks))
 
+    def expected_density(self, num_blocks: int, block_tokens: int) -> float:
+        """Return the density of a whole prefill; see `Policy.expected_density`."""
+        return self._density_of(self.blocks(num_blocks), num_blocks)
+
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the best blocks of each row, bool ``[B, H, Nq, Nk]``."""
         return top_blocks(scores, valid, self.blocks(scores.shape[-1]))

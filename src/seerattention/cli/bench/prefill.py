@@ -1,0 +1,190 @@
+"""``seerattention bench prefill``: prefill attention, its parts and its peers, as JSON, table and picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="File for the results, JSON.")] = Path("runs/prefill.json"),
+    figure: Annotated[
+        Path | None, typer.Option(help="Picture; default beside the results where matplotlib is installed.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Sequence length; repeatable.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Share of blocks read; repeatable.")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Tokens per block; repeatable.")] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(help="random, gate (the bundled gates') or band; repeatable.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="Gate whose selection is timed: published, sub16, default, none; repeatable."),
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="Of cudnn, fa2 and flex on a GPU; dense ones give the speedups.")
+    ] = "cudnn,fa2,flex",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="A further peer, module:function(q, k, v, selection); repeatable."),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Dimension of a head.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed rounds; the variants take turns.")] = 5,
+    teacher_tokens: Annotated[int, typer.Option(help="Length of the text behind the gate masks.")] = 8192,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default the GPU if any.")] = "",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Time prefill attention against dense kernels and peers in one run, every output checked first.
+
+    Defaults are the shape of Llama 3.1 8B on a GPU and that of the bundled model on a CPU.
+    """
+    import torch
+    from rich.console import Console
+
+    from seerattention.cli.bench._reporter import ProgressReporter
+    from seerattention.evals.figures import require_matplotlib
+    from seerattention.evals.speed.plan import DEFAULTS, Plan
+    from seerattention.evals.speed.prefill import measure
+    from seerattention.evals.speed.roofline import draw_roofline
+    from seerattention.files import staged
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given: dict[str, Any] = {
+        "tokens": tokens,
+        "densities": density,
+        "blocks": block,
+        "masks": mask,
+        "gates": [] if gate == ["none"] else gate,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+    }
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    plan = Plan(
+        **{**DEFAULTS.get(device, DEFAULTS["cpu"]), **given},
+        peers=tuple(filter(None, peers.split(","))),
+        extra=tuple(peer or ()),
+        device=device,
+        repeats=repeats,
+        teacher_tokens=teacher_tokens,
+    )
+    if figure is not None:
+        require_matplotlib()
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    with staged(out.parent) as folder:
+        with ProgressReporter(console) as reporter:
+            report = measure(plan, reporter)
+        (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
+    _show(report, console)
+    console.print(f"{out} has these numbers", highlight=False)
+    if figure is None and importlib.util.find_spec("matplotlib") is None:
+        console.print(f"no picture without matplotlib; seerattention bench roofline {out} draws it elsewhere")
+        return
+    figure = figure or out.with_suffix(".png")
+    with staged(figure.parent) as folder:
+        draw_roofline(report, folder / figure.name)
+    console.print(f"{figure} is its picture", highlight=False)
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    """Print the ceilings and the tables of a report."""
+    limits = report["ceilings"]
+    l2 = f", reads from L2 {limits['l2_tbs']:.1f} TB/s" if limits["l2_tbs"] else ""
+    size = limits["matmul_size"]
+    console.print(
+        f"{report['versions']['device']}: matrix product of {size} x {size} x {size} in {report['dtype']} "
+        f"{limits['matmul_tflops']:.3f} TFLOP/s, copy {limits['copy_tbs']:.3f} TB/s{l2}",
+        highlight=False,
+    )
+    console.print(_attention_table(report))
+    if report["layers"]:
+        console.print(_layer_table(report))
+    if report["targets"]:
+        console.print(_target_table(report))
+
+
+def _attention_table(report: dict[str, Any]) -> Any:
+    table = _table("tokens block mask backend density ms range TFLOP/s matmul speedup".split())
+    for row in report["rows"]:
+        low, high = row["range_ms"]
+        table.add_row(
+            f"{row['tokens']:,}",
+            str(row["block"] or ""),
+            row["mask"],
+            row["backend"],
+            f"{row['density']:.1%}",
+            _ms(row["ms"]),
+            f"{_ms(low)}-{_ms(high)}",
+            f"{row['tflops']:.3f}" if row["tflops"] < 10 else f"{row['tflops']:.0f}",
+            f"{row['share_of_matmul']:.0%}",
+            f"{row['speedup']:.2f}x",
+        )
+    return table
+
+
+def _layer_table(report: dict[str, Any]) -> Any:
+    table = _table(
+        [
+            "tokens",
+            "block",
+            "gate",
+            "density",
+            "selection ms",
+            "attention ms",
+            "total ms",
+            "speedup",
+            "extra MB",
+        ]
+    )
+    for row in report["layers"]:
+        table.add_row(
+            f"{row['tokens']:,}",
+            str(row["block"]),
+            row["gate"],
+            f"{row['density']:.1%}",
+            _ms(row["selection_ms"]),
+            _ms(row["attention_ms"]),
+            _ms(row["total_ms"]),
+            f"{row['speedup']:.2f}x",
+            "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}",
+        )
+    return table
+
+
+def _target_table(report: dict[str, Any]) -> Any:
+    table = _table(["target", "wanted", "reached", "met", "by"])
+    table.columns[0].justify = "left"
+    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "not measured"}
+    for row in report["targets"]:
+        reached = "" if row["reached"] is None else f"{row['reached']:.2f}"
+        sign = "<=" if row["at_most"] else ">="
+        table.add_row(row["what"], f"{sign} {row['bound']}", reached, words[row["met"]], row["backend"] or "")
+    return table
+
+
+def _table(titles: Sequence[str]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _ms(value: float) -> str:
+    """Three digits that matter."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"

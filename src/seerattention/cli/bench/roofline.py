@@ -1,0 +1,28 @@
+"""``seerattention bench roofline``: the picture of a prefill result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    report: Annotated[Path, typer.Argument(help="A result of bench prefill.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The picture, .png or .svg; default beside the result.")
+    ] = None,
+) -> None:
+    """Draw the rate over selected work against density under the device's ceilings; needs matplotlib."""
+    from seerattention.evals.figures import require_matplotlib
+    from seerattention.evals.speed.roofline import draw_roofline
+    from seerattention.files import staged
+
+    require_matplotlib()
+    measured = json.loads(report.read_text())
+    picture = out or report.with_suffix(".png")
+    with staged(picture.parent) as folder:
+        draw_roofline(measured, folder / picture.name)
+    print(picture)

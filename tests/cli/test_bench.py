@@ -1,0 +1,137 @@
+"""`seerattention bench`: one report for every device, checked outputs, peers, pictures, crossovers."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from seerattention import cli
+
+SMALL = ("--tokens", 256, "--block", 32, "--repeats", 1, "--head-dim", 16, "--heads", 4, "--kv-heads", 2)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app(), [str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def _no_compiling(monkeypatch):
+    from seerattention.ops.block_sparse_attention import BACKENDS
+
+    monkeypatch.setattr(BACKENDS["flex"], "unsupported", lambda *a, **k: ["not in this test"])
+
+
+@pytest.fixture
+def peers(tmp_path, monkeypatch):
+    """A module with a right and a wrong peer."""
+    (tmp_path / "my_peers.py").write_text(
+        "from seerattention import block_sparse_attention\n"
+        "def right(q, k, v, selection):\n"
+        "    return block_sparse_attention(q, k, v, selection, backend='reference')\n"
+        "def wrong(q, k, v, selection):\n"
+        "    return 1.5 * right(q, k, v, selection)\n"
+        "constant = 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_prefill_measures_masks_gates_and_peers(peers, tmp_path):
+    out = tmp_path / "results" / "prefill.json"
+    more = ["--density", 1, "--density", 0.3, "--mask", "random", "--mask", "gate", "--mask", "band"]
+    more += ["--gate", "published", "--teacher-tokens", 256, "--peer", "my_peers:right", "--block", 64]
+    result = invoke("bench", "prefill", "--out", out, *SMALL, *more)
+    assert result.exit_code == 0, result.output
+    assert "left out: flex: not in this test" in result.output
+    report = json.loads(out.read_text())
+    assert {r["backend"] for r in report["rows"]} == {"dense sdpa", "gather", "my_peers:right"}
+    assert {r["kind"] for r in report["rows"]} == {"dense", "backend", "peer"}
+    dense, *others = report["rows"]
+    assert (dense["mask"], dense["density"], dense["speedup"], dense["block"]) == ("full", 1, 1, None)
+    # Everything once per block size, 30 % once per mask besides; two things run each.
+    assert len(others) == 2 * 2 * (1 + 3)
+    assert {r["mask"] for r in others if r["asked"] == 0.3} == {"random", "gate", "band"}
+    for row in report["rows"]:
+        assert row["range_ms"][0] <= row["ms"] <= row["range_ms"][1]
+        # Rates are over the same pairs: full selections do what dense attention does.
+        if row["mask"] == "full":
+            assert row["tflops"] * row["ms"] == pytest.approx(dense["tflops"] * dense["ms"], rel=0.05)
+    assert [(r["gate"], r["block"], r["backend"]) for r in report["layers"]] == [
+        ("published", 32, "gather"),
+        ("published", 64, "gather"),
+    ]
+    assert report["layers"][0]["memory_mb"] is None
+    assert report["ceilings"]["l2_tbs"] is None
+    assert report["targets"] == []
+    assert report["versions"]["device"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    drawn = invoke("bench", "roofline", out, "--out", tmp_path / "again.svg")
+    assert drawn.exit_code == 0, drawn.output
+    assert "tokens" in (tmp_path / "again.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--mask", "stripes"], "--mask must be one of random, gate, band, got 'stripes'"),
+        (["--gate", "best"], "--gate must be one of published, sub16, default, got 'best'"),
+        (["--peers", "cudnn,fa9"], "--peers must be one of cudnn, fa2, flex, got 'fa9'"),
+        (["--density", 1.5], "--density must be in (0, 1], got 1.5"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--tokens", 0], "--tokens must be a whole number >= 1, got 0"),
+        (["--peer", "nothing"], "--peer must be module:function, got 'nothing'"),
+        (["--peer", "no_such_module:f"], "is its folder on PYTHONPATH?"),
+        (["--peer", "my_peers:constant"], "my_peers has no function 'constant'"),
+        (
+            ["--peer", "my_peers:wrong"],
+            "my_peers:wrong random 32 0.3 is wrong at 256 tokens and is not timed",
+        ),
+        (["--device", "abacus"], "--device must be one of cpu, cuda, got 'abacus'"),
+        (["--heads", 5], "--heads 5 must be a multiple of --kv-heads 2"),
+    ],
+)
+def test_bad_options_and_wrong_peers_end_in_one_sentence(peers, tmp_path, more, words):
+    out = tmp_path / "new" / "prefill.json"
+    result = invoke("bench", "prefill", "--out", out, *SMALL, "--density", 0.3, *more)
+    assert result.exit_code == 2, result.output
+    message = " ".join(result.output.split())
+    assert words in message
+    assert message.count("error:") == 1
+    assert not out.parent.exists()
+
+
+def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a)
+    )
+    options = (*SMALL, "--density", 0.3, "--gate", "none")
+    result = invoke("bench", "prefill", "--out", tmp_path / "p.json", *options)
+    assert result.exit_code == 0, result.output
+    assert "no picture without matplotlib" in result.output
+    assert json.loads((tmp_path / "p.json").read_text())["layers"] == []
+    asked = invoke("bench", "prefill", "--out", tmp_path / "q.json", "--figure", tmp_path / "q.png", *options)
+    assert asked.exit_code == 2
+    assert "pip install 'seerattention[plot]'" in " ".join(asked.output.split())
+
+
+def test_crossover_measures_and_keeps_other_devices(tmp_path):
+    out = tmp_path / "crossover.json"
+    other = {"device_type": "cuda", "device": "Some GPU", "dense_below": 1, "rows": []}
+    out.write_text(json.dumps([other]))
+    options = ("--tokens", 128, "--tokens", 256, "--repeats", 1, "--block", 32, "--device", "cpu")
+    result = invoke("bench", "crossover", "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    mine, kept = json.loads(out.read_text())
+    assert kept == other
+    assert (mine["device_type"], mine["backend"], mine["gate"]) == ("cpu", "gather", "default")
+    assert [row["tokens"] for row in mine["rows"]] == [128, 256]
+    assert all(0 <= row["densest"] <= 1 for row in mine["rows"])
+    assert f"dense below {mine['dense_below']}" in " ".join(result.output.split())
+
+
+def test_bench_alone_lists_its_commands():
+    result = invoke("bench")
+    for name in ("prefill", "crossover", "roofline"):
+        assert name in result.output
