@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from seerattention.policies._base import Policy, top_blocks
+from seerattention.policies._base import Policy, Rule, top_blocks
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class TokenBudget(Policy):
         if not isinstance(self.tokens, int) or self.tokens < 1:
             raise ValueError(f"tokens must be a whole number >= 1, got {self.tokens!r}")
 
+    def blocks(self, block_tokens: int) -> int:
+        """Blocks per row for blocks of ``block_tokens`` keys."""
+        return max(1, self.tokens // block_tokens)
+
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the best blocks of each row, bool ``[B, H, Nq, Nk]``."""
-        return top_blocks(scores, valid, max(1, self.tokens // block_tokens))
+        return top_blocks(scores, valid, self.blocks(block_tokens))
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule:
+        """Return the choice as data."""
+        return Rule("count", self.blocks(block_tokens))

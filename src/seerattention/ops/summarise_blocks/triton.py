@@ -1,0 +1,281 @@
+"""One read of the tokens: pooling, projection, norm and rotation in one Triton kernel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seerattention.selection import num_blocks
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # so that `unsupported` can say it
+    triton = tl = None
+
+#: Launch settings by bytes per element of the summaries: summaries per program (`ROWS`), tokens of each
+#: loaded between two turns of the loop (`UNROLL`, at most a block), and Triton's own.
+LAUNCH: dict[int, dict[str, int]] = {
+    2: {"ROWS": 32, "UNROLL": 8, "num_warps": 8, "num_stages": 1},
+    4: {"ROWS": 16, "UNROLL": 4, "num_warps": 4, "num_stages": 1},
+}
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unsupported(
+    x: Tensor,
+    size: int,
+    pools: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    merge: int,
+    norm: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> list[str]:
+    """Return the reasons why this backend cannot run."""
+    if triton is None:
+        return ["the package triton is not installed"]
+    reasons = []
+    if x.device.type == "cpu" and not INTERPRETED:
+        reasons.append("it needs a GPU")
+    given = [t for t in (x, weight, norm) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        reasons.append("it has no backward; use backend='reference' for gradients")
+    if merge > 1:
+        reasons.append("it does not merge heads")
+    if weight is None and len(pools) > 1:
+        reasons.append("without a projection it takes one pool")
+    if dtype not in DTYPES or x.dtype not in DTYPES or any(t.dtype != dtype for t in given[1:]):
+        reasons.append(f"x, weight and norm must be float16, bfloat16 or float32, weights {dtype}")
+    if INTERPRETED and dtype == torch.bfloat16 and weight is not None:
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    if max(x.shape[3], 0 if weight is None else weight.shape[2]) > 256:
+        reasons.append("it takes dimensions up to 256")
+    return reasons
+
+
+def run(
+    x: Tensor,
+    size: int,
+    pools: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    merge: int,
+    norm: Tensor | None,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the summaries, ``[B, H, N, E]``."""
+    cos, sin = (None, None) if rotary is None else rotary
+    # An operator of torch costs tens of microseconds a call; only torch.compile needs one.
+    launch = summarise_op if torch.compiler.is_compiling() else summarise
+    return launch(x, size, " ".join(pools), dtype, weight, norm, eps, cos, sin)
+
+
+def summarise(
+    x: Tensor,
+    size: int,
+    pools: str,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    """Launch the kernel; arguments as those of `run`, pools in one text."""
+    out = _empty(x, size, pools, dtype, weight, norm, eps, cos, sin)
+    (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
+    names = pools.split()
+    place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
+    options = dict(LAUNCH[out.element_size()])
+    options["UNROLL"] = math.gcd(size, options["UNROLL"])
+    with torch.cuda.device_of(x):
+        _summarise[triton.cdiv(blocks, options["ROWS"]), batch * heads](
+            x,
+            None if weight is None else weight.contiguous(),
+            norm,
+            None if cos is None else cos.contiguous(),
+            None if sin is None else sin.contiguous(),
+            out,
+            tokens,
+            blocks,
+            *x.stride(),
+            0 if cos is None or cos.shape[0] == 1 else blocks * dim,
+            eps,
+            HEADS=heads,
+            GROUPS=heads_out // heads,
+            D=width,
+            E=dim,
+            D_PAD=_half(width),
+            E_PAD=_half(dim),
+            SIZE=size,
+            MAX=place["max"],
+            MIN=place["min"],
+            AVG=place["avg"],
+            **options,
+        )
+    return out
+
+
+def _empty(
+    x: Tensor,
+    size: int,
+    pools: str,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    heads, dim = (x.shape[1], x.shape[3]) if weight is None else (weight.shape[0], weight.shape[2])
+    return x.new_empty((x.shape[0], heads, num_blocks(x.shape[2], size), dim), dtype=dtype)
+
+
+summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summarise, mutates_args=())
+summarise_op.register_fake(_empty)
+
+
+def _half(dim: int) -> int:
+    """Width of the tile that holds half of a vector; 16 is the least that a product takes."""
+    return max(16, triton.next_power_of_2(-(-dim // 2)))
+
+
+def _jit(*plain: str) -> Any:
+    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
+    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
+
+
+# Every vector is held as two halves, so that a rotation, which mixes entry i with entry i + E / 2, needs
+# no exchange between threads.
+
+
+@_jit("tokens", "blocks")
+def _summarise(
+    x,
+    weight,
+    norm,
+    cos,
+    sin,
+    out,
+    tokens,
+    blocks,
+    stride_b,
+    stride_h,
+    stride_t,
+    stride_d,
+    stride_turn,
+    eps,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    MAX: tl.constexpr,
+    MIN: tl.constexpr,
+    AVG: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Summarise `ROWS` blocks of one head; MAX, MIN and AVG are the pools' places, -1 if not wanted."""
+    batch, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    D_HALF: tl.constexpr = (D + 1) // 2
+    lo = tl.arange(0, D_PAD)
+    x += batch * stride_b + head * stride_h
+    high_a = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
+    high_b, low_a, low_b = high_a, -high_a, -high_a
+    sum_a = tl.zeros([ROWS, D_PAD], tl.float32)
+    sum_b = sum_a
+    for start in range(0, SIZE, UNROLL):
+        for step in tl.static_range(UNROLL):
+            token = row * SIZE + start + step
+            # Past the end the last token is read again: it is of the same block, so maxima and minima
+            # stay; sums leave it out.
+            at = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
+            inside_a, inside_b = (lo < D_HALF)[None, :], (D_HALF + lo < D)[None, :]
+            a = tl.load(at, mask=inside_a, other=0.0)
+            b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0)
+            a = a.to(out.dtype.element_ty).to(tl.float32)
+            b = b.to(out.dtype.element_ty).to(tl.float32)
+            if MAX >= 0:
+                high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
+            if MIN >= 0:
+                low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
+            if AVG >= 0:
+                here = (token < tokens)[:, None]
+                sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
+    count = tl.maximum(tl.minimum(tokens - row * SIZE, SIZE), 1).to(tl.float32)[:, None]
+    mean_a, mean_b = sum_a / count, sum_b / count
+    E_HALF: tl.constexpr = (E + 1) // 2
+    e = tl.arange(0, E_PAD)
+    inside_a, inside_b = (e < E_HALF)[None, :], (E_HALF + e < E)[None, :]
+    for group in range(GROUPS):
+        head_out = head * GROUPS + group
+        if weight is not None:
+            POOLS: tl.constexpr = (MAX >= 0) + (MIN >= 0) + (AVG >= 0)
+            w = weight + head_out * (POOLS * D * E)
+            first = tl.zeros([ROWS, E_PAD], tl.float32)
+            second = first
+            if MAX >= 0:
+                first, second = _project(high_a, high_b, w + MAX * D * E, first, second, D, E)
+            if MIN >= 0:
+                first, second = _project(low_a, low_b, w + MIN * D * E, first, second, D, E)
+            if AVG >= 0:
+                first, second = _project(mean_a, mean_b, w + AVG * D * E, first, second, D, E)
+        elif MAX >= 0:
+            first, second = high_a, high_b
+        elif MIN >= 0:
+            first, second = low_a, low_b
+        else:
+            first, second = mean_a, mean_b
+        if norm is not None:
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+            factor = 1 / tl.sqrt(square / E + eps)[:, None]
+            first *= factor * tl.load(norm + e[None, :], mask=inside_a, other=0.0).to(tl.float32)
+            second *= factor * tl.load(norm + E_HALF + e[None, :], mask=inside_b, other=0.0).to(tl.float32)
+        kept_a, kept_b = (row < blocks)[:, None] & inside_a, (row < blocks)[:, None] & inside_b
+        if cos is not None:
+            turn = batch * stride_turn + row[:, None] * E + e[None, :]
+            cos_a = tl.load(cos + turn, mask=kept_a, other=0.0).to(tl.float32)
+            cos_b = tl.load(cos + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+            sin_a = tl.load(sin + turn, mask=kept_a, other=0.0).to(tl.float32)
+            sin_b = tl.load(sin + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+            first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
+        to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * E + e[None, :]
+        tl.store(to, first, mask=kept_a)
+        tl.store(to + E_HALF, second, mask=kept_b)
+
+
+@_jit()
+def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr):
+    """Add the product of one pool, two halves of its width, with a `[D, E]` matrix, to two halves of E."""
+    D_HALF: tl.constexpr = (D + 1) // 2
+    d = tl.arange(0, a.shape[1])[:, None]
+    a, b = a.to(w.dtype.element_ty), b.to(w.dtype.element_ty)
+    first = _product(a, w, d, d < D_HALF, 0, first, E)
+    first = _product(b, w, D_HALF + d, D_HALF + d < D, 0, first, E)
+    E_HALF: tl.constexpr = (E + 1) // 2
+    second = _product(a, w, d, d < D_HALF, E_HALF, second, E)
+    second = _product(b, w, D_HALF + d, D_HALF + d < D, E_HALF, second, E)
+    return first, second
+
+
+@_jit()
+def _product(pool, w, row, here, column: tl.constexpr, total, E: tl.constexpr):
+    e = tl.arange(0, total.shape[1])[None, :]
+    inside = (column + e < E) & (e < (E + 1) // 2)
+    part = tl.load(w + row * E + column + e, mask=here & inside, other=0.0)
+    return tl.dot(pool, part, total, input_precision="ieee")
+
+
+INTERPRETED = triton is not None and not isinstance(_summarise, triton.JITFunction)
