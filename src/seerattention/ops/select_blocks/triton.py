@@ -303,15 +303,16 @@ def _choose(
     valid = block <= last
     at = scores + (head * rows + tl.program_id(0)) * stride
     score = tl.load(at + block, mask=valid, other=float("-inf"))
-    share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
-    share /= tl.sum(share, 0)
-    if KIND == 0:
-        taken = share > value
-    elif KIND == 1:
+    if KIND == 1:
         taken = _best(_order(score), tl.where(valid, 1.0, 0.0), 1.0, value, valid)
     else:
-        # Bits of floats >= 0 are in the floats' order.
-        taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
+        share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
+        share /= tl.sum(share, 0)
+        if KIND == 0:
+            taken = share > value
+        else:
+            # Bits of floats >= 0 are in the floats' order.
+            taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
     taken |= (block < sink) | (block > own - local) | (row >= dense_from)
     taken &= valid
     place = tl.arange(0, 32)[None, :]
