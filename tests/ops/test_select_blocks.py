@@ -35,8 +35,8 @@ POLICIES = [
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and chunks at the sizes that an interpreter computes."""
-    small = {"ROWS": 16, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(kernel, "LAUNCH", {2: small, 4: small})
+    small = {"ROWS": 16, "COLUMNS": 16, "RESIDENT": 2, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(kernel, "LAUNCH", {"narrow": small, "wide": small})
     monkeypatch.setattr(kernel, "SCORE_BYTES", 4 * 2 * 16 * 32)
     return
 
@@ -221,7 +221,7 @@ def test_a_baseline_runs_in_torch() -> None:
     [
         ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 or float32, not torch.float64"),
         ({"k_blocks": torch.zeros(1, 1, 63, 16).bfloat16()}, "interpreter multiplies bfloat16"),
-        ({"k_blocks": torch.zeros(1, 1, 63, 257)}, "up to 256 entries"),
+        ({"k_blocks": torch.zeros(1, 1, 63, 257)}, "up to 512 bytes"),
         ({"num_keys": 64 * 32768 + 1}, "rows of at most 32768 blocks, not 32769"),
     ],
 )

@@ -8,12 +8,14 @@ taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seerattention.ops._precision import DTYPES, products
 from seerattention.policies import Policy
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection, num_blocks
@@ -24,15 +26,11 @@ try:
 except ImportError:  # so that `unsupported` can say it
     triton = tl = None
 
-#: Launch settings of the score kernel by bytes per element of the summaries: query blocks and KV blocks
-#: of a tile, and Triton's own. `WIDE` ones are for summaries of more than 128 entries.
-LAUNCH: dict[int, dict[str, int]] = {
-    2: {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 3},
-    4: {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 2},
-}
-WIDE: dict[int, dict[str, int]] = {
-    2: {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
-    4: {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 2},
+#: Launch settings of the score kernel: query blocks and KV blocks of a tile, summaries per query block held
+#: in shared memory at a time, and Triton's own. ``wide`` is for summaries of more than 256 bytes.
+LAUNCH: dict[str, dict[str, int]] = {
+    "narrow": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 4, "num_warps": 4, "num_stages": 2},
+    "wide": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 1, "num_warps": 8, "num_stages": 1},
 }
 
 #: Scores of a row that one warp of the policy kernel holds.
@@ -47,7 +45,6 @@ SUMMARY_BYTES = 48 * 2**20
 #: Longest row: the policy kernel keeps it in registers.
 MAX_BLOCKS = 32768
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("share", "count", "mass")
 
 
@@ -69,8 +66,8 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num
         reasons.append(f"summaries must be float16, bfloat16 or float32, not {k_blocks.dtype}")
     if INTERPRETED and k_blocks.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
-    if k_blocks.shape[-1] > 256:
-        reasons.append("it takes summaries of up to 256 entries")
+    if k_blocks.shape[-1] * k_blocks.element_size() > 512:
+        reasons.append("it takes summaries of up to 512 bytes")
     return reasons
 
 
@@ -141,7 +138,8 @@ def choose_rows(
     tokens, num_keys, block_q, block_k = sizes
     past = num_keys - tokens
     last = first + num_blocks(queries.shape[2], subs[0])
-    options = (LAUNCH if dim <= 128 else WIDE)[keys.element_size()]
+    options = dict(LAUNCH["narrow" if dim * keys.element_size() <= 256 else "wide"])
+    options["RESIDENT"] = math.gcd(subs[0], options["RESIDENT"])
     seen = [min((row + 1) * block_q, tokens) + past for row in range(first, last)]
     widths = [num_blocks(tokens_seen, block_k) for tokens_seen in seen]
     chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), options["ROWS"]))
@@ -171,6 +169,7 @@ def choose_rows(
                 SUBS_K=subs[1],
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
+                PRECISION=products(keys),
                 **options,
             )
             wide = max(WORD, triton.next_power_of_2(width))
@@ -245,6 +244,8 @@ def _score(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Write a tile of block scores; rows count from the first query summary, at position ``past``."""
     across = tl.cdiv(width, COLUMNS)
@@ -254,25 +255,25 @@ def _score(
     if (tl.program_id(0) % across) * COLUMNS * BLOCK_K <= latest:
         head = tl.program_id(1).to(tl.int64)
         e = tl.arange(0, E_PAD)
-        queries += head * query_subs * E
-        keys += ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
-        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        first_q = queries + head * query_subs * E + e[None, :]
+        first_k = keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E + e[:, None]
         # One product per pair of places within a block: the maximum over sub-blocks is then one between
         # whole tiles. A short last block repeats its last summary, which changes no maximum.
-        for pair in range(SUBS_Q * SUBS_K):
-            sub_q = tl.minimum(row * SUBS_Q + pair % SUBS_Q, query_subs - 1)
-            sub_k = tl.minimum(column * SUBS_K + pair // SUBS_Q, key_subs - 1)
-            at_q = queries + sub_q[:, None] * E + e[None, :]
-            at_k = keys + sub_k[None, :] * E + e[:, None]
-            if E == E_PAD:
-                a, b = tl.load(at_q), tl.load(at_k)
-            else:
-                a = tl.load(at_q, mask=(e < E)[None, :], other=0.0)
-                b = tl.load(at_k, mask=(e < E)[:, None], other=0.0)
-            best = tl.maximum(best, tl.dot(a, b, input_precision="ieee"))
-        scores += head * (stop - start) * stride
+        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        for held in range(0, SUBS_Q, RESIDENT):
+            parts = ()
+            for sub in tl.static_range(RESIDENT):
+                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, query_subs - 1)[:, None] * E
+                query = tl.load(at_q, mask=(e < E)[None, :], other=0.0)
+                parts = parts + (query,)  # noqa: RUF005, Triton has no stars
+            for sub_k in range(SUBS_K):
+                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[None, :] * E
+                key = tl.load(at_k, mask=(e < E)[:, None], other=0.0)
+                for sub in tl.static_range(RESIDENT):
+                    best = tl.maximum(best, tl.dot(parts[sub], key, input_precision=PRECISION))
+        to = scores + head * (stop - start) * stride
         kept = (row < stop)[:, None] & (column < width)[None, :]
-        tl.store(scores + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
+        tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
 
 
 @_jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")

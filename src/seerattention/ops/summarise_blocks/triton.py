@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seerattention.ops._precision import DTYPES, products
 from seerattention.selection import num_blocks
 
 try:
@@ -16,14 +17,13 @@ try:
 except ImportError:  # so that `unsupported` can say it
     triton = tl = None
 
-#: Launch settings by bytes per element of the summaries: summaries per program (`ROWS`), tokens of each
-#: loaded between two turns of the loop (`UNROLL`, at most a block), and Triton's own.
-LAUNCH: dict[int, dict[str, int]] = {
-    2: {"ROWS": 32, "UNROLL": 8, "num_warps": 8, "num_stages": 1},
-    4: {"ROWS": 16, "UNROLL": 4, "num_warps": 4, "num_stages": 1},
+#: Launch settings: tokens per program, tokens of each block loaded between two turns of the loop, and
+#: warps. ``pool`` is for no projection, ``wide`` for vectors of more than 256 bytes.
+LAUNCH: dict[str, dict[str, int]] = {
+    "pool": {"TOKENS": 1024, "UNROLL": 8, "num_warps": 4},
+    "project": {"TOKENS": 1024, "UNROLL": 4, "num_warps": 8},
+    "wide": {"TOKENS": 16, "UNROLL": 2, "num_warps": 8},
 }
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unsupported(
@@ -54,8 +54,8 @@ def unsupported(
         reasons.append(f"x, weight and norm must be float16, bfloat16 or float32, weights {dtype}")
     if INTERPRETED and dtype == torch.bfloat16 and weight is not None:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
-    if max(x.shape[3], 0 if weight is None else weight.shape[2]) > 256:
-        reasons.append("it takes dimensions up to 256")
+    if max(x.shape[3], 0 if weight is None else weight.shape[2]) * dtype.itemsize > 512:
+        reasons.append("it takes vectors of up to 512 bytes")
     return reasons
 
 
@@ -94,8 +94,7 @@ def summarise(
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
     place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
-    options = dict(LAUNCH[out.element_size()])
-    options["UNROLL"] = math.gcd(size, options["UNROLL"])
+    options = _options(size, max(width, dim) * out.element_size(), projects=weight is not None)
     with torch.cuda.device_of(x):
         _summarise[triton.cdiv(blocks, options["ROWS"]), batch * heads](
             x,
@@ -119,6 +118,7 @@ def summarise(
             MAX=place["max"],
             MIN=place["min"],
             AVG=place["avg"],
+            PRECISION=products(x),
             **options,
         )
     return out
@@ -141,6 +141,14 @@ def _empty(
 
 summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summarise, mutates_args=())
 summarise_op.register_fake(_empty)
+
+
+def _options(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
+    options = dict(LAUNCH["wide" if nbytes > 256 else "project" if projects else "pool"])
+    # 16 rows are the least that a product takes; more than 64 do not fit into registers.
+    options["ROWS"] = min(64, max(16, 1 << (options.pop("TOKENS") // size).bit_length() - 1))
+    options["UNROLL"] = math.gcd(size, options["UNROLL"])
+    return options | {"num_stages": 1}
 
 
 def _half(dim: int) -> int:
@@ -185,6 +193,7 @@ def _summarise(
     AVG: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Summarise `ROWS` blocks of one head; MAX, MIN and AVG are the pools' places, -1 if not wanted."""
     batch, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
@@ -227,11 +236,11 @@ def _summarise(
             first = tl.zeros([ROWS, E_PAD], tl.float32)
             second = first
             if MAX >= 0:
-                first, second = _project(high_a, high_b, w + MAX * D * E, first, second, D, E)
+                first, second = _project(high_a, high_b, w + MAX * D * E, first, second, D, E, PRECISION)
             if MIN >= 0:
-                first, second = _project(low_a, low_b, w + MIN * D * E, first, second, D, E)
+                first, second = _project(low_a, low_b, w + MIN * D * E, first, second, D, E, PRECISION)
             if AVG >= 0:
-                first, second = _project(mean_a, mean_b, w + AVG * D * E, first, second, D, E)
+                first, second = _project(mean_a, mean_b, w + AVG * D * E, first, second, D, E, PRECISION)
         elif MAX >= 0:
             first, second = high_a, high_b
         elif MIN >= 0:
@@ -257,25 +266,25 @@ def _summarise(
 
 
 @_jit()
-def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr):
+def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
     """Add the product of one pool, two halves of its width, with a `[D, E]` matrix, to two halves of E."""
     D_HALF: tl.constexpr = (D + 1) // 2
     d = tl.arange(0, a.shape[1])[:, None]
     a, b = a.to(w.dtype.element_ty), b.to(w.dtype.element_ty)
-    first = _product(a, w, d, d < D_HALF, 0, first, E)
-    first = _product(b, w, D_HALF + d, D_HALF + d < D, 0, first, E)
+    first = _product(a, w, d, d < D_HALF, 0, first, E, PRECISION)
+    first = _product(b, w, D_HALF + d, D_HALF + d < D, 0, first, E, PRECISION)
     E_HALF: tl.constexpr = (E + 1) // 2
-    second = _product(a, w, d, d < D_HALF, E_HALF, second, E)
-    second = _product(b, w, D_HALF + d, D_HALF + d < D, E_HALF, second, E)
+    second = _product(a, w, d, d < D_HALF, E_HALF, second, E, PRECISION)
+    second = _product(b, w, D_HALF + d, D_HALF + d < D, E_HALF, second, E, PRECISION)
     return first, second
 
 
 @_jit()
-def _product(pool, w, row, here, column: tl.constexpr, total, E: tl.constexpr):
+def _product(pool, w, row, here, column: tl.constexpr, total, E: tl.constexpr, PRECISION: tl.constexpr):
     e = tl.arange(0, total.shape[1])[None, :]
     inside = (column + e < E) & (e < (E + 1) // 2)
     part = tl.load(w + row * E + column + e, mask=here & inside, other=0.0)
-    return tl.dot(pool, part, total, input_precision="ieee")
+    return tl.dot(pool, part, total, input_precision=PRECISION)
 
 
 INTERPRETED = triton is not None and not isinstance(_summarise, triton.JITFunction)
