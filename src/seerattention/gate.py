@@ -307,7 +307,6 @@ class AttnGate(nn.Module):
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        c = self.config
         subs_q, subs_k = self.sub_blocks
         queries = self.summarise_queries(q, positions=positions).float() * self.scale
         keys = k_blocks.float()

@@ -66,9 +66,7 @@ class Certain:
             taken.append(sure)
             left.append(never)
         always = policy.always(own, valid)
-        return cls(
-            (torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid
-        )
+        return cls((torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid)
 
     @property
     def share(self) -> float:
@@ -84,7 +82,9 @@ class Certain:
         mask = selection.to_mask()
         assert mask.shape == self.taken.shape, f"{list(mask.shape)}, not {list(self.taken.shape)}"
         missing, wrong = self.taken & ~mask, self.left & mask
-        assert not missing.any(), f"{int(missing.sum())} blocks missing, first {missing.nonzero()[0].tolist()}"
+        assert not missing.any(), (
+            f"{int(missing.sum())} blocks missing, first {missing.nonzero()[0].tolist()}"
+        )
         assert not wrong.any(), f"{int(wrong.sum())} blocks too many, first {wrong.nonzero()[0].tolist()}"
 
 

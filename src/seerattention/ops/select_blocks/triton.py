@@ -6,6 +6,10 @@ at a time, finds where the policy's rule ends by bisection on the bits of its fl
 taken.
 """
 
+# Kernels are in Triton's language, which a type checker of Python does not know.
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import math
@@ -27,10 +31,11 @@ except ImportError:  # so that `unsupported` can say it
     triton = tl = None
 
 #: Launch settings of the score kernel: query blocks and KV blocks of a tile, summaries per query block held
-#: in shared memory at a time, and Triton's own. ``wide`` is for summaries of more than 256 bytes.
+#: in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256 bytes;
+#: either takes less than 100 KB of shared memory.
 LAUNCH: dict[str, dict[str, int]] = {
     "narrow": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 4, "num_warps": 4, "num_stages": 2},
-    "wide": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 1, "num_warps": 8, "num_stages": 1},
+    "wide": {"ROWS": 64, "COLUMNS": 32, "RESIDENT": 1, "num_warps": 8, "num_stages": 1},
 }
 
 #: Scores of a row that one warp of the policy kernel holds.
@@ -40,7 +45,7 @@ SCORES_PER_WARP = 512
 SCORE_BYTES = 32 * 2**20
 
 #: Bytes of query summaries made at a time.
-SUMMARY_BYTES = 48 * 2**20
+SUMMARY_BYTES = 40 * 2**20
 
 #: Longest row: the policy kernel keeps it in registers.
 MAX_BLOCKS = 32768
@@ -104,6 +109,8 @@ def run(
             float(rule.value),
             [policy.sink_blocks, policy.local_blocks, policy.dense_last_rows],
         )
+        # The next part's summaries may take the memory of these.
+        del queries
     assert bits is not None
     return BlockSelection(bits, (batch, bits.shape[1], rows, columns), scorer.block_size)
 
@@ -138,7 +145,7 @@ def choose_rows(
     tokens, num_keys, block_q, block_k = sizes
     past = num_keys - tokens
     last = first + num_blocks(queries.shape[2], subs[0])
-    options = dict(LAUNCH["narrow" if dim * keys.element_size() <= 256 else "wide"])
+    options = dict(LAUNCH["narrow" if keys.element_size() == 2 and dim <= 128 else "wide"])
     options["RESIDENT"] = math.gcd(subs[0], options["RESIDENT"])
     seen = [min((row + 1) * block_q, tokens) + past for row in range(first, last)]
     widths = [num_blocks(tokens_seen, block_k) for tokens_seen in seen]
@@ -149,7 +156,7 @@ def choose_rows(
         for start, stop in chunks:
             width = widths[stop - 1]
             tiles = triton.cdiv(stop - start, options["ROWS"]) * triton.cdiv(width, options["COLUMNS"])
-            _score[tiles, batch * heads](
+            _score[batch * heads, tiles](
                 queries,
                 keys,
                 scores,
@@ -173,7 +180,7 @@ def choose_rows(
                 **options,
             )
             wide = max(WORD, triton.next_power_of_2(width))
-            _choose[stop - start, batch * heads](
+            _choose[batch * heads, stop - start](
                 scores,
                 bits,
                 first + start,
@@ -249,14 +256,16 @@ def _score(
 ):
     """Write a tile of block scores; rows count from the first query summary, at position ``past``."""
     across = tl.cdiv(width, COLUMNS)
-    row = start + (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    latest = past + (start + (tl.program_id(0) // across + 1) * ROWS) * BLOCK_Q - 1
-    if (tl.program_id(0) % across) * COLUMNS * BLOCK_K <= latest:
-        head = tl.program_id(1).to(tl.int64)
+    row = start + (tl.program_id(1) // across) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
+    if (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest:
+        head = tl.program_id(0).to(tl.int64)
         e = tl.arange(0, E_PAD)
         first_q = queries + head * query_subs * E + e[None, :]
-        first_k = keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E + e[:, None]
+        first_k = (
+            keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E + e[:, None]
+        )
         # One product per pair of places within a block: the maximum over sub-blocks is then one between
         # whole tiles. A short last block repeats its last summary, which changes no maximum.
         best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
@@ -297,12 +306,12 @@ def _choose(
     WIDTH: tl.constexpr,
 ):
     """Choose the blocks of one row."""
-    row, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     last = (tl.minimum((row + 1) * BLOCK_Q, tokens) - 1 + past) // BLOCK_K
     own = (row * BLOCK_Q + past) // BLOCK_K
     block = tl.arange(0, WIDTH)
     valid = block <= last
-    at = scores + (head * rows + tl.program_id(0)) * stride
+    at = scores + (head * rows + tl.program_id(1)) * stride
     score = tl.load(at + block, mask=valid, other=float("-inf"))
     if KIND == 1:
         taken = _best(_order(score), tl.where(valid, 1.0, 0.0), 1.0, value, valid)

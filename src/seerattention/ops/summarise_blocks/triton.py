@@ -1,5 +1,9 @@
 """One read of the tokens: pooling, projection, norm and rotation in one Triton kernel."""
 
+# Kernels are in Triton's language, which a type checker of Python does not know.
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import math
@@ -96,7 +100,7 @@ def summarise(
     place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
     options = _options(size, max(width, dim) * out.element_size(), projects=weight is not None)
     with torch.cuda.device_of(x):
-        _summarise[triton.cdiv(blocks, options["ROWS"]), batch * heads](
+        _summarise[batch * heads, triton.cdiv(blocks, options["ROWS"])](
             x,
             None if weight is None else weight.contiguous(),
             norm,
@@ -146,7 +150,8 @@ summarise_op.register_fake(_empty)
 def _options(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
     options = dict(LAUNCH["wide" if nbytes > 256 else "project" if projects else "pool"])
     # 16 rows are the least that a product takes; more than 64 do not fit into registers.
-    options["ROWS"] = min(64, max(16, 1 << (options.pop("TOKENS") // size).bit_length() - 1))
+    rows = max(16, options.pop("TOKENS") // size)
+    options["ROWS"] = min(64, 1 << (rows.bit_length() - 1))
     options["UNROLL"] = math.gcd(size, options["UNROLL"])
     return options | {"num_stages": 1}
 
@@ -196,38 +201,17 @@ def _summarise(
     PRECISION: tl.constexpr,
 ):
     """Summarise `ROWS` blocks of one head; MAX, MIN and AVG are the pools' places, -1 if not wanted."""
-    batch, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    D_HALF: tl.constexpr = (D + 1) // 2
-    lo = tl.arange(0, D_PAD)
-    x += batch * stride_b + head * stride_h
-    high_a = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
-    high_b, low_a, low_b = high_a, -high_a, -high_a
-    sum_a = tl.zeros([ROWS, D_PAD], tl.float32)
-    sum_b = sum_a
-    for start in range(0, SIZE, UNROLL):
-        for step in tl.static_range(UNROLL):
-            token = row * SIZE + start + step
-            # Past the end the last token is read again: it is of the same block, so maxima and minima
-            # stay; sums leave it out.
-            at = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
-            inside_a, inside_b = (lo < D_HALF)[None, :], (D_HALF + lo < D)[None, :]
-            a = tl.load(at, mask=inside_a, other=0.0)
-            b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0)
-            a = a.to(out.dtype.element_ty).to(tl.float32)
-            b = b.to(out.dtype.element_ty).to(tl.float32)
-            if MAX >= 0:
-                high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
-            if MIN >= 0:
-                low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
-            if AVG >= 0:
-                here = (token < tokens)[:, None]
-                sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
-    count = tl.maximum(tl.minimum(tokens - row * SIZE, SIZE), 1).to(tl.float32)[:, None]
-    mean_a, mean_b = sum_a / count, sum_b / count
+    batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     E_HALF: tl.constexpr = (E + 1) // 2
     e = tl.arange(0, E_PAD)
-    inside_a, inside_b = (e < E_HALF)[None, :], (E_HALF + e < E)[None, :]
+    kept_a = (row < blocks)[:, None] & (e < E_HALF)[None, :]
+    kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
+    x += batch * stride_b + head * stride_h
+    like = out.dtype.element_ty
+    high_a, high_b, low_a, low_b, mean_a, mean_b = _pool(
+        x, row, tokens, stride_t, stride_d, like, D, D_PAD, SIZE, MAX, MIN, AVG, ROWS, UNROLL
+    )
     for group in range(GROUPS):
         head_out = head * GROUPS + group
         if weight is not None:
@@ -248,21 +232,80 @@ def _summarise(
         else:
             first, second = mean_a, mean_b
         if norm is not None:
-            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-            factor = 1 / tl.sqrt(square / E + eps)[:, None]
-            first *= factor * tl.load(norm + e[None, :], mask=inside_a, other=0.0).to(tl.float32)
-            second *= factor * tl.load(norm + E_HALF + e[None, :], mask=inside_b, other=0.0).to(tl.float32)
-        kept_a, kept_b = (row < blocks)[:, None] & inside_a, (row < blocks)[:, None] & inside_b
+            first, second = _normalise(first, second, norm + e[None, :], eps, E)
         if cos is not None:
             turn = batch * stride_turn + row[:, None] * E + e[None, :]
-            cos_a = tl.load(cos + turn, mask=kept_a, other=0.0).to(tl.float32)
-            cos_b = tl.load(cos + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
-            sin_a = tl.load(sin + turn, mask=kept_a, other=0.0).to(tl.float32)
-            sin_b = tl.load(sin + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+            cos_a, sin_a = _turn(cos + turn, sin + turn, kept_a)
+            cos_b, sin_b = _turn(cos + turn + E_HALF, sin + turn + E_HALF, kept_b)
             first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
         to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * E + e[None, :]
         tl.store(to, first, mask=kept_a)
         tl.store(to + E_HALF, second, mask=kept_b)
+
+
+@_jit()
+def _pool(
+    x,
+    row,
+    tokens,
+    stride_t,
+    stride_d,
+    like: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    MAX: tl.constexpr,
+    MIN: tl.constexpr,
+    AVG: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Return the maxima, minima and means of `ROWS` blocks, each as two halves; unwanted ones are empty."""
+    D_HALF: tl.constexpr = (D + 1) // 2
+    lo = tl.arange(0, D_PAD)
+    inside_a, inside_b = (lo < D_HALF)[None, :], (D_HALF + lo < D)[None, :]
+    high_a = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
+    high_b, low_a, low_b = high_a, -high_a, -high_a
+    sum_a = tl.zeros([ROWS, D_PAD], tl.float32)
+    sum_b = sum_a
+    for start in range(0, SIZE, UNROLL):
+        for step in tl.static_range(UNROLL):
+            token = row * SIZE + start + step
+            # Past the end the last token is read again: it is of the same block, so maxima and minima
+            # stay; sums leave it out.
+            at = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
+            a = tl.load(at, mask=inside_a, other=0.0).to(like).to(tl.float32)
+            b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0).to(like).to(tl.float32)
+            if MAX >= 0:
+                high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
+            if MIN >= 0:
+                low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
+            if AVG >= 0:
+                here = (token < tokens)[:, None]
+                sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
+    count = tl.maximum(tl.minimum(tokens - row * SIZE, SIZE), 1).to(tl.float32)[:, None]
+    return high_a, high_b, low_a, low_b, sum_a / count, sum_b / count
+
+
+@_jit()
+def _normalise(first, second, norm, eps, E: tl.constexpr):
+    """Divide a vector in two halves by its root mean square and multiply by the norm's weight."""
+    E_HALF: tl.constexpr = (E + 1) // 2
+    e = tl.arange(0, first.shape[1])[None, :]
+    square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+    factor = (1 / tl.sqrt(square / E + eps))[:, None]
+    first *= factor * tl.load(norm, mask=e < E_HALF, other=0.0).to(tl.float32)
+    second *= factor * tl.load(norm + E_HALF, mask=E_HALF + e < E, other=0.0).to(tl.float32)
+    return first, second
+
+
+@_jit()
+def _turn(cos, sin, kept):
+    """Load one half of the cosines and sines of a tile."""
+    return (
+        tl.load(cos, mask=kept, other=0.0).to(tl.float32),
+        tl.load(sin, mask=kept, other=0.0).to(tl.float32),
+    )
 
 
 @_jit()
