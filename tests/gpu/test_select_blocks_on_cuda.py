@@ -49,7 +49,7 @@ MIDDLING = [
     middling("group-scores", 5000, gate={**SIXTEEN, "per_kv_head": True}),
     middling("block-128", 8192, block_size=(128, 128), gate={"q_sub_block": 32, "k_sub_block": 16}),
 ]
-POLICIES = [Threshold(2e-3), TopK(0.1, sink_blocks=1), TopP(0.5), TokenBudget(1024, dense_last_rows=2)]
+POLICIES = [Threshold(1e-2), TopK(0.1, sink_blocks=1), TopP(0.5), TokenBudget(1024, dense_last_rows=2)]
 
 
 def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:

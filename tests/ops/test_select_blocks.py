@@ -15,6 +15,8 @@ from seerattention.policies import Policy, Rule, Threshold, TokenBudget, TopK, T
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
 
+pytest.importorskip("triton")
+
 kernel = BACKENDS["triton"]
 by_case = pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids=lambda case: case.name)
 POLICIES = [

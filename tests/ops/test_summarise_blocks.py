@@ -10,6 +10,8 @@ from seerattention.ops.summarise_blocks import BACKENDS, summarise_blocks
 from seerattention.ops.summarise_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
 
+pytest.importorskip("triton")
+
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     blocks = -(-case.tokens // case.size)
@@ -111,3 +113,11 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weight_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"weight must be \[a multiple of 2, 1 \* 1 \* 32, E\], got \[3, 32"):
         summarise_blocks(torch.randn(1, 2, 8, 32), 8, ("avg",), weight=torch.randn(3, 32, 16))
+
+
+@pytest.mark.parametrize("shape", [(1, 63, 16), (1, 8, 8), (3, 8, 16)])
+def test_rotation_of_another_shape(shape: tuple[int, ...]) -> None:
+    right, wrong = torch.zeros(2, 8, 16), torch.zeros(shape)
+    for turns, name in (((wrong, right), "cos"), ((right, wrong), "sin")):
+        with pytest.raises(ValueError, match=rf"{name} must be \[2 or 1, 8, 16\], got"):
+            summarise_blocks(torch.randn(2, 1, 64, 16), 8, ("avg",), rotary=turns)

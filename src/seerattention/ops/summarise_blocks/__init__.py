@@ -8,6 +8,7 @@ from torch import Tensor
 from seerattention.ops._dispatch import choose, load_backends
 from seerattention.ops.summarise_blocks.reference import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks.reference import rotate as rotate
+from seerattention.selection import num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
@@ -58,6 +59,12 @@ def summarise_blocks(
             f"weight must be [a multiple of {heads}, {merge} * {len(pools)} * {x.shape[3]}, E], "
             f"got {list(weight.shape)}"
         )
+    turns = num_blocks(x.shape[2], size), x.shape[3] if weight is None else weight.shape[2]
+    for name, angles in zip(("cos", "sin"), rotary or (), strict=False):
+        if angles.shape[0] not in (1, x.shape[0]) or angles.shape[1:] != turns:
+            raise ValueError(
+                f"{name} must be [{x.shape[0]} or 1, {turns[0]}, {turns[1]}], got {list(angles.shape)}"
+            )
     dtype = x.dtype if dtype is None else dtype
     order = ORDER if x.device.type != "cpu" else ("reference",)
     options = {"dtype": dtype, "weight": weight, "merge": merge, "norm": norm, "rotary": rotary}
