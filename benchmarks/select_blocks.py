@@ -33,11 +33,17 @@ from seerattention.testing.inputs import random_qkv
 KERNELS: dict[str, Any] = {name: op.BACKENDS["triton"] for name, op in
                            (("select", select_op), ("summarise", summarise_op))}  # fmt: skip
 
-#: Tried by ``--sweep``: ROWS, COLUMNS, RESIDENT, num_warps, num_stages of the score kernel.
-SWEEP = [
-    t
-    for t in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (1, 2, 3))
-    if t[0] * t[1] <= 128 * 64 * t[3] // 4
+#: Tried by ``--sweep``.
+SCORE_SETTINGS = [
+    {"ROWS": rows, "COLUMNS": columns, "RESIDENT": resident, "num_warps": warps, "num_stages": stages}
+    for rows, columns, resident, warps, stages in itertools.product(
+        (64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (1, 2, 3)
+    )
+    if rows * columns <= 2048 * warps
+]
+SUMMARY_SETTINGS = [
+    {"TOKENS": tokens, "UNROLL": unroll, "num_warps": warps}
+    for tokens, unroll, warps in itertools.product((128, 256, 512, 1024, 2048), (2, 4, 8, 16), (4, 8))
 ]
 
 
@@ -161,18 +167,27 @@ def measure(case: Case, policies: list[Policy], dtype: torch.dtype, repeats: int
 
 
 def sweep(case: Case, policy: Policy, dtype: torch.dtype, repeats: int) -> None:
-    """Print the score kernel's time under many launch settings, the best first."""
-    timed = parts(case, [policy], dtype)[f"score+policy {policy}"]
-    kernel, found = KERNELS["select"], []
-    for rows, columns, resident, warps, stages in SWEEP:
-        names = ("ROWS", "COLUMNS", "RESIDENT", "num_warps", "num_stages")
-        kernel.LAUNCH["narrow"] = dict(zip(names, (rows, columns, resident, warps, stages), strict=True))
-        try:
-            found.append((median(gpu_ms(timed, repeats)), dict(kernel.LAUNCH["narrow"])))
-        except Exception as error:  # too much shared memory: one type per version of Triton
-            print(kernel.LAUNCH["narrow"], type(error).__name__, flush=True)
-    for ms, settings in sorted(found, key=lambda f: f[0])[:12]:
-        print(f"{case.name:16} {ms:9.3f} ms  {settings}", flush=True)
+    """Print the times of every part under many launch settings, the best first."""
+    timed = parts(case, [policy], dtype)
+    wide = dtype == torch.float32
+    tried = [
+        ("summarise q", "summarise", "pool" if case.published else "project", SUMMARY_SETTINGS),
+        ("summarise k", "summarise", "project", SUMMARY_SETTINGS),
+        (f"score+policy {policy}", "select", "narrow", SCORE_SETTINGS),
+    ]
+    for part, kernel, group, settings in tried:
+        group = "wide" if wide else group
+        launch, found = KERNELS[kernel].LAUNCH, []
+        before = launch[group]
+        for setting in settings:
+            launch[group] = dict(setting)
+            try:
+                found.append((median(gpu_ms(timed[part], repeats)), setting))
+            except Exception as error:  # too much shared memory: another type in every version of Triton
+                print(f"{part} {setting}: {type(error).__name__}", flush=True)
+        launch[group] = before
+        for ms, setting in sorted(found, key=lambda f: f[0])[:8]:
+            print(f"{case.name:16} {part:28} {ms:9.3f} ms  {setting}", flush=True)
 
 
 def override(text: str) -> None:
@@ -202,7 +217,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--set", nargs="+", default=[], metavar="KERNEL.GROUP.NAME=VALUE")
-    parser.add_argument("--sweep", action="store_true", help="try launch settings of the score kernel")
+    parser.add_argument("--sweep", action="store_true", help="try launch settings of every kernel")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     for text in args.set:
