@@ -17,8 +17,10 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 #: What a part may import besides itself, read from docs/design.md: everything in the layers before.
 LAYERS = [
-    {"selection", "files"},
-    {"gate", "policies", "ops"},
+    {"selection", "scorer", "files"},
+    {"policies"},
+    {"ops"},
+    {"gate"},
     {"attention", "cache", "baselines", "testing"},
     {"models"},
     {"distill", "evals"},

@@ -6,45 +6,20 @@ tokens matter, then reads only those:
     q, k before RoPE -> scorer -> scores per block pair -> policy -> BlockSelection -> sparse kernel
 
 The scorer is the learned gate (`seerattention.gate`) or any baseline (`seerattention.baselines`), the
-policy any of `seerattention.policies`, the kernel any backend of `seerattention.ops`.
+policy any of `seerattention.policies`. Both steps are ops with several backends (`seerattention.ops`):
+`select_blocks` makes the selection, `ops/select_blocks/reference.py` says how in three lines, and
+`block_sparse_attention` reads it.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from seerattention.gate import Scorer
 from seerattention.ops.block_sparse_attention import block_sparse_attention
-from seerattention.policies import Policy, select
-from seerattention.selection import BlockSelection, causal_blocks
-
-
-def select_blocks(
-    q: Tensor,
-    k_blocks: Tensor,
-    scorer: Scorer,
-    policy: Policy,
-    *,
-    positions: Tensor,
-    num_keys: int,
-) -> BlockSelection:
-    """Choose the KV blocks that each query block reads.
-
-    Args:
-        q: ``[B, Hq, Tq, D]``, the last ``Tq`` of ``num_keys`` tokens; before the rotary embedding,
-            or after it if ``scorer.after_rope``.
-        k_blocks: Summaries of all ``num_keys`` keys, from ``scorer.compress``.
-        scorer: Ranks the blocks.
-        policy: Decides how many of them to take.
-        positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
-        num_keys: Key tokens, ``Tk``.
-
-    Returns:
-        The selection; never empty, never acausal.
-    """
-    valid = causal_blocks(q.shape[2], num_keys, scorer.block_size, q.device)
-    scores = scorer.score(q, k_blocks, positions=positions, valid=valid)
-    return select(policy, scores, num_queries=q.shape[2], num_keys=num_keys, block_size=scorer.block_size)
+from seerattention.ops.select_blocks import select_blocks as select_blocks
+from seerattention.policies import Policy
+from seerattention.scorer import Scorer
+from seerattention.selection import BlockSelection
 
 
 def seer_attention(

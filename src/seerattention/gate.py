@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
+from seerattention.ops.summarise_blocks import rotate, summarise_blocks
+from seerattention.scorer import Scorer as Scorer
 from seerattention.selection import num_blocks
 
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
@@ -22,38 +25,6 @@ POOLS = ("max", "min", "avg")
 
 #: Scores of sub-blocks are reduced to scores of blocks in slices of at most this many bytes.
 SLICE_BYTES = 64 * 2**20
-
-
-class Scorer(Protocol):
-    """Anything that ranks blocks: the learned gate and every baseline.
-
-    Attributes:
-        block_size: Tokens per (query block, KV block).
-        after_rope: Whether it reads q and k after the rotary embedding; the gate reads them before.
-    """
-
-    block_size: tuple[int, int]
-    after_rope: bool
-
-    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
-        """Summarise keys once: ``[B, Hk, T, D]`` -> what a cache keeps, blocks along dimension 2.
-
-        Args:
-            k: Keys, the first of them at the start of a block.
-            positions: int64 ``[T]`` or ``[B, T]``, each token's position in its sequence.
-        """
-        ...
-
-    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
-        """Rank the blocks for every query block: fp32 ``[B, H, Nq, Nk]``, before softmax.
-
-        Args:
-            q: ``[B, Hq, Tq, D]``.
-            k_blocks: What ``compress`` made of all keys so far.
-            positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
-            valid: bool ``[Nq, Nk]``, the causally valid blocks.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -225,29 +196,8 @@ class GateConfig:
         return cls(**values)
 
 
-def pool_blocks(x: Tensor, size: int, pools: tuple[str, ...]) -> Tensor:
-    """Summarise each block of tokens; a short last block is pooled over the tokens it has.
-
-    Args:
-        x: ``[B, H, T, D]``.
-        size: Tokens per block.
-        pools: Any of max, min, avg.
-
-    Returns:
-        ``[B, H, N, len(pools) * D]``, pools concatenated in the order given.
-
-    Source: SeerAttention, section 3.1 (arXiv 2410.13276).
-    """
-    full = x.shape[2] // size * size
-    blocks = [x[:, :, :full].unflatten(2, (-1, size))] if full else []
-    if full < x.shape[2]:
-        blocks.append(x[:, :, full:].unsqueeze(2))
-    reduce = {"max": Tensor.amax, "min": Tensor.amin, "avg": Tensor.mean}
-    return torch.cat([torch.cat([reduce[p](b, 3) for p in pools], -1) for b in blocks], 2)
-
-
 class HeadLinear(nn.Module):
-    """A linear layer without bias per head.
+    """The matrix of a linear layer without bias per head; `summarise_blocks` multiplies by it.
 
     Attributes:
         weight: ``[H, in, out]``.
@@ -256,10 +206,6 @@ class HeadLinear(nn.Module):
     def __init__(self, heads: int, width: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Project ``[B, H, N, in]`` to ``[B, H, N, out]``."""
-        return torch.einsum("bhni,hio->bhno", x, self.weight)
 
 
 class AttnGate(nn.Module):
@@ -291,6 +237,9 @@ class AttnGate(nn.Module):
         self.linear_k = HeadLinear(k_heads, k_width, config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
+        # What `ProductScorer` asks for.
+        self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
+        self.scale = config.dim**-0.5
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -311,13 +260,14 @@ class AttnGate(nn.Module):
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate summaries ``[B, H, N, E]`` to ``positions`` (int64 ``[N]`` or ``[B, N]``)."""
+        turns = self._turns(positions, x.shape[0])
+        return x if turns is None else rotate(x, *turns)
+
+    def _turns(self, positions: Tensor, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine of the rotation to ``positions``, or None where summaries are not rotated."""
         if not self.config.rope:
-            return x
-        positions = positions.expand(x.shape[0], -1)
-        cos, sin = (self._rotary or self._plain_rotary)(positions)
-        cos, sin = cos[:, None].float(), sin[:, None].float()
-        first, second = x.float().chunk(2, dim=-1)
-        return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+            return None
+        return (self._rotary or self._plain_rotary)(positions.expand(batch, -1))
 
     def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         exponent = torch.arange(0, self.config.dim, 2, device=positions.device) / self.config.dim
@@ -331,32 +281,34 @@ class AttnGate(nn.Module):
         ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `Scorer.compress`.
         """
         c = self.config
-        k = k.to(self.linear_k.weight.dtype)
-        pooled = pool_blocks(k, c.k_sub, c.k_pool)
-        if not c.q_proj:
-            pooled = pooled.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1)
-        summary = self.linear_k(pooled)
-        if self.norm_k is not None:
-            summary = self.norm_k(summary)
-        return self.rotate(summary, positions[..., :: c.k_sub])
+        return summarise_blocks(
+            k,
+            c.k_sub,
+            c.k_pool,
+            dtype=self.linear_k.weight.dtype,
+            weight=self.linear_k.weight,
+            rotary=self._turns(positions[..., :: c.k_sub], k.shape[0]),
+            **_norm(self.norm_k),
+        )
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
         c = self.config
-        summary = pool_blocks(q.to(self.linear_k.weight.dtype), c.q_sub, c.q_pool)
-        if c.per_kv_head:
-            summary = summary.unflatten(1, (c.num_kv_heads, -1)).transpose(2, 3).flatten(3)
-        if self.linear_q is not None:
-            summary = self.linear_q(summary)
-        if self.norm_q is not None:
-            summary = self.norm_q(summary)
-        return self.rotate(summary, positions[..., :: c.q_sub])
+        return summarise_blocks(
+            q,
+            c.q_sub,
+            c.q_pool,
+            dtype=self.linear_k.weight.dtype,
+            weight=None if self.linear_q is None else self.linear_q.weight,
+            merge=c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
+            rotary=self._turns(positions[..., :: c.q_sub], q.shape[0]),
+            **_norm(self.norm_q),
+        )
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        c = self.config
-        subs_q, subs_k = c.block_size // c.q_sub, c.block_size // c.k_sub
-        queries = self.summarise_queries(q, positions=positions).float() * c.dim**-0.5
+        subs_q, subs_k = self.sub_blocks
+        queries = self.summarise_queries(q, positions=positions).float() * self.scale
         keys = k_blocks.float()
         blocks_k = num_blocks(keys.shape[2], subs_k)
         # A head's query summaries meet the key summaries of its group.
@@ -392,6 +344,10 @@ class AttnGate(nn.Module):
             positions = torch.arange(k_nope.shape[2], device=k_nope.device)
         k_blocks = self.compress(k_nope, positions=positions)
         return self.score(q_nope, k_blocks, positions=positions[..., -q_nope.shape[2] :])
+
+
+def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
+    return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
 
 
 def _max_over_sub_blocks(scores: Tensor, subs_q: int, subs_k: int) -> Tensor:

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from seerattention.selection import BlockSelection
 
 
 def load_backends(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
@@ -50,7 +52,9 @@ def explain(backends: Mapping[str, ModuleType], **args: Any) -> dict[str, list[s
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {value.dtype} on {value.device}"
-    return f"{value.shape} blocks of {value.block_size}" if hasattr(value, "block_size") else repr(value)
+    if isinstance(value, BlockSelection):
+        return f"{value.shape} blocks of {value.block_size}"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from seerattention.policies._base import Policy as Policy
+from seerattention.policies._base import Rule as Rule
 from seerattention.policies.threshold import Threshold as Threshold
 from seerattention.policies.token_budget import TokenBudget as TokenBudget
 from seerattention.policies.top_k import TopK as TopK

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a policy takes from a row of scores, as data that a fused kernel runs.
+
+    Attributes:
+        kind: ``share``: every block whose share of the row's softmax is above ``value``. ``count``: from
+            the best block down, ties to the lower block, while fewer than ``value`` blocks are taken.
+            ``mass``: the same while the blocks taken hold less than ``value`` of the row's softmax.
+        value: The bound.
+    """
+
+    kind: Literal["share", "count", "mass"]
+    value: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +45,11 @@ class Policy:
             value = getattr(self, knob)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{knob} must be a whole number >= {least}, got {value!r}")
+
+    def __init_subclass__(cls) -> None:
+        # A rule describes one way of choosing; whoever changes that must not inherit it.
+        if {"choose", "always"} & vars(cls).keys() and "rule" not in vars(cls):
+            cls.rule = Policy.rule
 
     @classmethod
     def knobs(cls) -> tuple[str, ...]:
@@ -71,6 +91,15 @@ class Policy:
         # Rows shorter than `count` read everything, then come equal rows, then dense ones.
         read = count * (count + 1) // 2 + (free - count) * count + triangle - free * (free + 1) // 2
         return read / triangle
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule | None:
+        """Return ``choose`` as data, or None if it has no such form: then no fused kernel runs it.
+
+        Args:
+            num_blocks: KV blocks of the sequence, ``Nk``.
+            block_tokens: Key tokens per KV block.
+        """
+        return None
 
     def always(self, own: Tensor, valid: Tensor) -> Tensor:
         """Return the blocks read whatever the scores, bool ``[Nq, Nk]``.

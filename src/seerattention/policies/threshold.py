@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from seerattention.policies._base import Policy, softmax
+from seerattention.policies._base import Policy, Rule, softmax
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,7 @@ class Threshold(Policy):
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the blocks above the threshold, bool ``[B, H, Nq, Nk]``."""
         return softmax(scores, valid) > self.value
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule:
+        """Return the choice as data."""
+        return Rule("share", self.value)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from seerattention.policies._base import Policy, top_blocks
+from seerattention.policies._base import Policy, Rule, top_blocks
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,16 @@ class TokenBudget(Policy):
 
     def expected_density(self, num_blocks: int, block_tokens: int) -> float:
         """Return the density of a whole prefill; see `Policy.expected_density`."""
-        return self._density_of(max(1, self.tokens // block_tokens), num_blocks)
+        return self._density_of(self.blocks(block_tokens), num_blocks)
+
+    def blocks(self, block_tokens: int) -> int:
+        """Blocks per row for blocks of ``block_tokens`` keys."""
+        return max(1, self.tokens // block_tokens)
 
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the best blocks of each row, bool ``[B, H, Nq, Nk]``."""
-        return top_blocks(scores, valid, max(1, self.tokens // block_tokens))
+        return top_blocks(scores, valid, self.blocks(block_tokens))
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule:
+        """Return the choice as data."""
+        return Rule("count", self.blocks(block_tokens))

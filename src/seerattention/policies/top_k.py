@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from seerattention.policies._base import Policy, top_blocks
+from seerattention.policies._base import Policy, Rule, top_blocks
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,7 @@ class TopK(Policy):
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the best blocks of each row, bool ``[B, H, Nq, Nk]``."""
         return top_blocks(scores, valid, self.blocks(scores.shape[-1]))
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule:
+        """Return the choice as data."""
+        return Rule("count", self.blocks(num_blocks))

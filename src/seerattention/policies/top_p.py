@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from seerattention.policies._base import Policy, softmax
+from seerattention.policies._base import Policy, Rule, softmax
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,7 @@ class TopP(Policy):
         # A block is taken while the blocks before it do not yet cover the mass.
         taken = share.cumsum(-1) - share < self.mass
         return torch.zeros_like(taken).scatter(-1, order, taken)
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule:
+        """Return the choice as data."""
+        return Rule("mass", self.mass)

@@ -79,7 +79,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         reasons.append("it has no backward; use backend='reference' for gradients")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"it computes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}")
+        reasons.append(
+            f"it computes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+        )
     elif INTERPRETED and q.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:

@@ -1,0 +1,66 @@
+"""Named calls of `select_blocks`, for its tests and its benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from seerattention.ops._shapes import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Shape):
+    """A shape with a gate.
+
+    Attributes:
+        published: Take the published design instead of the default one.
+        gate: Settings of the gate that differ from the design.
+    """
+
+    published: bool = False
+    gate: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def design(self) -> dict[str, Any]:
+        """Arguments of a gate's configuration, but for ``published``."""
+        sizes = {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        return {**sizes, "block_size": self.block_size[0], **self.gate}
+
+
+SIXTEEN = {"q_sub_block": 16, "k_sub_block": 16}
+WHOLE = {"q_sub_block": None, "k_sub_block": None}
+
+
+def _case(name: str, queries: int, keys: int | None = None, **options: Any) -> Case:
+    sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 16} | options
+    return Case(name=name, queries=queries, keys=keys or queries, **sizes)
+
+
+def _llama(name: str, tokens: int, **options: Any) -> Case:
+    return _case(name, tokens, heads=32, kv_heads=8, head_dim=128, large=True, **options)
+
+
+CASES = (
+    _case("one-token", 1),
+    _case("below-block", 63),
+    _case("one-block", 64),
+    _case("block-plus-one", 65, gate=SIXTEEN),
+    _case("thousand", 1000, gate=SIXTEEN),
+    _case("eight", 700),
+    _case("no-sub-blocks", 1000, gate=WHOLE),
+    _case("published", 600, published=True, heads=4, kv_heads=2),
+    _case("batch", 300, batch=3, gate=WHOLE, heads=4, kv_heads=2),
+    _case("one-score-per-kv-head", 500, gate={**WHOLE, "per_kv_head": True}, heads=4, kv_heads=2),
+    _case("uneven-sub-blocks", 330, gate={"q_sub_block": 32, "k_sub_block": 16}),
+    _case("later-chunk", 128, 1000, gate=SIXTEEN),
+    _case("unaligned-chunk", 77, 431, gate=SIXTEEN),
+    _case("last-token", 1, 500, gate=SIXTEEN),
+    _case("small-blocks", 150, block_size=(8, 8), gate=WHOLE),
+    _case("not-a-power-of-two", 300, head_dim=40, gate={**WHOLE, "gate_dim": 24, "qk_norm": True}),
+    _llama("published-32k", 32768, published=True),
+    _llama("published-128k", 131072, published=True),
+    _llama("sixteen-32k", 32768, gate=SIXTEEN),
+    _llama("sixteen-128k", 131072, gate=SIXTEEN),
+    _llama("eight-32k", 32768),
+    _llama("eight-128k", 131072),
+)

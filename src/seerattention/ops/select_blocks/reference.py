@@ -1,0 +1,23 @@
+"""The specification: the scorer's scores, then the policy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seerattention.policies import Policy, select
+from seerattention.scorer import Scorer
+from seerattention.selection import BlockSelection, causal_blocks
+
+
+def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num_keys: int) -> list[str]:
+    """Return the reasons why this backend cannot run; it runs everything."""
+    return []
+
+
+def run(
+    q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num_keys: int, *, positions: Tensor
+) -> BlockSelection:
+    """Return the selection."""
+    valid = causal_blocks(q.shape[2], num_keys, scorer.block_size, q.device)
+    scores = scorer.score(q, k_blocks, positions=positions, valid=valid)
+    return select(policy, scores, num_queries=q.shape[2], num_keys=num_keys, block_size=scorer.block_size)

@@ -1,0 +1,364 @@
+"""Scores and policy in Triton: a buffer of block scores that stays in the cache, no sort, no mask.
+
+Rows of query blocks are taken in chunks, the latest and longest first. One kernel fills the chunk's block
+scores: the product of every pair of sub-blocks, its maximum taken in registers. A second one holds a row
+at a time, finds where the policy's rule ends by bisection on the bits of its floats, and packs what is
+taken.
+"""
+
+# Kernels are in Triton's language, which a type checker of Python does not know.
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seerattention.ops._precision import DTYPES, products
+from seerattention.policies import Policy
+from seerattention.scorer import Scorer
+from seerattention.selection import WORD, BlockSelection, num_blocks
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # so that `unsupported` can say it
+    triton = tl = None
+
+#: Launch settings of the score kernel: query blocks and KV blocks of a tile, summaries per query block held
+#: in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256 bytes;
+#: either takes less than 100 KB of shared memory.
+LAUNCH: dict[str, dict[str, int]] = {
+    "narrow": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 4, "num_warps": 4, "num_stages": 2},
+    "wide": {"ROWS": 64, "COLUMNS": 32, "RESIDENT": 1, "num_warps": 8, "num_stages": 1},
+}
+
+#: Scores of a row that one warp of the policy kernel holds.
+SCORES_PER_WARP = 512
+
+#: Bytes of block scores of a chunk of rows, to be read back from a GPU's L2 cache.
+SCORE_BYTES = 32 * 2**20
+
+#: Bytes of query summaries made at a time.
+SUMMARY_BYTES = 40 * 2**20
+
+#: Longest row: the policy kernel keeps it in registers.
+MAX_BLOCKS = 32768
+
+KINDS = ("share", "count", "mass")
+
+
+def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num_keys: int) -> list[str]:
+    """Return the reasons why this backend cannot run."""
+    if triton is None:
+        return ["the package triton is not installed"]
+    reasons = []
+    if q.device.type == "cpu" and not INTERPRETED:
+        reasons.append("it needs a GPU")
+    if getattr(scorer, "sub_blocks", None) is None:
+        reasons.append(f"{type(scorer).__name__} does not say that its scores are products (sub_blocks)")
+    blocks = num_blocks(num_keys, scorer.block_size[1])
+    if policy.rule(blocks, scorer.block_size[1]) is None:
+        reasons.append(f"the policy {policy.name} gives no rule")
+    if blocks > MAX_BLOCKS:
+        reasons.append(f"it takes rows of at most {MAX_BLOCKS} blocks, not {blocks}")
+    if k_blocks.dtype not in DTYPES:
+        reasons.append(f"summaries must be float16, bfloat16 or float32, not {k_blocks.dtype}")
+    if INTERPRETED and k_blocks.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    if k_blocks.shape[-1] * k_blocks.element_size() > 512:
+        reasons.append("it takes summaries of up to 512 bytes")
+    return reasons
+
+
+@torch.no_grad()
+def run(
+    q: Tensor, k_blocks: Tensor, scorer: Any, policy: Policy, num_keys: int, *, positions: Tensor
+) -> BlockSelection:
+    """Return the selection."""
+    batch, _, tokens, _ = q.shape
+    block_q, block_k = scorer.block_size
+    rows, columns = num_blocks(tokens, block_q), num_blocks(num_keys, block_k)
+    rule = policy.rule(columns, block_k)
+    assert rule is not None
+    launch = choose_op if torch.compiler.is_compiling() else choose_rows
+    keys = k_blocks.contiguous()
+    bits = None
+    per_row = q.shape[0] * q.shape[1] * scorer.sub_blocks[0] * keys.shape[3] * keys.element_size()
+    step = max(1, SUMMARY_BYTES // per_row)
+    for first in range(0, rows, step):
+        part = slice(first * block_q, min(tokens, (first + step) * block_q))
+        queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part])
+        if bits is None:
+            shape = (batch, queries.shape[1], rows, num_blocks(columns, WORD))
+            bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
+        launch(
+            queries.contiguous(),
+            keys,
+            bits,
+            first,
+            [tokens, num_keys, block_q, block_k],
+            list(scorer.sub_blocks),
+            scorer.scale,
+            KINDS.index(rule.kind),
+            float(rule.value),
+            [policy.sink_blocks, policy.local_blocks, policy.dense_last_rows],
+        )
+        # The next part's summaries may take the memory of these.
+        del queries
+    assert bits is not None
+    return BlockSelection(bits, (batch, bits.shape[1], rows, columns), scorer.block_size)
+
+
+def choose_rows(
+    queries: Tensor,
+    keys: Tensor,
+    bits: Tensor,
+    first: int,
+    sizes: list[int],
+    subs: list[int],
+    scale: float,
+    kind: int,
+    value: float,
+    knobs: list[int],
+) -> None:
+    """Write the bits of the rows whose summaries are given.
+
+    Args:
+        queries: Summaries of the query blocks from row ``first`` on, ``[B, H, rows * subs[0], E]``.
+        keys: Summaries of all keys, ``[B, H or a divisor, Nk * subs[1], E]``.
+        bits: Of the whole selection, zeros.
+        first: Row of the first query block given.
+        sizes: ``Tq``, ``Tk``, and tokens per query block and KV block.
+        subs: Summaries per query block and KV block.
+        scale: Factor of the scores.
+        kind: Of the rule, its place in ``KINDS``.
+        value: Of the rule.
+        knobs: Sink blocks, local blocks, dense last rows.
+    """
+    batch, heads, _, dim = queries.shape
+    tokens, num_keys, block_q, block_k = sizes
+    past = num_keys - tokens
+    last = first + num_blocks(queries.shape[2], subs[0])
+    options = dict(LAUNCH["narrow" if keys.element_size() == 2 and dim <= 128 else "wide"])
+    options["RESIDENT"] = math.gcd(subs[0], options["RESIDENT"])
+    seen = [min((row + 1) * block_q, tokens) + past for row in range(first, last)]
+    widths = [num_blocks(tokens_seen, block_k) for tokens_seen in seen]
+    chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), options["ROWS"]))
+    space = max((stop - start) * _padded(widths[stop - 1]) for start, stop in chunks)
+    scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
+    with torch.cuda.device_of(queries):
+        for start, stop in chunks:
+            width = widths[stop - 1]
+            tiles = triton.cdiv(stop - start, options["ROWS"]) * triton.cdiv(width, options["COLUMNS"])
+            _score[batch * heads, tiles](
+                queries,
+                keys,
+                scores,
+                queries.shape[2],
+                keys.shape[2],
+                start,
+                stop,
+                width,
+                _padded(width),
+                (first * block_q + past),
+                scale,
+                HEADS=heads,
+                GROUP=heads // keys.shape[1],
+                E=dim,
+                E_PAD=max(16, triton.next_power_of_2(dim)),
+                SUBS_Q=subs[0],
+                SUBS_K=subs[1],
+                BLOCK_Q=block_q,
+                BLOCK_K=block_k,
+                PRECISION=products(keys),
+                **options,
+            )
+            wide = max(WORD, triton.next_power_of_2(width))
+            _choose[batch * heads, stop - start](
+                scores,
+                bits,
+                first + start,
+                stop - start,
+                _padded(width),
+                bits.shape[2],
+                bits.shape[3],
+                tokens,
+                past,
+                value,
+                knobs[0],
+                knobs[1],
+                bits.shape[2] - knobs[2],
+                BLOCK_Q=block_q,
+                BLOCK_K=block_k,
+                KIND=kind,
+                WIDTH=wide,
+                num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
+            )
+
+
+def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, int]]:
+    """Rows ``start <= row < stop`` whose scores are at most ``scores`` per head, the last rows first."""
+    stop = len(widths)
+    while stop:
+        rows = max(1, scores // _padded(widths[stop - 1]))
+        # Whole tiles, as long as there is room for one.
+        rows = rows // tile * tile or rows
+        start = max(0, stop - rows)
+        yield start, stop
+        stop = start
+
+
+def _padded(width: int) -> int:
+    """Distance between rows of scores: rows begin at the edge of a cache line."""
+    return num_blocks(width, WORD) * WORD
+
+
+choose_op = torch.library.custom_op("seerattention::choose_rows", choose_rows, mutates_args=("bits",))
+choose_op.register_fake(lambda *_: None)
+
+
+def _jit(*plain: str) -> Any:
+    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
+    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
+
+
+@_jit("query_subs", "key_subs", "start", "stop", "width", "past")
+def _score(
+    queries,
+    keys,
+    scores,
+    query_subs,
+    key_subs,
+    start,
+    stop,
+    width,
+    stride,
+    past,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SUBS_Q: tl.constexpr,
+    SUBS_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write a tile of block scores; rows count from the first query summary, at position ``past``."""
+    across = tl.cdiv(width, COLUMNS)
+    row = start + (tl.program_id(1) // across) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
+    if (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest:
+        head = tl.program_id(0).to(tl.int64)
+        e = tl.arange(0, E_PAD)
+        first_q = queries + head * query_subs * E + e[None, :]
+        first_k = (
+            keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E + e[:, None]
+        )
+        # One product per pair of places within a block: the maximum over sub-blocks is then one between
+        # whole tiles. A short last block repeats its last summary, which changes no maximum.
+        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        for held in range(0, SUBS_Q, RESIDENT):
+            parts = ()
+            for sub in tl.static_range(RESIDENT):
+                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, query_subs - 1)[:, None] * E
+                query = tl.load(at_q, mask=(e < E)[None, :], other=0.0)
+                parts = parts + (query,)  # noqa: RUF005, Triton has no stars
+            for sub_k in range(SUBS_K):
+                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[None, :] * E
+                key = tl.load(at_k, mask=(e < E)[:, None], other=0.0)
+                for sub in tl.static_range(RESIDENT):
+                    best = tl.maximum(best, tl.dot(parts[sub], key, input_precision=PRECISION))
+        to = scores + head * (stop - start) * stride
+        kept = (row < stop)[:, None] & (column < width)[None, :]
+        tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
+
+
+@_jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
+def _choose(
+    scores,
+    bits,
+    first,
+    rows,
+    stride,
+    all_rows,
+    words,
+    tokens,
+    past,
+    value,
+    sink,
+    local,
+    dense_from,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Choose the blocks of one row."""
+    row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
+    last = (tl.minimum((row + 1) * BLOCK_Q, tokens) - 1 + past) // BLOCK_K
+    own = (row * BLOCK_Q + past) // BLOCK_K
+    block = tl.arange(0, WIDTH)
+    valid = block <= last
+    at = scores + (head * rows + tl.program_id(1)) * stride
+    score = tl.load(at + block, mask=valid, other=float("-inf"))
+    if KIND == 1:
+        taken = _best(_order(score), tl.where(valid, 1.0, 0.0), 1.0, value, valid)
+    else:
+        share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
+        share /= tl.sum(share, 0)
+        if KIND == 0:
+            taken = share > value
+        else:
+            # Bits of floats >= 0 are in the floats' order.
+            taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
+    taken |= (block < sink) | (block > own - local) | (row >= dense_from)
+    taken &= valid
+    place = tl.arange(0, 32)[None, :]
+    packed = tl.sum(tl.reshape(taken.to(tl.int32), [WIDTH // 32, 32]) << place, 1)
+    word = tl.arange(0, WIDTH // 32)
+    tl.store(bits + (head * all_rows + row) * words + word, packed, mask=word < words)
+
+
+@_jit()
+def _order(score):
+    """Unsigned integers in the order of the scores, -0 and 0 alike."""
+    image = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    # Negative floats count down: flip all their bits, and only the sign of the others.
+    flip = (image >> 31) | -0x80000000
+    return (image ^ flip).to(tl.uint32, bitcast=True)
+
+
+@_jit()
+def _best(key, weight, tied: tl.constexpr, limit, valid):
+    """Take blocks from the largest key down while those before weigh less than ``limit``.
+
+    ``tied`` is the weight of every block of a tie, 0 where it is the key itself, as a float.
+    """
+    # The smallest key such that all larger ones weigh less than the limit, from its highest bit down.
+    found = tl.full([], 0, tl.uint32)
+    one = tl.full([], 1, tl.uint32)
+    for step in range(32):
+        bit = one << (31 - step)
+        before = tl.sum(tl.where(key > (found | (bit - 1)), weight, 0.0), 0)
+        found = tl.where(before >= limit, found | bit, found)
+    before = tl.sum(tl.where(key > found, weight, 0.0), 0)
+    tie = ((key == found) & valid).to(tl.int32)
+    earlier = (tl.cumsum(tie, 0) - tie).to(tl.float32)
+    if tied == 0.0:
+        earlier *= found.to(tl.float32, bitcast=True)
+    return (key > found) | ((tie > 0) & (before + earlier < limit))
+
+
+INTERPRETED = triton is not None and not isinstance(_score, triton.JITFunction)

@@ -1,0 +1,65 @@
+"""The specification: pool, project, normalise, rotate, each rounded to the summaries' dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unsupported(x: Tensor, size: int, pools: tuple[str, ...], **_: object) -> list[str]:
+    """Return the reasons why this backend cannot run; it runs everything."""
+    return []
+
+
+def run(
+    x: Tensor,
+    size: int,
+    pools: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    merge: int,
+    norm: Tensor | None,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the summaries, ``[B, H, N, E]``."""
+    summary = pool_blocks(x.to(dtype), size, pools)
+    if merge > 1:
+        summary = summary.unflatten(1, (-1, merge)).transpose(2, 3).flatten(3)
+    if weight is not None:
+        # One head of x may be projected for several heads.
+        summary = summary.repeat_interleave(weight.shape[0] // summary.shape[1], dim=1)
+        summary = torch.einsum("bhni,hio->bhno", summary, weight)
+    if norm is not None:
+        summary = F.rms_norm(summary, norm.shape, norm, eps)
+    return summary if rotary is None else rotate(summary, *rotary)
+
+
+def pool_blocks(x: Tensor, size: int, pools: tuple[str, ...]) -> Tensor:
+    """Summarise each block of tokens; a short last block is pooled over the tokens it has.
+
+    Args:
+        x: ``[B, H, T, D]``.
+        size: Tokens per block.
+        pools: Any of max, min, avg.
+
+    Returns:
+        ``[B, H, N, len(pools) * D]``, pools concatenated in the order given.
+
+    Source: SeerAttention, section 3.1 (arXiv 2410.13276).
+    """
+    full = x.shape[2] // size * size
+    blocks = [x[:, :, :full].unflatten(2, (-1, size))] if full else []
+    if full < x.shape[2]:
+        blocks.append(x[:, :, full:].unsqueeze(2))
+    reduce = {"max": Tensor.amax, "min": Tensor.amin, "avg": Tensor.mean}
+    return torch.cat([torch.cat([reduce[p](b, 3) for p in pools], -1) for b in blocks], 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[B, H, N, E]`` by the angles whose cosine and sine, ``[B or 1, N, E]``, are given."""
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

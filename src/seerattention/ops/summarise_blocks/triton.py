@@ -1,0 +1,333 @@
+"""One read of the tokens: pooling, projection, norm and rotation in one Triton kernel."""
+
+# Kernels are in Triton's language, which a type checker of Python does not know.
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seerattention.ops._precision import DTYPES, products
+from seerattention.selection import num_blocks
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # so that `unsupported` can say it
+    triton = tl = None
+
+#: Launch settings: tokens per program, tokens of each block loaded between two turns of the loop, and
+#: warps. ``pool`` is for no projection, ``wide`` for vectors of more than 256 bytes.
+LAUNCH: dict[str, dict[str, int]] = {
+    "pool": {"TOKENS": 1024, "UNROLL": 8, "num_warps": 4},
+    "project": {"TOKENS": 1024, "UNROLL": 4, "num_warps": 8},
+    "wide": {"TOKENS": 16, "UNROLL": 2, "num_warps": 8},
+}
+
+
+def unsupported(
+    x: Tensor,
+    size: int,
+    pools: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    merge: int,
+    norm: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> list[str]:
+    """Return the reasons why this backend cannot run."""
+    if triton is None:
+        return ["the package triton is not installed"]
+    reasons = []
+    if x.device.type == "cpu" and not INTERPRETED:
+        reasons.append("it needs a GPU")
+    given = [t for t in (x, weight, norm) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        reasons.append("it has no backward; use backend='reference' for gradients")
+    if merge > 1:
+        reasons.append("it does not merge heads")
+    if weight is None and len(pools) > 1:
+        reasons.append("without a projection it takes one pool")
+    if dtype not in DTYPES or x.dtype not in DTYPES or any(t.dtype != dtype for t in given[1:]):
+        reasons.append(f"x, weight and norm must be float16, bfloat16 or float32, weights {dtype}")
+    if INTERPRETED and dtype == torch.bfloat16 and weight is not None:
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    if max(x.shape[3], 0 if weight is None else weight.shape[2]) * dtype.itemsize > 512:
+        reasons.append("it takes vectors of up to 512 bytes")
+    return reasons
+
+
+def run(
+    x: Tensor,
+    size: int,
+    pools: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    merge: int,
+    norm: Tensor | None,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the summaries, ``[B, H, N, E]``."""
+    cos, sin = (None, None) if rotary is None else rotary
+    # An operator of torch costs tens of microseconds a call; only torch.compile needs one.
+    launch = summarise_op if torch.compiler.is_compiling() else summarise
+    return launch(x, size, " ".join(pools), dtype, weight, norm, eps, cos, sin)
+
+
+def summarise(
+    x: Tensor,
+    size: int,
+    pools: str,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    """Launch the kernel; arguments as those of `run`, pools in one text."""
+    out = _empty(x, size, pools, dtype, weight, norm, eps, cos, sin)
+    (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
+    names = pools.split()
+    place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
+    options = _options(size, max(width, dim) * out.element_size(), projects=weight is not None)
+    with torch.cuda.device_of(x):
+        _summarise[batch * heads, triton.cdiv(blocks, options["ROWS"])](
+            x,
+            None if weight is None else weight.contiguous(),
+            norm,
+            None if cos is None else cos.contiguous(),
+            None if sin is None else sin.contiguous(),
+            out,
+            tokens,
+            blocks,
+            *x.stride(),
+            0 if cos is None or cos.shape[0] == 1 else blocks * dim,
+            eps,
+            HEADS=heads,
+            GROUPS=heads_out // heads,
+            D=width,
+            E=dim,
+            D_PAD=_half(width),
+            E_PAD=_half(dim),
+            SIZE=size,
+            MAX=place["max"],
+            MIN=place["min"],
+            AVG=place["avg"],
+            PRECISION=products(x),
+            **options,
+        )
+    return out
+
+
+def _empty(
+    x: Tensor,
+    size: int,
+    pools: str,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    heads, dim = (x.shape[1], x.shape[3]) if weight is None else (weight.shape[0], weight.shape[2])
+    return x.new_empty((x.shape[0], heads, num_blocks(x.shape[2], size), dim), dtype=dtype)
+
+
+summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summarise, mutates_args=())
+summarise_op.register_fake(_empty)
+
+
+def _options(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
+    options = dict(LAUNCH["wide" if nbytes > 256 else "project" if projects else "pool"])
+    # 16 rows are the least that a product takes; more than 64 do not fit into registers.
+    rows = max(16, options.pop("TOKENS") // size)
+    options["ROWS"] = min(64, 1 << (rows.bit_length() - 1))
+    options["UNROLL"] = math.gcd(size, options["UNROLL"])
+    return options | {"num_stages": 1}
+
+
+def _half(dim: int) -> int:
+    """Width of the tile that holds half of a vector; 16 is the least that a product takes."""
+    return max(16, triton.next_power_of_2(-(-dim // 2)))
+
+
+def _jit(*plain: str) -> Any:
+    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
+    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
+
+
+# Every vector is held as two halves, so that a rotation, which mixes entry i with entry i + E / 2, needs
+# no exchange between threads.
+
+
+@_jit("tokens", "blocks")
+def _summarise(
+    x,
+    weight,
+    norm,
+    cos,
+    sin,
+    out,
+    tokens,
+    blocks,
+    stride_b,
+    stride_h,
+    stride_t,
+    stride_d,
+    stride_turn,
+    eps,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    MAX: tl.constexpr,
+    MIN: tl.constexpr,
+    AVG: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Summarise `ROWS` blocks of one head; MAX, MIN and AVG are the pools' places, -1 if not wanted."""
+    batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    E_HALF: tl.constexpr = (E + 1) // 2
+    e = tl.arange(0, E_PAD)
+    kept_a = (row < blocks)[:, None] & (e < E_HALF)[None, :]
+    kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
+    x += batch * stride_b + head * stride_h
+    like = out.dtype.element_ty
+    high_a, high_b, low_a, low_b, mean_a, mean_b = _pool(
+        x, row, tokens, stride_t, stride_d, like, D, D_PAD, SIZE, MAX, MIN, AVG, ROWS, UNROLL
+    )
+    for group in range(GROUPS):
+        head_out = head * GROUPS + group
+        if weight is not None:
+            POOLS: tl.constexpr = (MAX >= 0) + (MIN >= 0) + (AVG >= 0)
+            w = weight + head_out * (POOLS * D * E)
+            first = tl.zeros([ROWS, E_PAD], tl.float32)
+            second = first
+            if MAX >= 0:
+                first, second = _project(high_a, high_b, w + MAX * D * E, first, second, D, E, PRECISION)
+            if MIN >= 0:
+                first, second = _project(low_a, low_b, w + MIN * D * E, first, second, D, E, PRECISION)
+            if AVG >= 0:
+                first, second = _project(mean_a, mean_b, w + AVG * D * E, first, second, D, E, PRECISION)
+        elif MAX >= 0:
+            first, second = high_a, high_b
+        elif MIN >= 0:
+            first, second = low_a, low_b
+        else:
+            first, second = mean_a, mean_b
+        if norm is not None:
+            first, second = _normalise(first, second, norm + e[None, :], eps, E)
+        if cos is not None:
+            turn = batch * stride_turn + row[:, None] * E + e[None, :]
+            cos_a, sin_a = _turn(cos + turn, sin + turn, kept_a)
+            cos_b, sin_b = _turn(cos + turn + E_HALF, sin + turn + E_HALF, kept_b)
+            first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
+        to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * E + e[None, :]
+        tl.store(to, first, mask=kept_a)
+        tl.store(to + E_HALF, second, mask=kept_b)
+
+
+@_jit()
+def _pool(
+    x,
+    row,
+    tokens,
+    stride_t,
+    stride_d,
+    like: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    MAX: tl.constexpr,
+    MIN: tl.constexpr,
+    AVG: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Return the maxima, minima and means of `ROWS` blocks, each as two halves; unwanted ones are empty."""
+    D_HALF: tl.constexpr = (D + 1) // 2
+    lo = tl.arange(0, D_PAD)
+    inside_a, inside_b = (lo < D_HALF)[None, :], (D_HALF + lo < D)[None, :]
+    high_a = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
+    high_b, low_a, low_b = high_a, -high_a, -high_a
+    sum_a = tl.zeros([ROWS, D_PAD], tl.float32)
+    sum_b = sum_a
+    for start in range(0, SIZE, UNROLL):
+        for step in tl.static_range(UNROLL):
+            token = row * SIZE + start + step
+            # Past the end the last token is read again: it is of the same block, so maxima and minima
+            # stay; sums leave it out.
+            at = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
+            a = tl.load(at, mask=inside_a, other=0.0).to(like).to(tl.float32)
+            b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0).to(like).to(tl.float32)
+            if MAX >= 0:
+                high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
+            if MIN >= 0:
+                low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
+            if AVG >= 0:
+                here = (token < tokens)[:, None]
+                sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
+    count = tl.maximum(tl.minimum(tokens - row * SIZE, SIZE), 1).to(tl.float32)[:, None]
+    return high_a, high_b, low_a, low_b, sum_a / count, sum_b / count
+
+
+@_jit()
+def _normalise(first, second, norm, eps, E: tl.constexpr):
+    """Divide a vector in two halves by its root mean square and multiply by the norm's weight."""
+    E_HALF: tl.constexpr = (E + 1) // 2
+    e = tl.arange(0, first.shape[1])[None, :]
+    square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+    factor = (1 / tl.sqrt(square / E + eps))[:, None]
+    first *= factor * tl.load(norm, mask=e < E_HALF, other=0.0).to(tl.float32)
+    second *= factor * tl.load(norm + E_HALF, mask=E_HALF + e < E, other=0.0).to(tl.float32)
+    return first, second
+
+
+@_jit()
+def _turn(cos, sin, kept):
+    """Load one half of the cosines and sines of a tile."""
+    return (
+        tl.load(cos, mask=kept, other=0.0).to(tl.float32),
+        tl.load(sin, mask=kept, other=0.0).to(tl.float32),
+    )
+
+
+@_jit()
+def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the product of one pool, two halves of its width, with a `[D, E]` matrix, to two halves of E."""
+    D_HALF: tl.constexpr = (D + 1) // 2
+    d = tl.arange(0, a.shape[1])[:, None]
+    a, b = a.to(w.dtype.element_ty), b.to(w.dtype.element_ty)
+    first = _product(a, w, d, d < D_HALF, 0, first, E, PRECISION)
+    first = _product(b, w, D_HALF + d, D_HALF + d < D, 0, first, E, PRECISION)
+    E_HALF: tl.constexpr = (E + 1) // 2
+    second = _product(a, w, d, d < D_HALF, E_HALF, second, E, PRECISION)
+    second = _product(b, w, D_HALF + d, D_HALF + d < D, E_HALF, second, E, PRECISION)
+    return first, second
+
+
+@_jit()
+def _product(pool, w, row, here, column: tl.constexpr, total, E: tl.constexpr, PRECISION: tl.constexpr):
+    e = tl.arange(0, total.shape[1])[None, :]
+    inside = (column + e < E) & (e < (E + 1) // 2)
+    part = tl.load(w + row * E + column + e, mask=here & inside, other=0.0)
+    return tl.dot(pool, part, total, input_precision=PRECISION)
+
+
+INTERPRETED = triton is not None and not isinstance(_summarise, triton.JITFunction)

@@ -1,0 +1,58 @@
+"""What ranks blocks: the protocol of the learned gate and of every baseline."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Scorer(Protocol):
+    """Anything that ranks blocks: the learned gate and every baseline.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block).
+        after_rope: Whether it reads q and k after the rotary embedding; the gate reads them before.
+    """
+
+    block_size: tuple[int, int]
+    after_rope: bool
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Summarise keys once: ``[B, Hk, T, D]`` -> what a cache keeps, blocks along dimension 2.
+
+        Args:
+            k: Keys, the first of them at the start of a block.
+            positions: int64 ``[T]`` or ``[B, T]``, each token's position in its sequence.
+        """
+        ...
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
+        """Rank the blocks for every query block: fp32 ``[B, H, Nq, Nk]``, before softmax.
+
+        Args:
+            q: ``[B, Hq, Tq, D]``.
+            k_blocks: What ``compress`` made of all keys so far.
+            positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
+            valid: bool ``[Nq, Nk]``, the causally valid blocks.
+        """
+        ...
+
+
+class ProductScorer(Scorer, Protocol):
+    """A scorer that says how its scores come about, so that a fused kernel can compute them.
+
+    The score of a block pair is the largest ``scale * (query summary . key summary)`` over the pair's
+    sub-blocks. Whoever changes ``score`` to anything else sets ``sub_blocks`` to None.
+
+    Attributes:
+        sub_blocks: Summaries per (query block, KV block), or None.
+        scale: Factor of every inner product, positive.
+    """
+
+    sub_blocks: tuple[int, int] | None
+    scale: float
+
+    def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+        """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``."""
+        ...

@@ -1,0 +1,141 @@
+"""Which blocks a policy takes or leaves for certain, given that scores are known up to rounding.
+
+Two backends that sum in different orders may choose differently where a score lies within rounding of
+the row's limit, and nowhere else. The bound comes from the sizes of the factors, none is typed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seerattention.policies import Policy, Rule
+from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Certain:
+    """The blocks that every correct backend takes, and those that none does.
+
+    Attributes:
+        taken: bool ``[B, H, Nq, Nk]``.
+        left: bool ``[B, H, Nq, Nk]``.
+    """
+
+    taken: Tensor
+    left: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        scorer: Any,
+        policy: Policy,
+        q: Tensor,
+        k_blocks: Tensor,
+        *,
+        positions: Tensor,
+        num_keys: int,
+    ) -> Certain:
+        """Decide from the scores in fp64 of the summaries that backends get.
+
+        Args:
+            scorer: A `ProductScorer`.
+            policy: One with a rule.
+            q: ``[B, Hq, Tq, D]``.
+            k_blocks: Summaries of all keys.
+            positions: int64 ``[Tq]`` or ``[B, Tq]``.
+            num_keys: Key tokens.
+        """
+        sizes = q.shape[2], num_keys, scorer.block_size
+        valid, own = causal_blocks(*sizes, q.device), own_blocks(*sizes, q.device)
+        rule = policy.rule(valid.shape[1], scorer.block_size[1])
+        assert rule is not None
+        queries = scorer.summarise_queries(q, positions=positions)
+        taken, left = [], []
+        # One head at a time: fp64 scores of all of them are large.
+        for h in range(queries.shape[1]):
+            keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
+            scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale)
+            sure, never = _decide(rule, scores, slack, valid)
+            taken.append(sure)
+            left.append(never)
+        always = policy.always(own, valid)
+        return cls((torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid)
+
+    @property
+    def share(self) -> float:
+        """Share of all block pairs that are certain."""
+        return float((self.taken | self.left).float().mean())
+
+    def check(self, selection: BlockSelection) -> None:
+        """Check a selection.
+
+        Raises:
+            AssertionError: If a block is chosen or left out other than rounding could explain.
+        """
+        mask = selection.to_mask()
+        assert mask.shape == self.taken.shape, f"{list(mask.shape)}, not {list(self.taken.shape)}"
+        missing, wrong = self.taken & ~mask, self.left & mask
+        assert not missing.any(), (
+            f"{int(missing.sum())} blocks missing, first {missing.nonzero()[0].tolist()}"
+        )
+        assert not wrong.any(), f"{int(wrong.sum())} blocks too many, first {wrong.nonzero()[0].tolist()}"
+
+
+def _scores(q: Tensor, k: Tensor, subs: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, Nq, Nk]`` in fp64, and how far fp32 sums in any order may be from them.
+
+    A sum of E products is at most ``E * eps * sum |q_i k_i|`` off, whatever the order and even if
+    intermediate results are cut off instead of rounded; scaling adds two more roundings. The maximum
+    of sums is no further off than the worst of them.
+    """
+    exact = _largest(q @ k.mT, subs, float("-inf")) * scale
+    size = _largest(q.abs() @ k.abs().mT, subs, 0.0) * scale
+    return exact, (q.shape[-1] + 2) * EPS * size
+
+
+def _largest(pairs: Tensor, subs: tuple[int, int], fill: float) -> Tensor:
+    pairs = F.pad(pairs, (0, -pairs.shape[-1] % subs[1], 0, -pairs.shape[-2] % subs[0]), value=fill)
+    return pairs.unflatten(-1, (-1, subs[1])).amax(-1).unflatten(-2, (-1, subs[0])).amax(-2)
+
+
+def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mark the blocks taken and left out whatever the scores are within their slack."""
+    low = (scores - slack).masked_fill(~valid, float("-inf"))
+    high = (scores + slack).masked_fill(~valid, float("-inf"))
+    masked = scores.masked_fill(~valid, float("-inf"))
+    share = masked.softmax(-1)
+    # exp(s - max) / sum: the slacks of s, max and the sum; each exp is a power of two of a rounded
+    # argument, and the sum of N of them is rounded N times.
+    slack = slack.masked_fill(~valid, 0)
+    spread = (masked.amax(-1, keepdim=True) - masked).masked_fill(~valid, 0)
+    blocks = valid.shape[1]
+    relative = torch.expm1(slack + 2 * slack.amax(-1, keepdim=True) + (2 * spread + blocks + 8) * EPS)
+    # Smaller than the smallest normal float, a share may also be flushed to zero.
+    tiny = torch.finfo(torch.float32).tiny
+    least, most = share * (1 - relative) - tiny, share * (1 + relative) + tiny
+    if rule.kind == "share":
+        return least > rule.value, most <= rule.value
+    if rule.kind == "count":
+        least = most = valid.double().expand_as(share)
+        rounding = 0.0
+    else:
+        rounding = blocks * EPS
+    # Before a block come at most all that may be as large, and at least all that must be larger.
+    before_most = _sum_where(high, most, low, strictly=False) - most
+    before_least = _sum_where(low, least, high, strictly=True)
+    return before_most + rounding < rule.value, before_least - rounding >= rule.value
+
+
+def _sum_where(values: Tensor, weights: Tensor, limits: Tensor, *, strictly: bool) -> Tensor:
+    """For every limit of a row, the weights of the row's values that are as large, or strictly larger."""
+    values, order = values.sort(dim=-1)
+    below = F.pad(weights.gather(-1, order).cumsum(-1), (1, 0))
+    first = torch.searchsorted(values, limits.contiguous(), right=strictly)
+    return below[..., -1:] - below.gather(-1, first)

@@ -1,0 +1,200 @@
+"""Summaries and selections on a CUDA device: precision, memory, no waiting, compilation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seerattention import AttnGate, GateConfig, Threshold, TokenBudget, TopK, TopP
+from seerattention.ops import select_blocks as select_op
+from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.select_blocks import select_blocks
+from seerattention.ops.select_blocks._cases import CASES, SIXTEEN, Case
+from seerattention.ops.summarise_blocks import _cases as summaries
+from seerattention.ops.summarise_blocks import summarise_blocks
+from seerattention.policies import Policy
+from seerattention.testing.budget import Budget
+from seerattention.testing.inputs import random_qkv
+from seerattention.testing.selections import Certain
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+kernel = select_op.BACKENDS["triton"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def middling(name: str, queries: int, keys: int | None = None, **options: Any) -> Case:
+    sizes = {"heads": 8, "kv_heads": 2, "head_dim": 128} | options
+    return Case(name=name, queries=queries, keys=keys or queries, **sizes)
+
+
+MIDDLING = [
+    middling("published-8k", 8192, published=True),
+    middling("sixteen-8k", 8192, gate=SIXTEEN),
+    middling("eight-8k", 8192),
+    middling("eight-later-chunk", 1000, 9000, batch=2),
+    middling("wide-heads", 3000, head_dim=256, gate=SIXTEEN),
+    middling("normed", 5000, gate={**SIXTEEN, "qk_norm": True}),
+    middling("group-scores", 5000, gate={**SIXTEEN, "per_kv_head": True}),
+    middling("block-128", 8192, block_size=(128, 128), gate={"q_sub_block": 32, "k_sub_block": 16}),
+]
+POLICIES = [Threshold(1e-2), TopK(0.1, sink_blocks=1), TopP(0.5), TokenBudget(1024, dense_last_rows=2)]
+
+
+def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    q, k, _ = random_qkv(case, dtype=dtype, device="cuda")
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    torch.manual_seed(1)
+    config = GateConfig.published(**case.design) if case.published else GateConfig(**case.design)
+    gate = AttnGate(config).to("cuda", dtype)
+    for p in gate.parameters():
+        p.mul_(60 if case.published else 2)
+    positions = torch.arange(case.keys, device="cuda")
+    return {
+        "q": q,
+        "k_blocks": gate.compress(k, positions=positions),
+        "scorer": gate,
+        "positions": positions[case.keys - case.queries :],
+        "num_keys": case.keys,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", summaries.CASES, ids=lambda case: case.name)
+def test_summaries_within_the_error_budget(case: summaries.Case, dtype: torch.dtype) -> None:
+    given = _cpu_inputs()(case, dtype, "cuda")
+    names = [n for n in ("x", "weight", "norm") if given[n] is not None]
+
+    def reference(*tensors: torch.Tensor) -> torch.Tensor:
+        called = given | dict(zip(names, tensors, strict=True))
+        return summarise_blocks(called.pop("x"), case.size, case.pools, **called, backend="reference")
+
+    budget = Budget.of(reference, *(given[n] for n in names))
+    budget.check(summarise_blocks(given.pop("x"), case.size, case.pools, **given, backend="triton"))
+
+
+def _cpu_inputs() -> Any:
+    """The inputs of the CPU's test of the same op."""
+    path = Path(__file__).parents[1] / "ops" / "test_summarise_blocks.py"
+    spec = importlib.util.spec_from_file_location("summarise_inputs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.large] + MIDDLING, ids=lambda case: case.name)
+def test_chooses_as_the_reference(case: Case, dtype: torch.dtype) -> None:
+    if case.head_dim == 256 and dtype == torch.float32:
+        pytest.skip("the kernel takes summaries of up to 512 bytes")
+    args = arguments(case, dtype)
+    for policy in POLICIES:
+        certain = Certain.of(policy=policy, **args)
+        assert certain.share > 0.98
+        certain.check(select_blocks(policy=policy, **args, backend="triton"))
+        certain.check(select_blocks(policy=policy, **args, backend="reference"))
+
+
+@pytest.mark.parametrize("name", ["published-32k", "sixteen-32k", "eight-32k"])
+def test_the_sizes_that_are_benchmarked(name: str) -> None:
+    args = arguments(next(c for c in CASES if c.name == name), torch.bfloat16)
+    for policy in (Threshold(5e-4), TopK(0.1)):
+        Certain.of(policy=policy, **args).check(select_blocks(policy=policy, **args))
+
+
+def test_the_gate_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (select_op, summarise_op):
+        monkeypatch.setattr(op.BACKENDS["reference"], "run", None)
+    args = arguments(MIDDLING[0], torch.bfloat16)
+    select_blocks(policy=TopK(0.1), **args)
+
+
+@pytest.mark.parametrize("name", ["published-32k", "sixteen-32k", "eight-128k", "sixteen-128k"])
+def test_memory_is_bounded(name: str) -> None:
+    args = arguments(next(c for c in CASES if c.name == name), torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    selection = select_blocks(policy=TopK(0.1), **args)
+    extra = torch.cuda.max_memory_allocated() - before - selection.nbytes
+    assert extra <= 100e6
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_host_is_not_waited_for(policy: Policy) -> None:
+    args = arguments(MIDDLING[1], torch.bfloat16)
+    select_blocks(policy=policy, **args)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select_blocks(policy=policy, **args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", MIDDLING[:3], ids=lambda case: case.name)
+def test_compiles_as_one_graph(case: Case) -> None:
+    args = arguments(case, torch.bfloat16)
+
+    def bits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        gate = args["scorer"]
+        blocks = gate.compress(k, positions=torch.arange(case.keys, device="cuda"))
+        return select_blocks(policy=TopK(0.1), **(args | {"q": q, "k_blocks": blocks})).bits
+
+    _, k, _ = random_qkv(case, dtype=torch.bfloat16, device="cuda")
+    compiled = torch.compile(bits, fullgraph=True)(args["q"], k)
+    blocks = args["scorer"].compress(k, positions=torch.arange(case.keys, device="cuda"))
+    # The compiler makes its own sines, so the summaries may differ by rounding: check, not compare.
+    different = compiled != select_blocks(policy=TopK(0.1), **(args | {"k_blocks": blocks})).bits
+    assert float(different.float().mean()) < 0.01
+
+
+def test_tiles_and_chunks_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(MIDDLING[1], torch.bfloat16)
+    certain = Certain.of(policy=TopK(0.1), **args)
+    for rows, columns, resident, warps, size in (
+        (64, 128, 2, 8, 2**18),
+        (128, 64, 4, 8, 1),
+        (16, 32, 1, 4, 2**22),
+    ):
+        settings = {
+            "ROWS": rows,
+            "COLUMNS": columns,
+            "RESIDENT": resident,
+            "num_warps": warps,
+            "num_stages": 2,
+        }
+        monkeypatch.setitem(kernel.LAUNCH, "narrow", settings)
+        monkeypatch.setattr(kernel, "SCORE_BYTES", size)
+        monkeypatch.setattr(kernel, "SUMMARY_BYTES", 4 * size)
+        certain.check(select_blocks(policy=TopK(0.1), **args))
+
+
+def test_a_long_row() -> None:
+    # 16 blocks of 64 tokens of queries at the end of a million tokens.
+    case = middling(
+        "million", 1024, 2**20, gate={"q_sub_block": None, "k_sub_block": None}, heads=2, kv_heads=1
+    )
+    args = arguments(case, torch.bfloat16)
+    for policy in (TopK(0.02), TopP(0.5), Threshold(1e-4)):
+        Certain.of(policy=policy, **args).check(select_blocks(policy=policy, **args))
+
+
+def test_more_heads_than_16_bits_of_grid() -> None:
+    case = middling("batch", 64, batch=8193, heads=8, kv_heads=8, head_dim=16)
+    args = arguments(case, torch.bfloat16)
+    certain = Certain.of(policy=TopK(0.1), **args)
+    certain.check(select_blocks(policy=TopK(0.1), **args))
