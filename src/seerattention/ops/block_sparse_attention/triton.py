@@ -147,9 +147,9 @@ def _launch(
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Start the kernel; everything it needs to know of the selection it reads on the device."""
-    if scale < 0:
-        # The running maximum is taken before scaling.
-        q, scale = -q, -scale
+    if scale <= 0:
+        # The kernel takes maxima and masks before it scales.
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     out, lse = _outputs(q, return_lse)
     batch, heads, num_queries, head_dim = q.shape
     block_q, block_k = block_size
@@ -213,14 +213,10 @@ _jit: Any = (lambda f: f) if triton is None else triton.jit
 
 
 @_jit
-def _expand(bits_ptr, list_ptr, last_block, first_late, WORDS: tl.constexpr):
-    """Write the numbers of the set bits up to ``last_block``, ascending.
-
-    Returns how many there are, and how many of them are less than ``first_late``.
-    """
+def _expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
+    """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
     places = tl.arange(0, 32)
     count = 0
-    early = 0
     for start in range(0, last_block // 32 + 1, WORDS):
         words = start + tl.arange(0, WORDS)
         word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
@@ -230,9 +226,8 @@ def _expand(bits_ptr, list_ptr, last_block, first_late, WORDS: tl.constexpr):
         before = count + tl.cumsum(in_word, 0) - in_word
         rank = before[:, None] + tl.cumsum(chosen, 1) - 1
         tl.store(list_ptr + rank, blocks, mask=chosen != 0)
-        early += tl.sum(tl.sum(chosen & (blocks < first_late).to(tl.int32), 1), 0)
         count += tl.sum(in_word, 0)
-    return count, early
+    return count
 
 
 @_jit
@@ -261,56 +256,43 @@ def _step(
     stride_kt,
     stride_vt,
     first_key,
-    last_seen,
+    first_query,
     len_k,
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax.
 
-    ``maximum`` and scores are logarithms to base 2; ``last_seen`` is the last key of each query.
+    ``maximum`` and ``scores * scale`` are logarithms to base 2; ``first_query`` is the place of the
+    tile's first query among the keys.
     """
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
-    k_ptrs = k_ptr + first_key.to(tl.int64) * stride_kt + keys[None, :] * stride_kt + dims[:, None]
-    v_ptrs = v_ptr + first_key.to(tl.int64) * stride_vt + keys[:, None] * stride_vt + dims[None, :]
-    inside = first_key + keys < len_k
-    if MASKED:
-        k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
-    elif D < BLOCK_D:
-        k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
+    inside = keys < len_k - first_key
+    k_ptrs = k_ptr + first_key.to(tl.int64) * stride_kt + (keys[None, :] * stride_kt + dims[:, None])
+    v_ptrs = v_ptr + first_key.to(tl.int64) * stride_vt + (keys[:, None] * stride_vt + dims[None, :])
+    k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
+    v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
     scores = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
-        scores = _cap(scores * scale, softcap, q.dtype == tl.float32) * 1.4426950408889634
-        scale = 1.0
-    if MASKED:
-        seen = (first_key + keys)[None, :] <= last_seen[:, None]
-        scores = tl.where(seen, scores * scale, float("-inf"))
-        new = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen nothing yet.
-        new_or_0 = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(scores - new_or_0[:, None])
-    else:
-        new = tl.maximum(maximum, tl.max(scores, 1) * scale)
-        new_or_0 = new
-        p = tl.exp2(scores * scale - new[:, None])
-    fade = tl.exp2(maximum - new_or_0)
+        scores = _cap(scores * scale, softcap, q.dtype == tl.float32)
+        scale = 1.4426950408889634
+    # Only a row's own blocks hold keys after a query of the tile.
+    if first_key + BLOCK_N > first_query + 1:
+        later = (first_key + keys)[None, :] > (first_query + tl.arange(0, BLOCK_M))[:, None]
+        scores = tl.where(later, float("-inf"), scores)
+    new = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    # Infinite while a query has seen nothing.
+    finite = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(scores * scale - finite[:, None])
+    fade = tl.exp2(maximum - finite)
     total = total * fade + tl.sum(p, 1)
-    acc = acc * fade[:, None]
-    if MASKED:
-        v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-    elif D < BLOCK_D:
-        v = tl.load(v_ptrs, mask=(dims < D)[None, :], other=0.0)
-    else:
-        v = tl.load(v_ptrs)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, new, total
 
 
@@ -413,23 +395,23 @@ def _kernel(
             )
         first = row * BLOCK_Q + tile * BLOCK_M
         end = tl.minimum(tl.minimum(first + BLOCK_M, (row + 1) * BLOCK_Q), len_q)
-        queries = first + tl.arange(0, BLOCK_M)
+        places = tl.arange(0, BLOCK_M)
         dims = tl.arange(0, BLOCK_D)
-        here = (queries < end)[:, None] & (dims < D)[None, :]
-        tokens = (start_q + queries).to(tl.int64)
-        q_row = q_ptr + b * stride_qb + head.to(tl.int64) * stride_qh
-        q = tl.load(q_row + tokens[:, None] * stride_qt + dims[None, :], mask=here, other=0.0)
+        here = (places < end - first)[:, None] & (dims < D)[None, :]
+        # 64 bits for where a tile starts, 32 within it.
+        token = (start_q + first).to(tl.int64)
+        q_tile = q_ptr + b * stride_qb + head.to(tl.int64) * stride_qh + token * stride_qt
+        q = tl.load(q_tile + (places[:, None] * stride_qt + dims[None, :]), mask=here, other=0.0)
         # Asked for early, so that the answer travels together with the queries.
         next_item = tl.atomic_add(counter_ptr, 1)
 
-        last_seen = len_k - len_q + queries
+        first_query = len_k - len_q + first
         last_query = len_k - len_q + end - 1
         last_block = tl.minimum(tl.where(last_query < 0, -1, last_query // BLOCK_K), columns - 1)
         last_block = tl.where(end <= first, -1, last_block)
-        first_late = (len_k - len_q + first + 1) // BLOCK_K
         # Nobody may still read the list of the tile before.
         tl.debug_barrier()
-        count, early = _expand(bits_row, list_ptr, last_block, first_late, 32)
+        count = _expand(bits_row, list_ptr, last_block, 32)
         tl.debug_barrier()
 
         k_head = k_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh + start_k.to(tl.int64) * stride_kt
@@ -444,31 +426,24 @@ def _kernel(
             maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
             total = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-        # Blocks before the tile's first query need no mask. The list is read one step ahead.
+        # The list is read one step ahead, so that the loads of keys and values never wait for it.
         block = tl.load(list_ptr)
-        for i in tl.range(0, early * STEPS, num_stages=STAGES):
+        for i in tl.range(0, count * STEPS, num_stages=STAGES):
             first_key = block * BLOCK_K + i % STEPS * BLOCK_N
             block = tl.load(list_ptr + (i + 1) // STEPS)
             acc, maximum, total = _step(
-                q, acc, maximum, total, k_head, v_head, stride_kt, stride_vt, first_key, last_seen, len_k,
-                log2_scale, softcap, SOFTCAP, False, D, BLOCK_D, BLOCK_N,
-            )  # fmt: skip
-        for i in tl.range(early * STEPS, count * STEPS, num_stages=1):
-            first_key = tl.load(list_ptr + i // STEPS) * BLOCK_K + i % STEPS * BLOCK_N
-            acc, maximum, total = _step(
-                q, acc, maximum, total, k_head, v_head, stride_kt, stride_vt, first_key, last_seen, len_k,
-                log2_scale, softcap, SOFTCAP, True, D, BLOCK_D, BLOCK_N,
+                q, acc, maximum, total, k_head, v_head, stride_kt, stride_vt, first_key, first_query, len_k,
+                log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
         # A query that sees nothing gets zeros.
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        out_row = out_ptr + b * stride_ob + head.to(tl.int64) * stride_oh
-        out_ptrs = out_row + tokens[:, None] * stride_ot + dims[None, :]
-        tl.store(out_ptrs, acc.to(q.dtype), mask=here)
+        out_tile = out_ptr + b * stride_ob + head.to(tl.int64) * stride_oh + token * stride_ot
+        tl.store(out_tile + (places[:, None] * stride_ot + dims[None, :]), acc.to(q.dtype), mask=here)
         if LSE:
-            lse_row = lse_ptr + (b * HEADS + head) * num_queries
+            lse_tile = lse_ptr + (b * HEADS + head) * num_queries + token
             lse = (maximum + tl.log2(total)) * 0.6931471805599453
-            tl.store(lse_row + tokens, lse, mask=queries < end)
+            tl.store(lse_tile + places, lse, mask=places < end - first)
         item = next_item
 
 
