@@ -201,6 +201,16 @@ def test_an_entry_replaces_its_device_and_guesses():
     assert merged(table, one("cuda", "C", 2)) == [one("cpu", "A"), one("cuda", "B"), one("cuda", "C", 2)]
 
 
+def test_a_dense_kernel_that_cannot_run_says_so():
+    from torch.nn.attention import SDPBackend
+
+    from seerattention.evals.speed.peers import _sdpa
+
+    qkv = random_qkv(shape(32))
+    with pytest.raises(NotImplementedError, match="CUDNN_ATTENTION cannot run"):
+        _sdpa(SDPBackend.CUDNN_ATTENTION, *qkv, random_selection(shape(32), density=1.0))
+
+
 def test_teacher_scores():
     scores = masks.teacher_scores("cpu", 256)
     assert scores.shape == (16, 3, 4, 4)

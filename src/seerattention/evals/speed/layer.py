@@ -50,6 +50,7 @@ def measure_layers(
     runs: dict[str, Callable[[], object]] = {}
     size = plan.blocks[0], plan.blocks[0]
     everything = BlockSelection.full(tokens, tokens, size, plan.device)
+    dense = {name: peer for name, peer in dense.items() if name in {row["backend"] for row in rows}}
     for name, peer in dense.items():
         runs[name] = lambda peer=peer: peer(*qkv, everything)
     found = []

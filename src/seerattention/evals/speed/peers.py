@@ -51,7 +51,13 @@ def _sdpa(kind: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, selection: B
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     # torch's default order prefers FA2 on GPUs where cuDNN is faster.
     with sdpa_kernel(kind):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        try:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        except RuntimeError as error:
+            # The words on a GPU and those on a CPU.
+            if not str(error).startswith(("No available kernel", "No viable backend")):
+                raise
+            raise NotImplementedError(f"{kind.name} cannot run {list(q.shape)} {q.dtype} here") from error
 
 
 def flex_bytes(selection: BlockSelection, heads: int) -> int:

@@ -224,6 +224,8 @@ def _rows(
         except NotImplementedError as error:
             note(f"left out: {str(error).split('because')[-1].strip()}")
         reporter.step(variant.name)
+    if not any(v.kind == "dense" for v in running):
+        raise ValueError(f"no dense kernel runs at {tokens:,} tokens here; name another by --peers")
     reporter.stage(f"{tokens:,} tokens: timing", len(running) * (plan.repeats + 1))
     runs = {variant.name: variant.run for variant in running}
     seconds = interleaved(runs, repeats=plan.repeats, device=plan.device, after=reporter.step)
