@@ -61,8 +61,16 @@ CASES = (
     Case(name="wide-rows", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64, block_size=(128, 64)),
     Case(name="wide-columns", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64, block_size=(32, 128)),
     Case(name="decode-rows", heads=4, kv_heads=2, queries=3, keys=600, head_dim=64, block_size=(1, 64)),
-    Case(name="small-blocks", heads=4, kv_heads=2, queries=70, keys=401, head_dim=64, density=0.15,
-        block_size=(32, 32)),
+    Case(
+        name="small-blocks",
+        heads=4,
+        kv_heads=2,
+        queries=70,
+        keys=401,
+        head_dim=64,
+        density=0.15,
+        block_size=(32, 32),
+    ),
     Case(name="big-blocks", heads=4, kv_heads=2, queries=150, keys=900, head_dim=128, block_size=(128, 128)),
     Case(name="many-words", heads=2, kv_heads=1, queries=70, keys=1200, head_dim=64, block_size=(64, 16)),
     Case(
