@@ -1,5 +1,8 @@
 """The device functions of the Triton backend; `triton.py` beside this file starts them."""
 
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 import importlib
