@@ -6,7 +6,7 @@ import torch
 from seerattention.ops import block_sparse_attention as sparse
 from seerattention.ops import pooled_attention as pooled
 from seerattention.ops._shapes import Shape
-from seerattention.ops.block_sparse_attention._cases import CASES
+from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.poison import poison
@@ -72,3 +72,87 @@ def test_pooled_attention_needs_bounded_memory_at_32k_tokens():
     # Scores and their softmax, each within the budget, the mask, and fp32 copies of q, k and v.
     copies = 2 * (2 * q.nbytes + k.nbytes + v.nbytes) + target.nbytes
     assert extra <= 3 * chunked.CUDA_WORK_BYTES + copies
+
+
+class TestTriton:
+    """The compiled kernel; tests/ops runs the same code in the interpreter."""
+
+    DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+    @staticmethod
+    def run(case, dtype):
+        qkv, selection = inputs(case, dtype)
+        options = case.options("cuda", return_lse=True)
+        return sparse.BACKENDS["triton"].run(*qkv, selection, options)
+
+    @classmethod
+    def budgets(cls, case, dtype):
+        qkv, selection = inputs(case, dtype)
+        options = case.options("cuda", return_lse=True)
+        for which in (0, 1):
+            yield Budget.of(
+                lambda q, k, v, i=which: sparse.reference.run(q, k, v, selection, options)[i], *qkv
+            )
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("case", [*SMALL, *OPTION_CASES], ids=lambda case: case.name)
+    def test_output_and_lse_twice(self, case, dtype):
+        first, second = self.run(case, dtype), self.run(case, dtype)
+        for one, other, budget in zip(first, second, self.budgets(case, dtype), strict=True):
+            budget.check(one)
+            assert torch.equal(one, other)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+    @pytest.mark.parametrize("block_q", [1, 32, 64, 128])
+    @pytest.mark.parametrize("block_k", [16, 32, 64, 128])
+    def test_head_dims_and_blocks(self, head_dim, block_q, block_k, dtype):
+        case = Case(
+            name="", heads=4, kv_heads=2, queries=9 if block_q == 1 else 300, keys=500,
+            head_dim=head_dim, block_size=(block_q, block_k),
+        )  # fmt: skip
+        for one, budget in zip(self.run(case, dtype), self.budgets(case, dtype), strict=True):
+            budget.check(one)
+
+    @pytest.mark.parametrize("case", [c for c in SMALL if c.keys > c.queries], ids=lambda case: case.name)
+    def test_unread_keys_and_values_are_never_read(self, case):
+        (q, k, v), selection = inputs(case, torch.bfloat16)
+        options = case.options()
+        clean = sparse.BACKENDS["triton"].run(q, k, v, selection, options)
+        poisoned = sparse.BACKENDS["triton"].run(q, *poison(k, v, selection), selection, options)
+        assert not clean.isnan().any()
+        assert torch.equal(clean, poisoned)
+
+    @pytest.mark.parametrize("case", [SMALL[4], *OPTION_CASES], ids=lambda case: case.name)
+    def test_compiled_without_a_break(self, case):
+        (q, k, v), selection = inputs(case, torch.bfloat16)
+        options = case.options("cuda")
+
+        def call(q, k, v):
+            out, lse = sparse.block_sparse_attention(
+                q, k, v, selection, softcap=options.softcap, sinks=options.sinks, return_lse=True,
+                cu_seqlens_q=options.cu_seqlens_q, cu_seqlens_k=options.cu_seqlens_k, backend="triton",
+            )  # fmt: skip
+            return 2 * out, lse
+
+        for one, other in zip(torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v), strict=True):
+            assert torch.equal(one, other)
+
+    def test_many_programs_take_many_rows(self):
+        # More rows than programs, heads that share keys, and more blocks than a row's words hold at once.
+        case = Case(name="", heads=8, kv_heads=2, queries=8192, keys=8192, head_dim=64, block_size=(32, 16))
+        q, k, v = random_qkv(case, dtype=torch.bfloat16, device="cuda")
+        selection = random_selection(case, density=0.02, device="cuda")
+        out = sparse.BACKENDS["triton"].run(q, k, v, selection, case.options())
+        expected = sparse.BACKENDS["gather"].run(q.float(), k.float(), v.float(), selection, case.options())
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+
+    def test_nothing_waits_for_the_device(self):
+        case = SMALL[4]
+        self.run(case, torch.bfloat16)
+        qkv, selection = inputs(case, torch.bfloat16)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sparse.BACKENDS["triton"].run(*qkv, selection, case.options())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -12,9 +12,9 @@ from seerattention.selection import BlockSelection, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order. ``flex`` wins on long runs of one shape but compiles for seconds, so
-#: it is taken only by name; ``reference`` computes the dense map and is never chosen.
-ORDER = ("hopper", "gather")
+#: What ``auto`` tries, in order; the first two need a GPU. ``flex`` compiles for seconds per kind of call,
+#: so it is taken only by name; ``reference`` computes the dense map and is never chosen.
+ORDER = ("hopper", "triton", "gather")
 
 
 @overload
