@@ -39,6 +39,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
+#: How tiles of 16-bit numbers lie in shared memory, for TMA and wgmma alike.
+TILES = gl.NVMMASharedLayout(128, 16, 4)
+
 #: How a warpgroup holds 64 x 64 scores, and queries as a product's left side.
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
@@ -49,10 +52,9 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 def descriptor(x: Tensor, tile: int) -> Any:
     """Describe ``[B, H, T, D]`` for TMA copies of ``[tile, D]``; tokens past the end read as zero."""
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), 4)
     # A dimension of one element may have any stride, TMA wants a multiple of 16 bytes.
     strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride(), x.shape, strict=True)][:3]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, x.shape[3]], layout)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, x.shape[3]], TILES)
 
 
 @gluon.jit
@@ -372,7 +374,21 @@ def _consume(  # noqa: PLR0915
         item = _read_note(channel, g, 0, r, STAGES)
 
 
-@gluon.jit
+# Sizes change with every prompt; compiling anew for round ones would gain nothing.
+@gluon.jit(
+    do_not_specialize=[
+        "items",
+        "words",
+        "sel_batch",
+        "sel_heads",
+        "sel_rows",
+        "heads",
+        "kv_heads",
+        "tiles_q",
+        "past",
+        "queries",
+    ]
+)
 def attend(
     qd,
     kd,

@@ -6,6 +6,7 @@ The kernel is in ``_hopper_kernel.py``; docs/kernels.md has its design and its m
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from typing import Any
 
@@ -60,14 +61,15 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
-    out, lse = _attend(
+    # A custom operator costs tens of microseconds, which only a compiler needs to spend.
+    launch = _operator if torch.compiler.is_compiling() else _launch
+    out, lse = launch(
         q, k, v, selection.bits, *selection.block_size, options.scale, options.sinks, options.return_lse
     )
     return (out, lse) if options.return_lse else out
 
 
-@torch.library.custom_op("seerattention::block_sparse_attention_hopper", mutates_args=())
-def _attend(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -86,10 +88,9 @@ def _attend(
     share = block_q % (2 * TILE) == 0
     tiles = num_blocks(num_queries, TILE)
     items = batch * heads * num_blocks(tiles, 2 if share else 1)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     stages = RING_BYTES // (TILE * dim * q.element_size()) // (1 if share else 2)
     with torch.cuda.device(q.device):
-        kernel.attend[(min(processors, num_blocks(items, 1 if share else 2)),)](
+        kernel.attend[(min(_processors(q.device), num_blocks(items, 1 if share else 2)),)](
             *(kernel.descriptor(x, TILE) for x in (q, k, v)),
             out,
             lse,
@@ -120,7 +121,10 @@ def _attend(
     return out, lse
 
 
-@_attend.register_fake
+_operator = torch.library.custom_op("seerattention::block_sparse_hopper", _launch, mutates_args=())
+
+
+@_operator.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -133,6 +137,11 @@ def _(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(q, with_lse)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
