@@ -1,14 +1,8 @@
 """What all tests share."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import settings
-
-# Without a GPU Triton's kernels run in its interpreter. It must be asked for before they are defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests are small: threads that wait for each other on a busy machine cost more than they save.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What can be said of the Triton backend without a GPU; the kernel itself runs in the interpreter."""
+"""Triton kernels without a GPU: interpreted, each op in a process of its own, and what refuses them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, 
 pytest.importorskip("triton")
 
 
-def test_kernel_in_the_interpreter() -> None:
-    file = Path(__file__).parent / "interpreted_triton.py"
+@pytest.mark.parametrize("op", ["block_sparse_attention", "select_blocks", "summarise_blocks"])
+def test_kernels_in_the_interpreter(op: str) -> None:
+    # It must be asked for before kernels are defined, and nothing else is to meet it.
+    file = Path(__file__).parent / f"interpreted_{op}.py"
     command = [sys.executable, "-m", "pytest", "-q", "--durations=3", str(file)]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
