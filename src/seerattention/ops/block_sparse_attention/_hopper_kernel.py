@@ -239,15 +239,17 @@ def _add_values(p, channel, g, o, r: gl.constexpr, STAGES: gl.constexpr, D: gl.c
 def _first_scores(q, channel, g, single, r: gl.constexpr, STAGES: gl.constexpr):
     """Multiply the first tile, and the second unless the first goes alone."""
     _wait(channel, g, r, STAGES)
-    s0_done = _scores(q, channel, g, r, STAGES)
+    # Products are started and waited for in one branch: a branch in between may copy registers that the
+    # tensor cores are still writing.
     if single == 0:
         _wait(channel, g + 1, r, STAGES)
+        s0_done = _scores(q, channel, g, r, STAGES)
         s1_done = _scores(q, channel, g + 1, r, STAGES)
         s0, s1 = warpgroup_mma_wait(0, deps=[s0_done, s1_done])
         _free(channel, g, r, STAGES)
         _free(channel, g + 1, r, STAGES)
     else:
-        s0 = warpgroup_mma_wait(0, deps=[s0_done])
+        s0 = warpgroup_mma_wait(0, deps=[_scores(q, channel, g, r, STAGES)])
         s1 = gl.full([64, 64], float("-inf"), gl.float32, SCORES)
         _free(channel, g, r, STAGES)
     return s0, s1
