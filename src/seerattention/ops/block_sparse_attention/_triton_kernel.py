@@ -77,8 +77,9 @@ def _step(
 ):
     """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax.
 
-    ``maximum`` and ``scores * scale`` are logarithms to base 2; ``first_query`` is the place of the
-    tile's first query among the keys.
+    ``scores * scale`` are logarithms to base 2, and so is ``maximum``; in fp32 it is left unscaled, since
+    scaling a difference rounds less than the difference of two scaled numbers, which is one operation
+    shorter. ``first_query`` is the place of the tile's first query among the keys.
     """
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
@@ -95,11 +96,15 @@ def _step(
     if first_key + BLOCK_N > first_query + 1:
         later = (first_key + keys)[None, :] > (first_query + tl.arange(0, BLOCK_M))[:, None]
         scores = tl.where(later, float("-inf"), scores)
-    new = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    new = tl.maximum(maximum, tl.max(scores, 1) * (1.0 if q.dtype == tl.float32 else scale))
     # Infinite while a query has seen nothing.
     finite = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores * scale - finite[:, None])
-    fade = tl.exp2(maximum - finite)
+    if q.dtype == tl.float32:
+        p = tl.exp2((scores - finite[:, None]) * scale)
+        fade = tl.exp2((maximum - finite) * scale)
+    else:
+        p = tl.exp2(scores * scale - finite[:, None])
+        fade = tl.exp2(maximum - finite)
     total = total * fade + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, new, total
@@ -145,7 +150,7 @@ def _last_block(last_query, columns, BLOCK_K: tl.constexpr):
 
 
 @_jit
-def attention_kernel(
+def attention_kernel(  # noqa: PLR0915
     q_ptr,
     k_ptr,
     v_ptr,
@@ -235,8 +240,11 @@ def attention_kernel(
         v_head = v_ptr + b * stride_vb + kv_head * stride_vh + tl.cast(start_k, tl.int64) * stride_vt
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
+        # What one unit of `maximum` is in natural logarithms.
+        natural_scale = 1.0 if SOFTCAP else scale
+        unit = natural_scale if q.dtype == tl.float32 else 0.6931471805599453
         if SINKS:
-            sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+            sink = tl.load(sinks_ptr + head).to(tl.float32) / unit
             maximum = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
             total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
         else:
@@ -259,6 +267,6 @@ def attention_kernel(
         tl.store(out_tile + (places[:, None] * stride_ot + dims[None, :]), acc.to(q.dtype), mask=here)
         if LSE:
             lse_tile = lse_ptr + (b * HEADS + head) * num_queries + token
-            natural = (maximum + tl.log2(total)) * 0.6931471805599453
+            natural = maximum * unit + tl.log2(total) * 0.6931471805599453
             tl.store(lse_tile + places, natural, mask=places < end - first)
         item = next_item

@@ -36,7 +36,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
     if q.device.type != "cuda":
         reasons.append(f"it needs a Hopper GPU, the tensors are on {q.device.type}")
-    elif torch.cuda.get_device_capability(q.device) != (9, 0):
+    elif _capability(q.device) != (9, 0):
         reasons.append(f"it needs a Hopper GPU (sm_90), this is {torch.cuda.get_device_name(q.device)}")
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"its tensor-core products take bfloat16 and float16, not {q.dtype}")
@@ -46,7 +46,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         reasons.append(f"blocks must be multiples of {TILE} tokens, got {selection.block_size}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-        if x.stride(3) != 1 or any(s % 16 or not s for s in strides) or x.data_ptr() % 16:
+        # A compiler cannot read addresses; there the descriptor asserts it.
+        aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
+        if x.stride(3) != 1 or any(s % 16 for s in strides) or not all(strides) or not aligned:
             reasons.append(f"{name} must be 16-byte aligned with a contiguous last dimension; copy it first")
     if options.softcap is not None:
         reasons.append("it has no softcap")
@@ -137,6 +139,11 @@ def _(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(q, with_lse)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
