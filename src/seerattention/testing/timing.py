@@ -10,7 +10,7 @@ from torch import Tensor
 
 #: Bytes written between timed launches on a GPU: more than any L2 cache holds, so that no variant finds
 #: its inputs there because it ran just before.
-FLUSH_BYTES = 256 * 2**20
+FLUSH_BYTES = 2**30
 
 #: A sample on a GPU is the mean of as many launches as fit into this time, in seconds, at most
 #: ``MOST_LAUNCHES``: one launch of a short kernel is at the mercy of the clock and the host.
