@@ -6,15 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
-#: Bytes written between timed launches on a GPU: more than any L2 cache holds, so that no variant finds
-#: its inputs there because it ran just before.
-FLUSH_BYTES = 2**30
-
-#: A sample on a GPU is the mean of as many launches as fit into this time, in seconds, at most
-#: ``MOST_LAUNCHES``: one launch of a short kernel is at the mercy of the clock and the host.
-SAMPLE_SECONDS, MOST_LAUNCHES = 0.02, 10
+#: A sample on a GPU is as many launches behind one another as fit into this time, in seconds, at most
+#: ``MOST_LAUNCHES``: long enough for the clock to settle at the power that the kernel draws.
+SAMPLE_SECONDS, MOST_LAUNCHES = 0.05, 50
 
 
 def interleaved(
@@ -31,8 +26,9 @@ def interleaved(
         variants: What to time, by name.
         repeats: Timed rounds.
         warmup: Untimed rounds before them.
-        device: Where they run. On ``cuda`` a sample is the mean of several launches, each timed by CUDA
-            events after the L2 cache was flushed; elsewhere the wall time of one call.
+        device: Where they run. On ``cuda`` a sample is the mean of many launches behind one another,
+            replayed as one CUDA graph where they can be captured, so that the host's time per launch
+            does not count; elsewhere the wall time of one call.
         after: Called with the variant's name after every sample, untimed ones too, e.g. for a progress bar.
 
     Returns:
@@ -40,16 +36,15 @@ def interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     cuda = torch.device(device).type == "cuda"
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if cuda else None
     launches = dict.fromkeys(variants, 1)
     for round_ in range(warmup + repeats):
         for name, run in variants.items():
-            if flush is not None and round_ == 0:
+            if cuda and round_ == 0:
                 # The first call may compile; the second says how many fit into a sample.
                 run()
-                fit = int(SAMPLE_SECONDS / _events(run, flush, 1))
+                fit = int(SAMPLE_SECONDS / _events(run, 1))
                 launches[name] = max(1, min(MOST_LAUNCHES, fit))
-            sample = _wall(run) if flush is None else _events(run, flush, launches[name])
+            sample = _captured(run, launches[name]) if cuda else _wall(run)
             if round_ >= warmup:
                 seconds[name].append(sample)
             if after is not None:
@@ -65,16 +60,29 @@ def _wall(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _events(run: Callable[[], object], flush: Tensor, launches: int) -> float:
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(launches)]
-    for start, end in pairs:
-        # The flush keeps the GPU busy while the host prepares the launch, so its overhead stays hidden.
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
+def _captured(run: Callable[[], object], launches: int) -> float:
+    """Return the mean seconds of a launch, the host's share left out where that is possible."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(launches):
+                run()
+    except RuntimeError:
+        # What waits for the device cannot be captured, and its waiting belongs to its time.
+        torch.cuda.synchronize()
+        return _events(run, launches)
+    return _events(graph.replay, 1) / launches
+
+
+def _events(run: Callable[[], object], launches: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    return sum(start.elapsed_time(end) for start, end in pairs) / launches / 1e3
+    start.record()
+    for _ in range(launches):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / launches / 1e3
 
 
 def _wait() -> None:

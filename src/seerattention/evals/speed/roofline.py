@@ -34,7 +34,10 @@ def draw_roofline(report: dict[str, Any], path: Path) -> None:
     colours = dict(zip(names, plt.colormaps["tab10"].colors, strict=False))
     for row, block in zip(axes, blocks, strict=True):
         for axis, tokens in zip(row, lengths, strict=True):
-            _panel(axis, report, tokens, block, colours)
+            if any(r["tokens"] == tokens and r["block"] == block for r in report["rows"]):
+                _panel(axis, report, tokens, block, colours)
+            else:
+                axis.set_axis_off()
         row[0].set_ylabel("TFLOP/s over selected work")
     for axis in axes[-1]:
         axis.set_xlabel("density: fraction of blocks read")
@@ -52,7 +55,7 @@ def _panel(axis: Any, report: dict[str, Any], tokens: int, block: int, colours: 
         rate = l2_tflops(limits["l2_tbs"], block, ELEMENT_SIZES[report["dtype"]])
         # Far above the matrix rate it limits nothing and would flatten the picture.
         if rate < 2 * limits["matmul_tflops"]:
-            axis.axhline(rate, color="#9a6700", linewidth=1, linestyle="-.", label="L2 reads, no sharing")
+            axis.axhline(rate, color="#9a6700", linewidth=1, linestyle="-.", label="L2 reads (sums), no sharing")
     for dense, style in zip((r for r in rows if r["kind"] == "dense"), ("--", ":"), strict=False):
         axis.axhline(
             dense["tflops"], color=COLOURS["dense"], linestyle=style, linewidth=1, label=dense["backend"]

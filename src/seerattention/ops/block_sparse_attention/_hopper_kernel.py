@@ -257,16 +257,13 @@ def _first_scores(q, channel, g, single, r: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load_queries(channel, g, c: gl.constexpr, SHARE: gl.constexpr, r: gl.constexpr, STAGES: gl.constexpr):
-    """Take the queries into registers, which frees their slots at once."""
+    """Copy the queries into registers."""
     D: gl.constexpr = channel[0].shape[4]
     if SHARE:
         _wait(channel, g + 1, r, STAGES)
         q = channel[0].index(_slot(g + c, r, STAGES)).reshape([64, D]).load(QUERIES)
-        _free(channel, g, r, STAGES)
-        _free(channel, g + 1, r, STAGES)
     else:
         q = channel[0].index(_slot(g, r, STAGES)).reshape([64, D]).load(QUERIES)
-        _free(channel, g, r, STAGES)
     return q
 
 
@@ -321,6 +318,11 @@ def _consume(  # noqa: PLR0915
         late = last_tile - first_query // 64 + 1
         single = n & 1
         s0, s1 = _first_scores(q, channel, g, single, r, STAGES)
+        # Only now: a barrier behind the copy into registers does not mean that it has happened, but a
+        # product of them does. Freed earlier, queries were overwritten by keys, in one call of three.
+        if SHARE:
+            _free(channel, g - 2, r, STAGES)
+        _free(channel, g - 1, r, STAGES)
         s0 = _mask(s0, last_tile * 64, first_query)
         if (late > 1) & (single == 0):
             s1 = _mask(s1, (last_tile - 1) * 64, first_query)

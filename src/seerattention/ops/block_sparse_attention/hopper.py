@@ -36,7 +36,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
     if q.device.type != "cuda":
         reasons.append(f"it needs a Hopper GPU, the tensors are on {q.device.type}")
-    elif _capability(q.device) != (9, 0):
+    elif not _is_hopper(q.device):
         reasons.append(f"it needs a Hopper GPU (sm_90), this is {torch.cuda.get_device_name(q.device)}")
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"its tensor-core products take bfloat16 and float16, not {q.dtype}")
@@ -141,9 +141,10 @@ def _(
     return _outputs(q, with_lse)
 
 
+# A bool, since some compilers of PyTorch cannot compare a constant tuple.
 @torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

@@ -45,7 +45,7 @@ SCORES_PER_WARP = 512
 SCORE_BYTES = 32 * 2**20
 
 #: Bytes of query summaries made at a time.
-SUMMARY_BYTES = 40 * 2**20
+SUMMARY_BYTES = 32 * 2**20
 
 #: Longest row: the policy kernel keeps it in registers.
 MAX_BLOCKS = 32768
