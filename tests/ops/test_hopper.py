@@ -1,0 +1,101 @@
+"""What can be said of the Hopper backend without a GPU: its reasons, and that its kernel compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from seerattention import BlockSelection
+from seerattention.ops.block_sparse_attention import hopper
+from seerattention.ops.block_sparse_attention._options import Options
+
+PLAIN = Options(scale=1.0)
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from seerattention.ops.block_sparse_attention import _hopper_kernel as kernel
+
+share, dim, options = map(int, sys.argv[1:])
+tile = f"tensordesc<bf16[1, 1, 64, {dim}],{kernel.TILES!r}>"
+pointers = {"out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "bits": "*i32", "counter": "*i32"}
+pointers["scale"] = "fp32"
+constants = {
+    "D": dim, "BLOCK_Q": 128 if share else 64, "PARTS": 2 if share else 1,
+    "STAGES": 229376 // (128 * dim) // (1 if share else 2), "WORDS": 32,
+    "SHARE": bool(share), "LSE": bool(options), "SINKS": bool(options),
+}
+names = kernel.attend.arg_names
+kinds = {name: pointers.get(name, "i32") for name in names} | dict.fromkeys(("qd", "kd", "vd"), tile)
+source = GluonASTSource(
+    kernel.attend,
+    kinds | dict.fromkeys(constants, "constexpr"),
+    constexprs={(names.index(name),): value for name, value in constants.items()},
+)
+compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+print("shared", compiled.metadata.shared)
+print("wgmma", compiled.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+def reasons(dtype=torch.bfloat16, dim=128, block=(64, 64), options=PLAIN, tokens=128):
+    q = torch.zeros(1, 2, tokens, dim, dtype=dtype)
+    return hopper.unsupported(q, q, q, BlockSelection.full(tokens, tokens, block), options)
+
+
+def test_a_cpu_is_refused() -> None:
+    assert any("it needs a Hopper GPU, the tensors are on cpu" in reason for reason in reasons())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "take bfloat16 and float16, not torch.float32"),
+        ({"dim": 96}, r"head_dim must be one of (64, 128), got 96"),
+        ({"block": (32, 64)}, r"blocks must be multiples of 64 tokens, got (32, 64)"),
+        ({"block": (64, 32)}, r"blocks must be multiples of 64 tokens, got (64, 32)"),
+        ({"options": Options(scale=1.0, softcap=30.0)}, "it has no softcap"),
+    ],
+)
+def test_reasons(change, reason) -> None:
+    before, after = reasons(), reasons(**change)
+    assert not any(reason in r for r in before)
+    assert any(reason in r for r in after)
+
+
+def test_views_that_a_copy_engine_cannot_read() -> None:
+    whole = torch.zeros(1, 2, 128, 132, dtype=torch.bfloat16)
+    selection = BlockSelection.full(128, 128, (64, 64))
+    fine = torch.zeros(1, 128, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+    for x, wrong in ((whole[..., :128], True), (fine, False), (fine.mT[..., :64].mT, False)):
+        found = hopper.unsupported(x, fine, fine, selection, PLAIN)
+        assert any(r.startswith("q must be 16-byte aligned") for r in found) == wrong
+
+
+def test_gradients_are_refused() -> None:
+    q = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16, requires_grad=True)
+    selection = BlockSelection.full(128, 128, (64, 64))
+    assert any("it has no backward" in r for r in hopper.unsupported(q, q, q, selection, PLAIN))
+
+
+@pytest.mark.parametrize(("share", "dim", "options"), [(0, 128, 0), (1, 128, 1), (0, 64, 0)])
+def test_the_kernel_compiles_for_hopper(share: int, dim: int, options: int) -> None:
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(hopper.__file__).parents[3])
+    command = [sys.executable, "-c", COMPILE, *map(str, (share, dim, options))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(line.split() for line in done.stdout.splitlines() if " " in line)
+    # A Hopper multiprocessor lends a program 227 KiB.
+    assert int(found["shared"]) <= 227 * 1024
+    # Per consumer: the first pair, the first alone, the loop's scores and values, the last values.
+    steps = dim // 16
+    assert int(found["wgmma"]) == 2 * (2 * steps + steps + 2 * steps + 2 * 4 + 2 * 4)
