@@ -152,6 +152,32 @@ def gpu() -> str:
     return "\n\n".join(parts)
 
 
+def gpu_short() -> str:
+    """Return a GPU's attention at 10 % and everything read, per length and block size; dense first."""
+    report = json.loads((GPU / "prefill.json").read_text())
+    rows = report["rows"]
+    lines = [
+        measured_with(report),
+        "",
+        "| tokens | block | blocks read | cuDNN dense ms | `hopper` ms | speedup | `triton` ms | speedup |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    dense = {r["tokens"]: r["ms"] for r in rows if r["backend"] == "dense cudnn"}
+    for hopper in rows:
+        shown = hopper["mask"], hopper["asked"]
+        if hopper["backend"] != "hopper" or shown not in (("full", 1.0), ("random", 0.1), ("gate", 0.1)):
+            continue
+        same = ("tokens", "block", "mask", "asked")
+        triton = next(r for r in rows if r["backend"] == "triton" and all(r[k] == hopper[k] for k in same))
+        read = "all" if hopper["mask"] == "full" else f"{hopper['mask']}, {hopper['density']:.1%}"
+        lines.append(
+            f"| {hopper['tokens']:,} | {hopper['block']} | {read} | {digits(dense[hopper['tokens']])} | "
+            f"{digits(hopper['ms'])} | {hopper['speedup']:.2f}x | {digits(triton['ms'])} | "
+            f"{triton['speedup']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
 def attention(report: dict[str, Any]) -> str:
     """Return attention alone, one line per backend, one column per density asked for."""
     asked = sorted({r["asked"] for r in report["rows"]}, reverse=True)
@@ -278,6 +304,7 @@ def main() -> None:
             "quality": quality(report),
             "times": times(report),
             "lengths": lengths(),
+            "gpu-short": gpu_short(),
             "support": markdown(),
             "dense": dense_below(),
         },
