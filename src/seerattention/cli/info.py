@@ -31,10 +31,14 @@ def support() -> list[Support]:
     """Ask every backend of every op about the devices at hand."""
     import torch
 
+    from seerattention.gate import AttnGate, GateConfig
     from seerattention.ops import block_sparse_attention as sparse
     from seerattention.ops import pooled_attention as pooled
+    from seerattention.ops import select_blocks as chosen
+    from seerattention.ops import summarise_blocks as summaries
     from seerattention.ops._dispatch import explain
     from seerattention.ops.block_sparse_attention._options import Options
+    from seerattention.policies import TopK
     from seerattention.selection import BlockSelection
 
     found = []
@@ -46,8 +50,16 @@ def support() -> list[Support]:
             selection = BlockSelection.full(128, 128, (64, 64), device)
             options = Options(scale=64**-0.5)
             qkv = {"q": q, "k": k, "v": k}
+            gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
+            weight = gate.linear_k.weight.detach()
+            k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
+            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "num_keys": 128}
+            pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
+            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None}
             asked: list[tuple[str, Any, dict[str, Any]]] = [
                 ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
+                ("summarise_blocks", summaries, pooling),
+                ("select_blocks", chosen, choice),
                 ("pooled_attention", pooled, qkv | {"block_size": (64, 64)}),
             ]
             for op, module, args in asked:

@@ -35,7 +35,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
     if kernel is None:
         reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
     if q.device.type != "cuda":
-        reasons.append(f"it needs a Hopper GPU, the tensors are on {q.device.type}")
+        reasons.append("it needs a Hopper GPU")
     elif not _is_hopper(q.device):
         reasons.append(f"it needs a Hopper GPU (sm_90), this is {torch.cuda.get_device_name(q.device)}")
     if q.dtype not in (torch.bfloat16, torch.float16):
