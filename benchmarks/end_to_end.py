@@ -237,27 +237,27 @@ def main() -> None:
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     lengths = args.tokens or [32768, 131072]
-    with staged(args.out.parent) as folder:
-        model = make_model(args.shape, args.layers, args.device, dtype)
-        designs = args.gate or ("published", "default")
-        gates = {"dense": None} | {name: make_gates(model, name) for name in designs}
-        rows = []
-        with Progress() as progress:
-            task = progress.add_task("prefill", total=len(lengths) * len(gates) * (args.repeats + 2))
-            for tokens in lengths:
-                rows += measure(model, gates, tokens, args, lambda: progress.advance(task))
-        report = {
-            "versions": versions(args.device),
-            "date": datetime.now(UTC).date().isoformat(),
-            "shape": args.shape,
-            "layers": model.config.num_hidden_layers,
-            "dtype": str(dtype).removeprefix("torch."),
-            "policy": POLICY,
-            "backend": args.backend,
-            "rows": rows,
-        }
-        (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
-    show(rows)
+    model = make_model(args.shape, args.layers, args.device, dtype)
+    designs = args.gate or ("published", "default")
+    gates = {"dense": None} | {name: make_gates(model, name) for name in designs}
+    report: dict[str, Any] = {
+        "versions": versions(args.device),
+        "date": datetime.now(UTC).date().isoformat(),
+        "shape": args.shape,
+        "layers": model.config.num_hidden_layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "policy": POLICY,
+        "backend": args.backend,
+        "rows": [],
+    }
+    with Progress() as progress:
+        task = progress.add_task("prefill", total=len(lengths) * len(gates) * (args.repeats + 2))
+        for tokens in lengths:
+            report["rows"] += measure(model, gates, tokens, args, lambda: progress.advance(task))
+            # Long ones come last: what is stopped there keeps what it has.
+            with staged(args.out.parent) as folder:
+                (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
+    show(report["rows"])
 
 
 if __name__ == "__main__":
