@@ -57,7 +57,7 @@ def run(
             }
             plan = Plan(**settings, peers=("cudnn", "fa2"), device=device, repeats=repeats)
             with ProgressReporter(console) as reporter:
-                measured = measure(plan, reporter)
+                *_, measured = measure(plan, reporter)
         entry = entry_of(measured, gate, block)
         table = merged(read_table(out), entry)
         (folder / out.name).write_text(json.dumps(table, indent=2) + "\n")

@@ -84,10 +84,12 @@ def run(
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    with staged(out.parent) as folder:
-        with ProgressReporter(console) as reporter:
-            report = measure(plan, reporter)
-        (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
+    report: dict[str, Any] = {}
+    with staged(out.parent), ProgressReporter(console) as reporter:
+        for report in measure(plan, reporter):
+            # Long lengths come last: what is stopped there keeps what it has.
+            with staged(out.parent) as folder:
+                (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
     _show(report, console)
     console.print(f"{out} has these numbers", highlight=False)
     if figure is None and importlib.util.find_spec("matplotlib") is None:

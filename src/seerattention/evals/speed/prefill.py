@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -72,15 +72,15 @@ class Variant:
         return f"{self.backend} {self.mask} {self.selection.block_size[1]} {self.asked}"
 
 
-def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
-    """Measure everything in a plan.
+def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
+    """Measure everything in a plan, one length after another.
 
     Args:
         plan: What to measure.
         reporter: Hears about progress and about what is left out.
 
-    Returns:
-        The report, plain JSON types; docs/kernels.md explains its fields.
+    Yields:
+        The report so far after every length, plain JSON types; docs/kernels.md explains its fields.
 
     Raises:
         ValueError: If an output is outside the error budget; nothing of that length was timed then.
@@ -102,7 +102,19 @@ def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
         if "gate" in plan.masks and any(density < 1 for density in plan.densities):
             reporter.stage(f"scores of the bundled gates on {plan.teacher_tokens:,} tokens of text", 1)
             scores = masks.teacher_scores(plan.device, plan.teacher_tokens)
-        rows, layers = [], []
+        report: dict[str, Any] = {
+            "versions": versions(plan.device),
+            "date": datetime.now(UTC).date().isoformat(),
+            "device_type": plan.device,
+            "capability": capability(plan.device),
+            "dtype": plan.dtype,
+            "shape": {"heads": plan.heads, "kv_heads": plan.kv_heads, "head_dim": plan.head_dim},
+            "repeats": plan.repeats,
+            "ceilings": limits,
+            "notes": notes,
+            "rows": [],
+            "layers": [],
+        }
         for tokens in plan.tokens:
             q, k, v = _draw(plan, tokens)
             variants = _dense_variants(plan, dense, q, k, v)
@@ -110,25 +122,12 @@ def measure(plan: Plan, reporter: Reporter) -> dict[str, Any]:
                 for mask, asked, selection in _selections(plan, tokens, block, scores):
                     variants += _sparse_variants(plan, extra, (q, k, v), mask, asked, selection, note)
             found = _rows(plan, (q, k, v), variants, reporter, note)
-            rows += found
-            layers += measure_layers(plan, (q, k, v), dense, found, reporter)
-    for row in rows:
-        row["share_of_matmul"] = round(row["tflops"] / (limits["matmul_tflops"] or 1), 3)
-    report: dict[str, Any] = {
-        "versions": versions(plan.device),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device_type": plan.device,
-        "capability": capability(plan.device),
-        "dtype": plan.dtype,
-        "shape": {"heads": plan.heads, "kv_heads": plan.kv_heads, "head_dim": plan.head_dim},
-        "repeats": plan.repeats,
-        "ceilings": limits,
-        "notes": notes,
-        "rows": rows,
-        "layers": layers,
-    }
-    report["targets"] = judge(report) if plan.device == "cuda" else []
-    return report
+            for row in found:
+                row["share_of_matmul"] = round(row["tflops"] / (limits["matmul_tflops"] or 1), 3)
+            report["rows"] += found
+            report["layers"] += measure_layers(plan, (q, k, v), dense, found, reporter)
+            report["targets"] = judge(report) if plan.device == "cuda" else []
+            yield report
 
 
 def _draw(plan: Plan, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
