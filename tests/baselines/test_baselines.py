@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattention import TopK, baselines, causal_blocks, select_blocks
+from seerattention.baselines import oracle_mass
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
 from seerattention.ops._shapes import Shape
@@ -120,6 +121,29 @@ def test_oracle(block_size: tuple[int, int], queries: int, keys: int) -> None:
     torch.testing.assert_close(actual, slow_pooled_map(q, k, block_size, scale=DIM**-0.5).log())
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (65, 65), (100, 100), (37, 139)])
+@pytest.mark.parametrize("block_size", [(32, 32), (16, 32), (32, 16)])
+def test_oracle_mass(
+    block_size: tuple[int, int], queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = inputs(queries, keys)
+    expected = torch.zeros(
+        q.shape[0], HEADS, num_blocks(queries, block_size[0]), num_blocks(keys, block_size[1])
+    )
+    for b in range(q.shape[0]):
+        for h in range(HEADS):
+            for r in range(queries):
+                logits = [float(q[b, h, r] @ key) / math.sqrt(DIM) for key in k[b, h // (HEADS // KV_HEADS)]]
+                weights = [math.exp(x) for x in logits[: keys - queries + r + 1]]
+                for c, weight in enumerate(weights):
+                    expected[b, h, r // block_size[0], c // block_size[1]] += weight / sum(weights)
+    scorer = baselines.create("oracle_mass", block_size=block_size)
+    for work in (oracle_mass.WORK_BYTES, 1, 4 * 2 * keys * block_size[0] * 2):
+        # One slice, one query block at a time, two at a time.
+        monkeypatch.setattr(oracle_mass, "WORK_BYTES", work)
+        torch.testing.assert_close(scores_of(scorer, q, k), expected.log())
+
+
 def test_streaming_takes_the_first_and_the_latest_blocks() -> None:
     q, k = inputs(640, 640)
     scorer = baselines.create("streaming", block_size=(64, 64))
@@ -167,7 +191,8 @@ def test_summaries_in_pieces_are_summaries_at_once(name: str) -> None:
 
 
 def test_found_by_name() -> None:
-    assert set(baselines.names()) >= {"meanpool", "oracle", "quest", "random", "streaming", "xattention"}
+    expected = "flexprefill meanpool minference oracle oracle_mass quest random streaming xattention"
+    assert baselines.names() == expected.split()
     with pytest.raises(ValueError, match=r"unknown baseline 'magic'; there are .*meanpool, .*xattention"):
         baselines.create("magic")
     with pytest.raises(ValueError, match="unknown baseline '__init__'"):

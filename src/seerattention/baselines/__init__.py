@@ -1,6 +1,8 @@
 """Other ways to rank blocks, as scorers: a comparison with the gate differs in one object.
 
-One file per method, found by its name; it defines ``create(**options) -> Scorer``.
+One file per method, found by its name; it defines ``create(**options) -> Scorer``. docs/method.md has
+a table of them. Dense attention is not among them: it differs in how much is read, not in what comes
+first, so it is the policy ``top_k:1`` with any scorer, or no scorer at all.
 """
 
 from __future__ import annotations

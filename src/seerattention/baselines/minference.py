@@ -1,0 +1,76 @@
+"""MInference: the vertical and slash lines that the last queries attend to, for all queries.
+
+A line is worth its summed attention weight over the last queries. The paper takes the best lines and
+reads every block that they cross; so a block is worth its best line here, and the policy's limit
+takes the place of the paper's numbers of lines, which it searches for offline, per head. Not part of
+the scores: the lines that the published code always adds, the first 30 keys and the latest 100
+diagonals. They are the policy's ``sink_blocks`` and ``local_blocks``.
+
+Source: MInference (arXiv 2407.02490), algorithm 2; details as in microsoft/MInference. Its other two
+patterns, A-shape and block-sparse, are given to heads by the offline search and left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seerattention.baselines._vertical_slash import TINY, estimate
+from seerattention.gate import pool_blocks
+
+
+@dataclass(frozen=True)
+class MInference:
+    """Score a block pair by the best of the vertical and slash lines that cross it.
+
+    The last queries are those of the call: a prompt given in pieces is estimated piece by piece.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block).
+        last_queries: Queries that the lines are estimated from.
+    """
+
+    block_size: tuple[int, int] = (64, 64)
+    last_queries: int = 64
+    after_rope = True
+
+    def __post_init__(self) -> None:
+        if self.last_queries < 1:
+            raise ValueError(f"last_queries must be at least 1, got {self.last_queries}")
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Keep the keys themselves."""
+        return k
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
+        """Return the log of each block's best line, fp32 ``[B, Hq, Nq, Nk]``."""
+        vertical, slash = estimate(q, k_blocks, self.last_queries)
+        columns = pool_blocks(vertical[..., None], self.block_size[1], ("max",)).mT
+        best = torch.maximum(_crossing(slash, q.shape[2], self.block_size), columns)
+        return best.clamp_min(TINY).log().masked_fill(~valid, -math.inf)
+
+
+def _crossing(slash: Tensor, queries: int, block_size: tuple[int, int]) -> Tensor:
+    """Best diagonal of every block pair: ``[B, H, Tk]`` by distance -> ``[B, H, Nq, Nk]``."""
+    block_q, block_k = block_size
+    keys = slash.shape[-1]
+    last_key = torch.arange(block_k - 1, keys + block_k - 1, block_k, device=slash.device)
+    whole = queries // block_q
+    out = []
+    # A short last query block meets fewer diagonals.
+    for first, rows, size in ((0, whole, block_q), (whole * block_q, 1, queries % block_q)):
+        if not rows or not size:
+            continue
+        width = size + block_k - 1
+        best = F.max_pool1d(F.pad(slash, (width, width)).flatten(0, 1), width, stride=1)
+        first_query = keys - queries + first + block_q * torch.arange(rows, device=slash.device)
+        nearest = first_query[:, None] - last_key[None, :]
+        out.append(best.unflatten(0, slash.shape[:2])[..., (nearest + width).clamp_min(0)])
+    return torch.cat(out, 2)
+
+
+create = MInference
