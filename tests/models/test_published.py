@@ -259,6 +259,20 @@ def test_weights_are_kept_as_stored(tmp_path, config, dtype):
         assert torch.equal(gates.state_dict()["layers.1.linear_q.weight"], expected)
 
 
+def test_loading_leaves_the_random_generator_alone_and_shares_no_memory(tmp_path):
+    weights = weights_of(prefill())
+    # The second layer's tensor is the first one's.
+    first, second = (KEY.format(i, "mask_linear_k") for i in (0, 1))
+    weights[second] = weights[first]
+    state = torch.get_rng_state()
+    gates = models.load_gates(write(tmp_path / "gates", prefill(), weights))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad and p.is_contiguous() and p.device.type == "cpu" for p in gates.parameters())
+    with torch.no_grad():
+        gates.layers["0"].linear_k.weight.zero_()
+    assert torch.equal(gates.layers["1"].linear_k.weight, weights[second])
+
+
 def test_weights_of_two_precisions_are_widened(tmp_path):
     weights = weights_of(decode(), torch.bfloat16)
     norm = KEY.format(0, "attngate_qnorm")
@@ -470,6 +484,11 @@ def test_queries_merged_in_another_layout_are_misshapen(tmp_path):
     assert "is [2, 32, 16], its configuration needs [2, 2, 16, 16]" in refusal(folder)
 
 
+def test_a_gate_too_large_for_memory_is_refused_before_it_is_made(tmp_path):
+    config = prefill() | {"seerattn_gate_hidden_size": 2**40}
+    assert "gate keys" in refusal(write(tmp_path / "gates", config, weights_of(prefill())))
+
+
 def test_settings_that_the_weights_contradict(tmp_path):
     weights = weights_of(prefill("forced"))
     folder = write(tmp_path / "gates", prefill(seerattn_gate_block_size=64), weights)
@@ -490,6 +509,7 @@ def test_settings_that_the_weights_contradict(tmp_path):
         ({"seerattn_gate_block_size": ...}, "it lacks 'seerattn_gate_block_size'"),
         ({"seerattn_gate_hidden_size": ...}, "it lacks 'seerattn_gate_hidden_size'"),
         ({"seerattn_gate_hidden_size": 15}, "even gate_dim, got 15"),
+        ({"seerattn_gate_hidden_size": "wide"}, "gate_dim must be a whole number >= 1, got 'wide'"),
         ({"base_model": ...}, "it lacks 'base_model'"),
         ({"base_model": 3}, "base_model must be the name of a model, got 3"),
         ({"base_model": ""}, "base_model must be the name of a model"),
@@ -548,6 +568,13 @@ def test_a_file_damaged_inside(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:200] + bytes(50) + whole[250:])
     refusal(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:`torch.jit")
+def test_a_program_of_torchscript(tmp_path):
+    folder = write(tmp_path / "gates", prefill())
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), folder / "attn_gate_weights.pth")
+    assert "is damaged or of another kind" in refusal(folder)
 
 
 @pytest.mark.parametrize(

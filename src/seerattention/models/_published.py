@@ -75,16 +75,21 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
             f"the settings of the published gates in {folder / 'config.json'} cannot be used: {reason}; "
             "download the gates again"
         ) from error
-    gates = Gates(gate, base, list(range(base.num_layers)), str(policy) if policy else None)
+    # Without memory until the file is known to fit.
+    with torch.device("meta"):
+        gates = Gates(gate, base, list(range(base.num_layers)), str(policy) if policy else None)
     keys = {(i, name): _key(kind, i, name) for i, one in gates.items() for name in one.state_dict()}
     shapes = {keys[i, n]: _shape(n, v, gate) for i, one in gates.items() for n, v in one.state_dict().items()}
     check_weights(file, weights, shapes)
-    gates.to(_dtype(weights))
+    dtype = _dtype(weights)
     for index, one in gates.items():
         # A group's query matrices lie one below the other, in the order its queries are concatenated in.
-        one.load_state_dict(
-            {name: weights[keys[index, name]].reshape(v.shape) for name, v in one.state_dict().items()}
-        )
+        # Copies, because tensors of a file may share memory.
+        own = {
+            name: weights[keys[index, name]].to(dtype).reshape(value.shape).clone().contiguous()
+            for name, value in one.state_dict().items()
+        }
+        one.load_state_dict(own, assign=True)
     return gates
 
 
@@ -204,7 +209,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} is truncated or damaged ({type(error).__name__}); download the gates again"
+            f"{file} is damaged or of another kind ({type(error).__name__}); download the gates again"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(
