@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -213,7 +213,8 @@ def attach(
             prefill sparse. By default what was measured on the device, or on the one most like it,
             decides by length and, where the policy knows it ahead, by density (`seerattention info`).
         observe: Called after every sparse layer with (layer, `AttentionCall`, `BlockSelection`).
-        check_base: Refuse gates whose base model's weights differ. Shapes are always checked.
+        check_base: Refuse gates whose base model's weights differ or, for published gates, which hold
+            nothing but its name, whose name does. Shapes are always checked.
 
     Returns:
         The same model.
@@ -256,9 +257,7 @@ def attach(
 
 def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_base: bool) -> None:
     actual = BaseInfo.of(model)
-    if not check_base:
-        actual = replace(actual, fingerprint=gates.base.fingerprint)
-    if differences := gates.base.differences(actual):
+    if differences := gates.base.differences(actual, identity=check_base):
         raise ValueError(
             f"these gates were made for {gates.base.name or 'an unnamed model'}, not for "
             f"{actual.name or 'this model'}: {'; '.join(differences)}. Load that model, or distil gates "

@@ -1,4 +1,7 @@
-"""Gates on disk: a folder with ``gates.safetensors`` and ``config.json``, written all or nothing."""
+"""Gates on disk: a folder with ``gates.safetensors`` and ``config.json``, written all or nothing.
+
+`load_gates` reads the published layout too; `_published` has it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from seerattention.gate import GateConfig
-from seerattention.models._gates import BaseInfo, Gates
+from seerattention.models._gates import KEY, BaseInfo, Gates, check_weights
+from seerattention.models._published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Policy, parse
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
 FORMAT = 1
-KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
 
 @contextmanager
@@ -109,7 +113,7 @@ def _local_folder(folder: str | Path) -> Path:
     if path.exists() or isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
         return path
     try:
-        return Path(snapshot_download(folder, allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(folder, allow_patterns=[WEIGHTS, CONFIG, PUBLISHED_WEIGHTS]))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
@@ -121,23 +125,43 @@ def load_gates(folder: str | Path) -> Gates:
     """Read gates from a folder or a hub id.
 
     Args:
-        folder: What `save_gates` wrote, here or on the hub.
+        folder: What `save_gates` wrote, or gates in the published layout (``config.json`` and
+            ``attn_gate_weights.pth``), here or on the hub.
 
     Returns:
         The gates on the CPU, in the precision they were saved in.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or keys or shapes are not those of its configuration.
+        ValueError: If a file is damaged, or keys or shapes are not those of its configuration. Code in
+            a published file is refused unexecuted.
     """
     path = _local_folder(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"{path} holds no {name}; give a folder written by save_gates, or a hub id of one"
-            )
+    _require(path, CONFIG)
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return read_published(path, config) if is_published(config) else _read(path, config)
+
+
+def _require(path: Path, name: str) -> None:
+    if not (path / name).is_file():
+        raise FileNotFoundError(
+            f"{path} holds no {name}; give a folder written by save_gates, or a hub id of one"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path / CONFIG} is damaged ({type(error).__name__}: {error}); save or download the gates again"
+    )
+
+
+def _read(path: Path, config: Any) -> Gates:
+    """Read what `save_gates` wrote, its configuration already read."""
+    _require(path, WEIGHTS)
+    try:
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']!r}, this version reads {FORMAT}")
         gate_config = GateConfig.from_dict(config["gate"])
@@ -145,9 +169,7 @@ def load_gates(folder: str | Path) -> Gates:
         layers = [int(i) for i in config["layers"]]
         policy = config["policy"] and str(parse(config["policy"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path / CONFIG} is damaged ({type(error).__name__}: {error}); save or download the gates again"
-        ) from error
+        raise _damaged(path, error) from error
     try:
         weights = load_file(path / WEIGHTS)
     except SafetensorError as error:
@@ -155,21 +177,12 @@ def load_gates(folder: str | Path) -> Gates:
             f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
         ) from error
     gates = Gates(gate_config, base, layers, policy)
-    expected = {
-        KEY.format(i, name): value for i, gate in gates.items() for name, value in gate.state_dict().items()
+    shapes = {
+        KEY.format(i, name): tuple(value.shape)
+        for i, gate in gates.items()
+        for name, value in gate.state_dict().items()
     }
-    for what, keys in (("missing", set(expected) - set(weights)), ("extra", set(weights) - set(expected))):
-        if keys:
-            raise ValueError(
-                f"{path / WEIGHTS} has {len(keys)} {what} gate keys, the first is {min(keys)}; "
-                "save or download the gates again"
-            )
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            raise ValueError(
-                f"{key} in {path / WEIGHTS} is {list(weights[key].shape)}, "
-                f"its configuration needs {list(value.shape)}; save or download the gates again"
-            )
+    check_weights(path / WEIGHTS, weights, shapes)
     for index, gate in gates.items():
         gate.to(next(iter(weights.values())).dtype)
         gate.load_state_dict({n: weights[KEY.format(index, n)] for n in gate.state_dict()})

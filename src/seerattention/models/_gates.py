@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.gate import AttnGate, GateConfig, Rotary
 from seerattention.models._family import attention_layers, family_of, full_attention_layers
+
+#: Key of a gate's parameter in a file: layer and the parameter's name.
+KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
 #: Values per parameter that go into the fingerprint.
 FINGERPRINT_SAMPLES = 256
@@ -35,7 +40,8 @@ class BaseInfo:
         head_dim: Dimension of a head.
         fingerprint: SHA-256 over samples of the attention weights, rounded so that a model stored in
             bfloat16 or float16 has the same fingerprint whatever precision it is loaded in; one stored
-            in float32, in float32 and bfloat16.
+            in float32, in float32 and bfloat16. Empty where nothing but a name is known, as of published
+            gates.
     """
 
     name: str
@@ -65,17 +71,36 @@ class BaseInfo:
         """Return the description as plain JSON types."""
         return asdict(self)
 
-    def differences(self, other: BaseInfo) -> list[str]:
-        """Return what differs from ``other`` that gates depend on, one phrase each."""
+    def differences(self, other: BaseInfo, *, identity: bool = True) -> list[str]:
+        """Return what differs from ``other`` that gates depend on, one phrase each.
+
+        Args:
+            other: The model at hand.
+            identity: Compare the weights too or, where a fingerprint is not known, the last parts of
+                the names; without, the shapes alone.
+        """
         shape = ("model_type", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         found = [
             f"{field} is {getattr(other, field)}, not {getattr(self, field)}"
             for field in shape
             if getattr(self, field) != getattr(other, field)
         ]
-        if not found and self.fingerprint != other.fingerprint:
-            found.append("its attention weights differ (fingerprint)")
-        return found
+        if found or not identity:
+            return found
+        if self.fingerprint and other.fingerprint:
+            same = self.fingerprint == other.fingerprint
+            return [] if same else ["its attention weights differ (fingerprint)"]
+        mine, others = _last_part(self.name), _last_part(other.name)
+        if mine and others and mine.casefold() != others.casefold():
+            return [f"its name is {others}, not {mine}, and nothing but the name is known"]
+        return []
+
+
+def _last_part(name: str) -> str:
+    """Return the last part of a hub id or a folder; for a folder in the hub's cache, of its hub id."""
+    if cached := re.search(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", name):
+        return cached[1]
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -115,6 +140,31 @@ def base_checksum(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(parameter.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights whose keys or shapes are not exactly those expected.
+
+    Args:
+        file: Where they were read, for the message.
+        weights: Tensors by key.
+        shapes: The shape of every key that must be there.
+
+    Raises:
+        ValueError: If a key is missing, extra or misshapen.
+    """
+    for what, keys in (("missing", set(shapes) - set(weights)), ("extra", set(weights) - set(shapes))):
+        if keys:
+            raise ValueError(
+                f"{file} has {len(keys)} {what} gate keys, the first is {min(keys)}; "
+                "save or download the gates again"
+            )
+    for key, shape in shapes.items():
+        if tuple(weights[key].shape) != tuple(shape):
+            raise ValueError(
+                f"{key} in {file} is {list(weights[key].shape)}, its configuration needs {list(shape)}; "
+                "save or download the gates again"
+            )
 
 
 class Gates(nn.Module):

@@ -51,6 +51,7 @@ CASES = (
     _case("published", 600, published=True, heads=4, kv_heads=2),
     _case("batch", 300, batch=3, gate=WHOLE, heads=4, kv_heads=2),
     _case("one-score-per-kv-head", 500, gate={**WHOLE, "per_kv_head": True}, heads=4, kv_heads=2),
+    _case("every-query", 200, gate={**WHOLE, "q_sub_block": 1, "per_kv_head": True}, heads=4, kv_heads=2),
     _case("uneven-sub-blocks", 330, gate={"q_sub_block": 32, "k_sub_block": 16}),
     _case("later-chunk", 128, 1000, gate=SIXTEEN),
     _case("unaligned-chunk", 77, 431, gate=SIXTEEN),
