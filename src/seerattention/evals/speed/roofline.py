@@ -55,7 +55,9 @@ def _panel(axis: Any, report: dict[str, Any], tokens: int, block: int, colours: 
         rate = l2_tflops(limits["l2_tbs"], block, ELEMENT_SIZES[report["dtype"]])
         # Far above the matrix rate it limits nothing and would flatten the picture.
         if rate < 2 * limits["matmul_tflops"]:
-            axis.axhline(rate, color="#9a6700", linewidth=1, linestyle="-.", label="L2 reads (sums), no sharing")
+            axis.axhline(
+                rate, color="#9a6700", linewidth=1, linestyle="-.", label="L2 reads (sums), no sharing"
+            )
     for dense, style in zip((r for r in rows if r["kind"] == "dense"), ("--", ":"), strict=False):
         axis.axhline(
             dense["tflops"], color=COLOURS["dense"], linestyle=style, linewidth=1, label=dense["backend"]
