@@ -33,6 +33,8 @@ def seer_attention(
     k_blocks: Tensor,
     positions: Tensor,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, BlockSelection]:
     """Compute causal attention over the blocks that a scorer and a policy choose.
@@ -47,11 +49,15 @@ def seer_attention(
         k_blocks: The keys' summaries, from ``scorer.compress``.
         positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
         scale: Softmax scale; default ``D ** -0.5``.
+        softcap: See `block_sparse_attention`.
+        sinks: See `block_sparse_attention`.
         backend: A backend of `block_sparse_attention`.
 
     Returns:
         The output ``[B, Hq, Tq, D]`` and the blocks that were read.
     """
     selection = select_blocks(q_scored, k_blocks, scorer, policy, positions=positions, num_keys=k.shape[2])
-    out = block_sparse_attention(q, k, v, selection, scale=scale, backend=backend)
+    out = block_sparse_attention(
+        q, k, v, selection, scale=scale, softcap=softcap, sinks=sinks, backend=backend
+    )
     return out, selection

@@ -120,7 +120,7 @@ def test_a_family_without_a_file_is_refused_by_name(text, tmp_path):
     result = distil(tmp_path / "m", text, tmp_path / "out", "--length", 1)
     assert result.exit_code == 2
     assert "'gpt2'" in result.output
-    assert "llama, mistral, qwen2, qwen3" in " ".join(result.output.split())
+    assert "llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3" in " ".join(result.output.split())
 
 
 def test_info_lists_backends_with_reasons_and_explains_a_model(base):

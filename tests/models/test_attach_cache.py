@@ -199,7 +199,7 @@ def test_decoded_tokens_are_summarised_too(tiny):
 
     def keep(call):
         at_once[call.layer] = gate.compress(call.k_nope, positions=call.positions)
-        return models._call.dense_attention(call.q, call.k, call.v, scale=call.scale)
+        return call.dense()
 
     with models.intercept(case.model, keep):
         tiny.logits(case.model, ids)

@@ -10,7 +10,23 @@ from seerattention import models
 
 
 def test_families_are_the_ones_promised():
-    assert models.families() == ["llama", "mistral", "qwen2", "qwen3"]
+    assert models.families() == [
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "olmo3",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    ]
+    assert list(models.refused()) == ["deepseek_v2", "deepseek_v3", "llama4_text"]
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 150])
@@ -133,10 +149,20 @@ def test_bfloat16(tiny, kind):
     tiny.assert_as_close(tiny.logits(model, ids), dense, gold)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("mixed", "implementation"),
+    [
+        ("qwen2-mixed", "eager"),
+        ("qwen2-mixed", "sdpa"),
+        ("olmo3", "sdpa"),
+        ("gemma2", "eager"),
+        ("gemma3_text", "sdpa"),
+        ("gpt_oss", "eager"),
+    ],
+)
 @pytest.mark.parametrize("static", [False, True])
-def test_sliding_layers_stay_as_they_are(tiny, implementation, static):
-    model, ids = tiny.make("qwen2-mixed"), tiny.tokens(2, 90)
+def test_sliding_layers_stay_as_they_are(tiny, mixed, implementation, static):
+    model, ids = tiny.make(mixed), tiny.tokens(2, 90)
     model.set_attn_implementation(implementation)
     inputs = {"max_new_tokens": 4, "do_sample": False} | (
         {"cache_implementation": "static"} if static else {}

@@ -39,6 +39,8 @@ def state(model):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_detach_leaves_the_model_as_it_was(tiny, kind, implementation):
     model, ids = tiny.make(kind), tiny.tokens(2, 50)
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip("transformers has no sdpa for it")
     model.set_attn_implementation(implementation)
     before, dense, checksum = state(model), tiny.logits(model, ids), models.base_checksum(model)
     assert models.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0) is model
@@ -65,7 +67,7 @@ def test_gates_are_child_modules(tiny, kind):
         for i in layers
         for name in ("linear_q", "linear_k")
     }
-    assert layers == ([0, 2] if kind == "qwen2-mixed" else [0, 1])
+    assert layers == tiny.full_layers(model)
 
 
 def test_attaching_again_replaces(tiny):

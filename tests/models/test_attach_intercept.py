@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from seerattention import models
-from seerattention.models._call import dense_attention
 
 
 def dense(call):
-    return dense_attention(call.q, call.k, call.v, scale=call.scale)
+    return call.dense()
 
 
 def test_plain_model(tiny, kind):
@@ -25,7 +24,7 @@ def test_plain_model(tiny, kind):
         assert not models.attached(model)
         assert list(model.state_dict()) == keys
         tiny.assert_as_close(tiny.logits(model, ids), before, gold)
-    assert layers == ([0, 2] if kind == "qwen2-mixed" else [0, 1])
+    assert layers == tiny.full_layers(model)
     assert torch.equal(tiny.logits(model, ids), before)
     assert "_seerattention_runtime" not in vars(model)
 

@@ -54,7 +54,14 @@ def test_layer_equals_its_slow_computation(tiny, kind, length):
         )
         captured[call.layer] = selection
         return block_sparse_attention(
-            call.q, call.k, call.v, selection, scale=call.scale, backend="reference"
+            call.q,
+            call.k,
+            call.v,
+            selection,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            backend="reference",
         )
 
     result = tiny.logits(model, ids)
@@ -73,16 +80,16 @@ def test_q_and_k_are_those_before_rope(tiny, kind):
 
     def handler(call):
         calls.append(call)
-        return models._call.dense_attention(call.q, call.k, call.v, scale=call.scale)
+        return call.dense()
 
     with models.intercept(model, handler):
         tiny.logits(model, ids)
-    cos, sin = model.model.rotary_emb(calls[0].q, torch.arange(30)[None])
+    order = torch.tensor(tiny.order(model))
     for call in calls:
         for before, after in ((call.q_nope, call.q), (call.k_nope, call.k)):
-            half = before.shape[-1] // 2
-            turned = torch.cat([-before[..., half:], before[..., :half]], -1)
-            assert torch.equal(before * cos[:, None] + turned * sin[:, None], after)
+            assert torch.equal(
+                tiny.rotated(model, call.layer, before[..., order.argsort()], torch.arange(30)[None]), after
+            )
 
 
 def test_unselected_keys_and_values_do_not_matter(tiny):

@@ -15,14 +15,19 @@ def loaded(model, folder, dtype):
     return type(model).from_pretrained(folder, dtype=dtype)
 
 
+def projection(model, layer):
+    attention = model.model.layers[layer].self_attn
+    return attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_fingerprint_does_not_depend_on_the_loaded_dtype(tiny, family, tmp_path, stored, dtype):
     model = tiny.make(family)
     with torch.no_grad():
         # Values that float16 holds with fewer bits than bfloat16, or not at all.
-        model.model.layers[0].self_attn.q_proj.weight[:8] *= 1e-4
-        model.model.layers[1].self_attn.k_proj.weight[:8] *= 1e-7
+        projection(model, 0).weight[:8] *= 1e-4
+        projection(model, 1).weight[-8:] *= 1e-7
     model.to(stored)
     expected = models.BaseInfo.of(model).fingerprint
     assert models.BaseInfo.of(loaded(model, tmp_path, dtype)).fingerprint == expected
@@ -41,10 +46,10 @@ def test_fingerprint_tells_models_apart(tiny, family):
     own = models.BaseInfo.of(model).fingerprint
     assert models.BaseInfo.of(tiny.make(family)).fingerprint == own
     assert models.BaseInfo.of(tiny.make(family, seed=1)).fingerprint != own
-    for layer, name in ((0, "q_proj"), (1, "o_proj")):
+    for part in (lambda model: projection(model, 0), lambda model: model.model.layers[1].self_attn.o_proj):
         tuned = tiny.make(family)
         with torch.no_grad():
-            getattr(tuned.model.layers[layer].self_attn, name).weight.mul_(1.02)
+            part(tuned).weight.mul_(1.02)
         assert models.BaseInfo.of(tuned).fingerprint != own
 
 
@@ -103,10 +108,9 @@ def test_gates_rotate_like_the_model(tiny, kind):
     gate = dict(tiny.gates_for(model).items())[0]
     positions = torch.tensor([0, 16, 48, 400])
     x = torch.randn(2, 4, 4, gate.config.dim)
-    cos, sin = model.model.rotary_emb(x, positions[None])
-    half = gate.config.dim // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    assert torch.equal(gate.rotate(x, positions), x * cos[:, None] + turned * sin[:, None])
+    expected = tiny.rotated(model, 0, x, positions[None])
+    order = tiny.order(model)
+    assert torch.equal(gate.rotate(x[..., order], positions), expected[..., order])
 
 
 def test_scaled_rope_is_not_plain_rope(tiny):
@@ -149,7 +153,7 @@ def test_a_family_is_one_file(tiny, tmp_path, monkeypatch):
         "    return attention.q_proj, attention.k_proj\n"
     )
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
-    assert models.families() == ["cousin", "llama", "mistral", "qwen2", "qwen3"]
+    assert "cousin" in models.families()
     dense, gold = tiny.logits(model, ids), tiny.gold_logits(model, ids)
     gates = tiny.gates_for(model)
     assert gates.base.model_type == "cousin"

@@ -70,7 +70,7 @@ def support() -> list[Support]:
 
 def markdown() -> str:
     """Return the support of this installation as Markdown, for the README."""
-    from seerattention.models import families
+    from seerattention.models import families, refused
     from seerattention.policies import policies
 
     by_backend: dict[tuple[str, str], list[Support]] = {}
@@ -83,6 +83,11 @@ def markdown() -> str:
     lines += [
         "",
         f"Model families: {', '.join(families())}.",
+        "",
+        "| refused family | why |",
+        "|---|---|",
+        *(f"| {name} | {reason} |" for name, reason in refused().items()),
+        "",
         "Policies: " + ", ".join(f"`{n}:<{p.value_name()}>`" for n, p in sorted(policies().items())) + ".",
     ]
     return "\n".join(lines)
@@ -158,7 +163,7 @@ def run(
 
     from seerattention.baselines import names
     from seerattention.evals.versions import versions
-    from seerattention.models import families
+    from seerattention.models import families, refused
     from seerattention.policies import policies
 
     console = Console()
@@ -169,6 +174,8 @@ def run(
         table.add_row(row.op, row.backend, row.device, row.dtype, runs)
     console.print(table)
     console.print(f"model families   {', '.join(families())}", highlight=False)
+    for name, reason in refused().items():
+        console.print(f"{'':<17}not {name}: {reason}", highlight=False)
     forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(policies().items()))
     console.print(f"policies         {forms}", highlight=False, markup=False)
     console.print(f"baselines        {', '.join(names())}", highlight=False)

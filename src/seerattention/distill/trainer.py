@@ -178,6 +178,11 @@ class Distiller:
         recalls: list[float] = []
 
         def learn(call: AttentionCall) -> Tensor:
+            if call.softcap is not None or call.sinks is not None:
+                raise NotImplementedError(
+                    "gates cannot be distilled from attention with a soft-cap or sinks yet: pooled_attention "
+                    "computes neither; attach a baseline instead"
+                )
             gate = by_layer[call.layer]
             size, length = gate.block_size, call.q.shape[2]
             out, target = pooled_attention(call.q, call.k, call.v, size, scale=call.scale)

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from seerattention.models import AttentionCall, Gates, intercept
-from seerattention.models._call import dense_attention
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
 
@@ -78,7 +77,7 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
                     "selected": chosen[0, head % chosen.shape[1]].numpy(),
                 }
             )
-        return dense_attention(call.q, call.k, call.v, scale=call.scale)
+        return call.dense()
 
     with intercept(model, handler):
         ids = torch.from_numpy(np.ascontiguousarray(tokens))[None]

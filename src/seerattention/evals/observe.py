@@ -47,9 +47,12 @@ class Watch:
         query = torch.linspace(0, tokens_q - 1, self.rows, device=call.q.device).long()
         grouped = call.q[:, :, query].unflatten(1, (call.k.shape[1], -1)).float()
         scores = grouped @ call.k.float().mT.unsqueeze(2) * call.scale
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
         position = tokens_k - tokens_q + query
         columns = torch.arange(tokens_k, device=query.device)
         scores.masked_fill_(columns > position[:, None], float("-inf"))
+        # Without sinks: mass that no key can have is no loss.
         share = torch.softmax(scores.flatten(1, 2), -1)
         blocks = selection.to_mask()[:, :, query // selection.block_size[0]]
         read = blocks.repeat_interleave(selection.block_size[1], -1)[..., :tokens_k]

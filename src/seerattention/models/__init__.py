@@ -16,6 +16,7 @@ from seerattention.models._call import AttentionCall as AttentionCall
 from seerattention.models._checkpoint import load_gates as load_gates
 from seerattention.models._checkpoint import save_gates as save_gates
 from seerattention.models._family import families as families
+from seerattention.models._family import refused as refused
 from seerattention.models._gates import BaseInfo as BaseInfo
 from seerattention.models._gates import Gates as Gates
 from seerattention.models._gates import base_checksum as base_checksum

@@ -14,8 +14,8 @@ from transformers.masking_utils import flash_attention_mask
 
 from seerattention.gate import Scorer
 from seerattention.models._call import AttentionCall, Handler, dense_attention, real_tokens
-from seerattention.models._family import attention_layers, family_of, full_attention_layers
-from seerattention.models._gates import BaseInfo, Gates, head_dim_of
+from seerattention.models._family import Tap, attention_layers, family_of, full_attention_layers
+from seerattention.models._gates import BaseInfo, Gates, head_dim_of, head_order
 from seerattention.models._sparse import Observer, SparsePrefill
 from seerattention.policies import Policy, parse
 
@@ -23,29 +23,44 @@ from seerattention.policies import Policy, parse
 NAME = "seerattention"
 
 
-class _Tap:
+class _Taps:
     """What one attention module hands over during a call: q and k before RoPE, and its KV cache."""
 
-    def __init__(self, runtime: _Runtime, layer: int, head_dim: int) -> None:
+    def __init__(
+        self, runtime: _Runtime, layer: int, of_q: Tap, of_k: Tap, head_dim: int, order: Tensor | None
+    ) -> None:
         self.runtime = runtime
         self.layer = layer
+        self.of_q = of_q
+        self.of_k = of_k
         self.head_dim = head_dim
+        self.order = order
         self.q: Tensor | None = None
         self.k: Tensor | None = None
         self.cache: Any = None
 
-    # Bound methods, not closures: a deep copy of the model then hands over to its own copy of the tap.
+    # Bound methods, not closures: a deep copy of the model then hands over to its own copy of the taps.
     def keep_q(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the module whose output is q before RoPE."""
-        self.q = self._by_head(output)
+        self.q = self._by_head(output, self.of_q)
 
     def keep_k(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the module whose output is k before RoPE."""
-        self.k = self._by_head(output)
+        self.k = self._by_head(output, self.of_k)
 
-    def _by_head(self, output: Tensor) -> Tensor:
-        """Return ``[B, T, H * D]`` or ``[B, T, H, D]`` as ``[B, H, T, D]``."""
-        return (output if output.dim() == 4 else output.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+    def _by_head(self, output: Tensor, tap: Tap) -> Tensor:
+        """Return a tapped output as ``[B, H, T, D]``, its values in the order in which gates rotate them."""
+        if tap.columns is not None:
+            output = output[..., tap.columns]
+        if output.dim() == 3:
+            output = output.unflatten(-1, (-1, self.head_dim))
+        if not tap.heads_first:
+            output = output.transpose(1, 2)
+        if self.order is None:
+            return output
+        if self.order.device != output.device:
+            self.order = self.order.to(output.device)
+        return output[..., self.order]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: remember its KV cache."""
@@ -92,6 +107,8 @@ def _attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
@@ -100,18 +117,20 @@ def _attention_forward(
             f"attention dropout ({dropout}) is not supported; set attention_dropout=0 or call model.eval()"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tap: _Tap = module.__dict__["_seerattention_tap"]
-    q_nope, k_nope, cache = tap.take()
-    if cache is not None and (seen := int(cache.get_seq_length(tap.layer))) < key.shape[2]:
+    taps: _Taps = module.__dict__["_seerattention_taps"]
+    q_nope, k_nope, cache = taps.take()
+    if cache is not None and (seen := int(cache.get_seq_length(taps.layer))) < key.shape[2]:
         # A static cache hands over its whole buffer.
         key, value = key[:, :, :seen], value[:, :, :seen]
         attention_mask = None if attention_mask is None else attention_mask[:, :seen]
 
     def compute(q: Tensor, k: Tensor, v: Tensor, qn: Tensor, kn: Tensor, slot: int | None) -> Tensor:
         if sliding_window is not None:
-            return dense_attention(q, k, v, scale=scale, window=sliding_window)
+            return dense_attention(q, k, v, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
         positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        return tap.runtime.handler(AttentionCall(tap.layer, q, k, v, qn, kn, positions, scale, slot, cache))
+        return taps.runtime.handler(
+            AttentionCall(taps.layer, q, k, v, qn, kn, positions, scale, slot, cache, softcap, s_aux)
+        )
 
     rows = real_tokens(attention_mask, query.shape[2], key.shape[2])
     if rows is None:
@@ -150,19 +169,21 @@ def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
     family = family_of(model)
     # Whatever can fail comes first, so that a failure leaves the model as it was.
     tapped = {i: (attention, *family.taps(attention)) for i, attention in attention_layers(model).items()}
+    order = head_order(model)
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
     runtime = _Runtime(handler, model.config._attn_implementation)
     head_dim = head_dim_of(model.config.get_text_config())
     model.set_attn_implementation(NAME)
     for index, (attention, q, k) in tapped.items():
-        tap = _Tap(runtime, index, head_dim)
+        of_q, of_k = (tap if isinstance(tap, Tap) else Tap(tap) for tap in (q, k))
+        taps = _Taps(runtime, index, of_q, of_k, head_dim, order)
         runtime.hooks += [
-            q.register_forward_hook(tap.keep_q),
-            k.register_forward_hook(tap.keep_k),
-            attention.register_forward_pre_hook(tap.before, with_kwargs=True),
+            of_q.module.register_forward_hook(taps.keep_q),
+            of_k.module.register_forward_hook(taps.keep_k),
+            attention.register_forward_pre_hook(taps.before, with_kwargs=True),
         ]
-        attention.__dict__["_seerattention_tap"] = tap
+        attention.__dict__["_seerattention_taps"] = taps
         runtime.modules.append(attention)
     # The decoder, because it can be called without its head.
     runtime.hooks.append(model.get_decoder().register_forward_pre_hook(_refuse, with_kwargs=True))
@@ -175,7 +196,7 @@ def _uninstall(model: PreTrainedModel) -> None:
     for hook in runtime.hooks:
         hook.remove()
     for attention in runtime.modules:
-        del attention.__dict__["_seerattention_tap"]
+        del attention.__dict__["_seerattention_taps"]
         if "attn_gate" in attention._modules:
             del attention.attn_gate
     model.set_attn_implementation(runtime.previous_attention)

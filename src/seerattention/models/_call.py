@@ -24,6 +24,9 @@ CUDNN_FIRST = [
 #: Query tokens per slice where causal attention with more keys than queries needs an explicit mask.
 MASKED_ROWS = 512
 
+#: Bytes of scores that dense attention with a soft-cap or sinks holds at once.
+EXPLICIT_BYTES = 2**28
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -40,6 +43,8 @@ class AttentionCall:
         scale: Softmax scale.
         slot: Which summaries belong to these sequences: a row of a padded batch, or None.
         cache: The model's KV cache, or None.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them alone.
+        sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only, or None.
     """
 
     layer: int
@@ -52,13 +57,30 @@ class AttentionCall:
     scale: float
     slot: int | None = None
     cache: Any = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Return what dense attention computes, ``[B, Hq, Tq, D]``."""
+        return dense_attention(
+            self.q, self.k, self.v, scale=self.scale, softcap=self.softcap, sinks=self.sinks
+        )
 
 
 #: Computes the output ``[B, Hq, Tq, D]`` of an attention layer.
 Handler = Callable[[AttentionCall], Tensor]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal attention of the last ``Tq`` of ``Tk`` tokens, each seeing the ``window`` latest keys.
 
     Args:
@@ -67,6 +89,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
         v: ``[B, Hk, Tk, D]``.
         scale: Softmax scale.
         window: Keys that a query sees, its own included; default all.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; default as they are.
+        sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only.
 
     Returns:
         ``[B, Hq, Tq, D]``.
@@ -75,14 +99,16 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     if window is not None and window >= k.shape[2]:
         window = None
     gqa = q.shape[1] != k.shape[1]
-    if window is None and (past == 0 or q.shape[2] == 1):
+    plain = softcap is None and sinks is None
+    if plain and window is None and (past == 0 or q.shape[2] == 1):
         causal = q.shape[2] > 1
         if q.is_cuda and causal and (least := cudnn_from()) is not None and q.shape[2] >= least:
             return cudnn_first(q, k, v, scale=scale)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
     outs = []
-    for start in range(0, q.shape[2], MASKED_ROWS):
-        part = q[:, :, start : start + MASKED_ROWS]
+    step = MASKED_ROWS if plain else _explicit_rows(q, k)
+    for start in range(0, q.shape[2], step):
+        part = q[:, :, start : start + step]
         first = past + start
         end = first + part.shape[2]
         begin = 0 if window is None else max(0, first - window + 1)
@@ -91,12 +117,45 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
-        outs.append(
-            F.scaled_dot_product_attention(
-                part, k[:, :, begin:end], v[:, :, begin:end], attn_mask=mask, scale=scale, enable_gqa=gqa
+        keys, values = k[:, :, begin:end], v[:, :, begin:end]
+        if plain:
+            out = F.scaled_dot_product_attention(
+                part, keys, values, attn_mask=mask, scale=scale, enable_gqa=gqa
             )
-        )
+        else:
+            out = _explicit(part, keys, values, mask, scale, softcap, sinks)
+        outs.append(out)
     return torch.cat(outs, 2)
+
+
+def _explicit_rows(q: Tensor, k: Tensor) -> int:
+    """Return how many query tokens' scores `_explicit` may hold at once."""
+    row_bytes = 4 * q.shape[0] * q.shape[1] * k.shape[2]
+    return max(1, min(MASKED_ROWS, EXPLICIT_BYTES // row_bytes))
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention by its scores, for what torch's kernels lack: soft-capped scores and sinks."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.unflatten(1, (k.shape[1], -1)) @ k.mT.unsqueeze(2)).to(exact) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf")).flatten(1, 2)
+    if sinks is None:
+        shares = scores.softmax(-1)
+    else:
+        column = sinks.to(exact)[:, None, None].expand(*scores.shape[:-1], 1)
+        shares = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    shares = shares.to(v.dtype).unflatten(1, (k.shape[1], -1))
+    return (shares @ v.unsqueeze(2)).flatten(1, 2)
 
 
 def cudnn_first(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

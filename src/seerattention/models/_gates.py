@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -193,12 +194,14 @@ class Gates(nn.Module):
             yield int(index), gate
 
     def use_rotary_of(self, model: PreTrainedModel) -> None:
-        """Let every gate rotate with the model's own rotary code, RoPE scaling included."""
+        """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included."""
         if not self.config.rope:
             return
+        family, config = family_of(model), model.config.get_text_config()
         rotary = model_rotary(model, self.config.dim)
-        for _, gate in self.items():
-            gate.use_rotary(rotary)
+        for index, gate in self.items():
+            turns = not hasattr(family, "rotates") or family.rotates(config, index)
+            gate.use_rotary(rotary if turns else _no_rotation(self.config.dim))
 
 
 def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
@@ -224,28 +227,78 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     return gates.to(model.device)
 
 
+def _no_rotation(dim: int) -> Rotary:
+    """Return angles of zero, for the gates of layers without a rotary embedding."""
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos = torch.ones(*positions.shape, dim, device=positions.device)
+        return cos, torch.zeros_like(cos)
+
+    return rotary
+
+
+def _rotary_module(model: PreTrainedModel) -> nn.Module | None:
+    # A vision tower of the same model may have one of its own.
+    modules = model.get_decoder().named_modules()
+    return next((m for n, m in modules if n.endswith("rotary_emb")), None)
+
+
+def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
+    """Return what a rotary module with frequencies per kind of layer must be told: the kind with gates."""
+    return () if hasattr(rotary, "inv_freq") else ("full_attention",)
+
+
+def _frequencies(rotary: nn.Module) -> int:
+    """Return how many pairs of values a rotary module turns."""
+    return rotary.get_buffer("_".join((*_kind_of_layer(rotary), "inv_freq"))).shape[-1]
+
+
+def head_order(model: PreTrainedModel) -> Tensor | None:
+    """Return the order of a head's values in which gates see q and k (`Family.order`), or None for as is."""
+    family, rotary = family_of(model), _rotary_module(model)
+    if rotary is None or not hasattr(family, "order"):
+        return None
+    head_dim = head_dim_of(model.config.get_text_config())
+    order = family.order(head_dim, 2 * _frequencies(rotary))
+    return None if order == list(range(head_dim)) else torch.tensor(order)
+
+
 def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
     """Return the model's rotary code as a function of positions, for vectors of ``dim`` values.
 
+    Where the model rotates only part of a head, the other values' angles are zero; `head_order` puts
+    them where they belong.
+
     Raises:
-        NotImplementedError: If the model has no rotary module, or rotates only part of a head.
+        NotImplementedError: If the model has no rotary module, or rotates only part of a head and its
+            family does not say which.
     """
-    found = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
+    found = _rotary_module(model)
     if found is None:
         raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
     config = model.config.get_text_config()
     if dim != head_dim_of(config):
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            raise NotImplementedError(
+                f"longrope has a factor for every pair of a head's values, so gate_dim must be "
+                f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope=False)"
+            )
         narrower = copy.deepcopy(config)
         narrower.head_dim = dim
         found = type(found)(narrower).to(model.device)  # type: ignore[call-arg]
-    if (rotated := 2 * found.get_buffer("inv_freq").shape[-1]) != dim:
+    turned = _frequencies(found)
+    if 2 * turned != dim and not hasattr(family_of(model), "order"):
         raise NotImplementedError(
-            f"{type(model).__name__} rotates {rotated} of {dim} values of a head; partial rotary embeddings "
-            "are not supported yet, use GateConfig(rope=False)"
+            f"{type(model).__name__} rotates {2 * turned} of {dim} values of a head, and its family's file "
+            "defines no order() for that; use GateConfig(rope=False)"
         )
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return found(like, positions)
+        # Some modules return every angle twice, others once.
+        cos, sin = (x[..., :turned] for x in found(like, positions, *_kind_of_layer(found)))
+        still = dim // 2 - turned
+        cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
     return rotary

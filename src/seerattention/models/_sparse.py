@@ -11,7 +11,7 @@ from torch import Tensor
 from seerattention.attention import seer_attention
 from seerattention.cache import KeySummaries
 from seerattention.gate import Scorer
-from seerattention.models._call import AttentionCall, dense_attention
+from seerattention.models._call import AttentionCall
 from seerattention.models._crossover import crossover
 from seerattention.policies import Policy
 from seerattention.selection import BlockSelection, num_blocks
@@ -59,7 +59,7 @@ class SparsePrefill:
             reason = "dense: the KV cache holds keys not summarised here (filled before attach, or changed)"
         self.usage[reason or "sparse"] += 1
         if reason:
-            return dense_attention(call.q, call.k, call.v, scale=call.scale)
+            return call.dense()
         if summaries is None:
             positions = torch.arange(call.k.shape[2], device=call.k.device)
             k_blocks = scorer.compress(call.k, positions=positions)
@@ -75,6 +75,8 @@ class SparsePrefill:
             k_blocks=k_blocks,
             positions=call.positions,
             scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
             backend=self.backend,
         )
         if self.observe is not None:

@@ -167,7 +167,6 @@ def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
     """
     from seerattention.evals import bundled
     from seerattention.models import AttentionCall, intercept
-    from seerattention.models._call import dense_attention
 
     model, tokenizer = bundled.load_teacher()
     # pyright takes the argument for self (transformers' `to` is decorated).
@@ -179,7 +178,7 @@ def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
     def handler(call: AttentionCall) -> Tensor:
         scores = by_layer[call.layer](call.q_nope, call.k_nope, positions=call.positions)
         found.append(scores[0].unflatten(0, (call.k.shape[1], -1)))
-        return dense_attention(call.q, call.k, call.v, scale=call.scale)
+        return call.dense()
 
     ids = torch.from_numpy(bundled.text_tokens(tokenizer)[1][:tokens].copy())[None].to(device)
     with intercept(model, handler):

@@ -1,0 +1,11 @@
+"""gpt_oss: q and k before the rotary embedding are the outputs of ``q_proj`` and ``k_proj``.
+
+Its sinks come with every call of the attention function.
+"""
+
+from torch import nn
+
+
+def taps(attention: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the modules whose outputs are q and k before the rotary embedding."""
+    return attention.q_proj, attention.k_proj  # type: ignore[return-value]
