@@ -92,8 +92,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
     if selection.block_size[1] not in BLOCKS_K:
         allowed = ", ".join(map(str, BLOCKS_K))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
-    for name, x in {"q": q, "k": k, "v": v, "selection.bits": selection.bits}.items():
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
+    tensors = {"q": q, "k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
+    tensors |= {"cu_seqlens_q": options.cu_seqlens_q, "cu_seqlens_k": options.cu_seqlens_k}
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
             reasons.append(f"the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
     return reasons
 
@@ -164,8 +166,7 @@ def _launch(
     scratch = torch.empty(programs * (num_kv_blocks + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     sequences = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    # A tensor that is not used still needs a pointer.
-    # Triton launches on the current device.
+    # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
         attention_kernel[(programs,)](
             q,
