@@ -166,4 +166,8 @@ def test_reasons_why_not() -> None:
     ]
     across = q.mT.contiguous().mT
     assert why(across)[0] == "the last dimension of q must be contiguous, its stride is 20"
+    apart = replace(options, sinks=torch.zeros(8)[::2])
+    assert backend.unsupported(q, k, v, selection, apart) == [
+        "the last dimension of sinks must be contiguous, its stride is 2"
+    ]
     assert why(q.to("meta")) == ["it needs a GPU"]

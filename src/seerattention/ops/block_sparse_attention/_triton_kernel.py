@@ -18,7 +18,20 @@ def _find(name: str) -> Any:
 
 #: Both None where Triton is not installed; the functions below are then never called.
 triton, tl = _find("triton"), _find("triton.language")
-_jit: Any = (lambda f: f) if triton is None else triton.jit
+
+
+def _jit(function: Any = None, **options: Any) -> Any:
+    if triton is None:
+        return function or (lambda f: f)
+    return triton.jit(function, **options)
+
+
+#: Numbers that change from call to call: a kernel each for those that 16 divides would be compiled anew
+#: for another length.
+_LENGTHS = [
+    *("stride_bits_b", "stride_bits_h", "stride_bits_row", "items", "rows", "columns"),
+    *("num_queries", "num_keys", "sequences"),
+]
 
 
 @_jit
@@ -149,7 +162,7 @@ def _last_block(last_query, columns, BLOCK_K: tl.constexpr):
     return tl.minimum(tl.where(last_query < 0, -1, last_query // BLOCK_K), columns - 1)
 
 
-@_jit
+@_jit(do_not_specialize=_LENGTHS)
 def attention_kernel(  # noqa: PLR0915
     q_ptr,
     k_ptr,

@@ -92,8 +92,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
     if selection.block_size[1] not in BLOCKS_K:
         allowed = ", ".join(map(str, BLOCKS_K))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
-    for name, x in {"q": q, "k": k, "v": v, "selection.bits": selection.bits}.items():
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
+    tensors = {"q": q, "k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
+    tensors |= {"cu_seqlens_q": options.cu_seqlens_q, "cu_seqlens_k": options.cu_seqlens_k}
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
             reasons.append(f"the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
     return reasons
 
@@ -164,51 +166,52 @@ def _launch(
     scratch = torch.empty(programs * (num_kv_blocks + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     sequences = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    # A tensor that is not used still needs a pointer.
-    attention_kernel[(programs,)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bits,
-        scratch,
-        counter,
-        counter if sinks is None else sinks,
-        counter if cu_seqlens_q is None else cu_seqlens_q,
-        counter if cu_seqlens_k is None else cu_seqlens_k,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        bits.stride(0) if bits.shape[0] > 1 else 0,
-        *bits.stride()[1:3],
-        items,
-        bits.shape[2],
-        num_kv_blocks,
-        num_queries,
-        k.shape[2],
-        sequences,
-        scale,
-        0.0 if softcap is None else softcap,
-        HEADS=heads,
-        KV_HEADS=k.shape[1],
-        BIT_HEADS=bits.shape[1],
-        D=head_dim,
-        BLOCK_D=max(_power_of_two(head_dim), 16),
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        SOFTCAP=softcap is not None,
-        SINKS=sinks is not None,
-        LSE=return_lse,
-        SEQUENCES=_power_of_two(sequences) if sequences else 0,
-        STAGES=launch.stages,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **({"maxnreg": launch.registers} if launch.registers and torch.version.hip is None else {}),
-    )
+    # Triton launches on the current device. A tensor that is not used still needs a pointer.
+    with torch.cuda.device_of(q):
+        attention_kernel[(programs,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            bits,
+            scratch,
+            counter,
+            counter if sinks is None else sinks,
+            counter if cu_seqlens_q is None else cu_seqlens_q,
+            counter if cu_seqlens_k is None else cu_seqlens_k,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            bits.stride(0) if bits.shape[0] > 1 else 0,
+            *bits.stride()[1:3],
+            items,
+            bits.shape[2],
+            num_kv_blocks,
+            num_queries,
+            k.shape[2],
+            sequences,
+            scale,
+            0.0 if softcap is None else softcap,
+            HEADS=heads,
+            KV_HEADS=k.shape[1],
+            BIT_HEADS=bits.shape[1],
+            D=head_dim,
+            BLOCK_D=max(_power_of_two(head_dim), 16),
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            SOFTCAP=softcap is not None,
+            SINKS=sinks is not None,
+            LSE=return_lse,
+            SEQUENCES=_power_of_two(sequences) if sequences else 0,
+            STAGES=launch.stages,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **({"maxnreg": launch.registers} if launch.registers and torch.version.hip is None else {}),
+        )
     return out, lse
 
 
