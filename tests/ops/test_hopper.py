@@ -62,6 +62,8 @@ def test_a_cpu_is_refused() -> None:
         ({"block": (32, 64)}, r"blocks must be multiples of 64 tokens, got (32, 64)"),
         ({"block": (64, 32)}, r"blocks must be multiples of 64 tokens, got (64, 32)"),
         ({"options": Options(scale=1.0, softcap=30.0)}, "it has no softcap"),
+        ({"options": Options(scale=-0.5)}, "the scale must be positive, not -0.5"),
+        ({"options": Options(scale=0.0)}, "the scale must be positive, not 0.0"),
     ],
 )
 def test_reasons(change, reason) -> None:

@@ -50,6 +50,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
         if x.stride(3) != 1 or any(s % 16 for s in strides) or not all(strides) or not aligned:
             reasons.append(f"{name} must be 16-byte aligned with a contiguous last dimension; copy it first")
+    if not options.scale > 0:
+        reasons.append(
+            f"it takes maxima before it scales, so the scale must be positive, not {options.scale}"
+        )
     if options.softcap is not None:
         reasons.append("it has no softcap")
     if options.packed:
@@ -96,8 +100,8 @@ def _launch(
             *(kernel.descriptor(x, TILE) for x in (q, k, v)),
             out,
             lse,
-            out if sinks is None else sinks.float(),
-            bits,
+            out if sinks is None else sinks.float().contiguous(),
+            bits.contiguous(),
             torch.zeros(1, dtype=torch.int32, device=q.device),
             items,
             bits.shape[3],
