@@ -68,6 +68,19 @@ def _cap(scores, softcap, EXACT: tl.constexpr):
 
 
 @_jit
+def _product_in_parts(q, k, PARTS: tl.constexpr):
+    """Return ``q @ k`` in fp32 as a sum of ``PARTS`` products, whose shorter chains round less."""
+    if PARTS == 1:
+        product = tl.dot(q, k, input_precision="ieee")
+    else:
+        q_even, q_odd = tl.split(tl.reshape(q, [q.shape[0], q.shape[1] // 2, 2]))
+        k_even, k_odd = tl.split(tl.permute(tl.reshape(k, [k.shape[0] // 2, 2, k.shape[1]]), (0, 2, 1)))
+        product = _product_in_parts(q_even, k_even, PARTS // 2)
+        product += _product_in_parts(q_odd, k_odd, PARTS // 2)
+    return product
+
+
+@_jit
 def _step(
     q,
     acc,
@@ -101,7 +114,10 @@ def _step(
     v_ptrs = v_ptr + first_key.to(tl.int64) * stride_vt + (keys[:, None] * stride_vt + dims[None, :])
     k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
     v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-    scores = tl.dot(q, k, input_precision="ieee")
+    if q.dtype == tl.float32:
+        scores = _product_in_parts(q, k, (BLOCK_D + 63) // 64)
+    else:
+        scores = tl.dot(q, k)
     if SOFTCAP:
         scores = _cap(scores * scale, softcap, q.dtype == tl.float32)
         scale = 1.4426950408889634
@@ -119,7 +135,11 @@ def _step(
         p = tl.exp2(scores * scale - finite[:, None])
         fade = tl.exp2(maximum - finite)
     total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    if q.dtype == tl.float32:
+        # A sum per block and then their sum: in one chain of all keys the rounding errors would add up.
+        acc = acc * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
     return acc, new, total
 
 
