@@ -23,14 +23,14 @@ from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from seerattention.ops.block_sparse_attention import _hopper_kernel as kernel
 
-share, dim, options = map(int, sys.argv[1:])
+share, dim, options, pooled = map(int, sys.argv[1:])
 tile = f"tensordesc<bf16[1, 1, 64, {dim}],{kernel.TILES!r}>"
 pointers = {"out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "bits": "*i32", "counter": "*i32"}
-pointers["scale"] = "fp32"
+pointers |= {"maxima": "*fp32", "shares": "*fp32", "scale": "fp32"}
 constants = {
     "D": dim, "BLOCK_Q": 128 if share else 64, "PARTS": 2 if share else 1,
     "STAGES": 229376 // (128 * dim) // (1 if share else 2), "WORDS": 32,
-    "SHARE": bool(share), "LSE": bool(options), "SINKS": bool(options),
+    "SHARE": bool(share), "LSE": bool(options), "SINKS": bool(options), "MAP": bool(pooled),
 }
 names = kernel.attend.arg_names
 kinds = {name: pointers.get(name, "i32") for name in names} | dict.fromkeys(("qd", "kd", "vd"), tile)
@@ -87,12 +87,14 @@ def test_gradients_are_refused() -> None:
     assert any("it has no backward" in r for r in hopper.unsupported(q, q, q, selection, PLAIN))
 
 
-@pytest.mark.parametrize(("share", "dim", "options"), [(0, 128, 0), (1, 128, 1), (0, 64, 0)])
-def test_the_kernel_compiles_for_hopper(share: int, dim: int, options: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "dim", "options", "pooled"), [(0, 128, 0, 0), (1, 128, 1, 0), (0, 64, 0, 0), (1, 128, 0, 1)]
+)
+def test_the_kernel_compiles_for_hopper(share: int, dim: int, options: int, pooled: int) -> None:
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(hopper.__file__).parents[3])
-    command = [sys.executable, "-c", COMPILE, *map(str, (share, dim, options))]
+    command = [sys.executable, "-c", COMPILE, *map(str, (share, dim, options, pooled))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(line.split() for line in done.stdout.splitlines() if " " in line)

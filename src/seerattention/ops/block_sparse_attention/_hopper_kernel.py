@@ -46,6 +46,9 @@ TILES = gl.NVMMASharedLayout(128, 16, 4)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 
+# Called barrier since triton 3.7.
+_synchronise = getattr(gl, "thread_barrier", None) or gl.barrier
+
 # The copy is called async_load since triton 3.7.
 _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -211,9 +214,31 @@ def _mask(s, first_key, first_query):
 
 
 @gluon.jit
-def _softmax(s0, s1, m, total, scale):
+def _maxima_of(maxima, c: gl.constexpr, tiles_k):
+    """Return where a consumer keeps its rows' largest scores, ``[tiles_k, 64]``; 64 more lie before."""
+    return maxima + ((gl.program_id(0) * 2 + c).to(gl.int64) * (tiles_k + 1) + 1) * 64
+
+
+@gluon.jit
+def _largest(s0, s1, maxima, j, MAP: gl.constexpr):
+    """Return each row's largest score; with MAP keep it, per tile, of tiles `j` and `j - 1`."""
+    if MAP:
+        row = gl.arange(0, 64, gl.SliceLayout(1, s0.type.layout))
+        top0 = gl.max(s0, 1)
+        top1 = gl.max(s1, 1)
+        gl.store(maxima + j * 64 + row, top0)
+        # A tile that goes alone has no partner; what is kept here for the tile before is replaced later.
+        gl.store(maxima + (j - 1) * 64 + row, top1)
+        top = gl.maximum(top0, top1)
+    else:
+        top = gl.max(gl.maximum(s0, s1), 1)
+    return top
+
+
+@gluon.jit
+def _softmax(s0, s1, top, m, total, scale):
     """Go on with a running softmax, base 2: probabilities, maximum, sum and the factor of what was."""
-    m_new = gl.maximum(m, gl.max(gl.maximum(s0, s1), 1) * scale)
+    m_new = gl.maximum(m, top * scale)
     p0 = gl.exp2(s0 * scale - m_new[:, None])
     p1 = gl.exp2(s1 * scale - m_new[:, None])
     alpha = gl.exp2(m - m_new)
@@ -268,12 +293,10 @@ def _load_queries(channel, g, c: gl.constexpr, SHARE: gl.constexpr, r: gl.conste
 
 
 @gluon.jit
-def _store(out, lse, sinks, o, m, total, line, first, head, queries, LSE: gl.constexpr, SINKS: gl.constexpr):
+def _store(out, lse, o, m, total, line, first, queries, LSE: gl.constexpr):
     """Write 64 rows of the output: `line` is the number of (batch, head), `first` the first query."""
     layout: gl.constexpr = o.type.layout
     D: gl.constexpr = o.shape[1]
-    if SINKS:
-        total += gl.exp2(gl.load(sinks + head) * LOG2E - m)
     if LSE:
         at = first + gl.arange(0, 64, m.type.layout)
         gl.store(lse + line.to(gl.int64) * queries + at, (m + gl.log2(total)) * LN2, mask=at < queries)
@@ -285,6 +308,28 @@ def _store(out, lse, sinks, o, m, total, line, first, head, queries, LSE: gl.con
 
 
 @gluon.jit
+def _pool(maxima, shares, m, total, line, tile, last_tile, tiles_k, scale, sizes):
+    """Write the largest probability of 64 queries for each tile of keys: a row of the pooled map."""
+    _heads, _kv_heads, tiles_q, _past, queries = sizes
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    row = gl.arange(0, 64, m.type.layout)
+    # Rows past the last query have no share. The logarithms go through the 64 numbers before the maxima.
+    log_sum = gl.where(tile * 64 + row < queries, m + gl.log2(total), float("inf"))
+    gl.store(maxima - 64 + row, log_sum)
+    _synchronise()
+    across = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    log_sum = gl.load(maxima - 64 + across)
+    shares += (line.to(gl.int64) * tiles_q + tile) * tiles_k
+    for first in range(0, last_tile + 1, 32):
+        j = first + gl.arange(0, 32, gl.SliceLayout(1, layout))
+        inside = (j <= last_tile) & (tile < tiles_q)
+        top = gl.load(maxima + j[:, None] * 64 + across[None, :], mask=inside[:, None], other=float("-inf"))
+        gl.store(shares + j, gl.exp2(gl.max(top * scale - log_sum[None, :], 1)), mask=inside)
+    # Nobody may keep the next row's maxima before all have read these.
+    _synchronise()
+
+
+@gluon.jit
 def _consume(  # noqa: PLR0915
     target,
     c: gl.constexpr,
@@ -293,15 +338,17 @@ def _consume(  # noqa: PLR0915
     STAGES: gl.constexpr,
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
+    MAP: gl.constexpr,
 ):
     """Compute attention of the items that a ring brings."""
-    out, lse, sinks, sizes, scale, channel = target
+    out, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel = target
     heads, _kv_heads, _tiles_q, past, queries = sizes
     r: gl.constexpr = 0 if SHARE else c
     dtype: gl.constexpr = channel[0].dtype
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    maxima = _maxima_of(maxima, c, tiles_k)
     g = 0
     _wait(channel, g, r, STAGES)
     item = _read_note(channel, g, 0, r, STAGES)
@@ -330,7 +377,8 @@ def _consume(  # noqa: PLR0915
         m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
         o = gl.zeros([64, D], gl.float32, o_layout)
-        p0, p1, m, total, alpha = _softmax(s0, s1, m, total, scale)
+        top = _largest(s0, s1, maxima, last_tile, MAP)
+        p0, p1, m, total, alpha = _softmax(s0, s1, top, m, total, scale)
         p0 = gl.convert_layout(p0.to(dtype), p_layout)
         p1 = gl.convert_layout(p1.to(dtype), p_layout)
         # A single first tile has no partner: probabilities of zero meet its own values again.
@@ -354,7 +402,8 @@ def _consume(  # noqa: PLR0915
                 s0 = _mask(s0, (last_tile - t) * 64, first_query)
                 if t + 1 < late:
                     s1 = _mask(s1, (last_tile - t - 1) * 64, first_query)
-            e0, e1, m, total, alpha = _softmax(s0, s1, m, total, scale)
+            top = _largest(s0, s1, maxima, last_tile - t, MAP)
+            e0, e1, m, total, alpha = _softmax(s0, s1, top, m, total, scale)
             o, p0, p1 = warpgroup_mma_wait(0, deps=[o, p0, p1])
             _free(channel, v0, r, STAGES)
             if v1 > v0:
@@ -372,7 +421,11 @@ def _consume(  # noqa: PLR0915
         _free(channel, v0, r, STAGES)
         if v1 > v0:
             _free(channel, v1, r, STAGES)
-        _store(out, lse, sinks, o, m, total, b * heads + head, tile * 64, head, queries, LSE, SINKS)
+        if SINKS:
+            total += gl.exp2(gl.load(sinks + head) * LOG2E - m)
+        _store(out, lse, o, m, total, b * heads + head, tile * 64, queries, LSE)
+        if MAP:
+            _pool(maxima, shares, m, total, b * heads + head, tile, last_tile, tiles_k, scale, sizes)
         g += 2 * n
         _wait(channel, g, r, STAGES)
         item = _read_note(channel, g, 0, r, STAGES)
@@ -389,6 +442,7 @@ def _consume(  # noqa: PLR0915
         "heads",
         "kv_heads",
         "tiles_q",
+        "tiles_k",
         "past",
         "queries",
     ]
@@ -400,6 +454,8 @@ def attend(
     out,
     lse,
     sinks,
+    maxima,
+    shares,
     bits,
     counter,
     items,
@@ -410,6 +466,7 @@ def attend(
     heads,
     kv_heads,
     tiles_q,
+    tiles_k,
     past,
     queries,
     scale,
@@ -421,6 +478,7 @@ def attend(
     SHARE: gl.constexpr,
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
+    MAP: gl.constexpr,
 ):
     """Compute attention of all items; launched with at most one program per multiprocessor.
 
@@ -430,6 +488,10 @@ def attend(
     `items` taken: tiles of queries of all heads, pairs of tiles with SHARE. `past` is the number of keys
     before the first query, `scale` the softmax scale times log2(e). A KV block has PARTS tiles, WORDS is
     `words` rounded up to a power of two.
+
+    With MAP every tile of keys up to the last must be read. `shares`, zeroed fp32 ``[B, Hq, tiles_q,
+    tiles_k]``, gets the largest probability of each 64 queries and 64 keys; `maxima` is room for fp32
+    ``[programs, 2, tiles_k + 1, 64]``.
     """
     rings: gl.constexpr = 1 if SHARE else 2
     ring = gl.allocate_shared_memory(qd.dtype, [rings * STAGES, 1, 1, 64, D], qd.layout)
@@ -445,12 +507,12 @@ def attend(
     lists = (bits, words, sel_batch, sel_heads, sel_rows)
     channel = (ring, notes, full, empty)
     source = (qd, kd, vd, lists, counter, items, sizes, channel)
-    target = (out, lse, sinks, sizes, scale, channel)
+    target = (out, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel)
     if SHARE:
         gl.warp_specialize(
             [
-                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS)),
-                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS)),
+                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS, MAP)),
+                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS, MAP)),
                 (_produce, (source, 0, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
             ],
             [4, 1],
@@ -459,8 +521,8 @@ def attend(
     else:
         gl.warp_specialize(
             [
-                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS)),
-                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS)),
+                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS, MAP)),
+                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS, MAP)),
                 (_produce, (source, 0, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
                 (_produce, (source, 1, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
             ],

@@ -31,6 +31,14 @@ RING_BYTES = 224 * 1024
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
+    reasons = why_not(q, k, v, options)
+    if selection.block_size[0] % TILE or selection.block_size[1] % TILE:
+        reasons.append(f"blocks must be multiples of {TILE} tokens, got {selection.block_size}")
+    return reasons
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
+    """Return the reasons why the kernel cannot run, whatever the blocks are."""
     reasons = []
     if kernel is None:
         reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
@@ -42,8 +50,6 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         reasons.append(f"its tensor-core products take bfloat16 and float16, not {q.dtype}")
     if q.shape[3] not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {HEAD_DIMS}, got {q.shape[3]}")
-    if selection.block_size[0] % TILE or selection.block_size[1] % TILE:
-        reasons.append(f"blocks must be multiples of {TILE} tokens, got {selection.block_size}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
         # A compiler cannot read addresses; there the descriptor asserts it.
@@ -86,21 +92,59 @@ def _launch(
     sinks: Tensor | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    out, lse = outputs(q, with_lse)
+    start(q, k, v, bits, (block_q, block_k), scale, sinks, out, lse)
+    return out, lse
+
+
+def start(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    shares: Tensor | None = None,
+) -> None:
+    """Start the kernel, which fills ``out``, ``lse`` unless it is empty, and ``shares`` if given.
+
+    Args:
+        q: ``[B, Hq, Tq, D]`` and like ``k`` and ``v`` as `unsupported` wants them.
+        k: ``[B, Hk, Tk, D]``.
+        v: ``[B, Hk, Tk, D]``.
+        bits: int32 ``[1 or B, divisor of Hq, Nq, words]``, see `BlockSelection`.
+        block_size: Tokens per (query block, KV block).
+        scale: Softmax scale.
+        sinks: ``[Hq]`` or None.
+        out: Contiguous ``[B, Hq, Tq, D]``.
+        lse: Contiguous fp32 ``[B, Hq, Tq]`` or empty.
+        shares: Zeroed fp32 ``[B, Hq, ceil(Tq / 64), ceil(Tk / 64)]`` for the largest probability of every
+            64 queries and 64 keys; all blocks must be selected then.
+    """
     assert kernel is not None
     batch, heads, num_queries, dim = q.shape
-    out, lse = _outputs(q, with_lse)
     # Both warpgroups of a multiprocessor take halves of one query block where it has 128 tokens: they
     # read the same list, so each tile is loaded once for both.
-    share = block_q % (2 * TILE) == 0
-    tiles = num_blocks(num_queries, TILE)
+    share = block_size[0] % (2 * TILE) == 0
+    tiles, tiles_k = num_blocks(num_queries, TILE), num_blocks(k.shape[2], TILE)
     items = batch * heads * num_blocks(tiles, 2 if share else 1)
     stages = RING_BYTES // (TILE * dim * q.element_size()) // (1 if share else 2)
+    programs = min(_processors(q.device), num_blocks(items, 1 if share else 2))
+    # A kernel argument that is not used still needs a pointer.
+    maxima = lse
+    if shares is not None:
+        maxima = torch.empty(programs, 2, tiles_k + 1, TILE, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
-        kernel.attend[(min(_processors(q.device), num_blocks(items, 1 if share else 2)),)](
+        kernel.attend[(programs,)](
             *(kernel.descriptor(x, TILE) for x in (q, k, v)),
             out,
             lse,
             out if sinks is None else sinks.float().contiguous(),
+            maxima,
+            lse if shares is None else shares,
             bits.contiguous(),
             torch.zeros(1, dtype=torch.int32, device=q.device),
             items,
@@ -111,20 +155,21 @@ def _launch(
             heads,
             k.shape[1],
             tiles,
+            tiles_k,
             k.shape[2] - num_queries,
             num_queries,
             scale * LOG2E,
             D=dim,
-            BLOCK_Q=block_q,
-            PARTS=block_k // TILE,
+            BLOCK_Q=block_size[0],
+            PARTS=block_size[1] // TILE,
             STAGES=stages,
             WORDS=max(32, 1 << (bits.shape[3] - 1).bit_length()),
             SHARE=share,
-            LSE=with_lse,
+            LSE=lse.numel() > 0,
             SINKS=sinks is not None,
+            MAP=shares is not None,
             num_warps=4,
         )
-    return out, lse
 
 
 _operator = torch.library.custom_op("seerattention::block_sparse_hopper", _launch, mutates_args=())
@@ -142,7 +187,7 @@ def _(
     sinks: Tensor | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(q, with_lse)
+    return outputs(q, with_lse)
 
 
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.
@@ -156,7 +201,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+def outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Allocate the output and, if wanted, its logarithms."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = q.shape[:3] if with_lse else (0,)
