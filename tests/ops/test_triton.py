@@ -19,7 +19,9 @@ from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, 
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("op", ["block_sparse_attention", "select_blocks", "summarise_blocks"])
+@pytest.mark.parametrize(
+    "op", ["block_sparse_attention", "pooled_attention", "select_blocks", "summarise_blocks"]
+)
 def test_kernels_in_the_interpreter(op: str) -> None:
     # It must be asked for before kernels are defined, and nothing else is to meet it.
     file = Path(__file__).parent / f"interpreted_{op}.py"
