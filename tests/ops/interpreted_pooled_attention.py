@@ -19,21 +19,23 @@ from seerattention.testing.inputs import random_qkv
 
 # Queries past the end of a sequence have a denominator of 0, whose logarithm the kernel takes on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
-a_nan_is_planted = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+a_nan_is_planted = pytest.mark.filterwarnings(
+    "ignore:All-NaN slice encountered:RuntimeWarning", "ignore:invalid value encountered:RuntimeWarning"
+)
 
 BY_NAME = {case.name: case for case in CASES}
 # What these are larger in, a smaller one has as well; the kernel has no query blocks of 8.
-SLOW = {"thousand", "batch", "small-blocks"}
+SLOW = {"thousand", "batch", "wide-128", "wide-256", "later-chunk", "small-blocks"}
 SMALL = [case for case in CASES if not case.large and case.name not in SLOW]
 TINY = PoolCase(name="tiny", heads=4, kv_heads=2, queries=37, keys=110, head_dim=32, block_size=(16, 16))
 
 
-@pytest.fixture(autouse=True, params=["tiles of 32 x 32"])
+@pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles, several steps and several chunks at the sizes that an interpreter computes."""
-    launch = backend.Launch(32, 32, 4, 2, 1)
+    launch = backend.Launch(64, 64, 4, 2, 1)
     monkeypatch.setattr(backend, "LAUNCHES", dict.fromkeys(backend.LAUNCHES, launch))
-    monkeypatch.setattr(backend, "CHUNK_CELLS", 4 * 32)
+    monkeypatch.setattr(backend, "CHUNK_CELLS", 4 * 64)
     return
 
 
@@ -53,21 +55,18 @@ def test_half_precision(name: str) -> None:
 
 @pytest.mark.parametrize("block_q", backend.BLOCKS_Q)
 @pytest.mark.parametrize("block_k", backend.BLOCKS_K)
-@pytest.mark.parametrize("per_kv_head", [False, True])
-def test_blocks(block_q: int, block_k: int, per_kv_head: bool) -> None:
-    conformance.check_pooled(
-        backend, replace(TINY, block_size=(block_q, block_k), per_kv_head=per_kv_head)
-    )
+def test_blocks(block_q: int, block_k: int) -> None:
+    case = replace(TINY, block_size=(block_q, block_k), per_kv_head=block_q in (1, 32) or block_k == 32)
+    conformance.check_pooled(backend, case)
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (128, 16), (16, 128)])
+@pytest.mark.parametrize(("block_m", "block_n"), [(32, 32), (128, 16), (16, 128)])
 def test_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
     launch = backend.Launch(block_m, block_n, 4, 2, 1)
     monkeypatch.setattr(backend, "LAUNCHES", dict.fromkeys(backend.LAUNCHES, launch))
-    for block_size in ((32, 32), (128, 64)):
-        for per_kv_head in (False, True):
-            case = replace(TINY, queries=70, block_size=block_size, per_kv_head=per_kv_head)
-            conformance.check_pooled(backend, case)
+    for block_size, per_kv_head in (((32, 32), True), ((128, 64), False)):
+        case = replace(TINY, queries=70, block_size=block_size, per_kv_head=per_kv_head)
+        conformance.check_pooled(backend, case)
 
 
 @a_nan_is_planted

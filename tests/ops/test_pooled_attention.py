@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_public_functions() -> None:
     expected = chunked.run(q.detach(), k.detach(), v.detach(), (64, 64), options)
     for result in ((out, target), pooled_attention(q, k, v, (64, 64), return_lse=True)):
         for one, other in zip(result, expected, strict=False):
+            assert other is not None
             assert torch.equal(one, other)
     assert not torch.equal(pooled_map(q, k, (64, 64), scale=0.5), target)
 
@@ -105,15 +107,16 @@ def test_options_reach_the_backend(name: str) -> None:
     case = BY_NAME[name]
     q, k, v = random_qkv(case)
     options = case.options()
-    given = {
+    given: dict[str, Any] = {
         "softcap": options.softcap,
         "sinks": options.sinks,
         "per_kv_head": options.per_kv_head,
         "cu_seqlens_q": options.cu_seqlens_q,
         "cu_seqlens_k": options.cu_seqlens_k,
     }
-    out, target = pooled_attention(q, k, v, case.block_size, **given)  # type: ignore[call-overload]
+    out, target = pooled_attention(q, k, v, case.block_size, **given)
     expected = chunked.run(q, k, v, case.block_size, options)
+    assert expected[0] is not None
     assert torch.equal(out, expected[0])
     assert torch.equal(target, expected[1])
     assert torch.equal(pooled_map(q, k, case.block_size, **given), target)
@@ -150,7 +153,10 @@ def test_packed_sequences_are_as_if_alone(backend: ModuleType) -> None:
 )
 def test_lengths_must_fit(starts_q: list[int], starts_k: list[int], message: str) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
-    starts = {"cu_seqlens_q": torch.tensor(starts_q).int(), "cu_seqlens_k": torch.tensor(starts_k).int()}
+    starts: dict[str, Any] = {
+        "cu_seqlens_q": torch.tensor(starts_q).int(),
+        "cu_seqlens_k": torch.tensor(starts_k).int(),
+    }
     with pytest.raises(ValueError, match=message):
         pooled_attention(q, k, v, (4, 4), **starts)
 

@@ -214,12 +214,13 @@ def check_pooled(
     q, k, v = random_qkv(case, dtype=dtype, device=device)
     options = case.options(device, return_lse=True)
     out, target, lse = backend.run(q, k, v, case.block_size, options)
-    plain = not case.lengths and case.softcap is None and not case.sinks
+    by_reference: Callable[..., Any] = pooled_reference.run
     for which, result in ((0, out), (2, lse)):
-        Budget.of(
-            lambda q, k, v, i=which: pooled_reference.run(q, k, v, case.block_size, options)[i], q, k, v
-        ).check(result)
-    if plain:
+        budget = Budget.of(
+            lambda q, k, v, i=which: by_reference(q, k, v, case.block_size, options)[i], q, k, v
+        )
+        budget.check(result)
+    if not case.lengths and case.softcap is None and not case.sinks:
         Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v).check(out)
     Budget.of(lambda q, k: slow_pooled_map(q, k, case).float(), q, k).check(target)
     ones = torch.ones(target.shape[:3], dtype=torch.float64, device=device)

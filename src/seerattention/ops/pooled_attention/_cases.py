@@ -56,13 +56,22 @@ CASES = (
     PoolCase(name="last-token", heads=4, kv_heads=2, queries=1, keys=500, head_dim=64),
     PoolCase(name="wide-rows", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64, block_size=(128, 64)),
     PoolCase(name="small-blocks", heads=4, kv_heads=2, queries=90, keys=90, head_dim=64, block_size=(8, 16)),
-    PoolCase(name="block-row", heads=2, kv_heads=1, queries=140, keys=300, head_dim=64, block_size=(128, 128)),
-    PoolCase(name="narrow-columns", heads=2, kv_heads=1, queries=100, keys=200, head_dim=64, block_size=(32, 16)),
     PoolCase(
-        name="group", heads=6, kv_heads=2, queries=150, keys=190, head_dim=64, per_kv_head=True
+        name="block-row", heads=2, kv_heads=1, queries=140, keys=300, head_dim=64, block_size=(128, 128)
     ),
     PoolCase(
-        name="decode", heads=6, kv_heads=2, queries=70, keys=170, head_dim=64, block_size=(1, 32), per_kv_head=True
+        name="narrow-columns", heads=2, kv_heads=1, queries=100, keys=200, head_dim=64, block_size=(32, 16)
+    ),
+    PoolCase(name="group", heads=6, kv_heads=2, queries=150, keys=190, head_dim=64, per_kv_head=True),
+    PoolCase(
+        name="decode",
+        heads=6,
+        kv_heads=2,
+        queries=70,
+        keys=170,
+        head_dim=64,
+        block_size=(1, 32),
+        per_kv_head=True,
     ),
     PoolCase(name="token-rows", heads=4, kv_heads=2, queries=70, keys=170, head_dim=64, block_size=(1, 64)),
     PoolCase(name="softcap", heads=4, kv_heads=2, queries=150, keys=200, head_dim=64, softcap=2.0),
@@ -93,5 +102,7 @@ CASES = (
     PoolCase(name="teacher-16k", heads=6, kv_heads=2, queries=16384, keys=16384, head_dim=64, large=True),
     PoolCase(name="llama-8b-32k", heads=32, kv_heads=8, queries=32768, keys=32768, head_dim=128, large=True),
     PoolCase(name="llama-8b-8k", heads=32, kv_heads=8, queries=8192, keys=8192, head_dim=128, large=True),
-    PoolCase(name="llama-8b-128k", heads=32, kv_heads=8, queries=131072, keys=131072, head_dim=128, large=True),
+    PoolCase(
+        name="llama-8b-128k", heads=32, kv_heads=8, queries=131072, keys=131072, head_dim=128, large=True
+    ),
 )

@@ -44,10 +44,10 @@ def read_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tenso
                 f"cu_seqlens_{name} must start with 0 and end with the {tokens} tokens of {name}, "
                 f"got {ends[0]} to {ends[-1]}"
             )
-    lengths = [
-        (ends_q[i + 1] - ends_q[i], ends_k[i + 1] - ends_k[i]) for i in range(len(ends_q) - 1)
-    ]
+    lengths = [(ends_q[i + 1] - ends_q[i], ends_k[i + 1] - ends_k[i]) for i in range(len(ends_q) - 1)]
     for i, (queries, keys) in enumerate(lengths):
         if not 0 <= queries <= keys:
-            raise ValueError(f"sequence {i} has {queries} queries and {keys} keys; it needs 0 <= queries <= keys")
+            raise ValueError(
+                f"sequence {i} has {queries} queries and {keys} keys; it needs 0 <= queries <= keys"
+            )
     return lengths

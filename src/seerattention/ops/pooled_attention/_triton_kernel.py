@@ -15,7 +15,22 @@ _LENGTHS = [
 
 
 @_jit
-def _step(
+def _keep(ptrs, values, DIRECT: tl.constexpr):
+    """Store values; ``DIRECT`` does it from the threads that have them, several the same one.
+
+    Triton's own store first spreads the values over all threads, through shared memory and a barrier.
+    """
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            "st.global.f32 [$1], $2; mov.b32 $0, 0;", "=r,l,f", [ptrs.to(tl.int64), values],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(ptrs, values)
+
+
+@_jit
+def _step(  # noqa: PLR0915
     q,
     acc,
     maximum,
@@ -36,6 +51,7 @@ def _step(
     scale,
     softcap,
     MASKED: tl.constexpr,
+    DIRECT: tl.constexpr,
     COPIES: tl.constexpr,
     HAS_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -64,7 +80,7 @@ def _step(
         k = tl.load(k_ptrs)
     else:
         k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
-    if q.dtype == tl.float32:
+    if q.dtype == tl.float32:  # noqa: SIM108
         scores = _product_in_parts(q, k, (BLOCK_D + 63) // 64)
     else:
         scores = tl.dot(q, k)
@@ -79,11 +95,11 @@ def _step(
     largest = tl.max(scores, 1) * unit
     # Cell by cell: what a cell holds of the tile's rows lies together.
     if CELLS == 1:
-        tl.store(cells_ptr + (first_key // CELL) * BLOCK_M + rows, largest)
+        _keep(cells_ptr + (first_key // CELL) * BLOCK_M + rows, largest, DIRECT)
     else:
         by_cell = tl.max(tl.reshape(scores, [BLOCK_M, CELLS, CELL]), 2) * unit
         places = first_key // CELL + tl.arange(0, CELLS)
-        tl.store(cells_ptr + places[None, :] * BLOCK_M + rows[:, None], by_cell)
+        _keep(cells_ptr + places[None, :] * BLOCK_M + rows[:, None], by_cell, DIRECT)
     new = tl.maximum(maximum, largest)
     # Infinite while a query has seen nothing.
     finite = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
@@ -115,7 +131,7 @@ def _step(
 def _sequence_of(
     row, cu_q_ptr, cu_k_ptr, sequences, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, SEQUENCES: tl.constexpr
 ):
-    """Find the packed sequence of an item's row: its row there, the first of the map's rows, starts, lengths."""
+    """Find the packed sequence of an item's row: the row there, the map's first row, starts, lengths."""
     s = tl.arange(0, SEQUENCES)
     start = tl.load(cu_q_ptr + s, mask=s < sequences, other=0)
     end = tl.load(cu_q_ptr + s + 1, mask=s < sequences, other=0)
@@ -162,7 +178,10 @@ def _pool(
     places, map_rows = tl.arange(0, BLOCK_M), tl.arange(0, ROWS)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)
     # A query past the end, or one that sees nothing, has no weight anywhere.
-    share = tl.where((total == 0) | (places >= valid_queries), 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    nothing = (total == 0) | (places >= valid_queries)
+    share = tl.where(
+        nothing, 0.0, tl.div_rn(tl.full(total.shape, 1.0, tl.float32), tl.where(nothing, 1.0, total))
+    )
     sums = tl.zeros([ROWS], dtype=tl.float32)
     for first in tl.range(0, seen_columns, CHUNK, num_stages=1):
         cells = first * MERGE + tl.arange(0, CHUNK * MERGE)
@@ -175,7 +194,7 @@ def _pool(
             weights = tl.max(tl.reshape(weights, [CHUNK, ROWS, IN_ROW]), 2)
         block = first + tl.arange(0, CHUNK)
         here = (block < seen_columns)[:, None] & (map_rows < valid_rows)[None, :]
-        ptrs = map_tile + map_rows.to(tl.int64)[None, :] * columns + block[:, None]
+        ptrs = map_tile + map_rows[None, :] * columns + block[:, None]
         if RAISE and again:
             weights = tl.maximum(weights, tl.load(ptrs, mask=here, other=0.0))
         tl.store(ptrs, weights, mask=here)
@@ -187,12 +206,14 @@ def _pool(
 def _divide(map_tile, sums, valid_rows, seen_columns, columns, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Divide rows of the map by their sums."""
     map_rows = tl.arange(0, ROWS)
-    inverse = 1.0 / tl.where(sums == 0, 1.0, sums)
+    sums = tl.where(sums == 0, 1.0, sums)
     for first in tl.range(0, seen_columns, CHUNK, num_stages=1):
         block = first + tl.arange(0, CHUNK)
         here = (map_rows < valid_rows)[:, None] & (block < seen_columns)[None, :]
-        ptrs = map_tile + map_rows.to(tl.int64)[:, None] * columns + block[None, :]
-        tl.store(ptrs, tl.load(ptrs, mask=here, other=0.0) * inverse[:, None], mask=here)
+        ptrs = map_tile + map_rows[:, None] * columns + block[None, :]
+        weights = tl.load(ptrs, mask=here, other=0.0)
+        # Rounded to nearest, so that a row of one block is exactly 1.
+        tl.store(ptrs, tl.div_rn(weights, tl.broadcast_to(sums[:, None], weights.shape)), mask=here)
 
 
 @_jit(do_not_specialize=_LENGTHS)
@@ -242,6 +263,7 @@ def pooled_kernel(  # noqa: PLR0915
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    DIRECT: tl.constexpr,
     COPIES: tl.constexpr,
     HAS_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -250,7 +272,7 @@ def pooled_kernel(  # noqa: PLR0915
     SEQUENCES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Take rows of the map from the counter until there are none left; see `triton.py` for what an item is."""
+    """Take rows of the map from the counter until there are none left; `triton.py` says what an item is."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     # A query block longer than a tile is several tiles, which one program takes one after another.
     TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
@@ -321,13 +343,13 @@ def pooled_kernel(  # noqa: PLR0915
                 acc, maximum, total = _step(
                     q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, stride_kt, stride_vt,
                     b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
-                    False, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                    False, DIRECT, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
                 )  # fmt: skip
             for first_key in tl.range(open_keys, end_key, BLOCK_N, num_stages=1):
                 acc, maximum, total = _step(
                     q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, stride_kt, stride_vt,
                     b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
-                    True, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                    True, DIRECT, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
                 )  # fmt: skip
 
             if HAS_V:
@@ -343,8 +365,9 @@ def pooled_kernel(  # noqa: PLR0915
 
             # Maxima written by other threads, and map rows of the pass before, must be visible.
             tl.debug_barrier()
+            written = (end_key + CELL - 1) // CELL
             sums = _pool(
-                cells_ptr, map_tile, maximum, total, unit2, valid_rows, end - first, (end_key + CELL - 1) // CELL,
+                cells_ptr, map_tile, maximum, total, unit2, valid_rows, end - first, written,
                 seen_columns, columns, turn > 0, PASSES > 1, BLOCK_M, BLOCK_Q, MERGE, CHUNK,
             )  # fmt: skip
             # Nobody may still read the maxima when the next tile writes its own.

@@ -25,7 +25,8 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 MAX_HEAD_DIM = 256
 BLOCKS_Q = (1, 16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
-#: Maxima that one step of the epilogue holds.
+#: Maxima that one step of the epilogue holds; half as many where the map has a row per query, whose
+#: addresses take registers too.
 CHUNK_CELLS = 8192
 
 
@@ -39,6 +40,7 @@ class Launch:
         warps: Warps per program.
         stages: Steps of the loop over the keys that are in flight.
         programs: Programs per multiprocessor.
+        direct: Whether the maxima are stored by the threads that hold them, in PTX; NVIDIA only.
     """
 
     block_m: int
@@ -46,11 +48,12 @@ class Launch:
     warps: int
     stages: int
     programs: int
+    direct: bool = False
 
 
 #: By bytes per element and padded head dimension. Registers and shared memory of each: docs/kernels.md.
 LAUNCHES = {
-    (2, 64): Launch(128, 64, 8, 3, 2),
+    (2, 64): Launch(128, 64, 8, 3, 1),
     (2, 128): Launch(128, 64, 8, 3, 1),
     (2, 256): Launch(64, 32, 8, 2, 1),
     # fp32 products run outside the tensor cores and hold their operands in registers.
@@ -129,6 +132,12 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _chunk(launch: Launch, block_q: int, merge: int) -> int:
+    """Columns of the map that one step of the epilogue makes."""
+    limit = CHUNK_CELLS // 2 if block_q == 1 else CHUNK_CELLS
+    return max(1, min(128, limit // (launch.block_m * merge)))
+
+
 def _programs(device: torch.device, launch: Launch) -> int:
     if device.type == "cpu":
         return 2
@@ -136,7 +145,7 @@ def _programs(device: torch.device, launch: Launch) -> int:
 
 
 def _copies(launch: Launch, block_d: int, *tensors: Tensor | None) -> list[object] | None:
-    """Describe keys and values to the copy engine of Hopper and later, or return None where it cannot serve."""
+    """Describe keys and values to the copy engine of Hopper and later; None where it cannot serve."""
     if tensors[0] is None or not tensors[0].is_cuda or torch.version.hip is not None:
         return None
     if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
@@ -152,11 +161,15 @@ def _copies(launch: Launch, block_d: int, *tensors: Tensor | None) -> list[objec
         steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
         if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
             return None
-        described.append(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, launch.block_n, block_d]))
+        described.append(
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, launch.block_n, block_d])
+        )
     return described
 
 
-def _outputs(q: Tensor, v: Tensor | None, shape: list[int], return_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    q: Tensor, v: Tensor | None, shape: list[int], return_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(0) if v is None else torch.empty_like(q)
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     return out, q.new_zeros(shape, dtype=torch.float32), lse
@@ -234,7 +247,8 @@ def _launch(
             BLOCK_K=block_k,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
-            CHUNK=max(1, min(128, CHUNK_CELLS // (launch.block_m * (block_k // cell)))),
+            CHUNK=_chunk(launch, block_q, block_k // cell),
+            DIRECT=launch.direct and q.is_cuda and torch.version.hip is None,
             COPIES=copies is not None,
             HAS_V=v is not None,
             SOFTCAP=softcap is not None,
