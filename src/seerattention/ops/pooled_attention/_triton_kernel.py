@@ -89,7 +89,7 @@ def _step(  # noqa: PLR0915
         scale = 1.4426950408889634
     if MASKED:
         later = (first_key + keys)[None, :] > (first_query + rows)[:, None]
-        scores = tl.where(later | (~inside)[None, :], float("-inf"), scores)
+        scores = tl.where(later | (keys >= end_key - first_key)[None, :], float("-inf"), scores)
     unit = 1.0 if q.dtype == tl.float32 else scale
     # A maximum of the cells' maxima would have another layout than the scores, and so would all after it.
     largest = tl.max(scores, 1) * unit
