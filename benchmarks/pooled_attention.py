@@ -96,11 +96,9 @@ def measure(shape: Shape, block: int, dtype: torch.dtype, repeats: int) -> list[
         }
         rows.append(row)
         low, high = row["range_ms"]
-        print(
-            f"{shape.keys:7} {name:38} {row['ms']:9.3f} ms ({low:.3f}-{high:.3f})"
-            f"  {row['tflops']:6.1f} TFLOP/s  {row['times_dense']:5.2f}x dense  extra {row['extra_mb']:7.1f} MB",
-            flush=True,
-        )
+        times = f"{row['ms']:9.3f} ms ({low:.3f}-{high:.3f})  {row['tflops']:6.1f} TFLOP/s"
+        shares = f"{row['times_dense']:5.2f}x dense  extra {row['extra_mb']:7.1f} MB"
+        print(f"{shape.keys:7} {name:42} {times}  {shares}", flush=True)
     return rows
 
 

@@ -17,6 +17,7 @@ from seerattention.ops.block_sparse_attention._cases import Case
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.pooled_attention import reference as pooled_reference
 from seerattention.ops.pooled_attention._cases import PoolCase
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import BlockSelection, num_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -182,23 +183,21 @@ def check_attention(backend: Backend, case: Case, dtype: torch.dtype = torch.flo
         attention_ignores_unread(backend, case, dtype)
 
 
-def slow_pooled_map(q: Tensor, k: Tensor, case: PoolCase) -> Tensor:
+def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], options: PoolOptions) -> Tensor:
     """Return the target one block at a time, ``[B, Hq or Hk, rows, columns]`` in the dtype of q."""
-    options = case.options(str(q.device))
-    lengths = case.lengths or ((case.queries, case.keys),)
-    shape = options.map_shape(q, k, case.block_size)
-    pooled = q.new_zeros(q.shape[0], q.shape[1], *shape[2:])
-    block_q, block_k = case.block_size
+    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
+    pooled = q.new_zeros(*q.shape[:2], *options.map_shape(q, k, block_size)[2:])
+    block_q, block_k = block_size
     start_q, start_k, row = 0, 0, 0
     for queries, keys in lengths:
         one_q, one_k = q[:, :, start_q : start_q + queries], k[:, :, start_k : start_k + keys]
-        share = dense_weights(one_q, one_k, scale=options.scale, softcap=case.softcap, sinks=options.sinks)
+        share = dense_weights(one_q, one_k, scale=options.scale, softcap=options.softcap, sinks=options.sinks)
         for i in range(num_blocks(queries, block_q)):
             for j in range(num_blocks(keys, block_k)):
                 tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
                 pooled[:, :, row + i, j] = tile.amax((2, 3))
         start_q, start_k, row = start_q + queries, start_k + keys, row + num_blocks(queries, block_q)
-    if case.per_kv_head:
+    if options.per_kv_head:
         pooled = torch.stack([heads.amax(1) for heads in pooled.tensor_split(k.shape[1], 1)], 1)
     return pooled / pooled.sum(-1, keepdim=True)
 
@@ -222,7 +221,7 @@ def check_pooled(
         budget.check(result)
     if not case.lengths and case.softcap is None and not case.sinks:
         Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v).check(out)
-    Budget.of(lambda q, k: slow_pooled_map(q, k, case).float(), q, k).check(target)
+    Budget.of(lambda q, k: slow_pooled_map(q, k, case.block_size, options).float(), q, k).check(target)
     ones = torch.ones(target.shape[:3], dtype=torch.float64, device=device)
     Budget(ones, torch.float32, torch.finfo(torch.float32).eps * target.shape[-1]).check(target.sum(-1))
     nothing, alone, _ = backend.run(q, k, None, case.block_size, options)
