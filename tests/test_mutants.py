@@ -4,12 +4,19 @@ from collections.abc import Callable
 
 import pytest
 
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import gather, reference
 from seerattention.ops.block_sparse_attention._cases import Case
 from seerattention.ops.pooled_attention import reference as pooled_reference
+from seerattention.ops.pooled_attention._cases import PoolCase
 from seerattention.testing import conformance
-from seerattention.testing.mutants import ATTENTION_MUTANTS, ColumnNormalised, Mutant, ShiftedCausalLimit
+from seerattention.testing.mutants import (
+    ATTENTION_MUTANTS,
+    ColumnNormalised,
+    LastRowsOnly,
+    Mutant,
+    NormalisedBeforeGroup,
+    ShiftedCausalLimit,
+)
 
 CASE = Case(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32)
 RED = {
@@ -24,7 +31,9 @@ RED = {
 def test_what_is_right_passes() -> None:
     for backend in (reference, gather, ShiftedCausalLimit(reference, 0)):
         conformance.check_attention(backend, CASE)
-    conformance.check_pooled(pooled_reference, CASE)
+    conformance.check_pooled(
+        pooled_reference, PoolCase(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32)
+    )
 
 
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
@@ -39,7 +48,8 @@ def test_attention_checks_notice(name: str) -> None:
             run(mutant, CASE)
 
 
-def test_pooled_checks_notice() -> None:
-    shape = Shape(name="", heads=4, kv_heads=2, queries=200, keys=200, head_dim=32)
+@pytest.mark.parametrize("mutant", [ColumnNormalised, LastRowsOnly, NormalisedBeforeGroup])
+def test_pooled_checks_notice(mutant: type[Mutant]) -> None:
+    case = PoolCase(name="", heads=4, kv_heads=2, queries=200, keys=200, head_dim=32, per_kv_head=True)
     with pytest.raises(AssertionError):
-        conformance.check_pooled(ColumnNormalised(pooled_reference), shape)
+        conformance.check_pooled(mutant(pooled_reference), case)

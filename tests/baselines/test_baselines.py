@@ -13,6 +13,7 @@ from seerattention.baselines import oracle_mass
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
 from seerattention.ops._shapes import Shape
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import num_blocks
 from seerattention.testing.conformance import slow_pooled_map
 from seerattention.testing.inputs import random_qkv
@@ -118,7 +119,8 @@ def test_xattention_stride() -> None:
 def test_oracle(block_size: tuple[int, int], queries: int, keys: int) -> None:
     q, k = inputs(queries, keys)
     actual = scores_of(baselines.create("oracle", block_size=block_size), q, k)
-    torch.testing.assert_close(actual, slow_pooled_map(q, k, block_size, scale=DIM**-0.5).log())
+    expected = slow_pooled_map(q, k, block_size, PoolOptions(scale=DIM**-0.5))
+    torch.testing.assert_close(actual, expected.log())
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (65, 65), (100, 100), (37, 139)])

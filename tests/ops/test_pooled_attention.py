@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -8,26 +10,30 @@ import torch
 from seerattention import pooled_attention
 from seerattention.ops._shapes import Shape
 from seerattention.ops.pooled_attention import BACKENDS, chunked, pooled_map
-from seerattention.ops.pooled_attention._cases import CASES
+from seerattention.ops.pooled_attention._cases import CASES, PoolCase
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.memory import LargestTensor
 
 SMALL = [case for case in CASES if not case.large]
-by_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+BY_NAME = {case.name: case for case in CASES}
+#: The Triton kernel is interpreted in a process of its own, test_triton.py.
+ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != "triton"}
+by_backend = pytest.mark.parametrize("backend", ON_CPU.values(), ids=ON_CPU)
 
 
 @by_backend
 @pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_conforms(backend: ModuleType, case: Shape, dtype: torch.dtype) -> None:
+def test_conforms(backend: ModuleType, case: PoolCase, dtype: torch.dtype) -> None:
     conformance.check_pooled(backend, case, dtype)
 
 
 @by_backend
 def test_future_blocks_have_no_share(backend: ModuleType) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
-    _, target = backend.run(q, k, v, (64, 64), scale=0.125)
+    _, target, _ = backend.run(q, k, v, (64, 64), PoolOptions(scale=0.125))
     assert (target.triu(1) == 0).all()
     assert (target.diagonal(dim1=2, dim2=3) > 0).all()
 
@@ -35,8 +41,9 @@ def test_future_blocks_have_no_share(backend: ModuleType) -> None:
 @by_backend
 def test_later_chunk_is_the_end_of_the_whole(backend: ModuleType) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
-    out, target = backend.run(q, k, v, (64, 64), scale=0.125)
-    late_out, late_target = backend.run(q[:, :, 128:], k, v, (64, 64), scale=0.125)
+    options = PoolOptions(scale=0.125)
+    out, target, _ = backend.run(q, k, v, (64, 64), options)
+    late_out, late_target, _ = backend.run(q[:, :, 128:], k, v, (64, 64), options)
     torch.testing.assert_close(late_out, out[:, :, 128:])
     torch.testing.assert_close(late_target, target[:, :, 2:])
 
@@ -55,7 +62,7 @@ def test_chunked_stays_within_its_budget(block_size: tuple[int, int], queries: i
     shape = Shape(name="", heads=2, kv_heads=kv_heads, queries=queries, keys=4096, head_dim=64)
     q, k, v = random_qkv(shape)
     with LargestTensor() as largest:
-        chunked.run(q, k, v, block_size, scale=0.125)
+        chunked.run(q, k, v, block_size, PoolOptions(scale=0.125))
     assert 4 * 4096 * 4096 > chunked.WORK_BYTES >= largest.bytes > chunked.WORK_BYTES // 2
 
 
@@ -66,9 +73,12 @@ def test_public_functions() -> None:
     assert not out.requires_grad
     assert not target.requires_grad
     assert torch.equal(pooled_map(q, k, (64, 64)), target)
-    expected = chunked.run(q.detach(), k.detach(), v.detach(), (64, 64), scale=64**-0.5)
-    assert torch.equal(out, expected[0])
-    assert torch.equal(target, expected[1])
+    options = PoolOptions(scale=64**-0.5, return_lse=True)
+    expected = chunked.run(q.detach(), k.detach(), v.detach(), (64, 64), options)
+    for result in ((out, target), pooled_attention(q, k, v, (64, 64), return_lse=True)):
+        for one, other in zip(result, expected, strict=False):
+            assert other is not None
+            assert torch.equal(one, other)
     assert not torch.equal(pooled_map(q, k, (64, 64), scale=0.5), target)
 
 
@@ -77,3 +87,81 @@ def test_block_size_must_be_positive(block_size: tuple[int, int]) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
     with pytest.raises(ValueError, match="block sizes must be at least one token, got"):
         pooled_attention(q, k, v, block_size)
+
+
+@by_backend
+def test_one_map_per_kv_head_is_the_largest_weight_of_its_group(backend: ModuleType) -> None:
+    case = BY_NAME["decode"]
+    q, k, v = random_qkv(case)
+    out, target, _ = backend.run(q, k, v, case.block_size, case.options())
+    weights = conformance.dense_weights(q, k, scale=case.head_dim**-0.5)
+    padded = torch.nn.functional.pad(weights, (0, -case.keys % 32)).unflatten(-1, (-1, 32)).amax(-1)
+    merged = padded.unflatten(1, (2, 3)).amax(2)
+    torch.testing.assert_close(target, merged / merged.sum(-1, keepdim=True))
+    alone = backend.run(q, k, v, case.block_size, replace(case.options(), per_kv_head=False))
+    assert torch.equal(alone[0], out)
+
+
+@pytest.mark.parametrize("name", ["softcap", "sinks", "group", "packed", "packed-decode"])
+def test_options_reach_the_backend(name: str) -> None:
+    case = BY_NAME[name]
+    q, k, v = random_qkv(case)
+    options = case.options()
+    given: dict[str, Any] = {
+        "softcap": options.softcap,
+        "sinks": options.sinks,
+        "per_kv_head": options.per_kv_head,
+        "cu_seqlens_q": options.cu_seqlens_q,
+        "cu_seqlens_k": options.cu_seqlens_k,
+    }
+    out, target = pooled_attention(q, k, v, case.block_size, **given)
+    expected = chunked.run(q, k, v, case.block_size, options)
+    assert expected[0] is not None
+    assert torch.equal(out, expected[0])
+    assert torch.equal(target, expected[1])
+    assert torch.equal(pooled_map(q, k, case.block_size, **given), target)
+
+
+@by_backend
+def test_packed_sequences_are_as_if_alone(backend: ModuleType) -> None:
+    case = BY_NAME["packed"]
+    q, k, v = random_qkv(case)
+    out, target, lse = backend.run(q, k, v, case.block_size, case.options(return_lse=True))
+    start_q, start_k, row = 0, 0, 0
+    for queries, keys in case.lengths:
+        if queries == 0:
+            continue
+        one = q[:, :, start_q : start_q + queries], *(x[:, :, start_k : start_k + keys] for x in (k, v))
+        options = replace(case.options(return_lse=True), cu_seqlens_q=None, cu_seqlens_k=None, lengths=())
+        alone, its_map, its_lse = backend.run(*one, case.block_size, options)
+        rows, columns = its_map.shape[2:]
+        torch.testing.assert_close(out[:, :, start_q : start_q + queries], alone)
+        torch.testing.assert_close(lse[:, :, start_q : start_q + queries], its_lse)
+        torch.testing.assert_close(target[:, :, row : row + rows, :columns], its_map)
+        assert (target[:, :, row : row + rows, columns:] == 0).all()
+        start_q, start_k, row = start_q + queries, start_k + keys, row + rows
+    assert row == target.shape[2]
+
+
+@pytest.mark.parametrize(
+    ("starts_q", "starts_k", "message"),
+    [
+        ([1, 10], [0, 10], "cu_seqlens_q must start with 0 and end with the 10 tokens of q, got 1 to 10"),
+        ([0, 10], [0, 9], "cu_seqlens_k must start with 0 and end with the 10 tokens of k, got 0 to 9"),
+        ([0, 6, 10], [0, 4, 10], "sequence 0 has 6 queries and 4 keys; it needs 0 <= queries <= keys"),
+    ],
+)
+def test_lengths_must_fit(starts_q: list[int], starts_k: list[int], message: str) -> None:
+    q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
+    starts: dict[str, Any] = {
+        "cu_seqlens_q": torch.tensor(starts_q).int(),
+        "cu_seqlens_k": torch.tensor(starts_k).int(),
+    }
+    with pytest.raises(ValueError, match=message):
+        pooled_attention(q, k, v, (4, 4), **starts)
+
+
+def test_half_of_the_lengths_is_refused() -> None:
+    q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
+    with pytest.raises(ValueError, match="packed sequences need both cu_seqlens, got only cu_seqlens_q"):
+        pooled_attention(q, k, v, (4, 4), cu_seqlens_q=torch.tensor([0, 10]).int())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,56 @@ from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, 
 
 pytest.importorskip("triton")
 
+#: Compiles the kernel of `pooled_attention` for Hopper, its launch and what else is asked for given.
+COMPILE_POOLED = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from seerattention.ops.pooled_attention import _triton_kernel, triton as backend
 
-@pytest.mark.parametrize("op", ["block_sparse_attention", "select_blocks", "summarise_blocks"])
+dim, per_kv_head, direct = map(int, sys.argv[1:])
+launch = backend.launch_of(dim, 4096, 2)
+constants = {
+    "HEADS": 32, "KV_HEADS": 8, "PER_KV_HEAD": bool(per_kv_head), "D": dim, "BLOCK_D": dim,
+    "BLOCK_Q": 1 if per_kv_head else 64, "BLOCK_K": 64, "BLOCK_M": launch.block_m,
+    "BLOCK_N": launch.block_n, "CHUNK": 32, "DIRECT": bool(direct), "COPIES": True, "HAS_V": True,
+    "SOFTCAP": False, "SINKS": False, "LSE": False, "SEQUENCES": 0, "STAGES": launch.stages,
+}
+kernel = _triton_kernel.pooled_kernel
+tile = f"tensordesc<bf16[1, 1, {launch.block_n}, {dim}]>"
+kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+kinds |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+kinds |= dict.fromkeys(("map_ptr", "lse_ptr", "scratch_ptr", "sinks_ptr"), "*fp32")
+kinds |= dict.fromkeys(("counter_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")
+kinds |= {"k_desc": tile, "v_desc": tile, "scale": "fp32", "softcap": "fp32"}
+source = ASTSource(kernel, kinds, constexprs={(kernel.arg_names.index(n),): c for n, c in constants.items()})
+options = {"num_warps": launch.warps, "num_stages": launch.stages}
+compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+ptx = compiled.asm["ptx"]
+print(json.dumps({
+    "shared": compiled.metadata.shared,
+    "wgmma": ptx.count("wgmma.mma_async"),
+    "copies": ptx.count("cp.async.bulk.tensor"),
+}))
+"""
+
+
+@pytest.mark.parametrize(("dim", "per_kv_head", "direct"), [(64, 0, 0), (128, 0, 0), (128, 1, 1)])
+def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: int, direct: int) -> None:
+    command = [sys.executable, "-c", COMPILE_POOLED, *map(str, (dim, per_kv_head, direct))]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = json.loads(done.stdout)
+    # What a program may have on Hopper is 227 KiB.
+    assert made["shared"] <= 227 * 1024
+    assert made["wgmma"] > 0
+    assert made["copies"] > 0
+
+
+@pytest.mark.parametrize(
+    "op", ["block_sparse_attention", "pooled_attention", "select_blocks", "summarise_blocks"]
+)
 def test_kernels_in_the_interpreter(op: str) -> None:
     # It must be asked for before kernels are defined, and nothing else is to meet it.
     file = Path(__file__).parent / f"interpreted_{op}.py"

@@ -38,6 +38,7 @@ def support() -> list[Support]:
     from seerattention.ops import summarise_blocks as summaries
     from seerattention.ops._dispatch import explain
     from seerattention.ops.block_sparse_attention._options import Options
+    from seerattention.ops.pooled_attention._options import PoolOptions
     from seerattention.policies import TopK
     from seerattention.selection import BlockSelection
 
@@ -49,6 +50,7 @@ def support() -> list[Support]:
             k = q[:, :1]
             selection = BlockSelection.full(128, 128, (64, 64), device)
             options = Options(scale=64**-0.5)
+            pooling_options = PoolOptions(scale=64**-0.5)
             qkv = {"q": q, "k": k, "v": k}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()
@@ -60,7 +62,7 @@ def support() -> list[Support]:
                 ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
                 ("summarise_blocks", summaries, pooling),
                 ("select_blocks", chosen, choice),
-                ("pooled_attention", pooled, qkv | {"block_size": (64, 64)}),
+                ("pooled_attention", pooled, qkv | {"block_size": (64, 64), "options": pooling_options}),
             ]
             for op, module, args in asked:
                 for backend, reasons in explain(module.BACKENDS, **args).items():

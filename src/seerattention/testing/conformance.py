@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import reference as attention_reference
 from seerattention.ops.block_sparse_attention._cases import Case
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.pooled_attention import reference as pooled_reference
+from seerattention.ops.pooled_attention._cases import PoolCase
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import BlockSelection, num_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -41,12 +43,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return dense_weights(q, k, scale=scale) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
-def dense_weights(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+def dense_weights(
+    q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Return the causal softmax map ``[B, Hq, Tq, Tk]``."""
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
     later = torch.arange(k.shape[2], device=q.device)[None, :] > query[:, None]
-    return scores.masked_fill(later, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(later, float("-inf"))
+    if sinks is not None:
+        logits = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, logits], -1)
+    return scores.softmax(-1)[..., : k.shape[2]]
 
 
 def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, BlockSelection, Options]:
@@ -173,35 +183,51 @@ def check_attention(backend: Backend, case: Case, dtype: torch.dtype = torch.flo
         attention_ignores_unread(backend, case, dtype)
 
 
-def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], *, scale: float) -> Tensor:
-    """Return the target one block at a time, ``[B, Hq, Nq, Nk]`` in the dtype of q."""
-    share = dense_weights(q, k, scale=scale)
+def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], options: PoolOptions) -> Tensor:
+    """Return the target one block at a time, ``[B, Hq or Hk, rows, columns]`` in the dtype of q."""
+    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
+    pooled = q.new_zeros(*q.shape[:2], *options.map_shape(q, k, block_size)[2:])
     block_q, block_k = block_size
-    nq, nk = num_blocks(q.shape[2], block_q), num_blocks(k.shape[2], block_k)
-    pooled = share.new_zeros(*share.shape[:2], nq, nk)
-    for i in range(nq):
-        for j in range(nk):
-            tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
-            pooled[:, :, i, j] = tile.amax((2, 3))
+    start_q, start_k, row = 0, 0, 0
+    for queries, keys in lengths:
+        one_q, one_k = q[:, :, start_q : start_q + queries], k[:, :, start_k : start_k + keys]
+        share = dense_weights(one_q, one_k, scale=options.scale, softcap=options.softcap, sinks=options.sinks)
+        for i in range(num_blocks(queries, block_q)):
+            for j in range(num_blocks(keys, block_k)):
+                tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
+                pooled[:, :, row + i, j] = tile.amax((2, 3))
+        start_q, start_k, row = start_q + queries, start_k + keys, row + num_blocks(queries, block_q)
+    if options.per_kv_head:
+        pooled = torch.stack([heads.amax(1) for heads in pooled.tensor_split(k.shape[1], 1)], 1)
     return pooled / pooled.sum(-1, keepdim=True)
 
 
-def check_pooled(backend: Backend, case: Shape, dtype: torch.dtype = torch.float32) -> None:
+def check_pooled(
+    backend: Backend, case: PoolCase, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> None:
     """Run every check of a `pooled_attention` backend.
 
     Raises:
         AssertionError: If one of them fails.
     """
-    q, k, v = random_qkv(case, dtype=dtype)
-    scale = case.head_dim**-0.5
-    out, target = backend.run(q, k, v, case.block_size, scale=scale)
-    Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=scale), q, k, v).check(out)
-    slow = Budget.of(lambda q, k: slow_pooled_map(q, k, case.block_size, scale=scale).float(), q, k)
-    slow.check(target)
-    ones = torch.ones(target.shape[:3])
-    Budget(ones.double(), torch.float32, torch.finfo(torch.float32).eps * target.shape[-1]).check(
-        target.sum(-1)
-    )
-    nothing, alone = backend.run(q, k, None, case.block_size, scale=scale)
+    q, k, v = random_qkv(case, dtype=dtype, device=device)
+    options = case.options(device, return_lse=True)
+    out, target, lse = backend.run(q, k, v, case.block_size, options)
+    by_reference: Callable[..., Any] = pooled_reference.run
+    for which, result in ((0, out), (2, lse)):
+        budget = Budget.of(
+            lambda q, k, v, i=which: by_reference(q, k, v, case.block_size, options)[i], q, k, v
+        )
+        budget.check(result)
+    if not case.lengths and case.softcap is None and not case.sinks:
+        Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v).check(out)
+    Budget.of(lambda q, k: slow_pooled_map(q, k, case.block_size, options).float(), q, k).check(target)
+    ones = torch.ones(target.shape[:3], dtype=torch.float64, device=device)
+    Budget(ones, torch.float32, torch.finfo(torch.float32).eps * target.shape[-1]).check(target.sum(-1))
+    nothing, alone, _ = backend.run(q, k, None, case.block_size, options)
     assert nothing is None, "without v there is no output"
     assert torch.equal(alone, target), "the map depends on v"
+    again = backend.run(q, k, v, case.block_size, case.options(device))
+    assert torch.equal(again[0], out), "two runs differ in the output, or return_lse changes it"
+    assert torch.equal(again[1], target), "two runs differ in the map, or return_lse changes it"
+    assert again[2] is None, "lse was not asked for"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import reference
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import BlockSelection
 from seerattention.testing.conformance import Backend
 
@@ -94,11 +95,37 @@ class ColumnNormalised(Mutant):
     """The pooled map's columns add up to 1 instead of its rows."""
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], *, scale: float
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return the output and the map with the bug."""
-        out, target = self.backend.run(q, k, v, block_size, scale=scale)
-        return out, target / target.sum(-2, keepdim=True)
+        self, q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return output, map and lse with the bug."""
+        out, target, lse = self.backend.run(q, k, v, block_size, options)
+        return out, target / target.sum(-2, keepdim=True), lse
+
+
+class LastRowsOnly(Mutant):
+    """A query block's row of the map is that of its last query alone."""
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return output, map and lse with the bug."""
+        out, _, lse = self.backend.run(q, k, v, block_size, options)
+        _, rows, _ = self.backend.run(q, k, v, (1, block_size[1]), options)
+        last = torch.arange(0, q.shape[2], block_size[0]) + block_size[0] - 1
+        return out, rows[:, :, last.clamp(max=q.shape[2] - 1)], lse
+
+
+class NormalisedBeforeGroup(Mutant):
+    """Each head's rows are divided by their sums before the maximum over a group, and after it."""
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return output, map and lse with the bug."""
+        out, target, lse = self.backend.run(q, k, v, block_size, replace(options, per_kv_head=False))
+        if options.per_kv_head:
+            target = target.unflatten(1, (k.shape[1], -1)).amax(2)
+        return out, target / target.sum(-1, keepdim=True), lse
 
 
 #: Bugs of a block-sparse attention kernel, planted into the reference.

@@ -7,11 +7,13 @@ output comes from the same pass.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import num_blocks
 
 #: Bytes of scores held at a time (fp32); at least one query block of one head is taken. Small enough for
@@ -20,48 +22,83 @@ WORK_BYTES = 8 * 2**20
 CUDA_WORK_BYTES = 512 * 2**20
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int]) -> list[str]:
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+) -> list[str]:
     """Return the reasons why this backend cannot run; it runs everything."""
     return []
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], *, scale: float
-) -> tuple[Tensor | None, Tensor]:
-    """Return the output (None without v) and the row-normalised block-max map."""
-    batch, heads, tokens_q = q.shape[:3]
-    kv_heads, tokens_k = k.shape[1:3]
-    block_q, block_k = block_size
-    nq, nk = num_blocks(tokens_q, block_q), num_blocks(tokens_k, block_k)
-    past = tokens_k - tokens_q
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
+    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
+    target = torch.zeros(options.map_shape(q, k, block_size), dtype=torch.float32, device=q.device)
+    out = None if v is None else torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    start_q, start_k, row = 0, 0, 0
+    for queries, keys in lengths:
+        own_q, own_k = slice(start_q, start_q + queries), slice(start_k, start_k + keys)
+        own_rows = slice(row, row + num_blocks(queries, block_size[0]))
+        for b in range(q.shape[0]):
+            for h in range(k.shape[1]):
+                # Heads of a group meet their shared keys in one product: [G * rows, D] x [D, Tk].
+                heads = slice(h * (q.shape[1] // k.shape[1]), (h + 1) * (q.shape[1] // k.shape[1]))
+                _attend(
+                    q[b, heads, own_q],
+                    k[b, h, own_k],
+                    None if v is None else v[b, h, own_k],
+                    None if out is None else out[b, heads, own_q],
+                    target[b, slice(h, h + 1) if options.per_kv_head else heads, own_rows],
+                    lse[b, heads, own_q],
+                    block_size,
+                    replace(options, sinks=None if options.sinks is None else options.sinks[heads]),
+                )
+        start_q, start_k, row = own_q.stop, own_k.stop, own_rows.stop
+    target /= target.sum(-1, keepdim=True)
+    return out, target, lse if options.return_lse else None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    out: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    block_size: tuple[int, int],
+    options: PoolOptions,
+) -> None:
+    """Fill output, largest weights and lse of a group of heads ``[G, Tq, D]`` in one sequence."""
+    past = k.shape[0] - q.shape[1]
     budget = CUDA_WORK_BYTES if q.is_cuda else WORK_BYTES
     work = torch.promote_types(q.dtype, torch.float32)
-    target = torch.zeros(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
-    out = None if v is None else torch.empty_like(q)
-    # Heads of a group meet their shared keys in one product: [B, Hk, G * rows, D] x [B, Hk, D, Tk].
-    grouped = q.unflatten(1, (kv_heads, -1))
-    for b in range(batch):
-        for h in range(kv_heads):
-            first = 0
-            while first < nq:
-                fits = _slice_blocks(budget, grouped.shape[2], block_q, past + first * block_q)
-                last = min(nq, first + fits)
-                rows = slice(first * block_q, min(last * block_q, tokens_q))
-                seen = min(tokens_k, past + rows.stop)
-                part = grouped[b, h, :, rows].to(work) * scale
-                scores = part @ k[b, h, :seen].to(work).mT
-                # Every row of the slice sees all keys before the slice; only the slice's own need a mask.
-                own = scores[:, :, past + rows.start :]
-                hidden = torch.ones(own.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-                own.masked_fill_(hidden, float("-inf"))
-                share = torch.softmax(scores, -1)
-                pooled = _block_max(share, block_size)
-                target.unflatten(1, (kv_heads, -1))[b, h, :, first:last, : pooled.shape[2]] = pooled
-                if out is not None and v is not None:
-                    mixed = share @ v[b, h, :seen].to(work)
-                    out.unflatten(1, (kv_heads, -1))[b, h, :, rows] = mixed.to(out.dtype)
-                first = last
-    return out, target / target.sum(-1, keepdim=True)
+    block_q, first, last = block_size[0], 0, num_blocks(q.shape[1], block_size[0])
+    while first < last:
+        until = min(last, first + _slice_blocks(budget, q.shape[0], block_q, past + first * block_q))
+        rows = slice(first * block_q, min(until * block_q, q.shape[1]))
+        seen = past + rows.stop
+        scores = (q[:, rows].to(work) * options.scale) @ k[:seen].to(work).mT
+        if options.softcap is not None:
+            scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        # Every row of the slice sees all keys before the slice; only the slice's own need a mask.
+        own = scores[:, :, past + rows.start :]
+        hidden = torch.ones(own.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        own.masked_fill_(hidden, float("-inf"))
+        if options.sinks is not None:
+            sinks = options.sinks.to(work)[:, None, None].expand(*scores.shape[:2], 1)
+            scores = torch.cat([scores, sinks], -1)
+        if options.return_lse:
+            lse[:, rows] = scores.logsumexp(-1)
+        share = torch.softmax(scores, -1)[..., :seen]
+        pooled = _block_max(share, block_size)
+        if options.per_kv_head:
+            pooled = pooled.amax(0, keepdim=True)
+        target[:, first:until, : pooled.shape[2]] = pooled
+        if out is not None and v is not None:
+            out[:, rows] = (share @ v[:seen].to(work)).to(out.dtype)
+        first = until
 
 
 def _slice_blocks(budget: int, groups: int, block_q: int, seen: int) -> int:

@@ -1,4 +1,9 @@
-"""The specification: the whole softmax map, pooled. Memory grows with the square of the length."""
+"""The specification: the whole softmax map, pooled. Memory grows with the square of the length.
+
+A gate that chooses for a group of query heads learns the map of the group: the largest weight that any head
+of the group gives to anything in a block pair. Rows are divided by their sums after that, once. For decode
+gates (query blocks of one token) this is the published target (SeerAttention-R, section 3.2).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.pooled_attention._options import PoolOptions
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int]) -> list[str]:
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+) -> list[str]:
     """Return the reasons why this backend cannot run; it runs everything."""
     return []
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], *, scale: float
-) -> tuple[Tensor | None, Tensor]:
-    """Return the output (None without v) and the row-normalised block-max map."""
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
+    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
+    columns = options.map_shape(q, k, block_size)[3]
+    outs, maps, lses, start_q, start_k = [], [], [], 0, 0
+    for queries, keys in lengths:
+        one_q, one_k = q[:, :, start_q : start_q + queries], k[:, :, start_k : start_k + keys]
+        one_v = None if v is None else v[:, :, start_k : start_k + keys]
+        start_q, start_k = start_q + queries, start_k + keys
+        if queries:
+            out, pooled, lse = _attend(one_q, one_k, one_v, block_size, options)
+            outs.append(out)
+            maps.append(F.pad(pooled, (0, columns - pooled.shape[3])))
+            lses.append(lse)
+    return (
+        None if v is None else torch.cat(outs, 2),
+        torch.cat(maps, 2),
+        torch.cat(lses, 2) if options.return_lse else None,
+    )
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return output, map and lse of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
     causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     causal = causal.tril(k.shape[2] - q.shape[2])
-    scores = (q * scale) @ k.repeat_interleave(groups, 1).mT
-    share = torch.softmax(scores.masked_fill(~causal, float("-inf")), dim=-1)
+    scores = (q * options.scale) @ k.repeat_interleave(groups, 1).mT
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~causal, float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
+    share = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
     pooled = F.max_pool2d(share.float(), block_size, stride=block_size, ceil_mode=True)
+    if options.per_kv_head:
+        pooled = pooled.unflatten(1, (k.shape[1], groups)).amax(2)
     out = None if v is None else share @ v.repeat_interleave(groups, 1)
-    return out, pooled / pooled.sum(-1, keepdim=True)
+    return out, pooled / pooled.sum(-1, keepdim=True), lse

@@ -1,0 +1,377 @@
+"""The device functions of the Triton backend; `triton.py` beside this file starts them."""
+
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
+
+from __future__ import annotations
+
+from seerattention.ops.block_sparse_attention._triton_kernel import _cap, _jit, _product_in_parts, tl
+
+#: Numbers that change from call to call: a kernel each for those that 16 divides would be compiled anew
+#: for another length.
+_LENGTHS = [
+    *("items", "rows", "map_rows", "columns", "cells", "num_queries", "num_keys", "sequences"),
+]
+
+
+@_jit
+def _keep(ptrs, values, DIRECT: tl.constexpr):
+    """Store values; ``DIRECT`` does it from the threads that have them, several the same one.
+
+    Triton's own store first spreads the values over all threads, through shared memory and a barrier.
+    """
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            "st.global.f32 [$1], $2; mov.b32 $0, 0;", "=r,l,f", [ptrs.to(tl.int64), values],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(ptrs, values)
+
+
+@_jit
+def _step(  # noqa: PLR0915
+    q,
+    acc,
+    maximum,
+    total,
+    cells_ptr,
+    k_desc,
+    v_desc,
+    k_ptr,
+    v_ptr,
+    stride_kt,
+    stride_vt,
+    b,
+    kv_head,
+    start_k,
+    first_key,
+    first_query,
+    end_key,
+    scale,
+    softcap,
+    MASKED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COPIES: tl.constexpr,
+    HAS_V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CELL: tl.constexpr,
+):
+    """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax and keep the maxima of their cells.
+
+    ``scores * scale`` are logarithms to base 2, and so are the maxima; in fp32 both are left unscaled, since
+    scaling a difference rounds less than the difference of two scaled numbers. ``first_query`` is the place
+    of the tile's first query among the keys; no query of the tile sees ``end_key`` or a later one.
+    """
+    CELLS: tl.constexpr = BLOCK_N // CELL
+    keys, rows, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    k_ptrs = k_ptr + tl.cast(first_key, tl.int64) * stride_kt + (keys[None, :] * stride_kt + dims[:, None])
+    v_ptrs = v_ptr + tl.cast(first_key, tl.int64) * stride_vt + (keys[:, None] * stride_vt + dims[None, :])
+    if MASKED:
+        inside = keys < end_key - first_key
+        k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
+    elif COPIES:
+        k = tl.reshape(k_desc.load([b, kv_head, start_k + first_key, 0]), [BLOCK_N, BLOCK_D]).T
+    elif BLOCK_D == D:
+        k = tl.load(k_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
+    if q.dtype == tl.float32:  # noqa: SIM108
+        scores = _product_in_parts(q, k, (BLOCK_D + 63) // 64)
+    else:
+        scores = tl.dot(q, k)
+    if SOFTCAP:
+        scores = _cap(scores * scale, softcap, q.dtype == tl.float32)
+        scale = 1.4426950408889634
+    if MASKED:
+        later = (first_key + keys)[None, :] > (first_query + rows)[:, None]
+        scores = tl.where(later | (keys >= end_key - first_key)[None, :], float("-inf"), scores)
+    unit = 1.0 if q.dtype == tl.float32 else scale
+    # A maximum of the cells' maxima would have another layout than the scores, and so would all after it.
+    largest = tl.max(scores, 1) * unit
+    # Cell by cell: what a cell holds of the tile's rows lies together.
+    if CELLS == 1:
+        _keep(cells_ptr + (first_key // CELL) * BLOCK_M + rows, largest, DIRECT)
+    else:
+        by_cell = tl.max(tl.reshape(scores, [BLOCK_M, CELLS, CELL]), 2) * unit
+        places = first_key // CELL + tl.arange(0, CELLS)
+        _keep(cells_ptr + places[None, :] * BLOCK_M + rows[:, None], by_cell, DIRECT)
+    new = tl.maximum(maximum, largest)
+    # Infinite while a query has seen nothing.
+    finite = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    if q.dtype == tl.float32:
+        p = tl.exp2((scores - finite[:, None]) * scale)
+        fade = tl.exp2((maximum - finite) * scale)
+    else:
+        p = tl.exp2(scores * scale - finite[:, None])
+        fade = tl.exp2(maximum - finite)
+    total = total * fade + tl.sum(p, 1)
+    if HAS_V:
+        if MASKED:
+            v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
+        elif COPIES:
+            v = tl.reshape(v_desc.load([b, kv_head, start_k + first_key, 0]), [BLOCK_N, BLOCK_D])
+        elif BLOCK_D == D:
+            v = tl.load(v_ptrs)
+        else:
+            v = tl.load(v_ptrs, mask=(dims < D)[None, :], other=0.0)
+        if q.dtype == tl.float32:
+            # A sum per step and then their sum: in one chain of all keys the rounding errors would add up.
+            acc = acc * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+    return acc, new, total
+
+
+@_jit
+def _sequence_of(
+    row, cu_q_ptr, cu_k_ptr, sequences, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, SEQUENCES: tl.constexpr
+):
+    """Find the packed sequence of an item's row: the row there, the map's first row, starts, lengths."""
+    s = tl.arange(0, SEQUENCES)
+    start = tl.load(cu_q_ptr + s, mask=s < sequences, other=0)
+    end = tl.load(cu_q_ptr + s + 1, mask=s < sequences, other=0)
+    rows = (end - start + ROWS - 1) // ROWS
+    before = (tl.cumsum(rows, 0) <= row) & (s < sequences)
+    which = tl.sum(before.to(tl.int32), 0)
+    row -= tl.sum(tl.where(before, rows, 0), 0)
+    map_start = tl.sum(tl.where(before, (end - start + BLOCK_Q - 1) // BLOCK_Q, 0), 0)
+    # Past the last sequence there are no queries.
+    inside = which < sequences
+    start_q = tl.load(cu_q_ptr + which, mask=inside, other=0)
+    len_q = tl.load(cu_q_ptr + which + 1, mask=inside, other=0) - start_q
+    start_k = tl.load(cu_k_ptr + which, mask=inside, other=0)
+    len_k = tl.load(cu_k_ptr + which + 1, mask=inside, other=0) - start_k
+    return row, map_start, start_q, len_q, start_k, len_k
+
+
+@_jit
+def _pool(
+    cells_ptr,
+    map_tile,
+    maximum,
+    total,
+    scale,
+    valid_rows,
+    valid_queries,
+    written,
+    seen_columns,
+    columns,
+    again,
+    RAISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    MERGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write the largest weight of every block of a tile to the map, or raise what the map holds to it.
+
+    Returns the sums of the map's rows. ``again`` says that the rows hold weights of another head or tile;
+    ``written`` is how many cells this one has, which may be fewer than the rows see.
+    """
+    IN_ROW: tl.constexpr = min(BLOCK_Q, BLOCK_M)
+    ROWS: tl.constexpr = BLOCK_M // IN_ROW
+    places, map_rows = tl.arange(0, BLOCK_M), tl.arange(0, ROWS)
+    finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+    # A query past the end, or one that sees nothing, has no weight anywhere.
+    nothing = (total == 0) | (places >= valid_queries)
+    share = tl.where(
+        nothing, 0.0, tl.div_rn(tl.full(total.shape, 1.0, tl.float32), tl.where(nothing, 1.0, total))
+    )
+    sums = tl.zeros([ROWS], dtype=tl.float32)
+    for first in tl.range(0, seen_columns, CHUNK, num_stages=1):
+        cells = first * MERGE + tl.arange(0, CHUNK * MERGE)
+        ptrs = cells_ptr + cells[:, None] * BLOCK_M + places[None, :]
+        x = tl.load(ptrs, mask=(cells < written)[:, None], other=float("-inf"))
+        weights = tl.exp2((x - finite[None, :]) * scale) * share[None, :]
+        if MERGE > 1:
+            weights = tl.max(tl.reshape(weights, [CHUNK, MERGE, BLOCK_M]), 1)
+        if IN_ROW > 1:
+            weights = tl.max(tl.reshape(weights, [CHUNK, ROWS, IN_ROW]), 2)
+        block = first + tl.arange(0, CHUNK)
+        here = (block < seen_columns)[:, None] & (map_rows < valid_rows)[None, :]
+        ptrs = map_tile + map_rows[None, :] * columns + block[:, None]
+        if RAISE and again:
+            weights = tl.maximum(weights, tl.load(ptrs, mask=here, other=0.0))
+        tl.store(ptrs, weights, mask=here)
+        sums += tl.sum(tl.where(here, weights, 0.0), 0)
+    return sums
+
+
+@_jit
+def _divide(map_tile, sums, valid_rows, seen_columns, columns, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Divide rows of the map by their sums."""
+    map_rows = tl.arange(0, ROWS)
+    sums = tl.where(sums == 0, 1.0, sums)
+    for first in tl.range(0, seen_columns, CHUNK, num_stages=1):
+        block = first + tl.arange(0, CHUNK)
+        here = (map_rows < valid_rows)[:, None] & (block < seen_columns)[None, :]
+        ptrs = map_tile + map_rows[:, None] * columns + block[None, :]
+        weights = tl.load(ptrs, mask=here, other=0.0)
+        # Rounded to nearest, so that a row of one block is exactly 1.
+        tl.store(ptrs, tl.div_rn(weights, tl.broadcast_to(sums[:, None], weights.shape)), mask=here)
+
+
+@_jit(do_not_specialize=_LENGTHS)
+def pooled_kernel(  # noqa: PLR0915
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    map_ptr,
+    lse_ptr,
+    scratch_ptr,
+    counter_ptr,
+    sinks_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    items,
+    rows,
+    map_rows,
+    columns,
+    cells,
+    num_queries,
+    num_keys,
+    sequences,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PER_KV_HEAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COPIES: tl.constexpr,
+    HAS_V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Take rows of the map from the counter until there are none left; `triton.py` says what an item is."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    # A query block longer than a tile is several tiles, which one program takes one after another.
+    TILES: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    PASSES: tl.constexpr = TILES * GROUP if PER_KV_HEAD else TILES
+    IN_ITEM: tl.constexpr = 1 if PER_KV_HEAD else GROUP
+    MAP_HEADS: tl.constexpr = KV_HEADS if PER_KV_HEAD else HEADS
+    MAP_ROWS: tl.constexpr = BLOCK_M // min(BLOCK_Q, BLOCK_M)
+    CELL: tl.constexpr = min(BLOCK_K, BLOCK_N)
+    MERGE: tl.constexpr = BLOCK_K // CELL
+    places, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    cells_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * cells * BLOCK_M
+    item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    while item < items:
+        # One KV head after another keeps its keys in the cache; its late rows, which read most, come first.
+        row = item // IN_ITEM
+        b, kv_head = row // rows // KV_HEADS, row // rows % KV_HEADS
+        first_head = kv_head * GROUP + item % IN_ITEM
+        row = rows - 1 - row % rows
+        next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+
+        map_start, start_q, start_k, len_q, len_k = 0, 0, 0, num_queries, num_keys
+        if SEQUENCES > 0:
+            row, map_start, start_q, len_q, start_k, len_k = _sequence_of(
+                row, cu_q_ptr, cu_k_ptr, sequences, TILES * BLOCK_M, BLOCK_Q, SEQUENCES
+            )
+        map_head = kv_head if PER_KV_HEAD else first_head
+        map_row = map_start + row * MAP_ROWS
+        map_tile = map_ptr + ((b * MAP_HEADS + map_head).to(tl.int64) * map_rows + map_row) * columns
+        item_end = tl.minimum((row + 1) * TILES * BLOCK_M, len_q)
+        valid_rows = (item_end - row * TILES * BLOCK_M + BLOCK_Q - 1) // BLOCK_Q
+        seen = (len_k - len_q + item_end + BLOCK_K - 1) // BLOCK_K
+        seen_columns = tl.where(row * TILES * BLOCK_M < item_end, seen, 0)
+        # Products with strides may need 64 bits.
+        k_head = k_ptr + b.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+        k_head += tl.cast(start_k, tl.int64) * stride_kt
+        v_head = v_ptr + b.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
+        v_head += tl.cast(start_k, tl.int64) * stride_vt
+        log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
+        natural_scale = 1.0 if SOFTCAP else scale
+        sums = tl.zeros([MAP_ROWS], dtype=tl.float32)
+
+        for turn in tl.range(0, PASSES, num_stages=1):
+            head = first_head + turn // TILES
+            first = row * TILES * BLOCK_M + turn % TILES * BLOCK_M
+            end = tl.minimum(first + BLOCK_M, len_q)
+            here = (places < end - first)[:, None] & (dims < D)[None, :]
+            # 64 bits for where a tile starts, 32 within it.
+            token = tl.cast(start_q + first, tl.int64)
+            q_tile = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token * stride_qt
+            q = tl.load(q_tile + (places[:, None] * stride_qt + dims[None, :]), mask=here, other=0.0)
+            # What one unit of `maximum` is in natural logarithms, and in logarithms to base 2.
+            unit = natural_scale if q.dtype == tl.float32 else 0.6931471805599453
+            unit2 = unit * 1.4426950408889634 if q.dtype == tl.float32 else 1.0
+            acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+            if SINKS:
+                sink = tl.load(sinks_ptr + head).to(tl.float32) / unit
+                maximum = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
+                total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+            else:
+                maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+                total = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+            first_query = len_k - len_q + first
+            end_key = tl.where(first < end, len_k - len_q + end, 0)
+            # Keys that every query of the tile sees need no mask.
+            open_keys = tl.minimum(end_key, tl.maximum(first_query + 1, 0)) // BLOCK_N * BLOCK_N
+            for first_key in tl.range(0, open_keys, BLOCK_N, num_stages=STAGES):
+                acc, maximum, total = _step(
+                    q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, stride_kt, stride_vt,
+                    b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
+                    False, DIRECT, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                )  # fmt: skip
+            for first_key in tl.range(open_keys, end_key, BLOCK_N, num_stages=1):
+                acc, maximum, total = _step(
+                    q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, stride_kt, stride_vt,
+                    b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
+                    True, DIRECT, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                )  # fmt: skip
+
+            if HAS_V:
+                # A query that sees nothing gets zeros.
+                acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+                out_tile = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+                out_tile += token * stride_ot
+                tl.store(out_tile + (places[:, None] * stride_ot + dims[None, :]), acc.to(q.dtype), mask=here)
+            if LSE:
+                lse_tile = lse_ptr + (b * HEADS + head).to(tl.int64) * num_queries + token
+                natural = maximum * unit + tl.log2(total) * 0.6931471805599453
+                tl.store(lse_tile + places, natural, mask=places < end - first)
+
+            # Maxima written by other threads, and map rows of the pass before, must be visible.
+            tl.debug_barrier()
+            written = (end_key + CELL - 1) // CELL
+            sums = _pool(
+                cells_ptr, map_tile, maximum, total, unit2, valid_rows, end - first, written,
+                seen_columns, columns, turn > 0, PASSES > 1, BLOCK_M, BLOCK_Q, MERGE, CHUNK,
+            )  # fmt: skip
+            # Nobody may still read the maxima when the next tile writes its own.
+            tl.debug_barrier()
+
+        _divide(map_tile, sums, valid_rows, seen_columns, columns, MAP_ROWS, CHUNK)
+        item = next_item
