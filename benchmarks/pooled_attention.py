@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seerattention.evals.versions import versions
 from seerattention.files import staged
 from seerattention.ops._shapes import Shape
-from seerattention.ops.pooled_attention import pooled_attention, pooled_map
+from seerattention.ops.pooled_attention import BACKENDS, pooled_attention, pooled_map
 from seerattention.ops.pooled_attention import triton as kernel
+from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.timing import interleaved
 
@@ -60,7 +61,13 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def variants(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name."""
-    return {
+    hopper = BACKENDS["hopper"].unsupported(q, k, v, (block, block), PoolOptions(scale=1.0))
+    fastest = {} if hopper else {
+        f"output and map {block} x {block}, hopper": lambda: pooled_attention(
+            q, k, v, (block, block), backend="hopper"
+        ),
+    }  # fmt: skip
+    return fastest | {
         "dense cudnn": lambda: dense(q, k, v),
         f"output and map {block} x {block}": lambda: pooled_attention(
             q, k, v, (block, block), backend="triton"

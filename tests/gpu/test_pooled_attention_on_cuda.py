@@ -16,6 +16,7 @@ from seerattention.testing.inputs import random_qkv
 pytestmark = pytest.mark.gpu
 
 kernel, chunked, reference = BACKENDS["triton"], BACKENDS["chunked"], BACKENDS["reference"]
+hopper = BACKENDS["hopper"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_NAME = {case.name: case for case in CASES}
 # The kernel has no query blocks of 8.
@@ -27,7 +28,7 @@ def inputs(case, dtype=torch.bfloat16):
     return random_qkv(case, dtype=dtype, device="cuda")
 
 
-def check(case, dtype):
+def check(case, dtype, kernel=kernel):
     """Output, map and lse within the budget, and two runs alike."""
     q, k, v = inputs(case, dtype)
     options = case.options("cuda", return_lse=True)
@@ -187,3 +188,60 @@ def test_memory_is_bounded(tokens, limit, block_size, per_kv_head):
     run = lambda: pooled_attention(q, k, v, block_size, per_kv_head=per_kv_head, backend="triton")  # noqa: E731
     assert bytes_beyond_outputs(run) <= limit
     assert bytes_beyond_outputs(lambda: pooled_map(q, k, block_size, per_kv_head=per_kv_head)) <= limit
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+class TestHopper:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("block_size", [(64, 64), (128, 128), (64, 128), (128, 64), (256, 64)])
+    @pytest.mark.parametrize("per_kv_head", [False, True])
+    def test_blocks_and_options(self, head_dim, block_size, per_kv_head, dtype):
+        case = PoolCase(
+            name="", heads=4, kv_heads=2, queries=300, keys=500, head_dim=head_dim, batch=2,
+            block_size=block_size, per_kv_head=per_kv_head, sinks=per_kv_head,
+        )  # fmt: skip
+        check(case, dtype, hopper)
+
+    @pytest.mark.parametrize("queries", [1, 2, 15, 63, 64, 65, 127, 128, 129, 257, 1000, 4097])
+    @pytest.mark.parametrize("past", [0, 1, 100, 640])
+    def test_lengths(self, queries, past):
+        case = PoolCase(name="", heads=8, kv_heads=2, queries=queries, keys=queries + past, head_dim=128)
+        check(case, torch.bfloat16, hopper)
+
+    def test_many_calls_agree(self):
+        case = PoolCase(name="", heads=8, kv_heads=2, queries=6000, keys=6000, head_dim=128)
+        q, k, v = inputs(case)
+        first = hopper.run(q, k, v, (64, 64), case.options("cuda"))
+        for _ in range(200):
+            again = hopper.run(q, k, v, (64, 64), case.options("cuda"))
+            assert torch.equal(first[0], again[0])
+            assert torch.equal(first[1], again[1])
+
+    @pytest.mark.parametrize("past", [0, 100])
+    def test_later_keys_are_not_read(self, past):
+        case = PoolCase(name="", heads=4, kv_heads=2, queries=1000, keys=1000 + past, head_dim=128)
+        q, k, v = inputs(case)
+        clean = hopper.run(q, k, v, (64, 64), case.options("cuda"))
+        # What a tile of 128 queries may not see, its copies do not bring.
+        k[:, :, past + 576 :], v[:, :, past + 576 :] = torch.nan, torch.nan
+        out, target, _ = hopper.run(q, k, v, (64, 64), case.options("cuda"))
+        assert torch.equal(out[:, :, :384], clean[0][:, :, :384])
+        assert torch.equal(target[:, :, :6], clean[1][:, :, :6])
+
+    def test_compiled_without_a_break(self):
+        case = PoolCase(name="", heads=4, kv_heads=2, queries=300, keys=500, head_dim=128)
+        q, k, v = inputs(case)
+        call = lambda q, k, v: pooled_attention(q, k, v, (128, 64), return_lse=True, backend="hopper")  # noqa: E731
+        for one, other in zip(torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v), strict=True):
+            assert torch.equal(one, other)
+
+    @pytest.mark.parametrize(("tokens", "limit"), [(32768, 64e6), (131072, 1e9)])
+    @pytest.mark.parametrize(("block_size", "per_kv_head"), [((64, 64), False), ((128, 128), False)])
+    def test_memory_is_bounded(self, tokens, limit, block_size, per_kv_head):
+        q, k, v = inputs(replace(LLAMA, queries=tokens, keys=tokens))
+        run = lambda: pooled_attention(q, k, v, block_size, per_kv_head=per_kv_head, backend="hopper")  # noqa: E731
+        assert bytes_beyond_outputs(run) <= limit

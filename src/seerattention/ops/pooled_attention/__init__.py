@@ -12,8 +12,8 @@ from seerattention.ops.pooled_attention._options import PoolOptions, read_length
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; the first needs a GPU.
-ORDER = ("triton", "chunked")
+#: What ``auto`` tries, in order; the first two need a GPU.
+ORDER = ("hopper", "triton", "chunked")
 
 
 @overload
