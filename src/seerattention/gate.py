@@ -21,7 +21,10 @@ from seerattention.selection import num_blocks
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-POOLS = ("max", "min", "avg")
+POOLS = ("max", "min", "avg", "soft")
+
+#: Distances in blocks that have a bias of their own: 0, 1, 2-3, 4-7, ...
+DISTANCES = 20
 
 #: Scores of sub-blocks are reduced to scores of blocks in slices of at most this many bytes.
 SLICE_BYTES = 64 * 2**20
@@ -40,7 +43,9 @@ class GateConfig:
         head_dim: Dimension of a head, ``D``.
         block_size: Tokens per block, of queries and keys.
         gate_dim: Dimension ``E`` of the projected summaries; default ``head_dim``.
-        q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
+        q_pool: How a block of queries is summarised: any of max, min, avg, soft, concatenated in order.
+            ``soft`` is a mean weighted by the softmax of each token's product with a learned vector per
+            head; it starts as the mean.
         k_pool: The same for keys.
         q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
             block pair's score is the maximum over its pairs of sub-blocks.
@@ -52,6 +57,7 @@ class GateConfig:
         qk_norm: RMS-normalise the projected summaries.
         q_proj: Project queries. Without, queries are used as pooled and keys are projected once per
             query head.
+        distance_bias: Add a learned number per head and distance, in powers of two blocks, to the scores.
         init: ``identity`` starts as the plain dot product of mean-pooled q and k; ``random`` as the
             published code does, normal with standard deviation 0.02.
     """
@@ -70,6 +76,7 @@ class GateConfig:
     rope_theta: float = 10000.0
     qk_norm: bool = False
     q_proj: bool = True
+    distance_bias: bool = False
     init: Literal["identity", "random"] = "identity"
 
     def __post_init__(self) -> None:
@@ -103,6 +110,8 @@ class GateConfig:
                 "without q_proj the gate needs one q pool and gate_dim == head_dim, got "
                 f"q_pool={self.q_pool}, gate_dim={self.dim}, head_dim={self.head_dim}"
             )
+        if not self.q_proj and "soft" in self.q_pool:
+            raise ValueError("the pool soft of queries needs q_proj=True")
         if self.per_kv_head and not self.q_proj:
             raise ValueError("per_kv_head merges a group's queries by q_proj; set q_proj=True")
         if self.init not in ("identity", "random"):
@@ -208,6 +217,27 @@ class HeadLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, width, dim))
 
 
+class SoftPool(nn.Module):
+    """A learned mean of each block of tokens.
+
+    Attributes:
+        weight: ``[H, D]``; tokens are weighted by the softmax of their products with it.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, head_dim))
+
+    def forward(self, x: Tensor, size: int) -> Tensor:
+        """Pool ``[B, H, T, D]`` to ``[B, H, N, D]``; a short last block over the tokens it has."""
+        logits = torch.einsum("bhtd,hd->bht", x, self.weight) * x.shape[-1] ** -0.5
+        missing = -x.shape[2] % size
+        logits = nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        x = nn.functional.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size))
+        share = torch.softmax(logits.unflatten(2, (-1, size)), -1)
+        return torch.einsum("bhns,bhnsd->bhnd", share, x)
+
+
 class AttnGate(nn.Module):
     """Scores every (query block, KV block) pair from q and k before the rotary embedding.
 
@@ -237,22 +267,31 @@ class AttnGate(nn.Module):
         self.linear_k = HeadLinear(k_heads, k_width, config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
-        # What `ProductScorer` asks for.
-        self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
+        self.pool_q = SoftPool(config.num_heads, config.head_dim) if "soft" in config.q_pool else None
+        self.pool_k = SoftPool(config.num_kv_heads, config.head_dim) if "soft" in config.k_pool else None
+        self.bias = None
+        if config.distance_bias:
+            self.bias = nn.Parameter(torch.empty(q_heads, DISTANCES))
+        # What `ProductScorer` asks for: with a bias, scores are more than products.
+        self._subs = (config.block_size // config.q_sub, config.block_size // config.k_sub)
+        self.sub_blocks = None if config.distance_bias else self._subs
         self.scale = config.dim**-0.5
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``config.init`` says, from torch's random generator."""
         c = self.config
+        for zero in (self.bias, self.pool_q and self.pool_q.weight, self.pool_k and self.pool_k.weight):
+            if zero is not None:
+                nn.init.zeros_(zero)
         if c.init == "random":
             for linear in filter(None, (self.linear_q, self.linear_k)):
                 nn.init.normal_(linear.weight, std=0.02)
             return
         groups = c.num_heads // c.num_kv_heads if c.per_kv_head else 1
-        _identity_(self.linear_k.weight, c.k_pool, c.head_dim, copies=1)
+        _identity_(self.linear_k.weight, c.k_pool, c.head_dim, copies=1, rope=c.rope)
         if self.linear_q is not None:
-            _identity_(self.linear_q.weight, c.q_pool, c.head_dim, copies=groups)
+            _identity_(self.linear_q.weight, c.q_pool, c.head_dim, copies=groups, rope=c.rope)
 
     def use_rotary(self, rotary: Rotary) -> None:
         """Rotate with this code from now on, e.g. the model's own with its RoPE scaling."""
@@ -281,11 +320,11 @@ class AttnGate(nn.Module):
         ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `Scorer.compress`.
         """
         c = self.config
-        return summarise_blocks(
+        return self._summarise(
             k,
             c.k_sub,
             c.k_pool,
-            dtype=self.linear_k.weight.dtype,
+            self.pool_k,
             weight=self.linear_k.weight,
             rotary=self._turns(positions[..., :: c.k_sub], k.shape[0]),
             **_norm(self.norm_k),
@@ -294,20 +333,33 @@ class AttnGate(nn.Module):
     def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
         c = self.config
-        return summarise_blocks(
+        return self._summarise(
             q,
             c.q_sub,
             c.q_pool,
-            dtype=self.linear_k.weight.dtype,
+            self.pool_q,
             weight=None if self.linear_q is None else self.linear_q.weight,
             merge=c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
             rotary=self._turns(positions[..., :: c.q_sub], q.shape[0]),
             **_norm(self.norm_q),
         )
 
+    def _summarise(
+        self, x: Tensor, size: int, pools: tuple[str, ...], soft: SoftPool | None, **options: Any
+    ) -> Tensor:
+        dtype = self.linear_k.weight.dtype
+        if soft is None:
+            return summarise_blocks(x, size, pools, dtype=dtype, **options)
+        # As if the concatenated pools were tokens: blocks of one, whose mean they are.
+        x = x.to(dtype)
+        parts = [soft(x, size) if p == "soft" else pool_blocks(x, size, (p,)) for p in pools]
+        return summarise_blocks(
+            torch.cat(parts, -1), 1, ("avg",), dtype=dtype, backend="reference", **options
+        )
+
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        subs_q, subs_k = self.sub_blocks
+        subs_q, subs_k = self._subs
         queries = self.summarise_queries(q, positions=positions).float() * self.scale
         keys = k_blocks.float()
         blocks_k = num_blocks(keys.shape[2], subs_k)
@@ -316,10 +368,20 @@ class AttnGate(nn.Module):
         row_bytes = 4 * queries[:, :, :, 0, 0].numel() * subs_q * blocks_k * subs_k
         rows = max(1, SLICE_BYTES // row_bytes) * subs_q
         keys = keys.mT.unsqueeze(2)
-        return torch.cat(
+        scores = torch.cat(
             [_max_over_sub_blocks(part @ keys, subs_q, subs_k) for part in queries.split(rows, dim=3)],
             dim=3,
         ).flatten(1, 2)
+        return scores if self.bias is None else scores + self._distance_bias(*scores.shape[2:])
+
+    def _distance_bias(self, rows: int, columns: int) -> Tensor:
+        """Return the bias of every pair, ``[H, Nq, Nk]``; the rows are the last of as many blocks as columns."""
+        assert self.bias is not None
+        own = torch.arange(columns - rows, columns, device=self.bias.device)[:, None]
+        distance = (own - torch.arange(columns, device=self.bias.device)).clamp(min=0)
+        # 0 -> 0, 1 -> 1, 2-3 -> 2, 4-7 -> 3: the number of binary digits, exact in floats.
+        place = torch.frexp(distance.float()).exponent.clamp(max=DISTANCES - 1)
+        return self.bias.float()[:, place]
 
     def forward(self, q_nope: Tensor, k_nope: Tensor, *, positions: Tensor | None = None) -> Tensor:
         """Score a whole sequence at once.
@@ -363,14 +425,20 @@ def _max_over_sub_blocks(scores: Tensor, subs_q: int, subs_k: int) -> Tensor:
     return scores
 
 
-def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int) -> None:
+def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, rope: bool) -> None:
     """Fill ``[H, copies * len(pools) * D, E]`` so that it passes the mean of the inputs, plus noise.
 
-    The mean is the avg pool where there is one, else the average of the pools there are.
+    The mean is the soft or else the avg pool where there is one, else the average of the pools there
+    are. Where ``E`` is less than ``D``, pairs of values that are rotated together are passed or left out
+    together, evenly over the frequencies: ``E`` values are rotated by every ``D / E``-th of them.
     """
     dim = weight.shape[2]
-    share = [float(p == "avg") if "avg" in pools else 1 / len(pools) for p in pools]
+    mean = next((p for p in ("soft", "avg") if p in pools), None)
+    share = [float(p == mean) if mean else 1 / len(pools) for p in pools]
     eye = torch.eye(head_dim, dim)
+    if rope and dim < head_dim:
+        pair = torch.arange(dim // 2) * head_dim // dim
+        eye = torch.eye(head_dim)[:, torch.cat((pair, pair + head_dim // 2))]
     block = torch.cat([s * eye for s in share] * copies) / copies
     with torch.no_grad():
         weight.normal_(std=0.01).add_(block.to(weight))

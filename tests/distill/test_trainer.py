@@ -48,7 +48,7 @@ def test_the_loss_falls_the_recall_rises_and_the_base_is_untouched(model, text):
 
 def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
     """Layer by layer is an order of computation, not another gradient."""
-    from seerattention.distill import gate_loss
+    from seerattention.distill.objectives.kl import KL
     from seerattention.models import intercept
     from seerattention.ops.pooled_attention import pooled_attention
 
@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
     def collect(call):
         out, target = pooled_attention(call.q, call.k, call.v, (16, 16), backend="reference")
         with torch.enable_grad():
-            losses.append(gate_loss(target, by_layer[call.layer](call.q_nope, call.k_nope), (16, 16), 256))
+            losses.append(KL()(target, by_layer[call.layer](call.q_nope, call.k_nope), (16, 16), 256))
         return out
 
     with torch.no_grad(), intercept(model, collect):

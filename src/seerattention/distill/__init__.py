@@ -1,14 +1,13 @@
-"""Teach gates to predict the model's own attention: target, loss, data and the training loop.
+"""Teach gates to predict the model's own attention: target, objectives, data and the training loop.
 
 The target comes from `seerattention.ops.pooled_attention` inside the frozen model's forward pass; the
-loss compares it with the gate's scores, layer by layer, so that memory does not grow with depth.
+objective compares it with the gate's scores, layer by layer, so that memory does not grow with depth.
 """
 
 from seerattention.distill.data import TextWindows as TextWindows
 from seerattention.distill.data import read_tokens as read_tokens
-from seerattention.distill.loss import gate_loss as gate_loss
-from seerattention.distill.loss import group_target as group_target
-from seerattention.distill.loss import target_recall as target_recall
+from seerattention.distill.target import group_target as group_target
+from seerattention.distill.target import target_recall as target_recall
 from seerattention.distill.trainer import DistillConfig as DistillConfig
 from seerattention.distill.trainer import Distiller as Distiller
 from seerattention.distill.trainer import Step as Step

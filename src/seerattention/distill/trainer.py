@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from seerattention.distill.loss import gate_loss, group_target, target_recall
+from seerattention.distill import objectives
+from seerattention.distill.target import group_target, target_recall
 from seerattention.models import AttentionCall, Gates, intercept
 from seerattention.ops.pooled_attention import pooled_attention
 
@@ -37,6 +38,7 @@ class DistillConfig:
         warmup: Share of the steps in which the rate rises linearly.
         save_every: Steps between checkpoints.
         recall_density: Density at which recall is reported, in (0, 1].
+        objective: What the gates minimise, one of `objectives.names`.
 
     Source: optimizer and schedule, SeerAttention, section 4 (arXiv 2410.13276).
     """
@@ -46,6 +48,7 @@ class DistillConfig:
     warmup: float = 0.02
     save_every: int = 50
     recall_density: float = 0.1
+    objective: str = "kl"
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("save_every", 1)):
@@ -58,6 +61,7 @@ class DistillConfig:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
         if not 0 < self.recall_density <= 1:
             raise ValueError(f"recall_density must be in (0, 1], got {self.recall_density}")
+        objectives.create(self.objective)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step, counted from 0."""
@@ -73,7 +77,7 @@ class Step:
 
     Attributes:
         step: Steps done, this one included.
-        loss: Mean over layers of `gate_loss`, in nats.
+        loss: Mean over layers of the objective.
         recall: Mean over layers of `target_recall`.
         tokens: Tokens read in this step.
         seconds: Time it took.
@@ -120,6 +124,7 @@ class Distiller:
         self.gates = gates
         self.batches = batches
         self.config = config or DistillConfig()
+        self.objective = objectives.create(self.config.objective)
         self.out = out
         self.done = 0
         gates.use_rotary_of(model)
@@ -190,7 +195,7 @@ class Distiller:
                 target = group_target(target, gate.config.num_kv_heads)
             with torch.enable_grad():
                 scores = gate(call.q_nope.detach(), call.k_nope.detach(), positions=call.positions)
-                loss = gate_loss(target, scores, size, length)
+                loss = self.objective(target, scores, size, length)
                 loss.backward()
             losses.append(loss.detach())
             recalls.append(target_recall(target, scores.detach(), size, length, self.config.recall_density))

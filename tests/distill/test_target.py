@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from seerattention.distill import gate_loss, group_target, target_recall
+from seerattention.distill import group_target, target_recall
+from seerattention.distill.objectives.kl import KL
 
 
 def slow_loss(target, scores):
@@ -33,14 +34,14 @@ def target_of(rows, heads=2, zeros=False):
 def test_loss_is_the_divergence_of_the_later_rows(tokens, zeros):
     rows = -(-tokens // 64)
     target, scores = target_of(rows, zeros=zeros), torch.randn(1, 2, rows, rows)
-    loss = gate_loss(target.double(), scores.double(), (64, 64), tokens)
+    loss = KL()(target.double(), scores.double(), (64, 64), tokens)
     assert float(loss) == pytest.approx(slow_loss(target.double(), scores.double()), rel=1e-12)
 
 
 def test_loss_is_zero_for_the_target_itself_and_has_finite_gradients():
     target = target_of(8, zeros=True)
     scores = target.log().clamp(min=-1e4).requires_grad_()
-    loss = gate_loss(target, scores, (64, 64), 512)
+    loss = KL()(target, scores, (64, 64), 512)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=8 * torch.finfo(torch.float32).eps)
     assert scores.grad is not None
@@ -49,16 +50,16 @@ def test_loss_is_zero_for_the_target_itself_and_has_finite_gradients():
 
 def test_acausal_scores_and_early_rows_do_not_count():
     target, scores = target_of(8), torch.randn(1, 2, 8, 8)
-    before = gate_loss(target, scores, (64, 64), 512)
+    before = KL()(target, scores, (64, 64), 512)
     changed = scores.clone()
     changed[:, :, ~torch.ones(8, 8, dtype=torch.bool).tril()] = 1e3
     changed[:, :, :2] = torch.randn(1, 2, 2, 8)
-    assert torch.equal(gate_loss(target, changed, (64, 64), 512), before)
+    assert torch.equal(KL()(target, changed, (64, 64), 512), before)
 
 
 def test_different_shapes_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"group_target"):
-        gate_loss(target_of(4, heads=4), torch.randn(1, 2, 4, 4), (64, 64), 256)
+        KL()(target_of(4, heads=4), torch.randn(1, 2, 4, 4), (64, 64), 256)
 
 
 def test_group_target_is_the_maximum_of_the_group_normalised():

@@ -1,4 +1,4 @@
-"""What the gates minimise, and how much of the target a sparse selection would catch."""
+"""What the gates learn from: targets, the rows that count, and what a sparse selection would catch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from torch import Tensor
 from seerattention.policies import TopK
 from seerattention.selection import causal_blocks
 
-#: Share of the query-block rows, from the start, that the loss leaves out: they see few blocks.
+#: Share of the query-block rows, from the start, that objectives leave out: they see few blocks.
 SKIPPED_ROWS = 0.25
 
 
-def gate_loss(target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int) -> Tensor:
-    """Return the mean KL divergence from the target to the gate's distribution over blocks.
+def counted_rows(
+    target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return target, scores and the causally valid blocks of the rows that count.
 
     Args:
         target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
@@ -22,12 +24,11 @@ def gate_loss(target: Tensor, scores: Tensor, block_size: tuple[int, int], num_t
         num_tokens: Tokens of the sequence.
 
     Returns:
-        A scalar, in nats per row. The first quarter of the rows does not count.
+        Target and scores ``[B, H, R, N]`` and bool ``[R, N]``: the last ``R`` rows. The first quarter
+        is left out, as in the published code.
 
     Raises:
         ValueError: If target and scores differ in shape.
-
-    Source: SeerAttention, section 3.2 (arXiv 2410.13276); the skipped rows, the published code.
     """
     if target.shape != scores.shape:
         raise ValueError(
@@ -36,11 +37,22 @@ def gate_loss(target: Tensor, scores: Tensor, block_size: tuple[int, int], num_t
         )
     valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)
     first = int(SKIPPED_ROWS * scores.shape[2])
-    target, scores, valid = target[:, :, first:], scores[:, :, first:], valid[first:]
-    predicted = torch.log_softmax(scores.masked_fill(~valid, float("-inf")), dim=-1)
-    # 0 * log(0) is 0 in both terms; masked places would give 0 * -inf = nan.
-    terms = torch.special.xlogy(target, target) - target * predicted.masked_fill(~valid, 0)
-    return terms.sum(-1).mean()
+    return target[:, :, first:], scores[:, :, first:], valid[first:]
+
+
+def free_blocks(valid: Tensor) -> Tensor:
+    """Mark the blocks that only scores can choose: all but the first and each row's own.
+
+    Args:
+        valid: bool ``[R, N]``, the causally valid blocks of the last ``R`` rows.
+
+    Returns:
+        bool ``[R, N]``.
+    """
+    free = valid.clone()
+    free[:, 0] = False
+    free.diagonal(valid.shape[1] - valid.shape[0])[:] = False
+    return free
 
 
 def group_target(target: Tensor, kv_heads: int) -> Tensor:

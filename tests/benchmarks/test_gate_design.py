@@ -1,0 +1,80 @@
+"""The gate experiment: many variants at once learn what each would alone, and a run measures all of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seerattention.distill import DistillConfig, Distiller
+from seerattention.evals import bundled
+from seerattention.models import new_gates
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gate_design  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Training and evaluation tokens of the bundled text."""
+    return bundled.text_tokens(bundled.load_teacher()[1])
+
+
+def test_variants_trained_together_are_those_trained_alone(tokens):
+    model, _ = bundled.load_teacher()
+    variants = (
+        gate_design.Variant("kl"),
+        gate_design.Variant("soft", {"q_pool": ["soft"], "k_sub_block": 16}, "mixture", {}, 3e-3),
+        gate_design.Variant("bias", {"distance_bias": True, "q_sub_block": 16}, "regret"),
+    )
+
+    def batches(step: int) -> np.ndarray:
+        return tokens[0][512 * step : 512 * step + 512][None].astype(np.int64)
+
+    together = gate_design.Together(model, variants, steps=3, seed=5)
+    list(together.run(batches))
+    for variant, learned in zip(variants, together.gates, strict=True):
+        torch.manual_seed(5)
+        alone = new_gates(model, **variant.gate)
+        start = {n: p.clone() for n, p in alone.state_dict().items()}
+        config = DistillConfig(steps=3, lr=variant.lr, objective=variant.objective)
+        list(Distiller(model, alone, batches, config).run())
+        for name, expected in alone.state_dict().items():
+            assert torch.equal(learned.state_dict()[name], expected), (variant.name, name)
+            assert not torch.equal(start[name], expected), (variant.name, name)
+
+
+def test_a_run_trains_and_measures_every_method(tokens, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    for name, part in zip(("books", "heldout"), tokens, strict=True):
+        np.save(tmp_path / "tokens" / f"{name}.npy", part.astype(np.uint16))
+    command = [
+        *(sys.executable, str(ROOT / "benchmarks" / "gate_design.py"), "run", "--device", "cpu"),
+        *("--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "out"), "--steps", "2"),
+        *("--lengths", "512", "--batch", "512", "--eval-lengths", "512", "--densities", "0.5"),
+        *("--documents", "1", "--text-tokens", "512", "--evaluators", "0", "--threads", "1"),
+        *("--only", "8x8 mixture"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    methods = ["dense", *gate_design.SCORERS, "8x8 mixture"]
+    assert sorted(r["method"] for r in report["rows"]) == sorted(methods), done.stdout
+    assert all(r["perplexity"] > 1 and 0 <= r["needle"] <= 1 for r in report["rows"])
+    assert [r["step"] for r in report["training"][0]["rows"]] == [1, 2]
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode != 0
+    assert "holds another run" in again.stderr
+
+
+def test_cost_counts_the_products_of_sub_blocks():
+    shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64}
+    exact = gate_design.cost(gate_design.GateConfig(**shape), 2**40)
+    assert exact == pytest.approx(1 / 128, rel=1e-6)
+    half = gate_design.GateConfig(**shape, q_sub_block=4, gate_dim=32)
+    assert gate_design.cost(half, 2**40) == pytest.approx(1 / 128, rel=1e-6)
