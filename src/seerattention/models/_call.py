@@ -45,6 +45,8 @@ class AttentionCall:
         cache: The model's KV cache, or None.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them alone.
         sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only, or None.
+        position_ids: int64 ``[B or 1, Tq]``, at which the model rotated the new tokens; None where the
+            earlier ones did not come right before them, or the model did not say.
     """
 
     layer: int
@@ -59,6 +61,7 @@ class AttentionCall:
     cache: Any = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def dense(self) -> Tensor:
         """Return what dense attention computes, ``[B, Hq, Tq, D]``."""

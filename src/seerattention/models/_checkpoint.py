@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from seerattention.gate import GateConfig
-from seerattention.models._gates import KEY, BaseInfo, Gates, check_weights
+from seerattention.models._base import BaseInfo
+from seerattention.models._gates import KEY, Gates, check_weights
 from seerattention.models._published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Policy, parse
 
