@@ -329,7 +329,7 @@ def test_static_cache_by_hand(tiny, kind):
 
 
 def test_beams_then_a_continuation(tiny):
-    """Beams trade places at every step; the continuation makes new summaries where the old ones are of others."""
+    """Beams trade places at every step; the continuation makes new summaries of what moved."""
     case, ids, end = Case(tiny), tiny.tokens(1, 40), tiny.tokens(3, 20, seed=2)
     cache = case.cache()
     case.model.generate(ids, max_new_tokens=26, num_beams=3, do_sample=False, past_key_values=cache)

@@ -23,4 +23,7 @@ from seerattention.models._family import families as families
 from seerattention.models._family import refused as refused
 from seerattention.models._gates import Gates as Gates
 from seerattention.models._gates import new_gates as new_gates
+from seerattention.models._hub import model_card as model_card
+from seerattention.models._hub import push_to_hub as push_to_hub
 from seerattention.models._intercept import intercept as intercept
+from seerattention.models._pieces import prefill as prefill

@@ -121,7 +121,7 @@ def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
     # Whoever offloads has accelerate; nobody else needs it.
     from accelerate.utils import align_module_device
 
-    return align_module_device(module, "cpu")
+    return align_module_device(module, torch.device("cpu"))
 
 
 def _base_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -209,8 +209,9 @@ def _attention_forward(
             q, qn, kn = (x[one][:, :, of_q] for x in (query, q_nope, k_nope))
             k, v = key[one][:, :, of_k], value[one][:, :, of_k]
             # With padding between its tokens, a row's last position does not tell the others.
-            whole = position_ids is not None and int(of_k[-1] - of_k[0]) == len(of_k) - 1
-            ids = position_ids.expand(len(rows), -1)[one, of_q] if whole else None
+            ids = None
+            if position_ids is not None and int(of_k[-1] - of_k[0]) == len(of_k) - 1:
+                ids = position_ids.expand(len(rows), -1)[one, of_q]
             out[one, :, of_q] = compute(q, k, v, qn, kn, b, ids)
     return out.transpose(1, 2), None
 
@@ -268,7 +269,7 @@ def disconnect(model: PreTrainedModel, runtime: Runtime) -> None:
     for hook in runtime.hooks:
         hook.remove()
     runtime.hooks = []
-    model.set_attn_implementation(runtime.previous_attention)
+    model.set_attn_implementation(runtime.previous_attention)  # type: ignore[arg-type]
 
 
 def uninstall(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -47,14 +47,14 @@ class SparsePrefill:
 
     def __init__(
         self,
-        scorers: dict[int, Scorer],
+        scorers: Mapping[int, Scorer],
         policy: Policy,
         before_rope: KeysBeforeRope,
         backend: str,
         min_tokens: int | None,
         observe: Observer | None,
     ) -> None:
-        self.scorers = scorers
+        self.scorers: Mapping[int, Scorer] = scorers
         self.policy = policy
         self.before_rope = before_rope
         self.backend = backend
