@@ -25,6 +25,7 @@ from seerattention.models._intercept import (
 )
 from seerattention.models._rotary import KeysBeforeRope
 from seerattention.models._sparse import Observer, SparsePrefill
+from seerattention.models._support import PARALLEL, PREFIXES
 from seerattention.policies import Policy, parse
 
 #: What `attach` returns is what it was given: a model, compiled or wrapped by PEFT or not.
@@ -100,6 +101,7 @@ def attach(
     """
     base = unwrapped(model)
     family_of(base)
+    _refuse(model, base)
     new = _checked(base, scorers, policy, check_base)
     before_rope = KeysBeforeRope(base)
     if idle_runtime(base) is not None:
@@ -109,6 +111,15 @@ def attach(
     install(base, handler).owner = owner
     _activate(base, owner, name)
     return model
+
+
+def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
+    """Refuse bases whose layers hold other keys or heads than gates are made for."""
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(config.peft_type == "PREFIX_TUNING" for config in adapters.values()):
+        raise NotImplementedError(PREFIXES)
+    if (getattr(base, "_tp_size", None) or 1) > 1:
+        raise NotImplementedError(PARALLEL)
 
 
 def _checked(

@@ -16,6 +16,7 @@ from seerattention.models._base import head_dim_of
 from seerattention.models._call import AttentionCall, Handler, dense_attention, real_tokens
 from seerattention.models._family import Family, Tap, attention_layers, family_of
 from seerattention.models._rotary import head_order
+from seerattention.models._support import DROPOUT, FULLGRAPH, MAPS, PACKED
 
 #: Name under which the attention function is registered with transformers.
 NAME = "seerattention"
@@ -163,6 +164,7 @@ def idle_runtime(model: nn.Module) -> Runtime | None:
     return runtime
 
 
+@torch.compiler.disable(reason=FULLGRAPH)
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -178,9 +180,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
     if dropout:
-        raise NotImplementedError(
-            f"attention dropout ({dropout}) is not supported; set attention_dropout=0 or call model.eval()"
-        )
+        raise NotImplementedError(f"attention dropout ({dropout}) {DROPOUT}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     taps: _Taps = module.__dict__["_seerattention_taps"]
     q_nope, k_nope, cache, position_ids = taps.take()
@@ -219,10 +219,7 @@ def _attention_forward(
 def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what attached models cannot do, before any work."""
     if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
-        raise ValueError(
-            "output_attentions needs the whole attention map, which sparse attention never computes; "
-            "detach(model) and load it with attn_implementation='eager' for that"
-        )
+        raise ValueError(MAPS)
     tokens = kwargs.get("input_ids", args[0] if args else None)
     for name, given in (("input_ids", tokens), ("inputs_embeds", kwargs.get("inputs_embeds"))):
         if isinstance(given, Tensor) and given.numel() == 0:
@@ -231,10 +228,7 @@ def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if positions is not None and kwargs.get("attention_mask") is None:
         jumps = (positions.diff(dim=-1) != 1).nonzero()
         if len(jumps):
-            raise NotImplementedError(
-                f"position_ids jump after token {int(jumps[0, -1])}: sequences packed into one row are not "
-                "supported, give them as a padded batch with an attention_mask"
-            )
+            raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")
 
 
 def install(model: PreTrainedModel, handler: Handler) -> Runtime:

@@ -18,14 +18,15 @@ def prefill(
 ) -> Any:
     """Give an attached model a prompt in pieces, so that activations take the memory of one piece.
 
-    The blocks read are those that the prompt given at once would read. A policy alone cannot know that:
+    The blocks read are those that the text given at once would read, cached tokens included: where these
+    end inside a block, that block is completed first, by dense attention. A policy alone cannot know that:
     ``top_k`` follows the number of tokens so far, and ``dense_last_rows`` would hold in every piece. For
     that, a policy without `Policy.rule` must choose each row by itself.
 
     Args:
         model: A model with something attached.
         input_ids: int64 ``[B, T]``, without padding.
-        past_key_values: The KV cache to fill; tokens already in it are the prompt's beginning.
+        past_key_values: The KV cache to fill; tokens already in it are the text's beginning.
         piece_tokens: Tokens per piece, rounded down to whole blocks. A remainder too short for a piece
             of its own goes with the last one.
         inputs: For every call of the model, e.g. ``logits_to_keep=1``.
@@ -42,8 +43,12 @@ def prefill(
     block = max(scorer.block_size[0] for scorer in sparse.scorers.values())
     if piece_tokens < block:
         raise ValueError(f"piece_tokens must be at least a block, {block} tokens, got {piece_tokens}")
-    sizes = piece_sizes(input_ids.shape[1], piece_tokens, block, sparse.policy)
-    sparse.prompt_tokens = int(past_key_values.get_seq_length()) + input_ids.shape[1]
+    past, tokens = int(past_key_values.get_seq_length()), input_ids.shape[1]
+    head = min(-past % block, tokens)
+    sizes = [head] if head else []
+    if tokens > head:
+        sizes += piece_sizes(tokens - head, piece_tokens, block, sparse.policy)
+    sparse.prompt_tokens = past + tokens
     try:
         for piece in input_ids.split(sizes, 1):
             output = model(piece, past_key_values=past_key_values, use_cache=True, **inputs)

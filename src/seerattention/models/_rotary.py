@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from seerattention.gate import Rotary
 from seerattention.models._base import head_dim_of
 from seerattention.models._family import family_of
+from seerattention.models._support import LONGROPE
 
 
 def no_rotation(dim: int) -> Rotary:
@@ -146,5 +147,5 @@ def _why_not_back(model: PreTrainedModel) -> str | None:
     settings = settings.get("full_attention", settings)
     kind = settings.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        return f"the angles of RoPE of type {kind} depend on how long the text was when a key was rotated"
+        return f"the angles of RoPE of type {kind} {LONGROPE}"
     return None
