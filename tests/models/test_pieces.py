@@ -175,6 +175,8 @@ def test_refusals(tiny):
         models.prefill(model, ids, cache, piece_tokens=15)
     with pytest.raises(ValueError, match="without padding; give prompts of other lengths one by one"):
         models.prefill(model, ids, cache, attention_mask=torch.ones(1, 64))
+    with pytest.raises(ValueError, match="empty prompt"):
+        models.prefill(model, ids[:, :0], cache)
     # A failure in the middle leaves nothing behind.
     with pytest.raises(IndexError):
         models.prefill(model, ids + tiny.vocab, cache, piece_tokens=32)

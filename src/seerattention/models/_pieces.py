@@ -35,7 +35,8 @@ def prefill(
         The model's output for the last piece.
 
     Raises:
-        ValueError: If nothing is attached, a piece is smaller than a block, or ``inputs`` has a mask.
+        ValueError: If nothing is attached, a piece is smaller than a block, the prompt is empty, or ``inputs``
+            has a mask.
     """
     sparse = sparse_prefill(model)
     if inputs.get("attention_mask") is not None:
@@ -44,6 +45,8 @@ def prefill(
     if piece_tokens < block:
         raise ValueError(f"piece_tokens must be at least a block, {block} tokens, got {piece_tokens}")
     past, tokens = int(past_key_values.get_seq_length()), input_ids.shape[1]
+    if not tokens:
+        raise ValueError(f"empty prompt: input_ids is {list(input_ids.shape)}; give at least one token")
     head = min(-past % block, tokens)
     sizes = [head] if head else []
     if tokens > head:
