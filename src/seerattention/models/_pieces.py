@@ -35,8 +35,8 @@ def prefill(
         The model's output for the last piece.
 
     Raises:
-        ValueError: If nothing is attached, a piece is smaller than a block, the prompt is empty, or ``inputs``
-            has a mask.
+        ValueError: If nothing is attached, a piece is smaller than a block, the prompt is empty, or
+            ``inputs`` has a mask.
     """
     sparse = sparse_prefill(model)
     if inputs.get("attention_mask") is not None:
