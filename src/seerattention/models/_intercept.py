@@ -16,7 +16,7 @@ from seerattention.models._base import head_dim_of
 from seerattention.models._call import AttentionCall, Handler, dense_attention, real_tokens
 from seerattention.models._family import Family, Tap, attention_layers, family_of
 from seerattention.models._rotary import head_order
-from seerattention.models._support import DROPOUT, FULLGRAPH, MAPS, PACKED
+from seerattention.models._support import CONTINUOUS, DROPOUT, FULLGRAPH, MAPS, PACKED
 
 #: Name under which the attention function is registered with transformers.
 NAME = "seerattention"
@@ -231,6 +231,11 @@ def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")
 
 
+def _refuse_paging(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a method of the model; on a GPU it would quietly take another attention function."""
+    raise NotImplementedError(CONTINUOUS)
+
+
 def install(model: PreTrainedModel, handler: Handler) -> Runtime:
     """Let a handler compute the model's attention."""
     family = family_of(model)
@@ -253,6 +258,7 @@ def connect(model: PreTrainedModel, runtime: Runtime) -> None:
         taps.follow()
         taps.connect()
     # The decoder, because it can be called without its head.
+    model.__dict__["init_continuous_batching"] = _refuse_paging
     runtime.hooks = [model.get_decoder().register_forward_pre_hook(runtime.before, with_kwargs=True)]
 
 
@@ -263,6 +269,7 @@ def disconnect(model: PreTrainedModel, runtime: Runtime) -> None:
     for hook in runtime.hooks:
         hook.remove()
     runtime.hooks = []
+    model.__dict__.pop("init_continuous_batching", None)
     model.set_attn_implementation(runtime.previous_attention)  # type: ignore[arg-type]
 
 

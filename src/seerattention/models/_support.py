@@ -16,7 +16,10 @@ FULLGRAPH = "choosing blocks depends on the data, so attached attention stays ou
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
 LONGROPE = "depend on how long the text was when a key was rotated"
-CONTINUOUS = "not supported for continuous batching"
+CONTINUOUS = (
+    "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
+    "or do it inside dense(model)"
+)
 
 
 @dataclass(frozen=True)
