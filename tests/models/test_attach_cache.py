@@ -232,8 +232,8 @@ def test_angles_that_depend_on_the_length_are_not_turned_back(tiny):
     models.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
     tiny.logits(model, ids[:, 64:], past_key_values=cache)
     assert list(models.usage(model)) == [
-        "dense: cached keys have no summaries, and cannot be rotated back: the angles of RoPE of type "
-        "longrope depend on how long the text was when a key was rotated"
+        "dense: cached keys have no summaries, and cannot be rotated back: RoPE is of type longrope, and its "
+        "angles depend on how long the text was when a key was rotated"
     ]
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     StaticCache,
@@ -358,6 +359,11 @@ def compiled(tiny, tmp_path):
         assert torch.equal(tiny.logits(fast, ids), dense)
     assert torch.equal(tiny.logits(fast, ids), sparse)
     assert models.usage(model) == {"sparse": 6}
+    plain = generated(model, ids, cache_implementation="static")
+    how = CompileConfig(backend="eager", mode=None)
+    # On a GPU generate compiles by itself.
+    how._compile_all_devices = True
+    assert torch.equal(generated(model, ids, cache_implementation="static", compile_config=how), plain)
     models.detach(fast)
     assert torch.equal(tiny.logits(fast, ids), dense)
 

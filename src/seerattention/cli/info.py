@@ -91,7 +91,7 @@ def markdown() -> str:
         "",
         "Policies: " + ", ".join(f"`{n}:<{p.value_name()}>`" for n, p in sorted(policies().items())) + ".",
         "",
-        "| attached models | | |",
+        "| attached models | | works |",
         "|---|---|---|",
         *(f"| {f.kind} | {f.name} | {answer(f.reason, f.note)} |" for f in features()),
     ]

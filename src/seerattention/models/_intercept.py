@@ -180,7 +180,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
     if dropout:
-        raise NotImplementedError(f"attention dropout ({dropout}) {DROPOUT}")
+        raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     taps: _Taps = module.__dict__["_seerattention_taps"]
     q_nope, k_nope, cache, position_ids = taps.take()

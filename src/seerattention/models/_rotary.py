@@ -147,5 +147,5 @@ def _why_not_back(model: PreTrainedModel) -> str | None:
     settings = settings.get("full_attention", settings)
     kind = settings.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        return f"the angles of RoPE of type {kind} {LONGROPE}"
+        return f"RoPE is of type {kind}, and {LONGROPE}"
     return None

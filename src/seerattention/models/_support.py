@@ -8,14 +8,14 @@ MAPS = (
     "output_attentions needs the whole attention map, which sparse attention never computes; detach(model) "
     "and load it with attn_implementation='eager' for that"
 )
-DROPOUT = "is not supported; set attention_dropout=0 or call model.eval()"
+DROPOUT = "set attention_dropout=0 or call model.eval()"
 PACKED = "sequences packed into one row are not supported, give them as a padded batch with an attention_mask"
 MASKS = "masks of other kinds need dense attention: detach(model) first"
-BACKWARD = "has no backward; use backend='reference' for gradients"
+BACKWARD = "no backward; use backend='reference' for gradients"
 FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
-LONGROPE = "depend on how long the text was when a key was rotated"
+LONGROPE = "its angles depend on how long the text was when a key was rotated"
 CONTINUOUS = (
     "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
     "or do it inside dense(model)"
@@ -29,7 +29,7 @@ class Feature:
     Attributes:
         kind: What it belongs to.
         name: What someone may want to do.
-        reason: A part of the message that refuses it, or None where it works.
+        reason: Why not, a part of what a user is told; None where it works.
         note: How it works, where that is not plain.
     """
 
@@ -57,7 +57,7 @@ def features() -> tuple[Feature, ...]:
         Feature(
             "generate",
             "assisted: draft model, prompt lookup",
-            note="guesses are verified densely, as decoded",
+            note="guesses are verified densely",
         ),
         Feature("generate", "pipeline"),
         Feature("generate", "continuous batching", CONTINUOUS),
