@@ -20,7 +20,7 @@ def fed(*pieces: int) -> tuple[KeySummaries, Tensor, Tensor]:
     summaries, end = KeySummaries(GATE), 0
     for piece in pieces:
         start, end = end, end + piece
-        assert summaries.matches(cached[:, :, :start])
+        assert summaries.keep(cached[:, :, :start]) == start
         summaries.extend(k[:, :, start:end], cached[:, :, start:end])
     assert summaries.tokens == end
     return summaries, k, cached
@@ -49,7 +49,7 @@ def test_fed_in_pieces_is_fed_at_once(pieces: tuple[int, ...]) -> None:
 def test_cropped_to_whole_blocks_goes_on() -> None:
     for kept in (32, 64, 96):
         summaries, k, cached = fed(100)
-        assert summaries.matches(cached[:, :, :kept])
+        assert summaries.keep(cached[:, :, :kept]) == kept
         assert summaries.tokens == kept
         summaries.extend(k[:, :, kept:], cached[:, :, kept:])
         assert_same(summaries.all(), at_once(k))
@@ -58,45 +58,50 @@ def test_cropped_to_whole_blocks_goes_on() -> None:
 @torch.no_grad()
 def test_cropped_inside_the_tail_goes_on() -> None:
     summaries, k, cached = fed(100)
-    assert summaries.matches(cached[:, :, :98])
+    assert summaries.keep(cached[:, :, :98]) == 98
     assert summaries.tokens == 98
     assert_same(summaries.all(), at_once(k[:, :, :98]))
 
 
 @torch.no_grad()
-def test_cropped_inside_a_finished_block_is_refused() -> None:
-    summaries, _, cached = fed(100)
-    assert not summaries.matches(cached[:, :, :50])
+def test_cropped_inside_a_finished_block_keeps_those_before() -> None:
+    summaries, k, cached = fed(100)
+    assert summaries.keep(cached[:, :, :50]) == 32
+    summaries.extend(k[:, :, 32:], cached[:, :, 32:])
+    assert_same(summaries.all(), at_once(k))
 
 
 @torch.no_grad()
-def test_foreign_keys_are_refused() -> None:
-    changed_end, changed_tail, swapped = (fed(100)[2] for _ in range(3))
-    changed_end[:, :, 63] += 1
-    changed_tail[:, :, 97] += 1
-    swapped = swapped.flip(1)
-    longer = torch.cat([fed(100)[2], keys(1)], 2)
-    two = fed(100)[2].expand(2, -1, -1, -1)
-    for foreign in (changed_end, changed_tail, swapped, longer, two):
+def test_foreign_keys_are_never_kept() -> None:
+    cached = fed(100)[2]
+    foreign = {name: cached.clone() for name in ("second block", "first block", "tail")}
+    foreign["second block"][:, :, 63] += 1
+    foreign["first block"][:, :, 0] += 1
+    foreign["tail"][:, :, 97] += 1
+    foreign |= {"swapped": cached.flip(1), "longer": torch.cat([cached, keys(1)], 2)}
+    foreign |= {"two rows": cached.expand(2, -1, -1, -1), "another precision": cached.bfloat16()}
+    expected = [32, 0, 96, 0, 100, 0, 0]
+    for (name, other), tokens in zip(foreign.items(), expected, strict=True):
         summaries, k, cached = fed(100)
-        assert not summaries.matches(foreign)
-        assert summaries.matches(cached)
-        assert_same(summaries.all(), at_once(k))
+        assert summaries.keep(other) == tokens, name
+        assert summaries.tokens == tokens, name
+        if tokens:
+            assert_same(summaries.all(), at_once(k[:, :, :tokens]))
 
 
 @torch.no_grad()
 def test_empty_cache_starts_anew() -> None:
     summaries, _, cached = fed(100)
-    assert summaries.matches(cached[:, :, :0])
+    assert summaries.keep(cached[:, :, :0]) == 0
     assert summaries.tokens == 0
     other = keys(70, 5)
     summaries.extend(other, other)
     assert_same(summaries.all(), at_once(other))
 
 
-def test_nothing_fed_matches_nothing_cached() -> None:
-    assert KeySummaries(GATE).matches(keys(0))
-    assert not KeySummaries(GATE).matches(keys(32))
+def test_nothing_fed_keeps_nothing() -> None:
+    assert KeySummaries(GATE).keep(keys(0)) == 0
+    assert KeySummaries(GATE).keep(keys(32)) == 0
 
 
 @torch.no_grad()

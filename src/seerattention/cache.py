@@ -3,7 +3,8 @@
 A KV cache holds keys after the rotary embedding; the gate reads them before. What is kept here is the
 summary of every finished block and the raw keys of the block still being filled. The cache can be
 cropped, copied, reordered or refilled by anyone, so every prefill first compares the cached keys with
-those that were summarised, and summaries that no longer belong are dropped, never used.
+those that were summarised. Summaries that no longer belong are dropped, never used; whoever holds the
+model's rotary code can rotate the cached keys back and summarise them again.
 """
 
 from __future__ import annotations
@@ -68,35 +69,45 @@ class KeySummaries:
         """
         return self.tokens == cached.shape[2] and (self.tail is None or self.tail.shape[0] == cached.shape[0])
 
-    def matches(self, cached: Tensor) -> bool:
-        """Whether these are summaries of ``cached``; a cache cropped to fewer tokens matches too.
-
-        Cropped summaries are shortened on the way, where the crop leaves every kept block whole.
+    def keep(self, cached: Tensor) -> int:
+        """Keep the summaries that are of ``cached``, up to the first block that is not, and drop the rest.
 
         Args:
             cached: The keys of all earlier tokens as the KV cache holds them, ``[B, Hk, T, D]``.
+
+        Returns:
+            How many of these tokens are summarised; the keys of the others must be given to `extend`.
         """
-        tokens = cached.shape[2]
-        if tokens == 0:
-            self.finished = self.tail = self.block_bits = self.tail_bits = None
-            return True
         if self.block_bits is None or self.tail is None or self.tail_bits is None:
-            return False
-        blocks, rest = divmod(tokens, self.block)
+            return 0
+        bits = _bits(cached)
+        if self.tail_bits.shape[0] != bits.shape[0] or self.tail_bits.dtype != bits.dtype:
+            self._cut(0, 0)
+            return 0
         have = self.block_bits.shape[2]
-        if rest and blocks != have:
-            return False
+        blocks = min(have, cached.shape[2] // self.block)
         whole = blocks * self.block
-        if not torch.equal(self._sums(_bits(cached[:, :, :whole])), self.block_bits[:, :, :blocks]):
-            return False
-        if not torch.equal(_bits(cached[:, :, whole:]), self.tail_bits[:, :, :rest]):
-            return False
+        alike = self._sums(bits[:, :, :whole]) == self.block_bits[:, :, :blocks]
+        kept = int(alike.all(3).all(1).all(0).int().cumprod(0).sum())
+        rest = min(self.tail.shape[2], cached.shape[2] - whole) if kept == have else 0
+        if not torch.equal(bits[:, :, whole : whole + rest], self.tail_bits[:, :, :rest]):
+            rest = 0
+        self._cut(kept, rest)
+        return kept * self.block + rest
+
+    def _cut(self, blocks: int, rest: int) -> None:
+        """Forget all but the first finished blocks and the first tokens of the tail."""
+        assert self.block_bits is not None
+        assert self.tail is not None
+        assert self.tail_bits is not None
+        if not blocks and not rest:
+            self.finished = self.tail = self.block_bits = self.tail_bits = None
+            return
+        if self.finished is not None:
+            per_block = self.finished.shape[2] // max(self.block_bits.shape[2], 1)
+            self.finished = self.finished[:, :, : blocks * per_block]
         self.block_bits = self.block_bits[:, :, :blocks]
         self.tail, self.tail_bits = self.tail[:, :, :rest], self.tail_bits[:, :, :rest]
-        if self.finished is not None:
-            per_block = self.finished.shape[2] // max(have, 1)
-            self.finished = self.finished[:, :, : blocks * per_block]
-        return True
 
     def _sums(self, bits: Tensor) -> Tensor:
         return bits.unflatten(2, (bits.shape[2] // self.block, self.block)).sum(3, dtype=torch.int64)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from seerattention.distill import DistillConfig, Distiller, TextWindows
-from seerattention.models import attach, detach, new_gates, usage
+from seerattention.models import attach, dense, detach, new_gates, prefill, usage
 from seerattention.testing.budget import Budget
 
 pytestmark = pytest.mark.gpu
@@ -65,3 +65,58 @@ def test_distillation_lowers_the_loss(model):
     gates = new_gates(model, init="random")
     steps = list(Distiller(model, gates, batches, DistillConfig(steps=40, lr=3e-3)).run())
     assert np.mean([s.loss for s in steps[-5:]]) < np.mean([s.loss for s in steps[:5]])
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_greedy_text_at_a_full_selection_is_the_dense_one(model, implementation):
+    """With a static cache generate compiles the model by itself."""
+    tokens = torch.randint(0, 128, (1, 300), generator=torch.Generator().manual_seed(3)).cuda()
+    inputs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    if implementation:
+        inputs["cache_implementation"] = implementation
+    expected = model.generate(tokens, **inputs)
+    attach(model, new_gates(model), "top_k:1.0", min_tokens=0)
+    try:
+        assert torch.equal(model.generate(tokens, **inputs), expected)
+    finally:
+        detach(model)
+
+
+def test_a_cache_filled_densely_goes_on_in_pieces(model):
+    """Cached keys are rotated back on the device; everything read is dense attention."""
+    tokens = torch.randint(0, 128, (2, 640), generator=torch.Generator().manual_seed(4)).cuda()
+    gold = model.double()(tokens).logits
+    model.float()
+    attach(model, new_gates(model), "top_k:1.0", min_tokens=0)
+    try:
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode(), dense(model):
+            plain = model(tokens).logits
+            model(tokens[:, :320], past_key_values=cache)
+        last = prefill(model, tokens[:, 320:], cache, piece_tokens=128).logits
+        assert usage(model)["sparse"] == 2 * 3
+    finally:
+        detach(model)
+    rows = last.shape[1]
+    band = torch.finfo(torch.float32).eps * float(gold.abs().max())
+    error = 2 * float((plain.double() - gold).abs().max()) + band
+    Budget(gold[:, -rows:], torch.float32, error).check(last)
+
+
+def test_layers_that_wait_on_the_cpu(model, tmp_path):
+    """accelerate brings their weights when they are needed; gates stay on the GPU."""
+    model.save_pretrained(tmp_path)
+    places = {"model.layers.1": "cpu", "model.layers.0": 0, "model.embed_tokens": 0, "model.norm": 0}
+    places |= {"model.rotary_emb": 0, "lm_head": 0}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    assert spread.model.layers[1].self_attn.q_proj.weight.is_meta
+    tokens = torch.randint(0, 128, (1, 500), generator=torch.Generator().manual_seed(5)).cuda()
+    outs = []
+    for each in (model, spread):
+        torch.manual_seed(0)
+        gates = attach(each, new_gates(each), "top_k:0.3", min_tokens=0)
+        with torch.inference_mode():
+            outs.append(each(tokens).logits)
+        assert {p.device.type for n, p in gates.named_parameters() if "attn_gate" in n} == {"cuda"}
+        detach(each)
+    assert torch.equal(*outs)

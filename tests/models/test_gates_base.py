@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seerattention import models
-from seerattention.models import _gates
+from seerattention.models import _base
 
 
 def loaded(model, folder, dtype):
@@ -65,7 +65,7 @@ def test_fingerprint_ignores_gates_and_the_mlp(tiny):
 
 @pytest.mark.parametrize("size", [1, 5, 256, 257, 2**24 + 2, 8192 * 8192, 2**40 + 1])
 def test_sampled_positions_stay_inside(size):
-    picks = _gates._spread(size, 256)
+    picks = _base._spread(size, 256)
     assert len(picks) == min(size, 256)
     assert picks[0] == 0
     assert picks[-1] == size - 1

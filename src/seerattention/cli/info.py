@@ -73,6 +73,7 @@ def support() -> list[Support]:
 def markdown() -> str:
     """Return the support of this installation as Markdown, for the README."""
     from seerattention.models import families, refused
+    from seerattention.models._support import features
     from seerattention.policies import policies
 
     by_backend: dict[tuple[str, str], list[Support]] = {}
@@ -91,8 +92,17 @@ def markdown() -> str:
         *(f"| {name} | {reason} |" for name, reason in refused().items()),
         "",
         "Policies: " + ", ".join(f"`{n}:<{p.value_name()}>`" for n, p in sorted(policies().items())) + ".",
+        "",
+        "| attached models | | works |",
+        "|---|---|---|",
+        *(f"| {f.kind} | {f.name} | {answer(f.reason, f.note)} |" for f in features()),
     ]
     return "\n".join(lines)
+
+
+def answer(reason: str | None, note: str) -> str:
+    """Return a cell of the table of features: yes and how, or no and why."""
+    return f"no: {reason}" if reason else f"yes: {note}" if note else "yes"
 
 
 def crossover_lines() -> list[str]:
@@ -166,6 +176,7 @@ def run(
     from seerattention.baselines import names
     from seerattention.evals.versions import versions
     from seerattention.models import families, refused
+    from seerattention.models._support import features
     from seerattention.policies import policies
 
     console = Console()
@@ -183,6 +194,8 @@ def run(
     console.print(f"baselines        {', '.join(names())}", highlight=False)
     for line in crossover_lines():
         console.print(line, highlight=False)
+    for f in features():
+        console.print(f"{f.kind:<16} {f.name}: {answer(f.reason, f.note)}", highlight=False, markup=False)
     if model:
         console.print(f"\n{model}", highlight=False)
         for layers, what in layer_report(model):

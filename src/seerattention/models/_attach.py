@@ -1,235 +1,87 @@
-"""Attach gates or any other handler to a model's attention layers, and take them off again."""
+"""The life of gates on a model: attach, add, choose, switch off for a while, detach."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flash_attention_mask
+from torch import nn
+from transformers import PreTrainedModel
 
 from seerattention.gate import Scorer
-from seerattention.models._call import AttentionCall, Handler, dense_attention, real_tokens
-from seerattention.models._family import Tap, attention_layers, family_of, full_attention_layers
-from seerattention.models._gates import BaseInfo, Gates, head_dim_of, head_order
+from seerattention.models._base import BaseInfo, device_of
+from seerattention.models._family import family_of, full_attention_layers
+from seerattention.models._gates import Gates
+from seerattention.models._intercept import (
+    connect,
+    disconnect,
+    idle_runtime,
+    install,
+    runtime_of,
+    uninstall,
+    unwrapped,
+)
+from seerattention.models._rotary import KeysBeforeRope
 from seerattention.models._sparse import Observer, SparsePrefill
+from seerattention.models._support import PARALLEL, PREFIXES
 from seerattention.policies import Policy, parse
 
-#: Name under which the attention function is registered with transformers.
-NAME = "seerattention"
-
-
-class _Taps:
-    """What one attention module hands over during a call: q and k before RoPE, and its KV cache."""
-
-    def __init__(
-        self, runtime: _Runtime, layer: int, of_q: Tap, of_k: Tap, head_dim: int, order: Tensor | None
-    ) -> None:
-        self.runtime = runtime
-        self.layer = layer
-        self.of_q = of_q
-        self.of_k = of_k
-        self.head_dim = head_dim
-        self.order = order
-        self.q: Tensor | None = None
-        self.k: Tensor | None = None
-        self.cache: Any = None
-
-    # Bound methods, not closures: a deep copy of the model then hands over to its own copy of the taps.
-    def keep_q(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the module whose output is q before RoPE."""
-        self.q = self._by_head(output, self.of_q)
-
-    def keep_k(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the module whose output is k before RoPE."""
-        self.k = self._by_head(output, self.of_k)
-
-    def _by_head(self, output: Tensor, tap: Tap) -> Tensor:
-        """Return a tapped output as ``[B, H, T, D]``, its values in the order in which gates rotate them."""
-        if tap.columns is not None:
-            output = output[..., tap.columns]
-        if output.dim() == 3:
-            output = output.unflatten(-1, (-1, self.head_dim))
-        if not tap.heads_first:
-            output = output.transpose(1, 2)
-        if self.order is None:
-            return output
-        if self.order.device != output.device:
-            self.order = self.order.to(output.device)
-        return output[..., self.order]
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: remember its KV cache."""
-        self.cache = kwargs.get("past_key_values")
-
-    def take(self) -> tuple[Tensor, Tensor, Any]:
-        """Return and forget q, k before RoPE and the cache of this call."""
-        assert self.q is not None, "the family's taps did not run"
-        assert self.k is not None, "the family's taps did not run"
-        taken = self.q, self.k, self.cache
-        self.q = self.k = self.cache = None
-        return taken
+#: What `attach` returns is what it was given: a model, compiled or wrapped by PEFT or not.
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
-class _Runtime:
-    """What is attached to one model."""
+class _GateSet:
+    """Scorers that can be chosen by name, and the policy they are used with."""
 
-    handler: Handler
-    previous_attention: str | None
-    hooks: list[Any] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
-    sparse: SparsePrefill | None = None
+    scorers: Gates | Scorer
+    policy: Policy
 
 
-def _runtime(model: nn.Module) -> _Runtime | None:
-    return model.__dict__.get("_seerattention_runtime")
+@dataclass
+class _Attached:
+    """What `attach` keeps on a model."""
+
+    handler: SparsePrefill
+    sets: dict[str, _GateSet]
+    active: str
 
 
-def _idle_runtime(model: nn.Module) -> _Runtime | None:
-    """Return what is attached, refusing while a handler stands in for it."""
-    runtime = _runtime(model)
-    if runtime is not None and runtime.handler is not runtime.sparse:
-        raise ValueError("this model's attention is intercepted; leave intercept(model, ...) first")
-    return runtime
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
-    if dropout:
-        raise NotImplementedError(
-            f"attention dropout ({dropout}) is not supported; set attention_dropout=0 or call model.eval()"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    taps: _Taps = module.__dict__["_seerattention_taps"]
-    q_nope, k_nope, cache = taps.take()
-    if cache is not None and (seen := int(cache.get_seq_length(taps.layer))) < key.shape[2]:
-        # A static cache hands over its whole buffer.
-        key, value = key[:, :, :seen], value[:, :, :seen]
-        attention_mask = None if attention_mask is None else attention_mask[:, :seen]
-
-    def compute(q: Tensor, k: Tensor, v: Tensor, qn: Tensor, kn: Tensor, slot: int | None) -> Tensor:
-        if sliding_window is not None:
-            return dense_attention(q, k, v, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        return taps.runtime.handler(
-            AttentionCall(taps.layer, q, k, v, qn, kn, positions, scale, slot, cache, softcap, s_aux)
-        )
-
-    rows = real_tokens(attention_mask, query.shape[2], key.shape[2])
-    if rows is None:
-        return compute(query, key, value, q_nope, k_nope, None).transpose(1, 2), None
-    out = torch.zeros_like(query)
-    for b, (of_q, of_k) in enumerate(rows):
-        if of_q.numel():
-            one = slice(b, b + 1)
-            q, qn, kn = (x[one][:, :, of_q] for x in (query, q_nope, k_nope))
-            out[one, :, of_q] = compute(q, key[one][:, :, of_k], value[one][:, :, of_k], qn, kn, b)
-    return out.transpose(1, 2), None
-
-
-def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the decoder: refuse what attached models cannot do, before any work."""
-    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
-        raise ValueError(
-            "output_attentions needs the whole attention map, which sparse attention never computes; "
-            "detach(model) and load it with attn_implementation='eager' for that"
-        )
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    for name, given in (("input_ids", tokens), ("inputs_embeds", kwargs.get("inputs_embeds"))):
-        if isinstance(given, Tensor) and given.numel() == 0:
-            raise ValueError(f"empty prompt: {name} is {list(given.shape)}; give at least one token")
-    positions = kwargs.get("position_ids")
-    if positions is not None and kwargs.get("attention_mask") is None:
-        jumps = (positions.diff(dim=-1) != 1).nonzero()
-        if len(jumps):
-            raise NotImplementedError(
-                f"position_ids jump after token {int(jumps[0, -1])}: sequences packed into one row are not "
-                "supported, give them as a padded batch with an attention_mask"
-            )
-
-
-def _install(model: PreTrainedModel, handler: Handler) -> _Runtime:
-    family = family_of(model)
-    # Whatever can fail comes first, so that a failure leaves the model as it was.
-    tapped = {i: (attention, *family.taps(attention)) for i, attention in attention_layers(model).items()}
-    order = head_order(model)
-    AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
-    runtime = _Runtime(handler, model.config._attn_implementation)
-    head_dim = head_dim_of(model.config.get_text_config())
-    model.set_attn_implementation(NAME)
-    for index, (attention, q, k) in tapped.items():
-        of_q, of_k = (tap if isinstance(tap, Tap) else Tap(tap) for tap in (q, k))
-        taps = _Taps(runtime, index, of_q, of_k, head_dim, order)
-        runtime.hooks += [
-            of_q.module.register_forward_hook(taps.keep_q),
-            of_k.module.register_forward_hook(taps.keep_k),
-            attention.register_forward_pre_hook(taps.before, with_kwargs=True),
-        ]
-        attention.__dict__["_seerattention_taps"] = taps
-        runtime.modules.append(attention)
-    # The decoder, because it can be called without its head.
-    runtime.hooks.append(model.get_decoder().register_forward_pre_hook(_refuse, with_kwargs=True))
-    model.__dict__["_seerattention_runtime"] = runtime
-    return runtime
-
-
-def _uninstall(model: PreTrainedModel) -> None:
-    runtime = model.__dict__.pop("_seerattention_runtime")
-    for hook in runtime.hooks:
-        hook.remove()
-    for attention in runtime.modules:
-        del attention.__dict__["_seerattention_taps"]
-        if "attn_gate" in attention._modules:
-            del attention.attn_gate
-    model.set_attn_implementation(runtime.previous_attention)
-
-
-def attached(model: PreTrainedModel) -> bool:
+def attached(model: nn.Module) -> bool:
     """Whether gates or a scorer are attached to the model."""
-    runtime = _runtime(model)
-    return runtime is not None and runtime.sparse is not None
+    runtime = runtime_of(unwrapped(model))
+    return runtime is not None and runtime.owner is not None
 
 
 def attach(
-    model: PreTrainedModel,
+    model: Model,
     scorers: Gates | Scorer,
     policy: Policy | str | None = None,
     *,
+    name: str = "default",
     backend: str = "auto",
     min_tokens: int | None = None,
     observe: Observer | None = None,
     check_base: bool = True,
-) -> PreTrainedModel:
+) -> Model:
     """Make a model's prefill sparse; `detach` undoes it.
 
     Every layer with full attention reads only the blocks that its gate and the policy choose.
-    Sliding-window layers and decoding steps stay dense. Attaching again replaces what was attached.
+    Sliding-window layers and decoding steps stay dense. Attaching again replaces
+    everything that was attached; `add_gates` adds, `set_gates` and `set_policy` change what is.
 
     Args:
-        model: A transformers model of a supported family.
+        model: A transformers model of a supported family, also compiled or wrapped by PEFT; adapters may
+            come before or after.
         scorers: `Gates`, which become the child modules ``self_attn.attn_gate``; or one scorer for
             every layer, such as a baseline.
         policy: How many blocks to read, as an object or text such as ``"top_k:0.1"``; default the one
             saved with the gates.
-        backend: A backend of ``block_sparse_attention``.
+        name: What `set_gates` calls these gates.
+        backend: A backend of ``block_sparse_attention``; to train the model itself, ``"reference"``,
+            which has a backward pass.
         min_tokens: Sequences shorter than this are computed densely, all others sparsely; 0 makes every
             prefill sparse. By default what was measured on the device, or on the one most like it,
             decides by length and, where the policy knows it ahead, by density (`seerattention info`).
@@ -245,35 +97,55 @@ def attach(
             that is not supported.
         TypeError: If ``scorers`` or ``policy`` is of another type.
         ValueError: If the gates are for another model, there is no policy or no full-attention layer, or
-            the call is made inside `intercept`. The model stays as it was.
+            the call is made inside `intercept` or `dense`. The model stays as it was.
     """
-    family_of(model)
-    layers = full_attention_layers(model)
-    if isinstance(policy, str):
-        policy = parse(policy)
-    if not isinstance(policy, Policy | None):
-        raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
+    base = unwrapped(model)
+    family_of(base)
+    _refuse(model, base)
+    new = _checked(base, scorers, policy, check_base)
+    before_rope = KeysBeforeRope(base)
+    if idle_runtime(base) is not None:
+        detach(base)
+    handler = SparsePrefill({}, new.policy, before_rope, backend, min_tokens, observe)
+    owner = _Attached(handler, {name: new}, name)
+    install(base, handler).owner = owner
+    _activate(base, owner, name)
+    return model
+
+
+def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
+    """Refuse bases whose layers hold other keys or heads than gates are made for."""
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(config.peft_type == "PREFIX_TUNING" for config in adapters.values()):
+        raise NotImplementedError(PREFIXES)
+    if (getattr(base, "_tp_size", None) or 1) > 1:
+        raise NotImplementedError(PARALLEL)
+
+
+def _checked(
+    model: PreTrainedModel, scorers: Gates | Scorer, policy: Policy | str | None, check_base: bool
+) -> _GateSet:
+    """Return scorers and policy once they are known to fit the model."""
+    layers = list(full_attention_layers(model))
     if not isinstance(scorers, Gates) and not hasattr(scorers, "score"):
         raise TypeError(f"scorers must be Gates or a Scorer, got {scorers!r}; use load_gates(folder) first")
     if isinstance(scorers, Gates):
-        _check_gates(model, scorers, list(layers), check_base)
-        policy = policy or (parse(scorers.policy) if scorers.policy else None)
-        by_layer: dict[int, Scorer] = dict(scorers.items())
-    else:
-        by_layer = dict.fromkeys(layers, scorers)
+        _check_gates(model, scorers, layers, check_base)
+        policy = policy or scorers.policy
     if policy is None:
         raise ValueError('these gates were saved without a policy; pass one, e.g. policy="top_k:0.1"')
+    checked = _GateSet(scorers, _policy(policy))
     if isinstance(scorers, Gates):
         scorers.use_rotary_of(model)
-    if _idle_runtime(model) is not None:
-        _uninstall(model)
-    sparse = SparsePrefill(by_layer, policy, backend, min_tokens, observe)
-    runtime = _install(model, sparse)
-    runtime.sparse = sparse
-    if isinstance(scorers, Gates):
-        for index, gate in scorers.items():
-            layers[index].attn_gate = gate.to(next(layers[index].parameters()).device)
-    return model
+    return checked
+
+
+def _policy(policy: Policy | str) -> Policy:
+    if isinstance(policy, str):
+        return parse(policy)
+    if not isinstance(policy, Policy):
+        raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
+    return policy
 
 
 def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_base: bool) -> None:
@@ -297,63 +169,151 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
         )
 
 
-def detach(model: PreTrainedModel) -> PreTrainedModel:
+def _activate(model: PreTrainedModel, owner: _Attached, name: str) -> None:
+    """Make a set of gates the one that is used and that shows as ``self_attn.attn_gate``."""
+    owner.active = name
+    chosen, layers = owner.sets[name], full_attention_layers(model)
+    _remove_gates(layers)
+    owner.handler.policy = chosen.policy
+    if not isinstance(chosen.scorers, Gates):
+        owner.handler.scorers = dict.fromkeys(layers, chosen.scorers)
+        return
+    owner.handler.scorers = dict(chosen.scorers.items())
+    for index, gate in chosen.scorers.items():
+        layers[index].attn_gate = gate.to(device_of(layers[index]))
+
+
+def _remove_gates(layers: dict[int, nn.Module]) -> None:
+    for attention in layers.values():
+        if "attn_gate" in attention._modules:
+            del attention.attn_gate
+
+
+def detach(model: Model) -> Model:
     """Take gates, hooks and attention function off again, leaving the model as it was.
 
     Raises:
-        ValueError: If nothing is attached, or inside `intercept`.
+        ValueError: If nothing is attached, or inside `intercept` or `dense`.
     """
-    _sparse(model)
-    _idle_runtime(model)
-    _uninstall(model)
+    base = unwrapped(model)
+    _owner(base)
+    idle_runtime(base)
+    _remove_gates(full_attention_layers(base))
+    uninstall(base)
     return model
 
 
-def set_policy(model: PreTrainedModel, policy: Policy | str) -> None:
-    """Change the policy of an attached model.
+def add_gates(
+    model: nn.Module,
+    name: str,
+    scorers: Gates | Scorer,
+    policy: Policy | str | None = None,
+    *,
+    check_base: bool = True,
+) -> None:
+    """Give an attached model further gates, to be chosen by `set_gates`.
+
+    Args:
+        model: A model with something attached.
+        name: What to call them.
+        scorers: Gates, or one scorer for every layer, such as a baseline.
+        policy: The policy to use with them; default the one saved with them or else the current one.
+        check_base: See `attach`.
 
     Raises:
+        TypeError: If ``scorers`` or ``policy`` is of another type.
+        ValueError: If nothing is attached, the name is taken, or the gates are for another model.
+    """
+    base = unwrapped(model)
+    owner = _owner(base)
+    if name in owner.sets:
+        raise ValueError(f"there are gates named {name!r} already; choose another name")
+    saved = scorers.policy if isinstance(scorers, Gates) else None
+    owner.sets[name] = _checked(base, scorers, policy or saved or owner.handler.policy, check_base)
+
+
+def set_gates(model: nn.Module, name: str) -> None:
+    """Use the gates of this name from now on, with their policy.
+
+    Prompts whose beginning is cached go on: what the new gates need to know of it is made from the cache.
+
+    Raises:
+        ValueError: If nothing is attached or no gates have this name.
+    """
+    base = unwrapped(model)
+    owner = _owner(base)
+    if name not in owner.sets:
+        raise ValueError(f"there are no gates named {name!r}; there are {', '.join(map(repr, owner.sets))}")
+    _activate(base, owner, name)
+
+
+def set_policy(model: nn.Module, policy: Policy | str) -> None:
+    """Change the policy of the gates in use.
+
+    Raises:
+        TypeError: If ``policy`` is of another type.
         ValueError: If nothing is attached or the text is not understood.
     """
-    _sparse(model).policy = parse(policy) if isinstance(policy, str) else policy
+    owner = _owner(unwrapped(model))
+    owner.sets[owner.active].policy = owner.handler.policy = _policy(policy)
 
 
-def usage(model: PreTrainedModel) -> dict[str, int]:
+def usage(model: nn.Module) -> dict[str, int]:
     """Return how often a layer's attention ran sparse, or dense and why, since attaching.
 
     Raises:
         ValueError: If nothing is attached.
     """
-    return dict(_sparse(model).usage)
-
-
-def _sparse(model: PreTrainedModel) -> SparsePrefill:
-    runtime = _runtime(model)
-    if runtime is None or runtime.sparse is None:
-        raise ValueError("nothing is attached to this model; call attach(model, gates, policy) first")
-    return runtime.sparse
+    return dict(_owner(unwrapped(model)).handler.usage)
 
 
 @contextmanager
-def intercept(model: PreTrainedModel, handler: Handler) -> Iterator[PreTrainedModel]:
-    """Let a handler compute the attention of every full-attention layer while the context lasts.
+def dense(model: Model) -> Iterator[Model]:
+    """Give an attached model its own attention back while the context lasts: what `detach` would leave.
 
-    Works on a plain model and on one with gates attached, whose handler it stands in for.
+    A KV cache filled inside may be used outside: what the gates need is made from the cached keys.
 
-    Args:
-        model: A transformers model of a supported family.
-        handler: Called with an `AttentionCall`, returns the output ``[B, Hq, Tq, D]``.
+    Raises:
+        ValueError: If nothing is attached, or inside `intercept`.
     """
-    runtime = _runtime(model)
-    if runtime is not None:
-        before, runtime.handler = runtime.handler, handler
-        try:
-            yield model
-        finally:
-            runtime.handler = before
+    base = unwrapped(model)
+    _owner(base)
+    runtime = runtime_of(base)
+    assert runtime is not None
+    if runtime.paused:
+        yield model
         return
-    _install(model, handler)
+    idle_runtime(base)
+    disconnect(base, runtime)
+    runtime.paused = True
     try:
         yield model
     finally:
-        _uninstall(model)
+        runtime.paused = False
+        connect(base, runtime)
+
+
+def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy]:
+    """Return the gates in use and their policy.
+
+    Raises:
+        ValueError: If nothing is attached.
+    """
+    owner = _owner(unwrapped(model))
+    return owner.sets[owner.active].scorers, owner.handler.policy
+
+
+def sparse_prefill(model: nn.Module) -> SparsePrefill:
+    """Return what computes an attached model's attention.
+
+    Raises:
+        ValueError: If nothing is attached.
+    """
+    return _owner(unwrapped(model)).handler
+
+
+def _owner(model: nn.Module) -> _Attached:
+    runtime = runtime_of(model)
+    if runtime is None or runtime.owner is None:
+        raise ValueError("nothing is attached to this model; call attach(model, gates, policy) first")
+    return runtime.owner

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.models._crossover import cudnn_from
+from seerattention.models._support import MASKS
 
 #: Kernels of dense attention in the order in which `cudnn_first` takes them.
 CUDNN_FIRST = [
@@ -45,6 +46,8 @@ class AttentionCall:
         cache: The model's KV cache, or None.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them alone.
         sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only, or None.
+        position_ids: int64 ``[B or 1, Tq]``, at which the model rotated the new tokens; None where the
+            earlier ones did not come right before them, or the model did not say.
     """
 
     layer: int
@@ -59,6 +62,7 @@ class AttentionCall:
     cache: Any = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def dense(self) -> Tensor:
         """Return what dense attention computes, ``[B, Hq, Tq, D]``."""
@@ -188,10 +192,7 @@ def real_tokens(mask: Tensor | None, num_queries: int, num_keys: int) -> list[tu
     if mask is None:
         return None
     if mask.dim() != 2:
-        raise ValueError(
-            f"the attention mask must mark padding, [B, T], got {list(mask.shape)}; "
-            "masks of other kinds need dense attention: detach(model) first"
-        )
+        raise ValueError(f"the attention mask must mark padding, [B, T], got {list(mask.shape)}; {MASKS}")
     if mask.shape[1] != num_keys:
         raise ValueError(
             f"the attention mask covers {mask.shape[1]} tokens, but there are {num_keys}; give one that "

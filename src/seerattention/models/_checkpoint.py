@@ -19,9 +19,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from seerattention.gate import GateConfig
-from seerattention.models._gates import KEY, BaseInfo, Gates, check_weights
+from seerattention.models._attach import active_gates
+from seerattention.models._base import BaseInfo
+from seerattention.models._gates import KEY, Gates, check_weights
 from seerattention.models._published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Policy, parse
 
@@ -58,19 +61,21 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None = None) -> None:
+def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy | str | None = None) -> None:
     """Write gates, their configuration and their base model's identity.
 
     Args:
-        gates: The gates.
+        gates: The gates, or a model that uses some: then with the policy it uses.
         folder: Where to; gates already there are replaced once everything is written.
         policy: The policy to use them with by default.
 
     Raises:
         FileExistsError: If something other than gates is there.
         OSError: If the folder cannot be written.
-        ValueError: If the policy's text is not understood, or a weight is not finite.
+        TypeError: If the model uses something other than gates.
+        ValueError: If the policy's text is not understood, a weight is not finite, or nothing is attached.
     """
+    gates, policy = gates_of(gates, policy)
     text = str(parse(policy) if isinstance(policy, str) else policy) if policy else gates.policy
     weights = {
         KEY.format(index, name): value.detach().cpu().contiguous()
@@ -93,6 +98,18 @@ def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None 
     with atomic_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def gates_of(
+    gates: Gates | nn.Module, policy: Policy | str | None = None
+) -> tuple[Gates, Policy | str | None]:
+    """Return gates, or those that a model uses and their policy."""
+    if isinstance(gates, Gates):
+        return gates, policy
+    scorers, current = active_gates(gates)
+    if not isinstance(scorers, Gates):
+        raise TypeError(f"this model uses {scorers!r}, which is not gates and has no weights to save")
+    return scorers, policy or current
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from seerattention.gate import GateConfig
-from seerattention.models._gates import KEY, BaseInfo, Gates, check_weights
+from seerattention.models._base import BaseInfo
+from seerattention.models._gates import KEY, Gates, check_weights
 from seerattention.policies import Policy, Threshold, TokenBudget, TopK
 
 PUBLISHED_WEIGHTS = "attn_gate_weights.pth"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,8 +14,15 @@ from seerattention.cache import KeySummaries
 from seerattention.gate import Scorer
 from seerattention.models._call import AttentionCall
 from seerattention.models._crossover import crossover
-from seerattention.policies import Policy
+from seerattention.models._rotary import KeysBeforeRope
+from seerattention.policies import Policy, TokenBudget
 from seerattention.selection import BlockSelection, num_blocks
+
+#: Why a short piece after a long text is dense: reading all keys for few queries is what decoding does.
+DECODING = "dense: decoding step"
+
+#: Tokens per slice in which cached keys are summarised again.
+REBUILD_TOKENS = 2**14
 
 #: Called after every sparse layer with its inputs and the blocks that were read.
 Observer = Callable[[int, AttentionCall, BlockSelection], None]
@@ -26,25 +34,33 @@ class SparsePrefill:
     Args:
         scorers: The scorer of every layer.
         policy: How many blocks to read.
+        before_rope: Rotates the model's cached keys back.
         backend: A backend of ``block_sparse_attention``.
         min_tokens: Sequences shorter than this are dense, all others sparse; by default the table of
             measured crossovers says which, by length and, where the policy knows it, by density.
         observe: Called after every sparse layer.
+
+    Attributes:
+        prompt_tokens: While a prompt is given in pieces by someone who knows its length, that length,
+            tokens already cached included: the pieces then select what they would in one.
     """
 
     def __init__(
         self,
-        scorers: dict[int, Scorer],
+        scorers: Mapping[int, Scorer],
         policy: Policy,
+        before_rope: KeysBeforeRope,
         backend: str,
         min_tokens: int | None,
         observe: Observer | None,
     ) -> None:
-        self.scorers = scorers
+        self.scorers: Mapping[int, Scorer] = scorers
         self.policy = policy
+        self.before_rope = before_rope
         self.backend = backend
         self.min_tokens = min_tokens
         self.observe = observe
+        self.prompt_tokens: int | None = None
         self.usage: Counter[str] = Counter()
         # Looked up here, not in a call, where `torch.compile` would trace the reading of a file.
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -53,24 +69,24 @@ class SparsePrefill:
     def __call__(self, call: AttentionCall) -> Tensor:
         """Return the output of one layer, ``[B, Hq, Tq, D]``."""
         scorer = self.scorers[call.layer]
-        summaries = None if scorer.after_rope else _update_summaries(call, scorer)
-        reason = self._why_dense(call)
-        if reason is None and summaries is None and not scorer.after_rope:
-            reason = "dense: the KV cache holds keys not summarised here (filled before attach, or changed)"
+        summaries = None if scorer.after_rope else _update_summaries(call, scorer, self.before_rope)
+        reason = self._why_dense(call, scorer)
+        if reason is None and isinstance(summaries, str):
+            reason = summaries
         self.usage[reason or "sparse"] += 1
         if reason:
             return call.dense()
-        if summaries is None:
+        if isinstance(summaries, KeySummaries):
+            k_blocks = summaries.all()
+        else:
             positions = torch.arange(call.k.shape[2], device=call.k.device)
             k_blocks = scorer.compress(call.k, positions=positions)
-        else:
-            k_blocks = summaries.all()
         out, selection = seer_attention(
             call.q,
             call.k,
             call.v,
             scorer,
-            self.policy,
+            self._policy_of(call, scorer),
             q_scored=call.q if scorer.after_rope else call.q_nope,
             k_blocks=k_blocks,
             positions=call.positions,
@@ -83,11 +99,27 @@ class SparsePrefill:
             self.observe(call.layer, call, selection)
         return out
 
-    def _why_dense(self, call: AttentionCall) -> str | None:
+    def _policy_of(self, call: AttentionCall, scorer: Scorer) -> Policy:
+        """Return the policy, for a piece of a prompt of known length as it is for the whole prompt."""
+        policy, block = self.policy, scorer.block_size[1]
+        if self.prompt_tokens is None:
+            return policy
+        rule = policy.rule(num_blocks(self.prompt_tokens, block), block)
+        last_rows = policy.dense_last_rows if call.k.shape[2] == self.prompt_tokens else 0
+        if rule is None or rule.kind != "count":
+            return replace(policy, dense_last_rows=last_rows)
+        return TokenBudget(
+            int(rule.value) * block,
+            sink_blocks=policy.sink_blocks,
+            local_blocks=policy.local_blocks,
+            dense_last_rows=last_rows,
+        )
+
+    def _why_dense(self, call: AttentionCall, scorer: Scorer) -> str | None:
         """Return why a call is computed densely, or None."""
-        total = call.k.shape[2]
-        if _decodes(call):
-            return "dense: decoding step"
+        total = self.prompt_tokens or call.k.shape[2]
+        if _decodes(call, scorer):
+            return DECODING
         if self.min_tokens is not None:
             return f"dense: fewer than {self.min_tokens} tokens" if total < self.min_tokens else None
         known = self.crossovers.get(call.q.device.type)
@@ -95,22 +127,24 @@ class SparsePrefill:
             return None
         if total < known.dense_below:
             return f"dense: fewer than {known.dense_below} tokens ({known.source})"
-        if call.q.shape[2] < total:
+        if call.q.shape[2] < call.k.shape[2] and self.prompt_tokens is None:
             # A later piece of a prompt: its dense computation needs a mask, and was not measured.
             return None
-        block = self.scorers[call.layer].block_size[1]
+        block = scorer.block_size[1]
         density = self.policy.expected_density(num_blocks(total, block), block)
         if density is not None and density > (most := known.densest_at(total)):
             return f"dense: the policy reads {density:.0%}, dense is faster from {most:.0%} ({known.source})"
         return None
 
 
-def _decodes(call: AttentionCall) -> bool:
-    return call.q.shape[2] == 1 and call.k.shape[2] > 1
+def _decodes(call: AttentionCall, scorer: Scorer) -> bool:
+    """Whether a call adds fewer tokens than a block to earlier ones, as when a guess is verified."""
+    new = call.q.shape[2]
+    return call.k.shape[2] > new and new < scorer.block_size[0]
 
 
-def _update_summaries(call: AttentionCall, scorer: Scorer) -> KeySummaries | None:
-    """Add this call's keys to the summaries; None if they do not belong to the cached keys."""
+def _update_summaries(call: AttentionCall, scorer: Scorer, before_rope: KeysBeforeRope) -> KeySummaries | str:
+    """Summarise this call's keys too, and cached keys that no summary belongs to; or say why not."""
     past = call.k.shape[2] - call.q.shape[2]
     # Kept on the KV cache itself, so that copies of it copy them along.
     store = {} if call.cache is None else call.cache.__dict__.setdefault("seerattention_summaries", {})
@@ -122,10 +156,38 @@ def _update_summaries(call: AttentionCall, scorer: Scorer) -> KeySummaries | Non
     if summaries is None or summaries.scorer is not scorer:
         summaries = KeySummaries(scorer)
     cached = call.k[:, :, :past]
-    # Decoding reads no summaries, so comparing all keys at every step can wait for the next prefill.
-    if not (_decodes(call) and summaries.as_long_as(cached)) and not summaries.matches(cached):
-        store.pop(key, None)
-        return None
+    if _decodes(call, scorer):
+        # Decoding reads no summaries, so comparing all keys at every step can wait for the next prefill,
+        # which also makes up for the tokens that are left out here.
+        if summaries.as_long_as(cached):
+            summaries.extend(call.k_nope, call.k[:, :, past:])
+            store[key] = summaries
+        return DECODING
+    have = summaries.keep(cached)
+    if have < past:
+        if (why := _why_not_rebuilt(call, before_rope)) is not None:
+            store.pop(key, None)
+            return f"dense: cached keys have no summaries, and cannot be rotated back: {why}"
+        _summarise_again(summaries, call, before_rope, have, past)
     summaries.extend(call.k_nope, call.k[:, :, past:])
     store[key] = summaries
     return summaries
+
+
+def _why_not_rebuilt(call: AttentionCall, before_rope: KeysBeforeRope) -> str | None:
+    if call.position_ids is None:
+        return "their positions are not known"
+    return before_rope.why_not
+
+
+def _summarise_again(
+    summaries: KeySummaries, call: AttentionCall, before_rope: KeysBeforeRope, start: int, end: int
+) -> None:
+    """Summarise the cached keys ``start`` to ``end`` from what the cache holds of them."""
+    assert call.position_ids is not None
+    first = call.position_ids[:, :1] - end
+    for begin in range(start, end, REBUILD_TOKENS):
+        part = call.k[:, :, begin : min(begin + REBUILD_TOKENS, end)]
+        positions = first + torch.arange(begin, begin + part.shape[2], device=first.device)
+        positions = positions.expand(part.shape[0], -1).to(part.device)
+        summaries.extend(before_rope(call.layer, part, positions), part)

@@ -1,0 +1,77 @@
+"""What attached models can do and what they refuse: the README's table, each line of it a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAPS = (
+    "output_attentions needs the whole attention map, which sparse attention never computes; detach(model) "
+    "and load it with attn_implementation='eager' for that"
+)
+DROPOUT = "set attention_dropout=0 or call model.eval()"
+PACKED = "sequences packed into one row are not supported, give them as a padded batch with an attention_mask"
+MASKS = "masks of other kinds need dense attention: detach(model) first"
+BACKWARD = "no backward; use backend='reference' for gradients"
+FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
+PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
+PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
+LONGROPE = "its angles depend on how long the text was when a key was rotated"
+CONTINUOUS = (
+    "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
+    "or do it inside dense(model)"
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One line of the support table.
+
+    Attributes:
+        kind: What it belongs to.
+        name: What someone may want to do.
+        reason: Why not, a part of what a user is told; None where it works.
+        note: How it works, where that is not plain.
+    """
+
+    kind: str
+    name: str
+    reason: str | None = None
+    note: str = ""
+
+
+def features() -> tuple[Feature, ...]:
+    """Return what attached models can do and what they refuse."""
+    return (
+        Feature("cache", "dynamic"),
+        Feature("cache", "static"),
+        Feature("cache", "quantised", note="summaries are made again from what the cache gives back"),
+        Feature("cache", "copied, cropped, reordered, rows selected"),
+        Feature("cache", "filled before attaching, or by other gates"),
+        Feature("cache", "the same with RoPE of type dynamic or longrope", LONGROPE),
+        Feature("prompt", "left or right padding"),
+        Feature("prompt", "in pieces", note="`prefill`, or `prefill_chunk_size=` of `generate`"),
+        Feature("prompt", "several turns on one cache"),
+        Feature("prompt", "packed sequences", PACKED),
+        Feature("prompt", "4-D masks", MASKS),
+        Feature("generate", "greedy, sampling, beams"),
+        Feature(
+            "generate",
+            "assisted: draft model, prompt lookup",
+            note="guesses are verified densely",
+        ),
+        Feature("generate", "pipeline"),
+        Feature("generate", "continuous batching", CONTINUOUS),
+        Feature("generate", "output_attentions", MAPS),
+        Feature("base", "LoRA, before or after attaching"),
+        Feature("base", "prefix tuning", PREFIXES),
+        Feature("base", "4-bit (bitsandbytes)", note="told by its name, since its weights are others"),
+        Feature("base", "8-bit (bitsandbytes)", note="told by its name, since its weights are others"),
+        Feature("base", "device_map with layers on the disk"),
+        Feature("base", "tensor parallelism", PARALLEL),
+        Feature("base", "torch.compile", note="attention itself stays outside of the graphs"),
+        Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),
+        Feature("training", "the model, with backend='reference'"),
+        Feature("training", "the model, with other backends", BACKWARD),
+        Feature("training", "activation checkpointing"),
+        Feature("training", "attention dropout", DROPOUT),
+    )

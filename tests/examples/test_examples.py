@@ -1,0 +1,113 @@
+"""Every example runs, on the bundled model, and does what it says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from seerattention.evals.bundled import GATES, TEACHER, TEXT
+from seerattention.models import load_gates
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def command(name, *arguments):
+    return [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+
+
+def run(name, *arguments):
+    """Run an example to its end and return what it printed."""
+    result = subprocess.run(command(name, *arguments), capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def published_folder(folder):
+    """Gates for the bundled model in the published layout; the projections pass the mean."""
+    config = json.loads((TEACHER / "config.json").read_text())
+    settings = {
+        "base_model": "someone/teacher",
+        "seerattn_gate_type": "Qavg_Kmaxminavg",
+        "seerattn_gate_block_size": 64,
+        "seerattn_gate_hidden_size": 64,
+        "seerattn_gate_force_double": False,
+        "seerattn_sparsity_method": "nz_ratio",
+        "seerattn_nz_ratio": 0.3,
+        "seerattn_last_block_dense": True,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    mean = torch.cat([torch.zeros(128, 64), torch.eye(64)]).expand(6, -1, -1).clone()
+    key = "model.layers.{}.self_attn.attn_gate.mask_linear_k.weight"
+    torch.save({key.format(i): mean for i in range(8)}, folder / "attn_gate_weights.pth")
+    return folder
+
+
+def test_published_gates(tmp_path):
+    gates = published_folder(tmp_path / "gates")
+    out = run("published_gates.py", TEACHER, gates, TEXT, "--tokens", 2048, "--new-tokens", 3)
+    read = re.search(r"2048 tokens, policy top_k:0.3,dense_last_rows=2, ([\d.]+)% of the blocks read", out)
+    assert 25 < float(read[1]) < 50
+    assert re.search(r"^ +8 sparse$", out, re.M)
+    assert re.search(r"^ +16 dense: decoding step$", out, re.M)
+
+
+def test_own_gates(tmp_path):
+    out = run("own_gates.py", "--steps", 2, "--length", 512, "--out", tmp_path / "gates")
+    losses = [float(x) for x in re.findall(r"^step \d: loss ([\d.]+)", out, re.M)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    dense, sparse = map(float, re.search(r"dense ([\d.]+), .* ([\d.]+)$", out, re.M).groups())
+    assert 20 < dense < sparse < 100
+    assert load_gates(tmp_path / "gates").policy == "top_k:0.1,sink_blocks=1"
+
+
+def test_compare_policies():
+    out = run("compare_policies.py", "--tokens", 1024)
+    rows = re.findall(r"^(\w+) (\S*) +density +([\d.]+)%  recall +([\d.]+)%  perplexity ([\d.]+)$", out, re.M)
+    assert [name for name, *_ in rows] == ["dense"] + ["gates"] * 4 + ["quest"] * 2
+    density, recall, perplexity = ([float(row[i]) for row in rows] for i in (2, 3, 4))
+    assert density[0] == recall[0] == 100
+    assert all(d < 100 for d in density[1:])
+    assert all(perplexity[0] - 0.5 < p < 100 for p in perplexity[1:])
+
+
+def test_chunked_prefill():
+    out = run("chunked_prefill.py", "--tokens", 1100, "--piece", 256)
+    assert "1100 tokens cached" in out
+    assert len(re.findall(r"\.\.\.'.+'$", out, re.M)) == 2
+    # Four pieces of 256 and one of 76 tokens, and what follows the cut but for the block that it was in.
+    assert re.search(r"^ +48 layers sparse$", out, re.M)
+
+
+def test_serve():
+    with subprocess.Popen(
+        command("serve.py", "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            address = server.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:"), server.stderr.read()
+            # Long enough to be sparse on any CPU that was measured.
+            prompt = TEXT.read_text()[:18000].encode()
+            with urllib.request.urlopen(f"{address}?new_tokens=4", prompt, timeout=60) as answer:
+                assert answer.read().decode().strip()
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                assert "8 sparse" in answer.read().decode()
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+def test_examples_are_short_and_tested(path):
+    assert len(path.read_text().splitlines()) <= 60
+    assert f'"{path.name}"' in Path(__file__).read_text()
+
+
+def test_the_bundled_gates_are_those_of_the_bundled_model():
+    assert load_gates(GATES).base.name == "seerattention/teacher"

@@ -1,0 +1,69 @@
+"""The README's table of operations: every 'yes' runs and is right, every 'no' gives its reason."""
+
+import pytest
+import torch
+
+from seerattention.cli.info import support
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.select_blocks import select_blocks
+from seerattention.ops.summarise_blocks import summarise_blocks
+from seerattention.policies import TopK
+from seerattention.selection import BlockSelection
+from seerattention.testing.budget import Budget
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+ROWS = [row for row in support() if row.device == "cpu"]
+
+
+def call(op, backend):
+    """Return a small call of an operation, as a function of q and k."""
+    torch.manual_seed(1)
+    gate = AttnGate(GateConfig(2, 1, 64))
+    mask = torch.eye(4, dtype=torch.bool)[None, None]
+    mask[..., 0] = True
+    selection = BlockSelection.from_mask(mask, (64, 64))
+
+    def summaries(k, name="reference"):
+        weight = gate.linear_k.weight.detach().to(k.dtype)
+        pools = gate.config.k_pool
+        return summarise_blocks(k, 8, pools, dtype=k.dtype, weight=weight, backend=name)
+
+    def chosen(q, k):
+        positions = torch.arange(q.shape[2])
+        found = select_blocks(
+            q, summaries(k), gate.to(q.dtype), TopK(0.5), positions=positions, num_keys=256, backend=backend
+        )
+        return found.to_mask().to(q.dtype)
+
+    return {
+        "block_sparse_attention": lambda q, k: block_sparse_attention(q, k, k, selection, backend=backend),
+        "pooled_attention": lambda q, k: pooled_attention(q, k, k, (64, 64), backend=backend)[0],
+        "summarise_blocks": lambda q, k: summaries(k, backend),
+        "select_blocks": chosen,
+    }[op]
+
+
+def test_the_table_is_about_every_operation():
+    assert {row.op for row in ROWS} == {
+        "block_sparse_attention", "pooled_attention", "select_blocks", "summarise_blocks"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.op}-{r.backend}-{r.dtype}")
+@torch.no_grad()
+def test_the_line_is_true(row):
+    dtype = getattr(torch, row.dtype)
+    q, k = (torch.randn(1, heads, 256, 64).to(dtype) for heads in (2, 1))
+    run, reference = call(row.op, row.backend), call(row.op, "reference")
+    if row.reasons:
+        with pytest.raises(NotImplementedError) as refusal:
+            run(q, k)
+        for reason in row.reasons:
+            assert reason in str(refusal.value)
+    elif row.op == "select_blocks":
+        assert torch.equal(run(q, k), reference(q, k))
+    else:
+        Budget.of(reference, q, k).check(run(q, k))
