@@ -236,8 +236,12 @@ class TestHopper:
         case = PoolCase(name="", heads=4, kv_heads=2, queries=300, keys=500, head_dim=128)
         q, k, v = inputs(case)
         call = lambda q, k, v: pooled_attention(q, k, v, (128, 64), return_lse=True, backend="hopper")  # noqa: E731
-        for one, other in zip(torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v), strict=True):
-            assert torch.equal(one, other)
+        out, target, lse = call(q, k, v)
+        compiled = torch.compile(call, fullgraph=True)(q, k, v)
+        assert torch.equal(compiled[0], out)
+        assert torch.equal(compiled[2], lse)
+        # A compiler may add a row's shares in another order.
+        Budget(target.double(), torch.float32, float(torch.finfo(torch.float32).eps) * 4).check(compiled[1])
 
     @pytest.mark.parametrize(("tokens", "limit"), [(32768, 64e6), (131072, 1e9)])
     @pytest.mark.parametrize(("block_size", "per_kv_head"), [((64, 64), False), ((128, 128), False)])

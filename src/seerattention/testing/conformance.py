@@ -221,12 +221,14 @@ def check_pooled(
         budget.check(result)
     if not case.lengths and case.softcap is None and not case.sinks:
         Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v).check(out)
-    Budget.of(lambda q, k: slow_pooled_map(q, k, case.block_size, options).float(), q, k).check(target)
+    by_definition = Budget.of(lambda q, k: slow_pooled_map(q, k, case.block_size, options).float(), q, k)
+    by_definition.check(target)
     ones = torch.ones(target.shape[:3], dtype=torch.float64, device=device)
     Budget(ones, torch.float32, torch.finfo(torch.float32).eps * target.shape[-1]).check(target.sum(-1))
     nothing, alone, _ = backend.run(q, k, None, case.block_size, options)
     assert nothing is None, "without v there is no output"
-    assert torch.equal(alone, target), "the map depends on v"
+    # Not the same to the bit: without the second product a compiler may order the first one's sums anew.
+    by_definition.check(alone)
     again = backend.run(q, k, v, case.block_size, case.options(device))
     assert torch.equal(again[0], out), "two runs differ in the output, or return_lse changes it"
     assert torch.equal(again[1], target), "two runs differ in the map, or return_lse changes it"
