@@ -4,8 +4,12 @@ The target comes from `seerattention.ops.pooled_attention` inside the frozen mod
 loss compares it with the gate's scores, layer by layer, so that memory does not grow with depth.
 """
 
+from seerattention.distill.data import Packed as Packed
+from seerattention.distill.data import Packs as Packs
 from seerattention.distill.data import TextWindows as TextWindows
+from seerattention.distill.data import dataset_documents as dataset_documents
 from seerattention.distill.data import read_tokens as read_tokens
+from seerattention.distill.data import text_documents as text_documents
 from seerattention.distill.loss import gate_loss as gate_loss
 from seerattention.distill.loss import group_target as group_target
 from seerattention.distill.loss import target_recall as target_recall
