@@ -26,6 +26,8 @@ from seerattention.models._published import PUBLISHED_WEIGHTS, is_published, rea
 from seerattention.policies import Policy, parse
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+#: What a distillation measured, beside the gates.
+RESULTS = "results.json"
 FORMAT = 1
 
 
@@ -98,7 +100,7 @@ def save_gates(gates: Gates, folder: str | Path, *, policy: Policy | str | None 
 def _check_replaceable(folder: Path) -> None:
     """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost."""
     if folder.is_dir():
-        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG})
+        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS})
     else:
         other = [folder.name] if folder.exists() else []
     if other:
