@@ -28,7 +28,8 @@ text = np.load(text)
 documents = lambda: np.split(text, [100, 230, 250, 700, 1100])
 batches = Packs(documents, 256, 4, 64) if packed == "packed" else TextWindows(text, 128, 4)
 config = DistillConfig(steps=12, save_every=3, grad_accum=int(accum), eval_every=4)
-trainer = Distiller(model, gates, batches, config, out=Path(out), heldout=[text[-256:]])
+trainer = Distiller(model, gates, batches, config, out=Path(out), heldout=[text[-256:]],
+    shard=sys.argv[6] == "True")
 main = trainer.accelerator.is_main_process
 if main:
     print("from", trainer.done, trainer.accelerator.num_processes, os.getpid(), flush=True)
@@ -55,9 +56,8 @@ def files(model, text, tmp_path):
 
 def train(files, name, processes, *, packed="windows", accum=1, kill_after=None, fsdp=False):
     """Train to the end, or kill all processes at once after a step; return what was printed."""
-    arguments = files / "base", files / "text.npy", files / name, packed, accum
-    more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    arguments = files / "base", files / "text.npy", files / name, packed, accum, fsdp
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (
         (files / f"{name}.err").open("a") as errors,
         subprocess.Popen(

@@ -68,6 +68,10 @@ def run(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if any, one per process.")
     ] = "",
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Shard the base over the processes (FSDP2), if it fits no single GPU."),
+    ] = False,
     push_to_hub: Annotated[str, typer.Option(help="Hub repository that gets the gates at the end.")] = "",
     dry_run: Annotated[bool, typer.Option(help="Print the plan, with one step timed, and stop.")] = False,
 ) -> None:
@@ -109,11 +113,21 @@ def run(
     if dry_run:
         import copy
 
-        probe = Distiller(base, copy.deepcopy(gates), batches, config, heldout=held, accelerator=accelerator)
+        probe = Distiller(
+            base,
+            copy.deepcopy(gates),
+            batches,
+            config,
+            heldout=held,
+            accelerator=accelerator,
+            shard=shard or None,
+        )
         took = probe.time_a_step()
         console.print(f"time        {took:.2f} s for one step, about {took * steps / 3600:.2f} h in all")
         return
-    trainer = Distiller(base, gates, batches, config, out=out, heldout=held, accelerator=accelerator)
+    trainer = Distiller(
+        base, gates, batches, config, out=out, heldout=held, accelerator=accelerator, shard=shard or None
+    )
     if trainer.done:
         console.print(f"continuing after step {trainer.done}")
     show(trainer, console)
@@ -247,7 +261,7 @@ def _report(trainer: Any, tokenizer: Any, held: list[np.ndarray], about: str) ->
         "steps": trainer.done,
         "recall": dict(zip(map(str, DENSITIES), trainer.heldout_recall(DENSITIES), strict=True)),
     }
-    if trainer.accelerator.is_fsdp2:
+    if trainer.sharded:
         report["skipped"] = "perplexity and needles: the base is sharded; measure them on one process"
         return report
     from seerattention.evals.needle import NeedleTask

@@ -128,6 +128,8 @@ class Distiller:
         heldout: Held-out sequences, int ``[T]`` each. With them the best gates by recall are kept and
             are the gates at the end.
         accelerator: Default a new one, as the launcher set it up.
+        shard: Shard the frozen base over the processes with FSDP2; default where Accelerate's
+            configuration says FSDP2, which it heeds on GPUs only.
 
     Raises:
         ValueError: If the checkpoint is damaged or belongs to another run, the sequences of a step
@@ -145,6 +147,7 @@ class Distiller:
         out: Path | None = None,
         heldout: Sequence[np.ndarray] = (),
         accelerator: Accelerator | None = None,
+        shard: bool | None = None,
     ) -> None:
         self.model = model
         self.gates = gates
@@ -153,6 +156,7 @@ class Distiller:
         self.out = out
         self.heldout = heldout
         self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        self.sharded = bool(self.accelerator.is_fsdp2) if shard is None else shard
         self.done = 0
         self.best = -1.0
         self.stale = 0
@@ -170,8 +174,8 @@ class Distiller:
             self._resume(out)
             self._checksum = base_checksum(model)
             self._write_run(out)
-        if self.accelerator.is_fsdp2:
-            shard(model, self.accelerator)
+        if self.sharded:
+            shard_layers(model, self.accelerator)
 
     @property
     def finished(self) -> bool:
@@ -393,7 +397,7 @@ class Distiller:
             "base": self.gates.base.to_dict(),
             **self._identity(),
             "processes": self.accelerator.num_processes,
-            "sharded": bool(self.accelerator.is_fsdp2),
+            "sharded": self.sharded,
             "base_checksum_before": self._checksum,
             **more,
         }
@@ -445,15 +449,20 @@ class Distiller:
             trim_metrics(out / METRICS, self.done)
 
 
-def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
+def shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:
     """Shard a frozen model over the processes, a unit per layer, as Accelerate's FSDP2 plugin says."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    plugin = accelerator.state.fsdp_plugin
+    if accelerator.num_processes < 2:
+        raise ValueError("there is one process, nothing to shard over; start several by accelerate launch")
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     model.requires_grad_(False)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": bool(plugin.reshard_after_forward)}
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": plugin is None or bool(plugin.reshard_after_forward),
+    }
     decoder = model.get_decoder()
     layers = decoder.layers
     assert isinstance(layers, nn.ModuleList)
