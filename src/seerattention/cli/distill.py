@@ -79,12 +79,13 @@ def run(
 
     Several GPUs: accelerate launch -m seerattention.cli distill ... (or torchrun).
     """
-    from accelerate import Accelerator
+    import torch
     from rich.console import Console
     from transformers import AutoTokenizer
 
     from seerattention.cli._progress import show
     from seerattention.distill import DistillConfig, Distiller
+    from seerattention.distill.trainer import make_accelerator
     from seerattention.models import new_gates
     from seerattention.policies import parse
 
@@ -98,7 +99,7 @@ def run(
         raise ValueError("give training text by either --text or --dataset")
     if push_to_hub:
         _check_login()
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = make_accelerator(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not device and accelerator.num_processes > 1:
         device = str(accelerator.device)
     console = Console(quiet=not accelerator.is_main_process)
@@ -156,7 +157,7 @@ class _Source:
 
     def read(self, tokenizer: Any, least: int) -> tuple[Any, list[np.ndarray], str]:
         """Return batches, held-out windows and a line about both."""
-        from seerattention.distill import Packs, TextWindows, dataset_documents, read_tokens
+        from seerattention.distill import Packs, TextWindows, dataset_documents, read_tokens, text_documents
 
         if self.length < least:
             raise ValueError(f"--length {self.length} is below 4 blocks, {least} tokens; give a longer one")
@@ -173,7 +174,9 @@ class _Source:
             )
             size = f"{self.dataset}, streamed"
         else:
-            tokens = read_tokens(self.text, tokenizer)
+            # An end token inside a chat is no end of a document: its bounds are kept as they are read.
+            parts = list(text_documents(self.text, tokenizer)()) if self.packed else []
+            tokens = np.concatenate(parts) if parts else read_tokens(self.text, tokenizer)
             size, held, said = f"{len(tokens):,} tokens", self._given(tokenizer), "given"
             if not len(held):
                 if len(tokens) < 2 * self.length:
@@ -186,7 +189,8 @@ class _Source:
                 said = "the end of the text, not trained on"
             batches = TextWindows(tokens, self.length, self.sequences, self.seed)
             if self.packed:
-                parts = _documents(tokens, tokenizer.eos_token_id)
+                ends = np.cumsum([len(part) for part in parts])
+                parts = np.split(tokens, ends[ends < len(tokens)])
                 batches = Packs(lambda: parts, self.length, self.sequences, least)
         windows = min(HELDOUT_WINDOWS, len(held) // self.length)
         if not windows:
@@ -212,11 +216,6 @@ class _Source:
         if not parts:
             raise ValueError(f"the dataset {self.dataset} has no rows in split {self.split!r}")
         return len(parts), np.concatenate(parts)
-
-
-def _documents(tokens: np.ndarray, end: int | None) -> list[np.ndarray]:
-    """Split behind each end token."""
-    return [tokens] if end is None else np.split(tokens, np.flatnonzero(tokens == end) + 1)
 
 
 def _print_plan(

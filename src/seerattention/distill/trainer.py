@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -155,7 +156,7 @@ class Distiller:
         self.config = config or DistillConfig()
         self.out = out
         self.heldout = heldout
-        self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        self.accelerator = accelerator or make_accelerator(model.device.type)
         self.sharded = bool(self.accelerator.is_fsdp2) if shard is None else shard
         self.done = 0
         self.best = -1.0
@@ -447,6 +448,15 @@ class Distiller:
         self.done, self.best, self.stale = state["step"], state["best_recall"], state["stale"]
         if self.accelerator.is_main_process:
             trim_metrics(out / METRICS, self.done)
+
+
+def make_accelerator(device_type: str) -> Accelerator:
+    """Return Accelerate's view of the processes that a launcher started, for models on this device.
+
+    Its state is one per process and refuses a CPU after a GPU; a single process needs no such choice.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(cpu=several and device_type == "cpu")
 
 
 def shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:
