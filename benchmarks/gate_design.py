@@ -35,7 +35,8 @@ from data import Mixture, tokenise  # noqa: E402
 from gates import Batches  # noqa: E402
 
 from seerattention import baselines, gate  # noqa: E402
-from seerattention.distill import DistillConfig, group_target, objectives, target_recall  # noqa: E402
+from seerattention.distill import DistillConfig, objectives, target_recall  # noqa: E402
+from seerattention.distill.layer import gate_scores  # noqa: E402
 from seerattention.evals import bundled  # noqa: E402
 from seerattention.evals.needle import NeedleTask  # noqa: E402
 from seerattention.evals.observe import Watch  # noqa: E402
@@ -212,17 +213,15 @@ class Together:
         def learn(call: AttentionCall) -> Tensor:
             size, length = by_layer[0][call.layer].block_size, call.q.shape[2]
             out, target = pooled_attention(call.q, call.k, call.v, size, scale=call.scale)
-            q_nope, k_nope = call.q_nope.detach(), call.k_nope.detach()
+            positions = torch.arange(length, device=call.q.device)
             for i, (layers, objective) in enumerate(zip(by_layer, self.objectives, strict=True)):
-                one = layers[call.layer]
-                wanted = group_target(target, one.config.num_kv_heads) if one.config.per_kv_head else target
                 with torch.enable_grad():
-                    scores = one(q_nope, k_nope, positions=call.positions)
-                    loss = objective(wanted, scores, size, length)
+                    scores = gate_scores(layers[call.layer], call.q_nope, call.k_nope, positions)
+                    loss = objective(target, scores, size, length)
                     loss.backward()
                 if log:
                     losses[i].append(loss.detach())
-                    recalls[i].append(target_recall(wanted, scores.detach(), size, length, 0.1))
+                    recalls[i].append(target_recall(target, scores.detach(), size, length, 0.1))
             return out
 
         with torch.no_grad(), intercept(self.model, learn):

@@ -375,7 +375,7 @@ class AttnGate(nn.Module):
         return scores if self.bias is None else scores + self._distance_bias(*scores.shape[2:])
 
     def _distance_bias(self, rows: int, columns: int) -> Tensor:
-        """Return the bias of every pair, ``[H, Nq, Nk]``; the rows are the last of as many blocks as columns."""
+        """Return the bias of every pair, ``[H, Nq, Nk]``; the rows are the last of all blocks."""
         assert self.bias is not None
         own = torch.arange(columns - rows, columns, device=self.bias.device)[:, None]
         distance = (own - torch.arange(columns, device=self.bias.device)).clamp(min=0)

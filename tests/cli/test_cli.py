@@ -66,6 +66,38 @@ def test_distill_prints_its_plan_shows_progress_and_writes_gates_that_load(base,
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
+def test_distill_dry_run_times_a_step_and_writes_nothing(base, text, tmp_path):
+    result = distil(base, text, tmp_path / "out", "--steps", 4, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "s for one step, about" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_distill_ends_with_a_report_on_heldout_text(base, text, tmp_path):
+    more = ("--packing", "--grad-accum", 2, "--sequences", 2, "--eval-every", 1, "--early-stop", 3)
+    result = distil(base, text, tmp_path / "out", "--steps", 3, *more)
+    assert result.exit_code == 0, result.output
+    assert "held out: the end of the text, not trained on" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "out" / "gates" / "results.json").read_text())
+    assert set(report["recall"]) == {"0.2", "0.1", "0.05"}
+    assert report["heldout_tokens"] == 128
+    assert report["dense"]["perplexity"] > 1
+    assert "perplexity" in report["top_k:0.05"]
+    assert "a document of 128 is too short" in report["skipped"]
+
+
+def test_distill_runs_under_a_launcher_and_only_one_process_prints(base, text, tmp_path):
+    gate = '{"block_size": 16, "q_sub_block": 8, "k_sub_block": 8}'
+    options = ("--text", text, "--out", tmp_path / "out", "--length", 128, "--gate", gate)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    more = ("-m", "seerattention.cli", "distill", base, *options, "--sequences", 2, "--steps", 2)
+    command = [sys.executable, *map(str, (*launch, *more, "--device", "cpu"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("base model") == 1
+    assert load_gates(tmp_path / "out" / "gates").config.block_size == 16
+
+
 def test_distill_run_again_continues(base, text, tmp_path):
     out = tmp_path / "out"
     assert distil(base, text, out, "--steps", 2).exit_code == 0
@@ -83,6 +115,9 @@ def test_distill_run_again_continues(base, text, tmp_path):
         (["--gate", '{"blocksize": 16}'], ["unknown gate settings ['blocksize']", "block_size"]),
         (["--steps", "0"], ["steps must be a whole number >= 1, got 0"]),
         (["--length", "99999"], ["the text has", "fewer than one sequence of 99999"]),
+        (["--length", "63"], ["--length 63 is below 4 blocks, 64 tokens"]),
+        (["--grad-accum", "2"], ["1 sequences per step cannot be split evenly"]),
+        (["--dataset", "x/y"], ["either --text or --dataset"]),
         (["--dtype", "int8"], ["--dtype must be one of", "'int8'"]),
         (["--device", "abacus"], ["--device 'abacus' is not a device"]),
     ],

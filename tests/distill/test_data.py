@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from seerattention.distill import TextWindows, read_tokens
+from seerattention.distill import Packs, TextWindows, dataset_documents, read_tokens
+from seerattention.distill.data import row_tokens
 
 
 class Bytes:
@@ -61,3 +62,72 @@ def test_unreadable_text_is_refused_by_name(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no \.txt"):
         read_tokens([tmp_path / "folder"], Bytes())
+
+
+def packs(lengths, length=100, sequences=2, least=16):
+    documents = [np.full(n, i + 1) for i, n in enumerate(lengths)]
+    return Packs(lambda: documents, length, sequences, least)
+
+
+def test_packs_hold_whole_documents_in_order_and_count_what_is_dropped():
+    made = packs([60, 10, 90, 30])
+    first = made(0)
+    assert first.lengths == ((60, 40), (50, 30, 20))
+    assert first.tokens.shape == (2, 100)
+    assert [sorted(set(row.tolist())) for row in first.tokens] == [[1, 3], [1, 3, 4]]
+    assert made.dropped == 1
+
+
+def test_room_too_small_to_learn_from_is_filled_as_a_document_of_its_own():
+    packed = packs([90, 90])(0)
+    assert packed.lengths == ((90, 10), (90, 10))
+    assert (packed.tokens[:, 90:] == 0).all()
+
+
+def test_packs_of_a_step_are_the_same_in_any_order_of_asking():
+    lengths = [60, 10, 90, 30, 250]
+    straight = [packs(lengths)(step) for step in range(6)]
+    asked = packs(lengths)
+    for step in (4, 0, 0, 5, 2):
+        again = asked(step)
+        assert again.lengths == straight[step].lengths
+        assert (again.tokens == straight[step].tokens).all()
+    for one in straight:
+        assert all(sum(row) == 100 for row in one.lengths)
+
+
+def test_documents_that_are_all_too_short_are_refused():
+    with pytest.raises(ValueError, match="no document has 16 tokens"):
+        packs([5, 10])(0)
+    with pytest.raises(ValueError, match="length 10 is below 16"):
+        packs([50], length=10)
+
+
+class ChatTokenizer:
+    eos_token_id = 0
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return "".join(m["content"] for m in messages)
+
+    def encode(self, text, add_special_tokens):
+        return [ord(c) for c in text]
+
+
+def test_rows_are_text_or_messages():
+    tokenizer = ChatTokenizer()
+    assert row_tokens({"text": "ab"}, tokenizer).tolist() == [97, 98, 0]
+    assert row_tokens({"messages": [{"role": "user", "content": "ab"}]}, tokenizer).tolist() == [97, 98]
+    with pytest.raises(ValueError, match=r"must have text or messages, this one has \['id'\]"):
+        row_tokens({"id": 1}, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        row_tokens({"messages": []}, tokenizer)
+
+
+def test_a_dataset_is_streamed_again_from_the_start(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n{"text": "c"}\n')
+    documents = dataset_documents(str(tmp_path), ChatTokenizer())
+    for _ in range(2):
+        assert [d.tolist() for d in documents()] == [[97, 98, 0], [99, 0]]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from seerattention.distill import group_target, target_recall
+from seerattention.distill import target_recall
 from seerattention.distill.objectives.kl import KL
 
 
@@ -58,17 +58,8 @@ def test_acausal_scores_and_early_rows_do_not_count():
 
 
 def test_different_shapes_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"group_target"):
+    with pytest.raises(ValueError, match=r"per_kv_head=True"):
         KL()(target_of(4, heads=4), torch.randn(1, 2, 4, 4), (64, 64), 256)
-
-
-def test_group_target_is_the_maximum_of_the_group_normalised():
-    target = target_of(4, heads=6)
-    merged = group_target(target, 2)
-    for head in range(2):
-        expected = torch.stack([target[0, 3 * head + g] for g in range(3)]).max(0).values
-        expected = expected / expected.sum(-1, keepdim=True)
-        assert torch.equal(merged[0, head], expected)
 
 
 def test_recall_is_the_mass_of_the_best_blocks():

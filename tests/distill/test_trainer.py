@@ -80,21 +80,25 @@ def test_gates_with_one_score_per_kv_head_learn_too(model, text):
     assert np.mean([s.loss for s in steps[-5:]]) < np.mean([s.loss for s in steps[:5]])
 
 
-def test_memory_does_not_grow_with_depth(model, text):
+def test_memory_does_not_grow_with_depth(model, text, monkeypatch):
     """Of all layers' score tensors, at most one layer's is alive at a time."""
     import weakref
+
+    from seerattention.distill import layer
 
     gates = gates_of(model)
     alive, most = [], 0
 
-    for _, gate in gates.items():
+    original = layer.gate_scores
 
-        def remember(module, args, output):
-            nonlocal most
-            alive.append(weakref.ref(output))
-            most = max(most, sum(r() is not None for r in alive))
+    def remember(*args):
+        nonlocal most
+        output = original(*args)
+        alive.append(weakref.ref(output))
+        most = max(most, sum(r() is not None for r in alive))
+        return output
 
-        gate.register_forward_hook(remember)
+    monkeypatch.setattr(layer, "gate_scores", remember)
     list(Distiller(model, gates, TextWindows(text, 256), DistillConfig(steps=3)).run())
     assert len(alive) == 6
     # The previous call's tensor dies when the handler's frame is left, before the next layer's is made.
@@ -247,7 +251,11 @@ def test_a_full_disk_keeps_the_old_checkpoint(model, text, tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         next(run)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint.safetensors",
+        "metrics.jsonl",
+        "run.json",
+    ]
 
 
 def test_trained_gates_choose_better_than_untrained_ones(model, text):
@@ -275,3 +283,60 @@ def test_trained_gates_choose_better_than_untrained_ones(model, text):
     config = DistillConfig(steps=60, lr=5e-3)
     list(Distiller(model, gates, TextWindows(text[:-512], 512), config).run())
     assert recall(gates) > before
+
+
+def test_documents_of_a_pack_learn_as_each_would_alone(model, text):
+    """Attention, blocks and positions restart at each document; the shortest is not learned from."""
+    from seerattention.distill import Packed
+
+    lengths = (150, 40, 66)
+    tokens = text[:256][None]
+    gates = gates_of(model)
+    trainer = Distiller(model, gates, lambda step: Packed(tokens, (lengths,)), DistillConfig(steps=1))
+    values = trainer._accumulate(Packed(tokens, (lengths,)))
+    mine = {n: p.grad.clone() for n, p in gates.named_parameters()}
+    expected, total = {}, torch.zeros(2)
+    for start, length in ((0, 150), (190, 66)):
+        gates.zero_grad()
+        share = length / 216
+        total += share * trainer._accumulate(tokens[:, start : start + length])
+        for name, p in gates.named_parameters():
+            expected[name] = expected.get(name, 0) + share * p.grad
+    assert values.tolist() == pytest.approx(total.tolist(), rel=1e-5)
+    for name, gradient in expected.items():
+        eps = 256 * torch.finfo(torch.float32).eps
+        assert float((gradient - mine[name]).abs().max()) <= eps * gradient.abs().max()
+
+
+def test_training_stops_on_a_plateau_and_the_best_gates_are_kept(model, text):
+    gates = gates_of(model)
+    config = DistillConfig(steps=50, lr=1e-12, eval_every=2, patience=2)
+    trainer = Distiller(model, gates, TextWindows(text, 128), config, heldout=[text[:256]])
+    recalls = iter([0.5, 0.7, 0.6, 0.7])
+    trainer.heldout_recall = lambda densities: [next(recalls)]
+    states = [state_of(gates) for _ in trainer.run()]
+    assert len(states) == 8
+    assert same(state_of(gates), states[3])
+
+
+def test_patience_without_heldout_text_is_refused(model, text):
+    with pytest.raises(ValueError, match="give held-out text"):
+        Distiller(model, gates_of(model), TextWindows(text, 128), DistillConfig(patience=1))
+
+
+def test_sequences_that_do_not_split_evenly_are_refused(model, text):
+    trainer = Distiller(model, gates_of(model), TextWindows(text, 128, 3), DistillConfig(grad_accum=2))
+    with pytest.raises(ValueError, match="3 sequences per step cannot be split evenly over 1 processes"):
+        next(trainer.run())
+
+
+def test_the_log_has_the_base_checksum_before_and_after_and_a_changed_base_is_an_error(model, text, tmp_path):
+    config = DistillConfig(steps=2)
+    run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()
+    next(run)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+    with pytest.raises(RuntimeError, match="weights changed during training"):
+        list(run)
+    log = json.loads((tmp_path / "run.json").read_text())
+    assert log["base_checksum_before"] != log["base_checksum_after"] == base_checksum(model)

@@ -76,7 +76,9 @@ def test_unknown_backend() -> None:
     q, k, v = random_qkv(SHAPE)
     with pytest.raises(ValueError, match=r"unknown backend 'cuda'; there are auto, .*gather, .*reference"):
         block_sparse_attention(q, k, v, FULL, backend="cuda")
-    with pytest.raises(ValueError, match="unknown backend ''; there are auto, chunked, hopper, reference, triton"):
+    with pytest.raises(
+        ValueError, match="unknown backend ''; there are auto, chunked, hopper, reference, triton"
+    ):
         pooled_attention(q, k, v, (64, 64), backend="")
 
 

@@ -38,6 +38,11 @@ def show(trainer: Distiller, console: Console) -> list[Step]:
         task = progress.add_task("", total=total, completed=trainer.done, loss=float("nan"), recall=0.0)
         for step in trainer.run():
             steps.append(step)
+            if len(steps) == 1:
+                left = (total - step.step) * step.seconds
+                console.print(
+                    f"time        {step.seconds:.2f} s for the first step, about {left / 3600:.2f} h left"
+                )
             progress.update(task, completed=step.step, loss=step.loss, recall=step.recall)
             if not console.is_terminal and (step.step % every == 0 or step.step in (1, total)):
                 console.print(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -45,11 +46,148 @@ class TextWindows:
         return np.stack([self.tokens[s : s + self.length] for s in starts]).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of several documents each; attention, blocks and positions restart at every document.
+
+    Attributes:
+        tokens: int64 ``[B, T]``.
+        lengths: Tokens of each document of each row; a row's add up to ``T``.
+    """
+
+    tokens: np.ndarray
+    lengths: tuple[tuple[int, ...], ...]
+
+
+class Packs:
+    """Documents packed into sequences of one length, in the order they come.
+
+    A document that does not fit is cut; its rest goes on in the next sequence as a document of its own.
+    Where fewer than ``least`` tokens are left in a sequence, zeros fill it: as a document too short to be
+    learned from. Steps are a pure function of their number: asking for another than the next one reads
+    the documents again from the start.
+
+    Args:
+        documents: Gives the documents' tokens from the start, int ``[n]`` each, the same ones every time.
+        length: Tokens per sequence.
+        sequences: Sequences per step.
+        least: Documents, and rests of documents, of fewer tokens are dropped, and counted in ``dropped``.
+
+    Raises:
+        ValueError: If the length is below ``least``, or there is no document long enough.
+    """
+
+    def __init__(
+        self, documents: Callable[[], Iterable[np.ndarray]], length: int, sequences: int, least: int
+    ) -> None:
+        if length < least:
+            raise ValueError(f"length {length} is below {least} tokens, the least a gate can learn from")
+        self.documents, self.length, self.sequences, self.least = documents, length, sequences, least
+        self.dropped = 0
+        self._last: tuple[int, Packed] | None = None
+        self._next, self._rows = 0, self._pack()
+
+    def __call__(self, step: int) -> Packed:
+        """Return the sequences of a step."""
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
+        if step < self._next:
+            self._next, self._rows, self.dropped = 0, self._pack(), 0
+        while True:
+            rows = [next(self._rows) for _ in range(self.sequences)]
+            self._next += 1
+            if self._next > step:
+                break
+        packed = Packed(np.stack([tokens for tokens, _ in rows]), tuple(lengths for _, lengths in rows))
+        self._last = step, packed
+        return packed
+
+    def _pack(self) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+        row: list[np.ndarray] = []
+        room = self.length
+        for document in self._long_enough():
+            rest = document
+            while len(rest) >= self.least:
+                part, rest = rest[:room], rest[room:]
+                row.append(part)
+                room -= len(part)
+                if room < self.least:
+                    if room:
+                        row.append(np.zeros(room, np.int64))
+                    yield np.concatenate(row).astype(np.int64), tuple(map(len, row))
+                    row, room = [], self.length
+
+    def _long_enough(self) -> Iterator[np.ndarray]:
+        """Go through the documents again and again."""
+        while True:
+            found = False
+            for document in self.documents():
+                if len(document) >= self.least:
+                    found = True
+                    yield document
+                else:
+                    self.dropped += 1
+            if not found:
+                raise ValueError(
+                    f"no document has {self.least} tokens (4 blocks), {self.dropped} were shorter; "
+                    "give longer text, or train without packing"
+                )
+
+
+def dataset_documents(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, split: str = "train"
+) -> Callable[[], Iterator[np.ndarray]]:
+    """Return the documents of a Hugging Face dataset, streamed, for `Packs`.
+
+    Args:
+        name: Hub id, with ``:configuration`` behind it where there are several.
+        tokenizer: The model's; its chat template writes rows with ``messages``.
+        split: Which split.
+
+    Raises:
+        ImportError: If ``datasets`` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "--dataset needs the package datasets: pip install 'seerattention[train]'"
+        ) from error
+    path, _, configuration = name.partition(":")
+    stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+    return lambda: (row_tokens(row, tokenizer) for row in stream)
+
+
+def text_documents(
+    paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], Iterator[np.ndarray]]:
+    """Return the documents of local files for `Packs`; see `read_tokens` for the files."""
+    return lambda: (row_tokens(row, tokenizer) for path in paths for row in _rows(path))
+
+
+def row_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Tokenise a row: its ``messages`` by the chat template, else its ``text`` with an end token behind.
+
+    Raises:
+        ValueError: If it has neither, or the tokenizer has no chat template.
+    """
+    if row.get("messages") is not None:
+        if not tokenizer.chat_template:
+            raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
+        text = tokenizer.apply_chat_template(list(row["messages"]), tokenize=False)
+        return np.array(tokenizer.encode(str(text), add_special_tokens=False), np.int64)
+    if not isinstance(row.get("text"), str):
+        raise ValueError(f"a row must have text or messages, this one has {sorted(row)}")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return np.array([*tokenizer.encode(row["text"], add_special_tokens=False), *end], np.int64)
+
+
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Read texts and tokenise them, an end token behind each.
 
     Args:
-        paths: ``.txt`` files, ``.jsonl`` files whose lines hold ``{"text": ...}``, or folders of them.
+        paths: ``.txt`` files, ``.jsonl`` files whose lines hold ``{"text": ...}`` or
+            ``{"messages": [...]}``, or folders of them.
         tokenizer: The model's.
 
     Returns:
@@ -62,30 +200,32 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = []
     for path in paths:
-        for text in _texts(path):
-            parts.append(np.array([*tokenizer.encode(text, add_special_tokens=False), *end], dtype=np.int64))
+        parts += [row_tokens(row, tokenizer) for row in _rows(path)]
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
     if len(tokens) <= len(parts) * len(end):
         raise ValueError(f"there is no text in {', '.join(map(str, paths))}")
     return tokens
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.is_dir():
         files = [f for f in sorted(path.iterdir()) if f.suffix in (".txt", ".jsonl")]
         if not files:
             raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
         for file in files:
-            yield from _texts(file)
+            yield from _rows(file)
     elif not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     elif path.suffix == ".txt":
-        yield path.read_text(encoding="utf-8")
+        yield {"text": path.read_text(encoding="utf-8")}
     elif path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                yield json.loads(line)["text"]
+                row = json.loads(line)
+                if "messages" not in row:
+                    row["text"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error})') from error
+            yield row
     else:
         raise ValueError(f"{path} is neither .txt nor .jsonl")

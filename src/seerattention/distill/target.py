@@ -32,8 +32,8 @@ def counted_rows(
     """
     if target.shape != scores.shape:
         raise ValueError(
-            f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; merge the "
-            "target with group_target for gates with one score per KV head"
+            f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates with "
+            "one score per KV head learn from pooled_attention(..., per_kv_head=True)"
         )
     valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)
     first = int(SKIPPED_ROWS * scores.shape[2])
@@ -53,22 +53,6 @@ def free_blocks(valid: Tensor) -> Tensor:
     free[:, 0] = False
     free.diagonal(valid.shape[1] - valid.shape[0])[:] = False
     return free
-
-
-def group_target(target: Tensor, kv_heads: int) -> Tensor:
-    """Merge the targets of each group of query heads: their maximum, rows divided by their sums again.
-
-    Args:
-        target: fp32 ``[B, Hq, Nq, Nk]``; rows sum to 1.
-        kv_heads: ``Hk``.
-
-    Returns:
-        fp32 ``[B, Hk, Nq, Nk]``.
-
-    Source: SeerAttention-R, section 3.2 (arXiv 2506.08889).
-    """
-    merged = target.unflatten(1, (kv_heads, -1)).amax(2)
-    return merged / merged.sum(-1, keepdim=True)
 
 
 @torch.no_grad()

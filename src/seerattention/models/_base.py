@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.models._family import attention_layers
@@ -177,6 +178,8 @@ def base_checksum(model: PreTrainedModel) -> str:
     """Return the SHA-256 of every weight of the base model, gates left out."""
     digest = hashlib.sha256()
     for name, parameter in _base_parameters(model):
+        # A sharded weight is put together first, by all processes.
+        parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         digest.update(name.encode())
         digest.update(parameter.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -29,6 +29,8 @@ from seerattention.models._published import PUBLISHED_WEIGHTS, is_published, rea
 from seerattention.policies import Policy, parse
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+#: What a distillation measured, beside the gates.
+RESULTS = "results.json"
 FORMAT = 1
 
 
@@ -115,7 +117,7 @@ def gates_of(
 def _check_replaceable(folder: Path) -> None:
     """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost."""
     if folder.is_dir():
-        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG})
+        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS})
     else:
         other = [folder.name] if folder.exists() else []
     if other:

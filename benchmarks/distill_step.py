@@ -1,0 +1,136 @@
+"""What a distillation step costs beside the dense forward pass: a Llama-3.1-8B shape, random weights.
+
+python benchmarks/distill_step.py --out benchmarks/results/h200/distill_step.json
+
+The forward pass is the decoder alone with cuDNN's attention; a training step is one sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from end_to_end import SHAPES, Parts, make_model
+from torch.nn.attention import sdpa_kernel
+
+from seerattention.distill import DistillConfig, Distiller, trainer
+from seerattention.evals.versions import versions
+from seerattention.files import staged
+from seerattention.models import new_gates
+from seerattention.models._call import CUDNN_FIRST
+
+PARTS = ("pooled attention", "gate", "optimizer", "rest")
+#: Tokens of the published recipe, which took about 40 A100 hours (arXiv 2410.13276, section 4).
+RECIPE_TOKENS = 0.5e9
+
+
+@torch.inference_mode()
+def forward(model: Any, ids: torch.Tensor) -> None:
+    """Run the decoder densely, without the head."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if ids.is_cuda else ExitStack():
+        model.get_decoder()(ids, use_cache=False)
+
+
+@contextmanager
+def watched(parts: Parts, training: Distiller) -> Iterator[None]:
+    """Count the parts of every step inside this context."""
+    replaced = (
+        (trainer, "pooled_attention", "pooled attention"),
+        (trainer, "learn", "gate"),
+        (training.optimizer, "step", "optimizer"),
+    )
+    with ExitStack() as stack:
+        for owner, name, part in replaced:
+            stack.enter_context(patch.object(owner, name, partial(parts.wrapped, part, getattr(owner, name))))
+        yield
+
+
+def timed(run: Any, cuda: bool, repeats: int) -> tuple[list[float], float | None]:
+    """Return the seconds of each call after a first one, and the peak memory in GB (None on a CPU)."""
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeats):
+        parts = Parts(cuda)
+        parts.wrapped("whole", run)
+        seconds.append(parts.seconds()["whole"])
+    return seconds, round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
+
+
+def measure(model: Any, tokens: int, repeats: int) -> dict[str, Any]:
+    """Measure forward pass and training step at one length."""
+    cuda = model.device.type == "cuda"
+    batch = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
+    ids = torch.from_numpy(batch).to(model.device)
+    dense, dense_gb = timed(lambda: forward(model, ids), cuda, repeats)
+    torch.manual_seed(0)
+    gates = new_gates(model)
+    training = Distiller(model, gates, lambda step: batch, DistillConfig(steps=repeats + 2))
+    steps = training.run()
+    train, train_gb = timed(lambda: next(steps), cuda, repeats)
+    parts = Parts(cuda)
+    with watched(parts, training):
+        parts.wrapped("whole", lambda: next(steps))
+    spent = parts.seconds()
+    whole = spent.pop("whole")
+    spent["rest"] = whole - sum(spent.values())
+    step, base = median(train), median(dense)
+    return {
+        "tokens": tokens,
+        "forward_s": round(base, 4),
+        "forward_range_s": [round(min(dense), 4), round(max(dense), 4)],
+        "step_s": round(step, 4),
+        "step_range_s": [round(min(train), 4), round(max(train), 4)],
+        "ratio": round(step / base, 3),
+        "parts_s": {part: round(spent.get(part, 0.0), 4) for part in PARTS},
+        "forward_peak_gb": dense_gb,
+        "step_peak_gb": train_gb,
+        "gpu_hours_per_0.5b_tokens": round(RECIPE_TOKENS / tokens * step / 3600, 2),
+    }
+
+
+def main() -> None:
+    """Measure every length; the report is written after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/distill_step.json"), help="default: %(default)s"
+    )
+    parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 32768 and 65536")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="default: %(default)s")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model = make_model(args.shape, args.layers, args.device, dtype)
+    report: dict[str, Any] = {
+        "versions": versions(args.device),
+        "date": datetime.now(UTC).date().isoformat(),
+        "shape": args.shape,
+        "layers": model.config.num_hidden_layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows": [],
+    }
+    for tokens in args.tokens or [32768, 65536]:
+        report["rows"].append(measure(model, tokens, args.repeats))
+        with staged(args.out.parent) as folder:
+            (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report["rows"][-1], indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main()
