@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
@@ -36,6 +35,8 @@ if main:
 for step in trainer.run():
     if main:
         print(step.step, flush=True)
+    if step.step >= int(os.environ["SLOW_FROM"]):
+        time.sleep(2)
 """
 
 
@@ -57,7 +58,8 @@ def files(model, text, tmp_path):
 def train(files, name, processes, *, packed="windows", accum=1, kill_after=None, fsdp=False):
     """Train to the end, or kill all processes at once after a step; return what was printed."""
     arguments = files / "base", files / "text.npy", files / name, packed, accum, fsdp
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Slow from then on, so that the signal finds the next step at work.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW_FROM": str(kill_after or 99)}
     with (
         (files / f"{name}.err").open("a") as errors,
         subprocess.Popen(
@@ -70,7 +72,6 @@ def train(files, name, processes, *, packed="windows", accum=1, kill_after=None,
         for line in run.stdout:
             lines.append(line.split())
             if lines[-1] == [str(kill_after)]:
-                time.sleep(0.02)
                 _kill_all(run.pid)
         code = run.wait()
     if kill_after is None:

@@ -63,7 +63,11 @@ def test_head_dims_and_blocks(head_dim, block_q, block_k, dtype):
 @pytest.mark.parametrize("queries", [1, 2, 15, 63, 64, 65, 127, 129, 257, 1000])
 @pytest.mark.parametrize("past", [0, 1, 100, 640])
 def test_lengths(queries, past, dtype):
-    case = PoolCase(name="", heads=4, kv_heads=2, queries=queries, keys=queries + past, head_dim=128)
+    # Few queries make few numbers, and how far a reference is off in so few is a matter of luck.
+    case = PoolCase(
+        name="", heads=4, kv_heads=2, queries=queries, keys=queries + past, head_dim=128,
+        batch=16 if queries < 16 else 1,
+    )  # fmt: skip
     check(case, dtype)
 
 

@@ -18,8 +18,8 @@ from seerattention.testing.memory import LargestTensor
 
 SMALL = [case for case in CASES if not case.large]
 BY_NAME = {case.name: case for case in CASES}
-#: The Triton kernel is interpreted in a process of its own, test_triton.py.
-ON_CPU = {name: backend for name, backend in BACKENDS.items() if name != "triton"}
+#: The Triton kernel is interpreted in a process of its own, test_triton.py; Hopper's needs its GPU.
+ON_CPU = {name: backend for name, backend in BACKENDS.items() if name not in ("triton", "hopper")}
 by_backend = pytest.mark.parametrize("backend", ON_CPU.values(), ids=ON_CPU)
 
 
@@ -165,3 +165,17 @@ def test_half_of_the_lengths_is_refused() -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
     with pytest.raises(ValueError, match="packed sequences need both cu_seqlens, got only cu_seqlens_q"):
         pooled_attention(q, k, v, (4, 4), cu_seqlens_q=torch.tensor([0, 10]).int())
+
+
+def test_the_hopper_backend_says_why_not() -> None:
+    q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
+    backend, options = BACKENDS["hopper"], PoolOptions(scale=0.125)
+    assert "it needs a Hopper GPU" in backend.unsupported(q, k, v, (64, 64), options)
+    assert backend.unsupported(q, k, None, (64, 64), options) == [
+        "it computes the output, for which it needs v"
+    ]
+    refused = backend.unsupported(q, k, v, (64, 32), options)
+    assert "blocks must be multiples of 64 tokens, got (64, 32)" in refused
+    assert "it has no softcap" in backend.unsupported(
+        q, k, v, (64, 64), PoolOptions(scale=0.125, softcap=1.0)
+    )

@@ -43,7 +43,8 @@ class PoolCase(Shape):
 
 
 CASES = (
-    PoolCase(name="one-token", heads=4, kv_heads=2, queries=1, keys=1, head_dim=64),
+    # Several, since the error of a reference that computes four numbers is a matter of luck.
+    PoolCase(name="one-token", heads=4, kv_heads=2, queries=1, keys=1, head_dim=64, batch=16),
     PoolCase(name="below-block", heads=4, kv_heads=2, queries=63, keys=63, head_dim=64),
     PoolCase(name="one-block", heads=4, kv_heads=2, queries=64, keys=64, head_dim=64),
     PoolCase(name="block-plus-one", heads=4, kv_heads=2, queries=65, keys=65, head_dim=64),

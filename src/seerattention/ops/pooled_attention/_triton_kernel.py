@@ -81,7 +81,7 @@ def _step(  # noqa: PLR0915
     else:
         k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
     if q.dtype == tl.float32:  # noqa: SIM108
-        scores = _product_in_parts(q, k, (BLOCK_D + 31) // 32)
+        scores = _product_in_parts(q, k, (BLOCK_D + 63) // 64)
     else:
         scores = tl.dot(q, k)
     if SOFTCAP:
