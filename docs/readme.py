@@ -285,6 +285,81 @@ def designs() -> str:
     return "\n".join(lines)
 
 
+def designs_long() -> str:
+    """Return gate designs and objectives under a longer distillation on a GPU, training-free scorers first."""
+    report = json.loads((GPU / "gate_design.json").read_text())
+    settings, rows = report["settings"], report["rows"]
+    steps = {g["group"]: g["rows"][-1]["step"] for g in report["training"]}
+    by = {(r["method"], r["tokens"], r["asked"]): r for r in rows}
+    asked, lengths = settings["densities"], settings["eval_lengths"]
+    lines = [
+        f"{settings['batch']:,} tokens per step; `top_k` with the first and the own block forced, no dense last "
+        f"rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per "
+        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a share of XAttention's gap, "
+        "and the needles found:",
+        "",
+        "| method | cost at 32k | steps | "
+        + " | ".join(f"{n // 1024}k, {a:.0%}" for n in lengths for a in asked)
+        + " |",
+        "|---" * (3 + len(asked) * len(lengths)) + "|",
+    ]
+    trained = {v["name"]: v for v in report["variants"]}
+    free = [m for m in dict.fromkeys(r["method"] for r in rows) if m not in trained and m != "dense"]
+    order = {"oracle": 0, "oracle_mass": 1, "xattention": 2}
+    for method in [*sorted(free, key=lambda m: order.get(m, 9)), *trained]:
+        cells = []
+        for n in lengths:
+            for a in asked:
+                one, best, other = (by[m, n, a] for m in (method, "oracle", "xattention"))
+                gap = one["perplexity"] - best["perplexity"]
+                share = gap / (other["perplexity"] - best["perplexity"])
+                cells.append(f"{share:.2f}, {one['needle']:.0%}")
+        variant = trained.get(method)
+        what = f"{variant['cost_32k']:.2%} | {steps[variant['group']]}" if variant else " | "
+        lines.append(f"| {method} | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pooled() -> str:
+    """Return attention with its map beside dense attention on a GPU."""
+    report = json.loads((GPU / "pooled_attention.json").read_text())
+    lines = [
+        f"{report['date']}, {machine(report)}; {report['dtype']}, {report['heads'][0]} query and "
+        f"{report['heads'][1]} KV heads of {report['head_dim']}:",
+        "",
+        "| tokens | what | ms | range | over dense | MB beyond the outputs |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['tokens']:,} | {r['variant']} | {digits(r['ms'])} | {digits(r['range_ms'][0])}-"
+        f"{digits(r['range_ms'][1])} | {r['times_dense']:.2f}x | {r['extra_mb']:.0f} |"
+        for r in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def distill_step() -> str:
+    """Return the cost of a training step beside the dense forward pass."""
+    report = json.loads((GPU / "distill_step.json").read_text())
+    lines = [
+        f"{report['date']}, {machine(report)}; shape {report['shape']} with {report['layers']} layers and random "
+        f"weights, {report['dtype']}, one sequence per step:",
+        "",
+        "| tokens | dense forward s | step s | ratio | pooled attention s | gate s | optimizer s | rest s | "
+        "forward peak GB | step peak GB | GPU hours for 0.5 B tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in report["rows"]:
+        parts = r["parts_s"]
+        lines.append(
+            f"| {r['tokens']:,} | {r['forward_s']:.2f} | {r['step_s']:.2f} | {r['ratio']:.2f} | "
+            f"{parts['pooled attention']:.2f} | {parts['gate']:.2f} | {parts['optimizer']:.3f} | "
+            f"{parts['rest']:.2f} | {r['forward_peak_gb']:.1f} | {r['step_peak_gb']:.1f} | "
+            f"{r['gpu_hours_per_0.5b_tokens']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def filled(path: Path, parts: dict[str, str]) -> str:
     """Return a page with its generated parts made anew."""
     text = path.read_text()
@@ -312,8 +387,10 @@ def main() -> None:
             "bench": bench(),
             "gpu": gpu(),
             "crossover": crossover(),
+            "pooled": pooled(),
+            "distill-step": distill_step(),
         },
-        ROOT / "docs" / "method.md": {"designs": designs()},
+        ROOT / "docs" / "method.md": {"designs": designs(), "designs-long": designs_long()},
     }
     for path, parts in pages.items():
         after = filled(path, parts)
