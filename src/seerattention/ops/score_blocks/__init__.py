@@ -68,7 +68,8 @@ def _check(queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], past_bloc
         )
     if queries.shape[1] % keys.shape[1]:
         raise ValueError(
-            f"heads of queries must be a multiple of those of keys, got {queries.shape[1]} and {keys.shape[1]}"
+            f"heads of queries must be a multiple of those of keys, got {queries.shape[1]} and "
+            f"{keys.shape[1]}"
         )
     if min(sub_blocks) < 1:
         raise ValueError(f"sub_blocks must be at least one summary per block, got {sub_blocks}")

@@ -176,7 +176,14 @@ def back_to_keys(
         for start in range(first, rows, ROWS):
             row = start + tl.arange(0, ROWS)
             weight, pair = _weights(
-                gradient + at_head, winners + at_head, row[None, :], column[:, None], rows, columns, past, CAUSAL
+                gradient + at_head,
+                winners + at_head,
+                row[None, :],
+                column[:, None],
+                rows,
+                columns,
+                past,
+                CAUSAL,
             )
             if unit is not None:
                 weight /= tl.load(unit)

@@ -24,6 +24,8 @@ def run(
     subs_q, subs_k = sub_blocks
     rows, columns = num_blocks(queries.shape[2], subs_q), num_blocks(keys.shape[2], subs_k)
     dtype = torch.promote_types(queries.dtype, torch.float32)
+    # Once, before slices: theirs is then one sum in fp32, and scaling the queries is cheaper than the scores.
+    queries, keys = queries.to(dtype) * scale, keys.to(dtype)
     row_bytes = dtype.itemsize * queries.shape[0] * queries.shape[1] * subs_q * keys.shape[2]
     step = max(1, SLICE_BYTES // row_bytes)
     learns = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
@@ -34,7 +36,7 @@ def run(
         args = (
             queries[:, :, start * subs_q : (start + step) * subs_q],
             keys[:, :, : seen * subs_k],
-            sub_blocks, scale, past, columns,
+            sub_blocks, past, columns,
         )  # fmt: skip
         parts.append(
             checkpoint(_slice, *args, use_reentrant=False, preserve_rng_state=False)
@@ -48,16 +50,14 @@ def _slice(
     queries: Tensor,
     keys: Tensor,
     sub_blocks: tuple[int, int],
-    scale: float,
     past: int | None,
     columns: int,
 ) -> Tensor:
     """Score some rows against the blocks that they see; the columns after these are 0."""
-    dtype = torch.promote_types(queries.dtype, torch.float32)
     # A head's query summaries meet the key summaries of its group.
-    queries = (queries.to(dtype) * scale).unflatten(1, (keys.shape[1], -1))
+    queries = queries.unflatten(1, (keys.shape[1], -1))
     with torch.autocast(queries.device.type, enabled=False):
-        products = queries @ keys.to(dtype).mT.unsqueeze(2)
+        products = queries @ keys.mT.unsqueeze(2)
     scores = max_over_sub_blocks(products, *sub_blocks).flatten(1, 2)
     if past is None:
         return scores

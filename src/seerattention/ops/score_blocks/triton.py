@@ -34,7 +34,7 @@ from seerattention.selection import num_blocks
 #: bytes.
 LAUNCH: dict[str, dict[str, dict[str, int]]] = {
     "narrow": {
-        "score": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 4, "num_warps": 4, "num_stages": 2},
+        "score": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 2, "num_warps": 4, "num_stages": 2},
         "back": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3},
     },
     "wide": {
@@ -96,7 +96,12 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         queries, keys, winners = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        return *_backward(gradient.contiguous(), queries, keys, winners, wanted, *ctx.options), None, None, None
+        return (
+            *_backward(gradient.contiguous(), queries, keys, winners, wanted, *ctx.options),
+            None,
+            None,
+            None,
+        )
 
 
 def _forward(
@@ -125,6 +130,7 @@ def _forward(
             *_arguments(queries, keys, shape, past_blocks),
             scale,
             KEEP=keep,
+            PRECISION=products(queries),
             **_constants(queries, keys, sub_blocks, past_blocks),
             **options,
         )
@@ -165,6 +171,8 @@ def _backward(
                 out,
                 *_arguments(queries, keys, shape, past_blocks),
                 scale,
+                # A gradient may be a sum of few terms: three tf32 products would be seen in it.
+                PRECISION="ieee",
                 **_constants(queries, keys, sub_blocks, past_blocks),
                 **options,
             )
@@ -198,5 +206,4 @@ def _constants(
         "SUBS_Q": sub_blocks[0],
         "SUBS_K": sub_blocks[1],
         "CAUSAL": past_blocks is not None,
-        "PRECISION": products(queries),
     }
