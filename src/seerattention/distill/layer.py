@@ -80,6 +80,7 @@ def learn(
         q_nope: ``[B, Hq, T, D]`` before the rotary embedding.
         k_nope: ``[B, Hk, T, D]`` before the rotary embedding.
         target: fp32 ``[B, Hq, N, N]`` from `pooled_attention`.
+        objective: What to minimise.
         weight: Factor of the loss: this call's share of the global batch.
         density: Of the recall.
 

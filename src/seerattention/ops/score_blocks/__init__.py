@@ -27,8 +27,8 @@ def score_blocks(
     queries, then of keys. Nothing of the size of sub-block pairs is kept for the backward pass.
 
     Args:
-        queries: Summaries of the query blocks, ``[B, H, Sq, E]``, in order; ``Nq = ceil(Sq / sub_blocks[0])``,
-            a short last block has the summaries it has.
+        queries: Summaries of the query blocks, ``[B, H, Sq, E]``, in order;
+            ``Nq = ceil(Sq / sub_blocks[0])``, a short last block has the summaries it has.
         keys: Summaries of the KV blocks, ``[B, Hk, Sk, E]``, ``Hk`` a divisor of ``H``: neighbouring heads
             of queries share a head of keys. Of the dtype of ``queries``.
         sub_blocks: Summaries per (query block, KV block).

@@ -18,16 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seerattention.ops._precision import DTYPES, products
-from seerattention.ops.score_blocks._triton_kernel import (
-    INTERPRETED as INTERPRETED,
-)
-from seerattention.ops.score_blocks._triton_kernel import (
-    back_to_keys,
-    back_to_queries,
-    score,
-    triton,
-)
+from seerattention.ops.score_blocks import _triton_kernel as kernels
+from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score, triton
 from seerattention.selection import num_blocks
+
+#: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when their file was imported).
+INTERPRETED: bool = kernels.INTERPRETED
 
 #: Launch settings: query blocks and KV blocks of a tile, summaries per query block that the forward kernel
 #: holds in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256
