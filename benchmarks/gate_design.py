@@ -34,7 +34,7 @@ sys.path.insert(0, str(RECIPE))
 from data import Mixture, tokenise  # noqa: E402
 from gates import Batches  # noqa: E402
 
-from seerattention import baselines, gate  # noqa: E402
+from seerattention import baselines  # noqa: E402
 from seerattention.distill import DistillConfig, objectives, target_recall  # noqa: E402
 from seerattention.distill.layer import gate_scores  # noqa: E402
 from seerattention.evals import bundled  # noqa: E402
@@ -56,6 +56,7 @@ from seerattention.models import (  # noqa: E402
     set_policy,
 )
 from seerattention.ops.pooled_attention import pooled_attention  # noqa: E402
+from seerattention.ops.score_blocks import reference  # noqa: E402
 
 POLICY = "top_k:{},sink_blocks=1"
 SCORERS = ("oracle", "oracle_mass", "xattention", "quest", "meanpool", "streaming", "random")
@@ -262,7 +263,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         # Memory is plenty: fewer, larger products.
-        gate.SLICE_BYTES = 2**30
+        reference.SLICE_BYTES = 2**30
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model, tokenizer = bundled.load_teacher(dtype)
     return model.to(args.device), tokenizer

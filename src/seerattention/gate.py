@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
-from seerattention.ops.summarise_blocks import rotate, summarise_blocks
+from seerattention.ops.summarise_blocks import project_blocks, rotate, summarise_blocks
 from seerattention.scorer import Scorer as Scorer
-from seerattention.selection import num_blocks
 
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -25,9 +25,6 @@ POOLS = ("max", "min", "avg", "soft")
 
 #: Distances in blocks that have a bias of their own: 0, 1, 2-3, 4-7, ...
 DISTANCES = 20
-
-#: Scores of sub-blocks are reduced to scores of blocks in slices of at most this many bytes.
-SLICE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -347,31 +344,44 @@ class AttnGate(nn.Module):
     def _summarise(
         self, x: Tensor, size: int, pools: tuple[str, ...], soft: SoftPool | None, **options: Any
     ) -> Tensor:
-        dtype = self.linear_k.weight.dtype
-        if soft is None:
+        dtype, device = self.linear_k.weight.dtype, x.device.type
+        learns = torch.is_grad_enabled() and self.linear_k.weight.requires_grad
+        if soft is None and not learns:
             return summarise_blocks(x, size, pools, dtype=dtype, **options)
-        # As if the concatenated pools were tokens: blocks of one, whose mean they are.
+        if soft is None:
+            # Tokens get no gradient while a gate learns: their pools are constants, made in one read, and
+            # in what the projection will multiply.
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            return project_blocks(summarise_blocks(x, size, pools, dtype=dtype), **options)
         x = x.to(dtype)
         parts = [soft(x, size) if p == "soft" else pool_blocks(x, size, (p,)) for p in pools]
-        return summarise_blocks(
-            torch.cat(parts, -1), 1, ("avg",), dtype=dtype, backend="reference", **options
-        )
+        return project_blocks(torch.cat(parts, -1), **options)
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        subs_q, subs_k = self._subs
-        queries = self.summarise_queries(q, positions=positions).float() * self.scale
-        keys = k_blocks.float()
-        blocks_k = num_blocks(keys.shape[2], subs_k)
-        # A head's query summaries meet the key summaries of its group.
-        queries = queries.unflatten(1, (keys.shape[1], -1))
-        row_bytes = 4 * queries[:, :, :, 0, 0].numel() * subs_q * blocks_k * subs_k
-        rows = max(1, SLICE_BYTES // row_bytes) * subs_q
-        keys = keys.mT.unsqueeze(2)
-        scores = torch.cat(
-            [_max_over_sub_blocks(part @ keys, subs_q, subs_k) for part in queries.split(rows, dim=3)],
-            dim=3,
-        ).flatten(1, 2)
+        queries = self.summarise_queries(q, positions=positions)
+        return self.score_summaries(queries, k_blocks, past_blocks=None, backend="reference")
+
+    def score_summaries(
+        self, queries: Tensor, keys: Tensor, *, past_blocks: int | None = 0, backend: str = "auto"
+    ) -> Tensor:
+        """Score block pairs from the summaries of their queries and keys.
+
+        Args:
+            queries: From `summarise_queries`.
+            keys: From `compress`.
+            past_blocks: KV blocks before the first query block: later blocks than a row sees hold
+                finite numbers without a meaning. None scores every pair.
+            backend: Of `score_blocks`.
+
+        Returns:
+            fp32 ``[B, H, Nq, Nk]``, before softmax.
+        """
+        keys = keys.to(queries.dtype)
+        scores = score_blocks(
+            queries, keys, self._subs, scale=self.scale, past_blocks=past_blocks, backend=backend
+        )
         return scores if self.bias is None else scores + self._distance_bias(*scores.shape[2:])
 
     def _distance_bias(self, rows: int, columns: int) -> Tensor:
@@ -410,19 +420,6 @@ class AttnGate(nn.Module):
 
 def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
-
-
-def _max_over_sub_blocks(scores: Tensor, subs_q: int, subs_k: int) -> Tensor:
-    """Reduce ``[..., Nq * subs_q, Nk * subs_k]`` (the last block possibly short) to ``[..., Nq, Nk]``."""
-    for dim, subs in ((-1, subs_k), (-2, subs_q)):
-        if subs == 1:
-            continue
-        missing = -scores.shape[dim] % subs
-        if missing:
-            pad = (0, missing) if dim == -1 else (0, 0, 0, missing)
-            scores = nn.functional.pad(scores, pad, value=float("-inf"))
-        scores = scores.unflatten(dim, (-1, subs)).amax(dim)
-    return scores
 
 
 def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, rope: bool) -> None:
