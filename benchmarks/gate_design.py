@@ -102,8 +102,6 @@ def sub_blocks(q: int, k: int, **more: Any) -> dict[str, Any]:
     return {"q_sub_block": q, "k_sub_block": k, **more}
 
 
-SOFT = {"q_pool": ("max", "min", "soft"), "k_pool": ("max", "min", "soft")}
-
 #: The designs under the published objective, the objectives under the bundled design, and the data.
 GROUPS = {
     "designs": Group(
@@ -112,9 +110,6 @@ GROUPS = {
             Variant("4x8 kl", sub_blocks(4, 8)),
             Variant("4x4 kl", sub_blocks(4, 4)),
             Variant("4x4 dim 32 kl", sub_blocks(4, 4, gate_dim=32)),
-            Variant("8x8 soft kl", SOFT),
-            Variant("8x8 bias kl", {"distance_bias": True}),
-            Variant("4x8 soft kl", sub_blocks(4, 8, **SOFT)),
         )
     ),
     "objectives": Group(
@@ -126,7 +121,7 @@ GROUPS = {
             Variant("8x8 regret", objective="regret"),
             Variant("8x8 membership", objective="membership"),
             Variant("8x8 mixture", objective="mixture"),
-            Variant("4x8 soft mixture", sub_blocks(4, 8, **SOFT), "mixture"),
+            Variant("4x8 mixture", sub_blocks(4, 8), "mixture"),
         )
     ),
     "needles": Group(
@@ -240,8 +235,7 @@ def cost(config: GateConfig, tokens: int = 32768) -> float:
     c, heads = config, config.num_kv_heads / config.num_heads
     scores = tokens**2 * c.dim / (c.q_sub * c.k_sub)
     project = 2 * tokens * c.head_dim * c.dim * (len(c.q_pool) / c.q_sub + heads * len(c.k_pool) / c.k_sub)
-    weigh = 2 * tokens * c.head_dim * (("soft" in c.q_pool) + heads * ("soft" in c.k_pool))
-    return (scores + project + weigh) / (2 * tokens**2 * c.head_dim)
+    return (scores + project) / (2 * tokens**2 * c.head_dim)
 
 
 def write(path: Path, value: Any) -> None:

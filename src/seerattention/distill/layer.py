@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from seerattention.distill.objectives import Objective
 from seerattention.distill.target import SKIPPED_ROWS
 from seerattention.gate import AttnGate
 from seerattention.policies import TopK
 from seerattention.selection import causal_blocks
-
-#: Tokens cast to the gate's precision are held in slices of at most this many bytes.
-SLICE_BYTES = 256 * 2**20
 
 #: Rows on which recall is measured: all of them would cost a top-k of the whole map in every layer.
 RECALL_ROWS = 64
@@ -39,29 +34,11 @@ def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tenso
     """
     half = q_nope.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(q_nope.device.type, torch.bfloat16) if half else nullcontext():
-        queries = _summaries(gate.summarise_queries, q_nope, positions, gate.pool_q is not None, gate)
-        keys = _summaries(gate.compress, k_nope, positions, gate.pool_k is not None, gate)
+        queries = gate.summarise_queries(q_nope, positions=positions)
+        keys = gate.compress(k_nope, positions=positions)
     if half:
         queries, keys = queries.bfloat16(), keys.bfloat16()
     return gate.score_summaries(queries, keys)
-
-
-def _summaries(
-    summarise: Callable[..., Tensor], x: Tensor, positions: Tensor, learned: bool, gate: AttnGate
-) -> Tensor:
-    """Summarise tokens; for a learned pool, which needs them in fp32, in slices that are made again."""
-    if not learned:
-        return summarise(x, positions=positions)
-    block_bytes = 4 * x[:, :, 0].numel() * gate.config.block_size
-    step = max(1, SLICE_BYTES // block_bytes) * gate.config.block_size
-    parts = [
-        checkpoint(
-            summarise, x[:, :, s : s + step], positions=positions[s : s + step],
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        for s in range(0, x.shape[2], step)
-    ]  # fmt: skip
-    return torch.cat(parts, dim=2)
 
 
 def learn(
