@@ -100,10 +100,12 @@ class Bench:
             blocks += 1
 
 
-def run(length: int, windows: int, densities: list[float], recalls: list[float]) -> dict[str, Any]:
+def run(
+    length: int, windows: int, densities: list[float], recalls: list[float], training: int
+) -> dict[str, Any]:
     """Calibrate, measure and return the report."""
     bench = Bench(length, windows)
-    count = len(bench.training) // length
+    count = min(training, len(bench.training) // length)
     maps = record(
         bench.model, bench.gates, [bench.training[i * length : (i + 1) * length] for i in range(count)]
     )
@@ -142,13 +144,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=8192, help="of the windows (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=4, help="held-out windows (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=2, help="held-out windows (default: %(default)s)")
+    parser.add_argument("--training", type=int, default=3, help="windows to calibrate on, at most")
     parser.add_argument("--densities", type=float, nargs="*", default=[0.1, 0.2, 0.05])
     parser.add_argument("--recalls", type=float, nargs="*", default=[0.9, 0.95])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/calibrate.json"))
     args = parser.parse_args()
     with staged(args.out.parent) as folder:
-        report = run(args.length, args.windows, args.densities, args.recalls)
+        report = run(args.length, args.windows, args.densities, args.recalls, args.training)
         (folder / args.out.name).write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -66,7 +66,7 @@ def test_pieces_select_what_the_whole_prompt_does(tiny, saved):
 
 
 def test_saving_calibrated_leaves_weights_and_other_files(tiny, saved):
-    model, folder = saved
+    _, folder = saved
     (folder / "README.md").write_text("mine")
     weights = (folder / WEIGHTS).read_bytes()
     models.save_calibration(folder, Calibrated(calibration(value=0.8)))

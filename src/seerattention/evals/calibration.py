@@ -32,11 +32,19 @@ ROWS = 64
 #: Lengths that the law is fitted to, as shares of a window.
 LENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
-#: Fractions of free blocks around the one asked for that the law is fitted to.
-AROUND = (0.7, 1.0, 1.4)
+#: Fractions of free blocks that the law is fitted to: from and to, relative to those asked for, and how many.
+AROUND = (0.7, 1.4)
+FRACTIONS = 5
 
 #: Of the number of blocks that a row sees, in the thresholds; measured in docs/method.md.
 ROW_EXPONENT = -0.5
+
+#: How near a density may be to that of the blocks always read; closer, limits depend on a few blocks.
+NEAREST = 1.25
+
+#: For a rise of perplexity: the highest density that is tried, and how often the range below it is halved.
+DENSEST = 0.9
+SEARCHES = 6
 
 #: Densities of the curve of the trade-off.
 CURVE = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
@@ -264,19 +272,24 @@ def fit(maps: Maps, target: Target, knobs: Policy, row_exponent: float = ROW_EXP
     longest = maps.log_share.shape[2]
     blocks = sorted({max(4, round(longest * x)) for x in LENGTHS})
     lengths = [_Length(maps, n, knobs, row_exponent) for n in blocks]
-    lengths = _reachable(lengths, target, maps.block_size[1])
+    good = _reachable(lengths, target, maps.block_size[1])
     if target.density is not None:
-        wanted = [math.exp(log_free(target.density, length.always)) for length in lengths]
+        wanted = [math.exp(log_free(target.density, length.always)) for length in good]
+        # From what is left of the density at this length to all of it, which is left in long texts. The
+        # law holds for any length and fraction, so lengths that do not reach the target tell of it too.
+        near = np.geomspace(AROUND[0] * wanted[-1], AROUND[1] * target.density, FRACTIONS)
+        points = [(length, near) for length in lengths]
     else:
         recall = target.value
-        wanted = [length.fraction(length.spend(length.recall, recall)) for length in lengths]
-    laws, slope = _laws(lengths, wanted)
+        wanted = [length.fraction(length.spend(length.recall, recall)) for length in good]
+        around = np.geomspace(*AROUND, FRACTIONS)
+        points = [(length, around * fraction) for length, fraction in zip(good, wanted, strict=True)]
+    laws = _laws(points)
+    lengths = good
     if target.density is None:
         # The fraction follows the length by a law too, which goes into those of the thresholds.
-        intercept = float(np.mean(np.log(wanted))) - slope * float(
-            np.mean([math.log(x.blocks) for x in lengths])
-        )
-        laws = laws @ torch.tensor([[1, 0, 0], [0, 1, 0], [intercept, slope, 0]], dtype=torch.float64)
+        slope, start = _line([math.log(length.blocks) for length in lengths], np.log(wanted))
+        laws = laws @ torch.tensor([[1, 0, 0], [0, 1, 0], [start, slope, 0]], dtype=torch.float64)
     laws[:, 0] += _shift(lengths, laws, wanted, target)
     heads = laws.shape[0] // len(maps.layers)
     return Calibration(
@@ -297,45 +310,42 @@ def _reachable(lengths: list[_Length], target: Target, block: int) -> list[_Leng
     """Return the lengths at which the target leaves something to choose."""
     nothing = torch.zeros(lengths[0].level.shape[0], dtype=torch.long)
     if target.density is not None:
-        # Close to what is always read, thresholds depend on a few blocks.
-        good = [x for x in lengths if target.density > 1.25 * x.always]
+        good = [x for x in lengths if target.density > NEAREST * x.always]
         least = lengths[-1].always
     else:
         good = [x for x in lengths if target.value > x.recall(nothing) + 0.005]
         least = lengths[-1].recall(nothing)
     if good and good[-1] is lengths[-1]:
         return good
-    tokens = f"{lengths[-1].blocks * block:,} tokens"
     if target.density is not None:
-        raise ValueError(
-            f"density {target.value:.1%} is out of reach at {tokens}: the blocks that are always read are "
-            f"{least:.1%} of all; ask for at least {1.25 * least:.1%}, or calibrate on longer windows"
-        )
+        raise _too_sparse(target.density, least, lengths[-1].blocks * block)
     raise ValueError(
-        f"recall {target.value:.1%} needs no thresholds at {tokens}: the blocks that are always read alone "
-        f"keep {least:.1%}, so no less is reachable; ask for more"
+        f"recall {target.value:.1%} needs no thresholds at {lengths[-1].blocks * block:,} tokens: the blocks "
+        f"that are always read alone keep {least:.1%}, so no less is reachable; ask for more"
     )
 
 
-def _laws(lengths: list[_Length], wanted: list[float]) -> tuple[Tensor, float]:
-    """Return ``(a, b, s)`` of every head, fp64 ``[A, 3]``, and the slope of log fraction in log length."""
-    points, limits = [], []
-    for length, fraction in zip(lengths, wanted, strict=True):
-        for factor in AROUND:
-            if (near := factor * fraction) < 0.98:
-                counts = length.spend(length.fraction, near)
-                points.append((math.log(length.blocks), math.log(near)))
-                limits.append(length.limits(counts))
-    x = np.array(points)
-    # Around the longest text: where a direction is not determined, the law stays flat in it.
-    centre = np.array([math.log(lengths[-1].blocks), math.log(wanted[-1])])
-    design = np.column_stack([np.ones(len(x)), x - centre])
-    solved = np.linalg.lstsq(design, torch.stack(limits).numpy(), rcond=None)[0]
-    solved[0] -= centre @ solved[1:]
-    slope = 0.0
-    if len(lengths) > 1:
-        slope = float(np.polyfit([math.log(v.blocks) for v in lengths], np.log(wanted), 1)[0])
-    return torch.from_numpy(solved.T.copy()), slope
+def _too_sparse(density: float, always: float, tokens: int) -> ValueError:
+    return ValueError(
+        f"density {density:.1%} is out of reach at {tokens:,} tokens: the blocks that are always read are "
+        f"{always:.1%} of all; ask for at least {NEAREST * always:.1%}, or calibrate on longer windows"
+    )
+
+
+def _laws(points: list[tuple[_Length, np.ndarray]]) -> Tensor:
+    """Return ``(a, b, s)`` of every head, fp64 ``[A, 3]``, from lengths and fractions to look at there."""
+    x, limits = [], []
+    for length, fractions in points:
+        for fraction in fractions[fractions < 0.98]:
+            x.append((1.0, math.log(length.blocks), math.log(fraction)))
+            limits.append(length.limits(length.spend(length.fraction, fraction)))
+    return torch.from_numpy(np.linalg.lstsq(np.array(x), torch.stack(limits).numpy(), rcond=None)[0].T.copy())
+
+
+def _line(x: list[float], y: np.ndarray) -> tuple[float, float]:
+    """Return slope and start of the line through points, flat through one."""
+    slope = float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else 0.0
+    return slope, float(np.mean(y)) - slope * float(np.mean(x))
 
 
 def _shift(lengths: list[_Length], laws: Tensor, wanted: list[float], target: Target) -> float:
@@ -439,6 +449,10 @@ def calibrate(
     """
     _check(model, gates, tokens, length, windows)
     knobs = knobs or TopK(1.0, sink_blocks=1)
+    always = knobs.always_density(length // gates.config.block_size)
+    density = target.density if target.ppl_increase is None else DENSEST
+    if density is not None and density <= NEAREST * always:
+        raise _too_sparse(density, always, length)
     texts = [tokens[i * length : (i + 1) * length] for i in range(windows)]
     held = max(1, windows // 4)
     texts, held_texts = texts[:-held], texts[-held:]
@@ -499,10 +513,10 @@ def _within(
     say: Callable[[str, int], Callable[[], None]],
 ) -> Calibrated:
     """Return the policy of the least density whose perplexity is within the target."""
-    least = 1.3 * _Length(maps, maps.log_share.shape[2], knobs).always
-    low, high = math.log(least), math.log(max(0.9, least))
-    searches = 6
-    step = say("perplexity", searches + 1)
+    always = knobs.always_density(maps.log_share.shape[2])
+    # A little above what `fit` takes.
+    low, high = math.log(min(1.01 * NEAREST * always, DENSEST)), math.log(DENSEST)
+    step = say("perplexity", SEARCHES + 1)
 
     def at(log_density: float) -> tuple[Calibrated, float]:
         policy = _policy(fit(maps, Target(density=math.exp(log_density)), knobs), knobs)
@@ -517,7 +531,7 @@ def _within(
             f"{math.exp(high):.0%} it is {rise:.1%}, the best that these gates reach; distil them longer, or "
             "allow more"
         )
-    for _ in range(searches):
+    for _ in range(SEARCHES):
         middle = (low + high) / 2
         policy, rise = at(middle)
         if rise <= target.value:

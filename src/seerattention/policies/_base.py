@@ -97,6 +97,10 @@ class Policy:
         """
         return None
 
+    def always_density(self, num_blocks: int) -> float:
+        """Return the density of what a prompt of ``num_blocks`` blocks reads whatever the scores."""
+        return self._density_of(0, num_blocks)
+
     def _density_of(self, count: int, num_blocks: int) -> float:
         """Density where every row takes ``count`` blocks, and those always read come on top."""
         free = max(0, num_blocks - self.dense_last_rows)

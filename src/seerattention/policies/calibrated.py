@@ -137,7 +137,7 @@ class Calibrated(Policy):
         """Return the density calibrated for, if it is one; see `Policy.expected_density`."""
         if self.calibration.density is None:
             return None
-        return max(self.calibration.density, self._density_of(0, num_blocks))
+        return max(self.calibration.density, self.always_density(num_blocks))
 
     def log_limits(self, num_blocks: int, seen: Tensor) -> Tensor:
         """Return the least logarithm of a share that is taken, fp32 ``[H, Nq]``.
@@ -172,7 +172,7 @@ class Calibrated(Policy):
         """Logarithm of the fraction of blocks, of those not always read, that the density leaves."""
         if self.calibration.density is None:
             return 0.0
-        always = self._density_of(0, num_blocks)
+        always = self.always_density(num_blocks)
         if always >= 1:
             return 0.0
         return log_free(self.calibration.density, always)
