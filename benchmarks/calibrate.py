@@ -90,13 +90,14 @@ class Bench:
             limit -= error / slope
         return row
 
-    def top_k(self, density: float) -> dict[str, Any]:
-        """Measure top-k with the fewest blocks whose measured density is not below the given one."""
+    def top_k(self, density: float) -> list[dict[str, Any]]:
+        """Measure top-k, which has whole blocks only, with numbers of blocks on both sides of a density."""
+        rows: list[dict[str, Any]] = []
         blocks = max(1, TopK(density).blocks(self.length // 64) - 2)
         while True:
-            row = self.measure("top-k", TokenBudget(64 * blocks, sink_blocks=1), self.length)
-            if row["density"] >= density * (1 - EQUAL):
-                return row
+            rows.append(self.measure("top-k", TokenBudget(64 * blocks, sink_blocks=1), self.length))
+            if rows[-1]["density"] >= density:
+                return rows[-2:]
             blocks += 1
 
 
@@ -122,7 +123,7 @@ def run(
         if entry["target"] != "density":
             continue
         mine = entry["rows"][1]
-        rows = [mine, bench.threshold(mine["density"], maps), bench.top_k(mine["density"])]
+        rows = [mine, bench.threshold(mine["density"], maps), *bench.top_k(mine["density"])]
         compared.append({"density": entry["value"], "rows": rows})
     for exponent in (0.0, -0.25, -1.0):
         policy = calibrated(maps, Target(density=densities[0]), exponent)

@@ -318,8 +318,15 @@ def calibrated_compared() -> str:
         "|---|---|---|---|",
     ]
     for entry in sorted(report["compared"], key=lambda e: -e["density"]):
-        for row in entry["rows"]:
-            name = "calibrated" if row["method"].startswith("density") else row["method"]
+        mine, threshold, *top_k = entry["rows"]
+        rows = [("calibrated", mine), ("one threshold", threshold)]
+        rows += [("top-k", row) for row in top_k]
+        if len(top_k) == 2:
+            low, high = top_k
+            part = (mine["density"] - low["density"]) / (high["density"] - low["density"])
+            line = {k: low[k] + part * (high[k] - low[k]) for k in ("density", "recall", "perplexity")}
+            rows.append(("top-k, the line between", line))
+        for name, row in rows:
             lines.append(f"| {name} | {row['density']:.2%} | {row['recall']:.1%} | {row['perplexity']:.2f} |")
     exponents = ", ".join(
         f"{r['row_exponent']:g}: {r['perplexity']:.2f} at {r['density']:.1%}" for r in report["row_exponents"]

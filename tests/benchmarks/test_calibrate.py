@@ -20,7 +20,7 @@ def test_targets_are_measured_at_three_lengths_and_compared_at_equal_density(tmp
     for target in report["targets"]:
         assert [row["tokens"] for row in target["rows"]] == [512, 1024, 2048]
     (compared,) = report["compared"]
-    mine, threshold, top_k = compared["rows"]
+    mine, threshold, *top_k = compared["rows"]
     assert abs(threshold["density"] / mine["density"] - 1) < 0.02
-    assert top_k["density"] >= 0.99 * mine["density"]
+    assert [row["density"] >= mine["density"] for row in top_k] in ([True], [False, True])
     assert [row["row_exponent"] for row in report["row_exponents"]] == [0.0, -0.25, -1.0]
