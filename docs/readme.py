@@ -20,6 +20,7 @@ GPU = ROOT / "benchmarks" / "results" / "h200"
 ROOFLINE = ROOT / "docs" / "figures" / "prefill-h200.png"
 CROSSOVER = ROOT / "src" / "seerattention" / "data" / "crossover.json"
 TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
+CALIBRATE = ROOT / "benchmarks" / "results" / "cpu" / "calibrate.json"
 DESIGNS = ROOT / "benchmarks" / "results" / "cpu" / "gate_design.json"
 GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
 
@@ -285,6 +286,56 @@ def designs() -> str:
     return "\n".join(lines)
 
 
+def calibrated_targets() -> str:
+    """Return what calibrated thresholds do at half, once and twice the length they were calibrated at."""
+    report = json.loads(CALIBRATE.read_text())
+    on = report["calibrated_on"]
+    lines = [
+        f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, {report['held_out_tokens']:,} others "
+        f"to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over dense:",
+        "",
+        "| target | " + " | ".join(f"{int(n):,} tokens" for n in report["dense"]) + " |",
+        "|---" * (1 + len(report["dense"])) + "|",
+    ]
+    for target in report["targets"]:
+        cells = [
+            f"{r['density']:.1%}, {r['recall']:.1%}, "
+            f"{r['perplexity'] / report['dense'][str(r['tokens'])] - 1:+.1%}"
+            for r in target["rows"]
+        ]
+        lines.append(f"| {target['target']} {target['value']:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def calibrated_compared() -> str:
+    """Return calibrated thresholds, one threshold and top-k at equal measured density."""
+    report = json.loads(CALIBRATE.read_text())
+    tokens = report["calibrated_on"]["tokens"]
+    lines = [
+        f"At {tokens:,} tokens, the density measured; dense has a perplexity of {report['dense'][str(tokens)]:.2f}:",
+        "",
+        "| | density | recall | perplexity |",
+        "|---|---|---|---|",
+    ]
+    for entry in sorted(report["compared"], key=lambda e: -e["density"]):
+        mine, threshold, *top_k = entry["rows"]
+        rows = [("calibrated", mine), ("one threshold", threshold)]
+        rows += [("top-k", row) for row in top_k]
+        if len(top_k) == 2:
+            low, high = top_k
+            part = (mine["density"] - low["density"]) / (high["density"] - low["density"])
+            line = {k: low[k] + part * (high[k] - low[k]) for k in ("density", "recall", "perplexity")}
+            rows.append(("top-k, the line between", line))
+        for name, row in rows:
+            lines.append(f"| {name} | {row['density']:.2%} | {row['recall']:.1%} | {row['perplexity']:.2f} |")
+    exponents = ", ".join(
+        f"{r['row_exponent']:g}: {r['perplexity']:.2f} at {r['density']:.1%}" for r in report["row_exponents"]
+    )
+    return "\n".join(
+        [*lines, "", f"With other exponents of `n` than -0.5, for a density of 10 %: {exponents}."]
+    )
+
+
 def designs_long() -> str:
     """Return gate designs and objectives after a longer run on a GPU, training-free scorers first."""
     report = json.loads((GPU / "gate_design.json").read_text())
@@ -390,7 +441,12 @@ def main() -> None:
             "pooled": pooled(),
             "distill-step": distill_step(),
         },
-        ROOT / "docs" / "method.md": {"designs": designs(), "designs-long": designs_long()},
+        ROOT / "docs" / "method.md": {
+            "designs": designs(),
+            "designs-long": designs_long(),
+            "calibrated-targets": calibrated_targets(),
+            "calibrated-compared": calibrated_compared(),
+        },
     }
     for path, parts in pages.items():
         after = filled(path, parts)

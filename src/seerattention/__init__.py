@@ -20,6 +20,7 @@ from seerattention.gate import GateConfig as GateConfig
 from seerattention.gate import Scorer as Scorer
 from seerattention.ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from seerattention.ops.pooled_attention import pooled_attention as pooled_attention
+from seerattention.policies import Calibrated as Calibrated
 from seerattention.policies import Policy as Policy
 from seerattention.policies import Threshold as Threshold
 from seerattention.policies import TokenBudget as TokenBudget

@@ -103,14 +103,14 @@ def run(
     if not device and accelerator.num_processes > 1:
         device = str(accelerator.device)
     console = Console(quiet=not accelerator.is_main_process)
-    base, name = _load(model, dtype, device)
+    base = load_base(model, dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     _seed(seed)
     gates = new_gates(base, **settings)
     packed = bool(dataset) if packing is None else packing
     source = _Source(text or [], dataset, split, packed, length, sequences, seed, heldout or [])
     batches, held, about = source.read(tokenizer, 4 * gates.config.block_size)
-    _print_plan(console, base, name, gates, about, config, length, sequences, out)
+    _print_plan(console, base, model, gates, about, config, length, sequences, out)
     if dry_run:
         import copy
 
@@ -360,7 +360,12 @@ def _settings(gate: str) -> dict[str, Any]:
     return settings
 
 
-def _load(model: str, dtype: str, device: str) -> tuple[Any, str]:
+def load_base(model: str, dtype: str, device: str) -> Any:
+    """Load a base model onto a device, as the options of commands say.
+
+    Raises:
+        ValueError: If the precision or the device is not known or not there.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -376,7 +381,7 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, str]:
         raise ValueError(f"--device {place} was asked for, but torch sees no GPU; use --device cpu")
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     base.to(target)  # type: ignore[arg-type]
-    return base.eval(), model
+    return base.eval()
 
 
 def _seed(seed: int) -> None:

@@ -77,7 +77,7 @@ def markdown() -> str:
     """Return the support of this installation as Markdown, for the README."""
     from seerattention.models import families, refused
     from seerattention.models._support import features
-    from seerattention.policies import policies
+    from seerattention.policies import forms
 
     by_backend: dict[tuple[str, str], list[Support]] = {}
     for row in support():
@@ -94,7 +94,7 @@ def markdown() -> str:
         "|---|---|",
         *(f"| {name} | {reason} |" for name, reason in refused().items()),
         "",
-        "Policies: " + ", ".join(f"`{n}:<{p.value_name()}>`" for n, p in sorted(policies().items())) + ".",
+        "Policies: " + ", ".join(f"`{form}`" for form in forms()) + ".",
         "",
         "| attached models | | works |",
         "|---|---|---|",
@@ -180,7 +180,7 @@ def run(
     from seerattention.evals.versions import versions
     from seerattention.models import families, refused
     from seerattention.models._support import features
-    from seerattention.policies import policies
+    from seerattention.policies import forms
 
     console = Console()
     console.print("  ".join(f"{k} {v}" for k, v in versions().items()), highlight=False)
@@ -192,8 +192,7 @@ def run(
     console.print(f"model families   {', '.join(families())}", highlight=False)
     for name, reason in refused().items():
         console.print(f"{'':<17}not {name}: {reason}", highlight=False)
-    forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(policies().items()))
-    console.print(f"policies         {forms}", highlight=False, markup=False)
+    console.print(f"policies         {', '.join(forms())}", highlight=False, markup=False)
     console.print(f"baselines        {', '.join(names())}", highlight=False)
     for line in crossover_lines():
         console.print(line, highlight=False)

@@ -15,6 +15,9 @@ TEACHER = DATA / "teacher"
 GATES = DATA / "teacher-gates"
 TEXT = DATA / "text" / "the-enchanted-april.txt"
 
+#: The name of the bundled model, in its configuration and in its gates.
+TEACHER_NAME = "seerattention/teacher"
+
 #: Tokens at the start of the text that live distillation may train on; the rest is for evaluation.
 TRAINING_TOKENS = 24576
 
@@ -36,7 +39,7 @@ def load_teacher(
     folder = _present(TEACHER)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # The folder's place on this machine is not the model's name.
-    model.config._name_or_path = "seerattention/teacher"
+    model.config._name_or_path = TEACHER_NAME
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 

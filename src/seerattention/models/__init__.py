@@ -18,6 +18,7 @@ from seerattention.models._base import BaseInfo as BaseInfo
 from seerattention.models._base import base_checksum as base_checksum
 from seerattention.models._call import AttentionCall as AttentionCall
 from seerattention.models._checkpoint import load_gates as load_gates
+from seerattention.models._checkpoint import save_calibration as save_calibration
 from seerattention.models._checkpoint import save_gates as save_gates
 from seerattention.models._family import families as families
 from seerattention.models._family import refused as refused

@@ -134,15 +134,15 @@ def _checked(
         policy = policy or scorers.policy
     if policy is None:
         raise ValueError('these gates were saved without a policy; pass one, e.g. policy="top_k:0.1"')
-    checked = _GateSet(scorers, _policy(policy))
+    checked = _GateSet(scorers, _policy(policy, scorers))
     if isinstance(scorers, Gates):
         scorers.use_rotary_of(model)
     return checked
 
 
-def _policy(policy: Policy | str) -> Policy:
+def _policy(policy: Policy | str, scorers: Gates | Scorer) -> Policy:
     if isinstance(policy, str):
-        return parse(policy)
+        return parse(policy, scorers.calibration if isinstance(scorers, Gates) else None)
     if not isinstance(policy, Policy):
         raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
     return policy
@@ -255,7 +255,8 @@ def set_policy(model: nn.Module, policy: Policy | str) -> None:
         ValueError: If nothing is attached or the text is not understood.
     """
     owner = _owner(unwrapped(model))
-    owner.sets[owner.active].policy = owner.handler.policy = _policy(policy)
+    current = owner.sets[owner.active]
+    current.policy = owner.handler.policy = _policy(policy, current.scorers)
 
 
 def usage(model: nn.Module) -> dict[str, int]:

@@ -1,10 +1,13 @@
 """Gates on disk: a folder with ``gates.safetensors`` and ``config.json``, written all or nothing.
 
+Calibrated gates have ``calibration.json`` too, which names the weights that it is for.
+
 `load_gates` reads the published layout too; `_published` has it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -21,16 +24,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from seerattention.files import staged
 from seerattention.gate import GateConfig
 from seerattention.models._attach import active_gates
 from seerattention.models._base import BaseInfo
 from seerattention.models._gates import KEY, Gates, check_weights
 from seerattention.models._published import PUBLISHED_WEIGHTS, is_published, read_published
-from seerattention.policies import Policy, parse
+from seerattention.policies import Calibrated, Calibration, Policy, parse
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
 #: What a distillation measured, beside the gates.
 RESULTS = "results.json"
+#: Thresholds of the policy ``calibrated``.
+CALIBRATION = "calibration.json"
 FORMAT = 1
 
 
@@ -69,7 +75,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
     Args:
         gates: The gates, or a model that uses some: then with the policy it uses.
         folder: Where to; gates already there are replaced once everything is written.
-        policy: The policy to use them with by default.
+        policy: The policy to use them with by default. Their calibration is written whichever it is.
 
     Raises:
         FileExistsError: If something other than gates is there.
@@ -78,7 +84,9 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
         ValueError: If the policy's text is not understood, a weight is not finite, or nothing is attached.
     """
     gates, policy = gates_of(gates, policy)
-    text = str(parse(policy) if isinstance(policy, str) else policy) if policy else gates.policy
+    calibration = policy.calibration if isinstance(policy, Calibrated) else gates.calibration
+    policy = parse(policy, calibration) if isinstance(policy, str) else policy
+    text = str(policy) if policy else gates.policy
     weights = {
         KEY.format(index, name): value.detach().cpu().contiguous()
         for index, gate in gates.items()
@@ -96,10 +104,66 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
         "base_model": gates.base.to_dict(),
         "policy": text,
     }
-    _check_replaceable(Path(folder))
+    check_replaceable(Path(folder))
     with atomic_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if calibration is not None:
+            _write_calibration(temporary, calibration, _sha256(temporary / WEIGHTS))
+
+
+def save_calibration(folder: str | Path, policy: Calibrated) -> None:
+    """Make a policy the one that saved gates are used with by default; their weights stay as they are.
+
+    Args:
+        folder: What `save_gates` wrote.
+        policy: Its calibration is for these gates.
+
+    Raises:
+        FileNotFoundError: If there are no gates in the folder.
+        OSError: If the folder cannot be written.
+    """
+    path = Path(folder)
+    _require(path, WEIGHTS)
+    config = {**json.loads((path / CONFIG).read_text(encoding="utf-8")), "policy": str(policy)}
+    # The configuration, which asks for the calibration, comes last.
+    with staged(path) as temporary:
+        _write_calibration(temporary, policy.calibration, _sha256(path / WEIGHTS))
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_calibration(folder: Path, calibration: Calibration, weights: str) -> None:
+    data = {"format": FORMAT, "gates_sha256": weights, **calibration.to_dict()}
+    (folder / CALIBRATION).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _read_calibration(path: Path, layers: list[int], heads: int) -> Calibration | None:
+    """Read the calibration beside gates, if there is one."""
+    file = path / CALIBRATION
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError(f"this version reads format {FORMAT}")
+        if data.pop("gates_sha256") != _sha256(path / WEIGHTS):
+            raise ValueError(f"it is for other weights than those in {WEIGHTS}")
+        calibration = Calibration.from_dict(data)
+        if sorted(calibration.laws) != sorted(layers):
+            raise ValueError(f"it is for layers {sorted(calibration.laws)}, the gates are for {layers}")
+        if any(len(laws) != heads for laws in calibration.laws.values()):
+            raise ValueError(f"it needs a law for each of {heads} heads in every layer")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or not of these gates ({error}); calibrate the gates again, or delete the "
+            f"file and choose another policy in {CONFIG}"
+        ) from error
+    return calibration
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def gates_of(
@@ -114,10 +178,14 @@ def gates_of(
     return scorers, policy or current
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost."""
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost.
+
+    Raises:
+        FileExistsError: If something other than gates is there.
+    """
     if folder.is_dir():
-        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS})
+        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS, CALIBRATION})
     else:
         other = [folder.name] if folder.exists() else []
     if other:
@@ -132,7 +200,9 @@ def _local_folder(folder: str | Path) -> Path:
     if path.exists() or isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
         return path
     try:
-        return Path(snapshot_download(folder, allow_patterns=[WEIGHTS, CONFIG, PUBLISHED_WEIGHTS]))
+        return Path(
+            snapshot_download(folder, allow_patterns=[WEIGHTS, CONFIG, CALIBRATION, PUBLISHED_WEIGHTS])
+        )
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
@@ -186,7 +256,12 @@ def _read(path: Path, config: Any) -> Gates:
         gate_config = GateConfig.from_dict(config["gate"])
         base = BaseInfo(**config["base_model"])
         layers = [int(i) for i in config["layers"]]
-        policy = config["policy"] and str(parse(config["policy"]))
+        heads = gate_config.num_kv_heads if gate_config.per_kv_head else gate_config.num_heads
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    calibration = _read_calibration(path, layers, heads)
+    try:
+        policy = config["policy"] and str(parse(config["policy"], calibration))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     try:
@@ -195,7 +270,7 @@ def _read(path: Path, config: Any) -> Gates:
         raise ValueError(
             f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
         ) from error
-    gates = Gates(gate_config, base, layers, policy)
+    gates = Gates(gate_config, base, layers, policy, calibration)
     shapes = {
         KEY.format(i, name): tuple(value.shape)
         for i, gate in gates.items()

@@ -13,6 +13,7 @@ from seerattention.gate import AttnGate, GateConfig
 from seerattention.models._base import BaseInfo, device_of
 from seerattention.models._family import family_of, full_attention_layers
 from seerattention.models._rotary import model_rotary, no_rotation
+from seerattention.policies import Calibration
 
 #: Key of a gate's parameter in a file: layer and the parameter's name.
 KEY = "model.layers.{}.self_attn.attn_gate.{}"
@@ -51,15 +52,22 @@ class Gates(nn.Module):
         base: The model they belong to.
         layers: Layer indices that have a gate.
         policy: Text form of the policy they were saved with, if any.
+        calibration: What the policy ``calibrated`` means for them, if they were calibrated.
     """
 
     def __init__(
-        self, config: GateConfig, base: BaseInfo, layers: list[int], policy: str | None = None
+        self,
+        config: GateConfig,
+        base: BaseInfo,
+        layers: list[int],
+        policy: str | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.base = base
         self.policy = policy
+        self.calibration = calibration
         self.layers = nn.ModuleDict({str(i): AttnGate(config) for i in layers})
 
     def items(self) -> Iterator[tuple[int, AttnGate]]:

@@ -101,10 +101,12 @@ class SparsePrefill:
 
     def _policy_of(self, call: AttentionCall, scorer: Scorer) -> Policy:
         """Return the policy, for a piece of a prompt of known length as it is for the whole prompt."""
-        policy, block = self.policy, scorer.block_size[1]
+        block = scorer.block_size[1]
         if self.prompt_tokens is None:
-            return policy
-        rule = policy.rule(num_blocks(self.prompt_tokens, block), block)
+            return self.policy.at(call.layer, None)
+        blocks = num_blocks(self.prompt_tokens, block)
+        policy = self.policy.at(call.layer, blocks)
+        rule = policy.rule(blocks, block)
         last_rows = policy.dense_last_rows if call.k.shape[2] == self.prompt_tokens else 0
         if rule is None or rule.kind != "count":
             return replace(policy, dense_last_rows=last_rows)

@@ -1,4 +1,6 @@
-"""Policies turn block scores into a `BlockSelection`: ``Threshold``, ``TopK``, ``TopP``, ``TokenBudget``.
+"""Policies turn block scores into a `BlockSelection`.
+
+``Threshold``, ``TopK``, ``TopP``, ``TokenBudget``; and ``Calibrated``, which gates bring along.
 
 A policy is a run-time choice: one set of trained gates serves all of them. `select` is the one place
 that guarantees what every kernel relies on: no acausal block, and the query's own block always read.
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from seerattention.policies._base import Policy as Policy
 from seerattention.policies._base import Rule as Rule
+from seerattention.policies.calibrated import Calibrated as Calibrated
+from seerattention.policies.calibrated import Calibration as Calibration
 from seerattention.policies.threshold import Threshold as Threshold
 from seerattention.policies.token_budget import TokenBudget as TokenBudget
 from seerattention.policies.top_k import TopK as TopK
@@ -26,26 +30,41 @@ def policies() -> dict[str, type[Policy]]:
     return {p.name: p for p in exported if p is not Policy}
 
 
-def parse(text: str) -> Policy:
+def forms() -> list[str]:
+    """Return how every policy is written, by name."""
+    return [policy.form() for _, policy in sorted(policies().items())]
+
+
+def parse(text: str, calibration: Calibration | None = None) -> Policy:
     """Read a policy from its text form, the inverse of ``str(policy)``.
 
     Args:
-        text: ``name:value`` and any common knobs, e.g. ``"threshold:5e-4,dense_last_rows=2"``.
+        text: ``name:value`` and any common knobs, e.g. ``"threshold:5e-4,dense_last_rows=2"``; or
+            ``calibrated`` and knobs.
+        calibration: What ``calibrated`` means, saved with the gates.
 
     Returns:
         The policy.
 
     Raises:
-        ValueError: If the name, a knob or a value is not understood; the message lists the valid ones.
+        ValueError: If the name, a knob or a value is not understood; the message lists the valid ones. Or
+            if ``calibrated`` is asked for without a calibration.
     """
     head, *knobs = text.strip().split(",")
     name, colon, value = head.partition(":")
     known = policies()
-    if name not in known or not colon:
-        forms = ", ".join(f"{n}:<{p.value_name()}>" for n, p in sorted(known.items()))
-        raise ValueError(f"unknown policy {text!r}; write one of {forms}")
+    if name not in known or bool(colon) != (known[name] is not Calibrated):
+        raise ValueError(f"unknown policy {text!r}; write one of {', '.join(forms())}")
     kind = known[name]
-    arguments: dict[str, Any] = {kind.value_name(): _number(text, kind.value_name(), value)}
+    if kind is not Calibrated:
+        arguments: dict[str, Any] = {kind.value_name(): _number(text, kind.value_name(), value)}
+    elif calibration is not None:
+        arguments = {"calibration": calibration}
+    else:
+        raise ValueError(
+            "the policy calibrated needs gates that were calibrated, and these were not; run "
+            "'seerattention calibrate GATES --text TEXT --density 0.1', or choose another policy"
+        )
     for knob in knobs:
         key, equals, number = knob.strip().partition("=")
         if key not in kind.knobs() or not equals:

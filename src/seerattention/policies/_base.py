@@ -61,6 +61,20 @@ class Policy:
         """Name of the policy's own value."""
         return next(f.name for f in fields(cls) if f.name not in cls.knobs())
 
+    @classmethod
+    def form(cls) -> str:
+        """Return how a policy of this kind is written, without its knobs."""
+        return f"{cls.name}:<{cls.value_name()}>"
+
+    def at(self, layer: int, num_blocks: int | None) -> Policy:
+        """Return the policy as it is in a layer, where layers or lengths of prompts differ.
+
+        Args:
+            layer: Layer index.
+            num_blocks: KV blocks of the whole prompt where it is given in pieces; None counts those present.
+        """
+        return self
+
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the blocks this policy takes, bool ``[B, H, Nq, Nk]``.
 
@@ -82,6 +96,10 @@ class Policy:
             At most this fraction of the causally valid blocks is read; None where only the scores tell.
         """
         return None
+
+    def always_density(self, num_blocks: int) -> float:
+        """Return the density of what a prompt of ``num_blocks`` blocks reads whatever the scores."""
+        return self._density_of(0, num_blocks)
 
     def _density_of(self, count: int, num_blocks: int) -> float:
         """Density where every row takes ``count`` blocks, and those always read come on top."""
@@ -117,11 +135,12 @@ class Policy:
         return always & valid
 
     def __str__(self) -> str:
-        value = getattr(self, self.value_name())
-        changed = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(Policy) if getattr(self, f.name) != f.default
-        ]
-        return ",".join([f"{self.name}:{value!r}", *changed])
+        return ",".join([f"{self.name}:{getattr(self, self.value_name())!r}", *self.changed_knobs()])
+
+    def changed_knobs(self) -> list[str]:
+        """Return the text form of the knobs that are not at their defaults."""
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(Policy)]
+        return [f"{name}={value}" for name, value, default in values if value != default]
 
 
 def softmax(scores: Tensor, valid: Tensor) -> Tensor:

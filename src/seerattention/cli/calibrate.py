@@ -1,0 +1,166 @@
+"""``seerattention calibrate``: the answer to which threshold to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from seerattention.evals.calibration import Outcome
+    from seerattention.policies import Policy
+
+
+def run(
+    gates: Annotated[Path, typer.Argument(help="Folder of gates, as distill or convert writes it.")],
+    text: Annotated[
+        list[Path], typer.Option(help="Text to calibrate on: .txt, .jsonl or a folder; may be repeated.")
+    ],
+    density: Annotated[float | None, typer.Option(help="Fraction of blocks to read, e.g. 0.1.")] = None,
+    recall: Annotated[float | None, typer.Option(help="Share of attention to keep, e.g. 0.95.")] = None,
+    max_ppl_increase: Annotated[
+        str, typer.Option(help="The most that perplexity may rise, e.g. 1%; the least density for it.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="The gates' base model; default the one they name.")] = "",
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 8192,
+    windows: Annotated[
+        int, typer.Option(help="Windows of text; the last quarter, one at least, is for measuring.")
+    ] = 4,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a copy of the gates; default the gates' own folder.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the trade-off, .png or .svg.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the base model: auto, float32, bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if any.")] = "",
+) -> None:
+    """Find a threshold for every head that meets a target at any length; give exactly one target.
+
+    Saves it with the gates as their default policy, calibrated; sink_blocks, local_blocks and
+    dense_last_rows stay those of the policy the gates were saved with.
+    """
+    from rich.console import Console
+
+    from seerattention.distill import read_tokens
+    from seerattention.evals.calibration import Target, calibrate
+    from seerattention.evals.figures import require_matplotlib
+    from seerattention.models import load_gates, save_calibration, save_gates
+
+    target = Target(density, recall, _share(max_ppl_increase))
+    if plot is not None:
+        require_matplotlib()
+    loaded = load_gates(gates)
+    _check_place(gates, out)
+    base, tokenizer = _base(model or loaded.base.name, dtype, device)
+    knobs = _knobs(loaded.policy)
+    console = Console()
+    with _bar(console) as bar:
+        outcome = calibrate(
+            base,
+            loaded.to(base.device),
+            read_tokens(text, tokenizer),
+            target,
+            length=length,
+            windows=windows,
+            knobs=knobs,
+            progress=_phases(bar, console),
+        )
+    if out is None:
+        save_calibration(gates, outcome.policy)
+    else:
+        loaded.cpu().calibration = outcome.policy.calibration
+        save_gates(loaded, out, policy=outcome.policy)
+    for row in outcome.rows:
+        console.print(
+            f"{row['tokens']:>9,} tokens   density {row['density']:6.1%}   recall {row['recall']:6.1%}   "
+            f"perplexity {row['perplexity']:.2f}, dense {row['dense_perplexity']:.2f}",
+            highlight=False,
+        )
+    console.print(f"{outcome.policy} {outcome.recommendation()}", highlight=False, soft_wrap=True)
+    console.print(f"saved in {out or gates}; attach(model, load_gates(...)) uses it", highlight=False)
+    if plot is not None:
+        _draw(outcome, plot)
+        console.print(f"drawn in {plot}", highlight=False)
+
+
+def _share(text: str) -> float | None:
+    """Read ``1%`` or ``0.01``."""
+    if not text:
+        return None
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        return float(number) / (100 if percent else 1)
+    except ValueError:
+        raise ValueError(f"--max-ppl-increase must be like 1% or 0.01, got {text!r}") from None
+
+
+def _check_place(gates: Path, out: Path | None) -> None:
+    """Refuse before any work what could not be saved."""
+    from seerattention.files import staged
+    from seerattention.models._checkpoint import WEIGHTS, check_replaceable
+
+    if out is not None:
+        check_replaceable(out)
+        return
+    if not (gates / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{gates} holds no {WEIGHTS} that thresholds could be saved with; give --out for a copy"
+        )
+    with staged(gates):
+        pass
+
+
+def _base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from seerattention.cli.distill import load_base
+    from seerattention.evals import bundled
+
+    if name == bundled.TEACHER_NAME:
+        # Small enough for any CPU, and the gates are used in its precision.
+        return bundled.load_teacher()
+    if not name:
+        raise ValueError("these gates do not name their base model; give it by --model")
+    return load_base(name, dtype, device), AutoTokenizer.from_pretrained(name)
+
+
+def _knobs(text: str | None) -> Policy:
+    """Return the common knobs of the policy that gates were saved with."""
+    from seerattention.policies import TopK, parse
+
+    if not text:
+        return TopK(1.0, sink_blocks=1)
+    # Knobs are written alike in all policies.
+    return parse(",".join(["top_k:1", *text.split(",")[1:]]))
+
+
+def _bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _phases(bar: Progress, console: Console) -> Callable[[str, int], Callable[[], None]]:
+    def start(phase: str, steps: int) -> Callable[[], None]:
+        if not console.is_terminal:
+            console.print(phase)
+        task = bar.add_task(phase, total=steps)
+        return lambda: bar.advance(task)
+
+    return start
+
+
+def _draw(outcome: Outcome, picture: Path) -> None:
+    from seerattention.evals.figures import draw_calibration
+    from seerattention.files import staged
+
+    with staged(picture.parent) as folder:
+        draw_calibration(outcome, folder / picture.name)

@@ -1,0 +1,189 @@
+"""Calibrated: a threshold per layer and head, by a law in the text's length that was fitted to a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from seerattention.policies._base import Policy
+
+#: What a text is calibrated for: a fraction of blocks read, a share of attention mass kept, or the most
+#: that perplexity may rise.
+TARGETS = ("density", "recall", "ppl_increase")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted laws of thresholds; made by ``seerattention calibrate``.
+
+    A head takes the blocks whose logarithm of the share in the row's softmax is above
+    ``a + b ln N + s ln f(N) + row_exponent ln n``, for a row that sees ``n`` of the prompt's ``N`` blocks.
+    ``f(N)`` is the fraction of the blocks not read anyway that the density leaves; without a density the
+    term is left out.
+
+    Attributes:
+        target: One of ``TARGETS``.
+        value: Of the target, e.g. 0.1.
+        tokens: Longest text that was calibrated on, in tokens.
+        block_size: Tokens per (query block, KV block).
+        row_exponent: Of the number of blocks that a row sees.
+        density: Density that the thresholds are for at any length, or None if the law has it follow the
+            length, as a recall needs.
+        laws: By layer, ``(a, b, s)`` of each head of the gate's scores.
+    """
+
+    target: str
+    value: float
+    tokens: int
+    block_size: tuple[int, int]
+    row_exponent: float
+    density: float | None
+    laws: Mapping[int, tuple[tuple[float, float, float], ...]] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        numbers = [
+            self.value,
+            self.row_exponent,
+            *(x for heads in self.laws.values() for h in heads for x in h),
+        ]
+        if not self.laws or not all(map(math.isfinite, numbers)):
+            raise ValueError("a calibration needs a finite law for every head")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the calibration as plain JSON types."""
+        laws = {str(layer): [list(law) for law in heads] for layer, heads in self.laws.items()}
+        return {**vars(self), "block_size": list(self.block_size), "laws": laws}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: If a value is missing, not known or of another form.
+        """
+        names = set(cls.__dataclass_fields__)
+        if set(data) != names:
+            raise ValueError(f"its keys must be {', '.join(sorted(names))}, got {', '.join(sorted(data))}")
+        try:
+            rows, columns = (int(x) for x in data["block_size"])
+            laws = {}
+            for layer, heads in data["laws"].items():
+                laws[int(layer)] = tuple((float(a), float(b), float(s)) for a, b, s in heads)
+            numbers = {name: float(data[name]) for name in ("value", "row_exponent")}
+            density = None if data["density"] is None else float(data["density"])
+            return cls(
+                **numbers,
+                target=data["target"],
+                tokens=int(data["tokens"]),
+                block_size=(rows, columns),
+                density=density,
+                laws=laws,
+            )
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"a value has another form than a calibration's ({error})") from error
+
+
+@dataclass(frozen=True)
+class Calibrated(Policy):
+    """Take blocks above a threshold of their head's own that follows the length of the text.
+
+    The calibration is saved with the gates, so its text form, ``calibrated``, is understood where gates
+    are: `attach`, and `load_gates`. Like `TopK` it counts the blocks present, and `prefill` tells it those
+    of the whole prompt. It has no `Rule`: on a GPU too, scores and policy run as PyTorch, not fused.
+
+    Attributes:
+        calibration: The fitted laws.
+        layer: The layer whose laws apply; set by `at`.
+        prompt: Blocks of the whole prompt and the logarithm of ``f`` for them; set by `at`.
+    """
+
+    name: ClassVar[str] = "calibrated"
+    calibration: Calibration
+    layer: int | None = None
+    prompt: tuple[int, float] | None = None
+
+    @classmethod
+    def form(cls) -> str:
+        """Return how this policy is written, ``calibrated``."""
+        return cls.name
+
+    def __str__(self) -> str:
+        return ",".join([self.name, *self.changed_knobs()])
+
+    def at(self, layer: int, num_blocks: int | None) -> Calibrated:
+        """Return the policy with the laws of a layer; see `Policy.at`.
+
+        Raises:
+            ValueError: If the layer was not calibrated.
+        """
+        if layer not in self.calibration.laws:
+            raise ValueError(
+                f"layer {layer} has no calibrated thresholds, layers {sorted(self.calibration.laws)} have; "
+                "calibrate these gates"
+            )
+        prompt = None if num_blocks is None else (num_blocks, self._log_free(num_blocks))
+        return replace(self, layer=layer, prompt=prompt)
+
+    def expected_density(self, num_blocks: int, block_tokens: int) -> float | None:
+        """Return the density calibrated for, if it is one; see `Policy.expected_density`."""
+        if self.calibration.density is None:
+            return None
+        return max(self.calibration.density, self.always_density(num_blocks))
+
+    def log_limits(self, num_blocks: int, seen: Tensor) -> Tensor:
+        """Return the least logarithm of a share that is taken, fp32 ``[H, Nq]``.
+
+        Args:
+            num_blocks: KV blocks present.
+            seen: int64 ``[Nq]``, blocks that each row sees.
+
+        Raises:
+            ValueError: If no layer was chosen by `at`.
+        """
+        if self.layer is None:
+            raise ValueError("calibrated thresholds belong to a layer; choose one by at(layer, None)")
+        blocks, log_free = self.prompt or (num_blocks, self._log_free(num_blocks))
+        laws = torch.tensor(self.calibration.laws[self.layer], dtype=torch.float64)
+        heads = laws @ torch.tensor([1.0, math.log(blocks), log_free], dtype=torch.float64)
+        rows = self.calibration.row_exponent * seen.double().log()
+        return (heads.to(rows.device)[:, None] + rows).float()
+
+    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
+        """Return the blocks above their thresholds, bool ``[B, H, Nq, Nk]``."""
+        limits = self.log_limits(scores.shape[-1], valid.sum(-1))
+        if limits.shape[0] != scores.shape[1]:
+            raise ValueError(
+                f"layer {self.layer} was calibrated for {limits.shape[0]} heads, its scores have "
+                f"{scores.shape[1]}; calibrate these gates"
+            )
+        share = torch.log_softmax(scores.masked_fill(~valid, -math.inf), dim=-1)
+        return share > limits[..., None]
+
+    def _log_free(self, num_blocks: int) -> float:
+        """Logarithm of the fraction of blocks, of those not always read, that the density leaves."""
+        if self.calibration.density is None:
+            return 0.0
+        always = self.always_density(num_blocks)
+        if always >= 1:
+            return 0.0
+        return log_free(self.calibration.density, always)
+
+
+def log_free(density: float, always: float) -> float:
+    """Return the logarithm of what a density leaves of the blocks that are not always read.
+
+    Args:
+        density: Fraction of all blocks.
+        always: Fraction of all blocks that is always read, below 1.
+    """
+    # Where nothing is left no head takes anything; finite, for products with slopes of zero.
+    return math.log(max((density - always) / (1 - always), 1e-6))
