@@ -69,8 +69,8 @@ def run(
         if dry_run:
             seconds = evaluation.estimate(file)
             console.print(
-                f"time     about {_duration(seconds)}, if every method takes as long as dense attention, timed "
-                "now at the shortest length",
+                f"time     about {_duration(seconds)}, if every method takes as long as dense attention, "
+                "timed now at the shortest length",
                 highlight=False,
             )
             return

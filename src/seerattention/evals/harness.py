@@ -289,7 +289,7 @@ def prompt_faults(source: Source, task: Task, sample: Sample, length: int) -> li
         part = prompt[:2] if bos == tokenizer.eos_token_id else prompt
         if int((part == bos).sum()) > 1:
             faults.append("double BOS")
-        if tokenizer.encode("a")[:1] == [bos] and prompt[0] != bos:
+        if len(source.bos) and prompt[0] != bos:
             faults.append("no BOS")
     score = getattr(task, "score", share_found)
     whole = len(prompt) + sample.new_tokens

@@ -29,14 +29,15 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def newcombe(share: float, other: float, count: int) -> tuple[float, float]:
-    """Return the interval of ``share - other``, each over ``count`` samples.
+def newcombe(share: float, count: int, other: float, other_count: int) -> tuple[float, float]:
+    """Return the interval of ``share - other``, over so many independent samples each.
 
     Samples that both share make the difference more certain than this says, never less.
 
-    Source: Newcombe (1998), Interval estimation for the difference between independent proportions, method 10.
+    Source: Newcombe (1998), Interval estimation for the difference between independent proportions,
+    method 10.
     """
-    (low, high), (other_low, other_high) = wilson(share, count), wilson(other, count)
+    (low, high), (other_low, other_high) = wilson(share, count), wilson(other, other_count)
     return (
         share - other - math.hypot(share - low, other_high - other),
         share - other + math.hypot(high - share, other - other_low),

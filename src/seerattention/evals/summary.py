@@ -20,10 +20,10 @@ from seerattention.files import staged
 #: What a table says about itself.
 NOTE = (
     "Dense attention is the first row of every table. asked: the density that the policy was told; density: "
-    "the blocks read in prefill, measured. n: samples. share: of the answers found, with Wilson's 95 % interval "
-    "(a sample with several answers counts once); perplexity: with the exponential of Student's interval of the "
-    "mean loss. minus dense: on the samples that both have; shares with Newcombe's interval, perplexity as the "
-    "paired difference in nats per token with Student's. Seconds per sample are medians."
+    "the blocks read in prefill, measured. n: samples. share: of the answers found, with Wilson's 95 % "
+    "interval (a sample with several answers counts once); perplexity: with the exponential of Student's "
+    "interval of the mean loss. minus dense: on the samples that both have; shares with Newcombe's interval, "
+    "perplexity as the paired difference in nats per token with Student's. Seconds per sample are medians."
 )
 
 
@@ -83,8 +83,8 @@ def _estimate(metric: str, values: list[float]) -> dict[str, Any]:
 def _difference(metric: str, scores: dict[int, float], dense: dict[int, float]) -> tuple[float, float] | None:
     both = [seed for seed in scores if seed in dense]
     if metric == "share":
-        shares = fmean(scores[s] for s in both), fmean(dense[s] for s in both)
-        return newcombe(*shares, len(both))
+        share, other = fmean(scores[s] for s in both), fmean(dense[s] for s in both)
+        return newcombe(share, len(both), other, len(both))
     return _finite(mean_interval([scores[s] - dense[s] for s in both]))
 
 

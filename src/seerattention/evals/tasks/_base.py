@@ -52,16 +52,21 @@ class Source:
         return self._pieces[text]
 
     @cached_property
+    def bos(self) -> np.ndarray:
+        """The token that the tokenizer begins texts with, int64 ``[1]``, or ``[0]`` if it has none."""
+        bos = self.tokenizer.bos_token_id
+        adds = bos is not None and self.tokenizer.encode("a")[:1] == [bos]
+        return np.array([bos] if adds else [], dtype=np.int64)
+
+    @cached_property
     def frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens before and behind every question: BOS where the tokenizer adds it, or the chat template."""
-        bos = self.tokenizer.bos_token_id
         if self.chat:
             messages = [{"role": "user", "content": _MARK}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             before, _, behind = str(text).partition(_MARK)
             return self.encode(before), self.encode(behind)
-        adds = bos is not None and self.tokenizer.encode("a")[:1] == [bos]
-        return np.array([bos] if adds else [], dtype=np.int64), np.empty(0, np.int64)
+        return self.bos, np.empty(0, np.int64)
 
     @cached_property
     def haystack(self) -> np.ndarray:
@@ -216,7 +221,7 @@ def check_room(what: str, length: int, room: int, least: int) -> None:
         ValueError: If ``room`` is below ``least``.
     """
     if room < least:
-        raise ValueError(f"{what} needs at least {length + least - room} tokens, got {length}; ask for more")
+        raise ValueError(f"{what} needs about {length + least - room} tokens, got {length}; ask for more")
 
 
 def insert(

@@ -75,7 +75,7 @@ class Niah(Generated):
     new_tokens: ClassVar[int] = 128
 
     def __post_init__(self) -> None:
-        most = len(COLOURS) * len(THINGS)
+        most = len(COLOURS) * len(THINGS) - 1
         if not (1 <= self.queries <= self.keys <= most) or self.values < 1:
             raise ValueError(
                 f"{self.name} needs 1 <= queries <= keys <= {most} and values >= 1, "

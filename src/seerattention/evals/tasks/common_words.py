@@ -40,14 +40,13 @@ class CommonWords(Generated):
         # The example's words come again no more often than others.
         common, rest = words[-COMMON:], words[:-COMMON]
         room = room_for(source, length, self.new_tokens, before, _QUESTION, _PREFIX)
-        numbers = np.cumsum([len(source.encode(f" {i}.")) for i in range(1, max(room, 1) + 1)])
+        most = often * COMMON + seldom * len(rest)
+        numbers = np.cumsum([len(source.encode(f" {i}.")) for i in range(1, most + 1)])
         fixed = often * sum(len(source.encode(" " + word)) for word in common)
         sizes = fixed + seldom * np.cumsum([0] + [len(source.encode(" " + word)) for word in rest])
         counts = COMMON * often + seldom * np.arange(len(rest) + 1)
-        counts = counts[counts <= len(numbers)]
-        totals = sizes[: len(counts)] + numbers[counts - 1]
-        least = int(totals[COMMON]) if len(totals) > COMMON else 2 * int(fixed)
-        check_room("common_words", length, room, least)
+        totals = sizes + numbers[counts - 1]
+        check_room("common_words", length, room, int(totals[min(COMMON, len(rest))]))
         fitting = int(np.searchsorted(totals, room, side="right")) - 1
         if fitting == len(rest):
             raise ValueError(

@@ -37,8 +37,7 @@ class Perplexity:
 
     def make(self, source: Source, length: int, seed: int) -> Sample:
         """Make a sample; see `Task.make`."""
-        begin = source.frame[0] if not source.chat else np.empty(0, np.int64)
-        window = length - len(begin)
+        window = length - len(source.bos)
         if window <= self.parts:
             raise ValueError(f"perplexity needs more than {self.parts} tokens, got {length}; ask for more")
         counts = [len(document) // window for document in source.documents]
@@ -52,7 +51,7 @@ class Perplexity:
             turn, left = turn + 1, left - able
         document = [i for i, count in enumerate(counts) if count > turn][left]
         part = source.documents[document][turn * window : (turn + 1) * window]
-        return Sample(np.concatenate([begin, part]).astype(np.int64))
+        return Sample(np.concatenate([source.bos, part]).astype(np.int64))
 
     def run(self, model: PreTrainedModel, source: Source, sample: Sample) -> Outcome:
         """Return the mean loss, and that of each part."""
