@@ -72,7 +72,9 @@ def test_needles_are_where_they_are_said_to_be(source, name, options, needles, a
         # Between sentences of the text.
         rest = re.sub(r" ?One of the special magic numbers for [a-z-]+ is: \d{7}\.", "", context)
         assert rest[rest.index("\n") + 1 :] in text_of(source, source.haystack)
-        assert all(re.search(r"[.!?][\"'”’)]*\s*$", text_of(source, sample.prompt[:p])) for p in sample.places)
+        assert all(
+            re.search(r"[.!?][\"'”’)]*\s*$", text_of(source, sample.prompt[:p])) for p in sample.places
+        )
 
 
 def test_needles_lie_at_any_depth(teacher_source) -> None:
@@ -150,7 +152,8 @@ def questions(tmp_path_factory):
     path = tmp_path_factory.mktemp("qa") / "qa.jsonl"
     rows = [
         {
-            "context": f"The town number {i} was founded by captain Q{i}X. " + f"Its river is long and cold {i}. " * 8,
+            "context": f"The town number {i} was founded by captain Q{i}X. "
+            + f"Its river is long and cold {i}. " * 8,
             "question": f"Who founded town number {i}?",
             "answers": [f"captain Q{i}X", f"Q{i}X"],
         }
@@ -254,7 +257,11 @@ def test_scores_are_those_of_ruler() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("niah_triple", {}, "unknown task 'niah_triple'; there are common_words, .*niah_multikey.*variable_tracking"),
+        (
+            "niah_triple",
+            {},
+            "unknown task 'niah_triple'; there are common_words, .*niah_multikey.*variable_tracking",
+        ),
         ("niah_multikey", {"kees": 3}, "has no option 'kees'; its options are keys, haystack"),
         ("common_words", {"n": 3}, "task 'common_words' has no option 'n'; it has none"),
         ("niah_multikey", {"keys": 0}, r"1 <= queries <= keys"),
