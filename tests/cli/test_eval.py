@@ -85,10 +85,7 @@ def test_errors_are_one_sentence_and_come_before_any_work(config, tmp_path):
         assert "Traceback" not in message
         for word in words:
             assert word in message
-        assert (
-            not (tmp_path / "out" / "samples.jsonl").exists()
-            or not (tmp_path / "out" / "samples.jsonl").read_text()
-        )
+        assert not (tmp_path / "out" / "samples.jsonl").exists()
     (tmp_path / "file").write_text("")
     assert invoke(config, "--out", tmp_path / "file" / "out").exit_code == 2
 

@@ -1,4 +1,4 @@
-"""An evaluation: killed and resumed, corrupt lines, faults by name, and a summary that says what it should."""
+"""An evaluation: killed and resumed, corrupt lines, faults by name, and the numbers of its summary."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ def test_records_have_what_a_reader_needs(complete) -> None:
         (task, method, asked)
         for task in ("needle", "vt", "perplexity")
         for method, asked in (
-            ("dense", None), ("mine", 0.5), ("mine", 0.2), ("meanpool", 0.5), ("meanpool", 0.2), ("narrow", None),
+            ("dense", None), ("mine", 0.5), ("mine", 0.2), ("meanpool", 0.5), ("meanpool", 0.2),
+            ("narrow", None),
         )
     ]  # fmt: skip
     assert [row["samples"] for row in rows] == [3] * 6 + [2] * 6 + [3] * 6
@@ -204,6 +205,24 @@ def test_results_of_other_settings_are_left_alone(config, complete) -> None:
         assert len(file.records) == size
     assert summary_rows(other.cells[:6], file.records)[0]["task"] == "needle"
     assert [r["task"] for r in summary_rows(other.cells, file.records)].count("perplexity") == 0
+
+
+def test_what_dense_cannot_do_is_asked_of_nobody_else(config) -> None:
+    text = config.read_text()
+    # The random model finds no variable.
+    config.write_text(text.replace("samples = 2", "samples = 2\nskip_below = 0.05"))
+    evaluation = evaluate(config)
+    with RecordFile(evaluation.config.out) as file:
+        assert evaluation.missing(file) == SAMPLES
+        evaluation.run(file, lambda cell, record: None)
+        assert evaluation.missing(file) == 0
+    assert len(file.records) == SAMPLES - 5 * 2
+    rows = [row for row in write_summary(evaluation, file.records) if row["task"] == "vt"]
+    assert [row["method"] for row in rows] == ["dense"]
+    assert "Dense attention is below 5%" in (evaluation.config.out / "summary.md").read_text()
+    config.write_text(text.replace("samples = 2", "samples = 2\nskip_below = 2"))
+    with pytest.raises(ValueError, match=r"tasks.vt.skip_below must be a share from 0 to 1, got 2"):
+        read_config(config)
 
 
 def test_two_evaluations_do_not_write_to_one_folder(tmp_path) -> None:
@@ -370,8 +389,8 @@ def record(cell, seed, score, **changes) -> Record:
     fields = {
         "of": cell.of, "method": cell.method.label, "policy": cell.policy, "task": cell.plan.label,
         "metric": "loss" if cell.plan.label == "perplexity" else "share", "length": cell.length, "tokens": 9,
-        "density_asked": cell.asked, "density": 0.25, "seed": seed, "expected": [], "depths": [], "answer": "",
-        "score": score, "prefill_s": 1.0 + seed, "seconds": 10.0 + seed, "faults": [], "by_position": [],
+        "density_asked": cell.asked, "density": 0.25, "seed": seed, "expected": [], "depths": [],
+        "answer": "", "score": score, "prefill_s": 1.0 + seed, "seconds": 10.0 + seed, "faults": [], "by_position": [],
     }  # fmt: skip
     return Record(**{**fields, **changes})
 

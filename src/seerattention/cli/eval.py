@@ -43,7 +43,8 @@ def run(
     policy (without {density}: one row; "saved": that of the gates); for baselines their options, e.g.
     block_size = [64, 64]. Dense attention is always measured first.
 
-    [tasks.NAME] task = a task's name (default NAME); samples and lengths of its own; the task's options.
+    [tasks.NAME] task = a task's name (default NAME); samples and lengths of its own; skip_below = 0.0 (share;
+    where dense attention is below it, no other method is asked); the task's options.
 
     samples.jsonl gets one line per sample, summary.md and summary.json the tables.
     """
@@ -89,7 +90,6 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
         console.print(f"corrupt  {line}; its sample is made again", style="yellow", highlight=False)
     total = sum(len(cell.seeds) for cell in cells)
     left = evaluation.missing(file)
-    others = len(file.records) - (total - left)
     methods = dict.fromkeys(f"{c.method.label} ({c.policy})" if c.policy else c.method.label for c in cells)
     lines = [
         f"model    {config.model}, {evaluation.model.dtype} on {evaluation.model.device}",
@@ -100,8 +100,11 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
         f"task     {plan.label}: {plan.samples} samples at {', '.join(f'{n:,}' for n in plan.lengths)} tokens"
         for plan in config.plans
     ]
-    lines.append(f"samples  {total:,} in {len(cells)} cells; {total - left:,} are there, {left:,} to be made")
-    if others:
+    there = sum((cell.of, seed) in file.records for cell in cells for seed in cell.seeds)
+    lines.append(f"samples  {total:,} in {len(cells)} cells; {there:,} are there, {left:,} to be made")
+    if total > there + left:
+        lines.append(f"         {total - there - left:,} are not asked: dense attention cannot do them")
+    if others := len(file.records) - there:
         lines.append(f"         {others:,} more in {file.path} belong to other settings and are left alone")
     console.print("\n".join(lines), highlight=False, markup=False)
 
@@ -121,6 +124,10 @@ def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
         seen: set[str] = set()
 
         def done(cell: Cell, record: Record | None) -> None:
+            if record is None and evaluation.skipped(cell, file):
+                console.print(f"  {cell.name}: not asked, dense attention cannot do it", highlight=False)
+                progress.update(bar, total=progress.tasks[bar].completed + evaluation.missing(file))
+                return
             if record is None:
                 row = cells(summary_rows([cell], file.records)[0])
                 console.print(f"  {cell.name}: {row[4]} ({row[5]}), {row[3]} samples", highlight=False)

@@ -59,6 +59,8 @@ class TaskPlan:
         options: What the task takes.
         samples: How many, with seeds from the evaluation's on.
         lengths: Tokens.
+        skip_below: Where dense attention's share is below this, no other method is asked: what the model
+            cannot do dense says nothing about sparse.
     """
 
     label: str
@@ -66,6 +68,7 @@ class TaskPlan:
     options: dict[str, Any]
     samples: int
     lengths: list[int]
+    skip_below: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -198,13 +201,16 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
         name = _typed(f"tasks.{label}.task", options.pop("task", label), str)
         count = _whole(f"tasks.{label}.samples", options.pop("samples", samples))
         own = _lengths(f"tasks.{label}.lengths", options.pop("lengths", lengths))
+        skip = options.pop("skip_below", 0.0)
+        if isinstance(skip, bool) or not isinstance(skip, int | float) or not 0 <= skip <= 1:
+            raise ValueError(f"tasks.{label}.skip_below must be a share from 0 to 1, got {skip!r}")
         if not own:
             raise ValueError("give lengths = [4096, ...], in tokens")
         try:
             tasks.create(name, **options)
         except TypeError as error:
             raise ValueError(f"[tasks.{label}]: {error}") from error
-        plans.append(TaskPlan(label, name, options, count, own))
+        plans.append(TaskPlan(label, name, options, count, own, skip))
     return plans
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -197,17 +198,40 @@ class Evaluation:
         return sample, prompt_faults(self.source, task, sample, length)
 
     def missing(self, file: RecordFile) -> int:
-        """Return how many samples have no record yet."""
-        return sum((cell.of, seed) not in file.records for cell in self.cells for seed in cell.seeds)
+        """Return how many samples have no record yet, without those that are not worth making."""
+        return sum(
+            (cell.of, seed) not in file.records
+            for cell in self.cells
+            if not self.skipped(cell, file)
+            for seed in cell.seeds
+        )
+
+    def skipped(self, cell: Cell, file: RecordFile) -> bool:
+        """Whether dense attention is known to fail at a task, so that nothing else is asked it."""
+        if cell.method.kind == "dense" or not cell.plan.skip_below:
+            return False
+        dense = next(
+            c
+            for c in self.cells
+            if c.method.kind == "dense" and (c.plan, c.length) == (cell.plan, cell.length)
+        )
+        if self.tasks[cell.plan.label].metric != "share":
+            return False
+        found = [file.records.get((dense.of, seed)) for seed in dense.seeds]
+        scores = [record.score for record in found if record is not None and record.score is not None]
+        return len(scores) == len(dense.seeds) and fmean(scores) < cell.plan.skip_below
 
     def run(self, file: RecordFile, done: Callable[[Cell, Record | None], None]) -> None:
         """Make every record that is missing.
 
         Args:
             file: Where they go.
-            done: Called with every record made, and with None when a cell is complete.
+            done: Called with every record made, and with None when a cell is complete or skipped.
         """
         for cell in self.cells:
+            if self.skipped(cell, file):
+                done(cell, None)
+                continue
             seeds = [seed for seed in cell.seeds if (cell.of, seed) not in file.records]
             watch = Watch()
             if seeds:
@@ -269,6 +293,7 @@ class Evaluation:
         return sum(
             a * cell.length + b * cell.length**2 + token_s * self.tasks[cell.plan.label].new_tokens
             for cell in self.cells
+            if not self.skipped(cell, file)
             for seed in cell.seeds
             if (cell.of, seed) not in file.records
         )

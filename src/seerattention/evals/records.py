@@ -92,7 +92,7 @@ class RecordFile:
             self._lock = _lock(folder)
         text = self.path.read_bytes() if self.path.exists() else b""
         good = self._read(text)
-        if not readonly and (self.corrupt or not text.endswith(b"\n")):
+        if not readonly and (self.corrupt or (text and not text.endswith(b"\n"))):
             with staged(folder) as temporary:
                 (temporary / self.path.name).write_bytes(b"".join(line + b"\n" for line in good))
 

@@ -59,6 +59,7 @@ def _row(
         "density": fmean(r.density for r in found),
         "samples": len(found),
         "planned": len(cell.seeds),
+        "skip_below": cell.plan.skip_below,
         "metric": "share" if metric == "share" else "perplexity",
         **_estimate(metric, values),
         "minus_dense": fmean(paired) if compared else None,
@@ -115,6 +116,8 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
         part = [row for row in rows if (row["task"], row["length"]) == (task, length)]
         lines += ["", f"## {task}, {length:,} tokens", "", *_table(part)]
+        if len(part) == 1 and part[0]["skip_below"] and (part[0]["score"] or 0) < part[0]["skip_below"]:
+            lines += ["", f"Dense attention is below {part[0]['skip_below']:.0%}, so nothing else was asked."]
         if part[0]["by_position"]:
             lines += ["", *_positions(part)]
     return "\n".join(lines) + "\n"
