@@ -39,7 +39,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     result = invoke(config, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "samples  6 in 4 cells; 0 are there, 6 to be made" in result.output
-    assert "gates (top_k:0.3,sink_blocks=1)" in result.output
+    assert "gates: top_k:{density},sink_blocks=1 at densities 0.3" in result.output
     assert "task     needle: 2 samples at 512 tokens" in result.output
     assert re.search(r"time     about \d+ s, if every method takes as long as dense", result.output)
     assert not (tmp_path / "out").exists()

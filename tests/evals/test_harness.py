@@ -343,7 +343,7 @@ def test_what_cannot_work_is_refused_before_any_work(config, base) -> None:
     refused("length past the model's limit: 4096 tokens, the model takes 2048", plans=long)
     evaluate(config, plans=[replace(long[0], samples=1)], max_length=4096, methods=settings.methods[:1])
     many = [replace(settings.plans[2], samples=500)]
-    refused("the text has 50 windows of 1024 tokens, window 500 was asked for", plans=many)
+    refused("the text has 50 windows of 1024 tokens, window 51 was asked for", plans=many)
     refused("model.dtype must be one of auto, .*'int8'", dtype="int8")
     refused("'abacus' is not a device", device="abacus")
     refused("there is no file nowhere.txt", text=["nowhere.txt"])
@@ -390,7 +390,8 @@ def record(cell, seed, score, **changes) -> Record:
         "of": cell.of, "method": cell.method.label, "policy": cell.policy, "task": cell.plan.label,
         "metric": "loss" if cell.plan.label == "perplexity" else "share", "length": cell.length, "tokens": 9,
         "density_asked": cell.asked, "density": 0.25, "seed": seed, "expected": [], "depths": [],
-        "answer": "", "score": score, "prefill_s": 1.0 + seed, "seconds": 10.0 + seed, "faults": [], "by_position": [],
+        "answer": "", "score": score, "prefill_s": 1.0 + seed, "seconds": 10.0 + seed, "faults": [],
+        "by_position": [],
     }  # fmt: skip
     return Record(**{**fields, **changes})
 

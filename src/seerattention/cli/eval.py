@@ -90,12 +90,18 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
         console.print(f"corrupt  {line}; its sample is made again", style="yellow", highlight=False)
     total = sum(len(cell.seeds) for cell in cells)
     left = evaluation.missing(file)
-    methods = dict.fromkeys(f"{c.method.label} ({c.policy})" if c.policy else c.method.label for c in cells)
+    policies: dict[str, list[str]] = {}
+    for method in config.methods:
+        policies.setdefault(method.policy, []).append(method.label)
+    densities = ", ".join(f"{d:.3g}" for d in sorted(config.densities, reverse=True))
     lines = [
         f"model    {config.model}, {evaluation.model.dtype} on {evaluation.model.device}",
         f"text     {', '.join(config.text)}: {len(evaluation.source.haystack):,} tokens",
-        f"methods  {len(methods)}: {', '.join(methods)}",
+        f"methods  {', '.join(policies.pop(''))}",
     ]
+    for policy, labels in policies.items():
+        at = f" at densities {densities}" if "{density}" in policy else ""
+        lines.append(f"         {', '.join(labels)}: {policy}{at}")
     lines += [
         f"task     {plan.label}: {plan.samples} samples at {', '.join(f'{n:,}' for n in plan.lengths)} tokens"
         for plan in config.plans

@@ -124,9 +124,10 @@ class Evaluation:
         most = max(len(cell.seeds) for cell in self.cells)
         # The samples of one task and length, which all methods get in turn.
         self.sample = lru_cache(maxsize=most)(self._sample)
+        # Every sample is made once, so that what cannot be made is known before any work.
         for plan in config.plans:
             for length in plan.lengths:
-                for seed in {config.seed, config.seed + plan.samples - 1}:
+                for seed in range(config.seed, config.seed + plan.samples):
                     self.tasks[plan.label].make(source, length, seed)
 
     def _check_lengths(self) -> None:
