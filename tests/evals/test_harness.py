@@ -199,6 +199,8 @@ def test_results_of_other_settings_are_left_alone(config, complete) -> None:
         assert more.missing(file) == 2 * (3 + 2 + 3)
     text = config.read_text().replace("parts = 4", "parts = 5")
     config.write_text(text)
+    (config.parent / "other.txt").write_text(bundled.TEXT.read_text(encoding="utf-8")[1000:120_000])
+    assert evaluate(config, text=[str(config.parent / "other.txt")]).missing(file) == SAMPLES
     other = evaluate(config)
     with RecordFile(out) as file:
         assert other.missing(file) == 6 * 3
@@ -233,6 +235,15 @@ def test_two_evaluations_do_not_write_to_one_folder(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose a folder that can be written"):
         RecordFile(tmp_path / "file" / "out")
+
+
+def test_of_two_records_of_one_sample_the_first_counts(complete, tmp_path) -> None:
+    first = complete[1].path.read_text().splitlines()[0]
+    later = json.dumps({**json.loads(first), "score": 0.123})
+    (tmp_path / "samples.jsonl").write_text(f"{first}\n{later}\n")
+    with RecordFile(tmp_path) as file:
+        assert [record.score for record in file.records.values()] == [json.loads(first)["score"]]
+        assert file.corrupt == []
 
 
 def test_a_dry_reader_changes_nothing(tmp_path) -> None:

@@ -76,3 +76,10 @@ def test_generation_is_the_models_own_greedy(teacher, teacher_source) -> None:
     out = teacher.generate(ids, max_new_tokens=30, do_sample=False, attention_mask=torch.ones_like(ids))
     assert outcome.answer == teacher_source.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert 0 < outcome.prefill_s < outcome.seconds
+    # It stops before the model's end token, which here is what it says third.
+    said = out[0, ids.shape[1] :].tolist()
+    assert said[2] not in said[:2]
+    before, teacher.generation_config.eos_token_id = teacher.generation_config.eos_token_id, said[2]
+    shorter = task.run(teacher, teacher_source, sample)
+    teacher.generation_config.eos_token_id = before
+    assert shorter.answer == teacher_source.tokenizer.decode(said[:2])
