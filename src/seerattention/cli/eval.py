@@ -36,8 +36,8 @@ def run(
     valid blocks), samples = 50 (per cell), seed = 0 (of the first sample), text = "bundled" (or a list of
     .txt, .jsonl and folders), policy = "top_k:{density},sink_blocks=1".
 
-    Table model: name = "bundled" (or hub id or folder), dtype = "auto", device = "", chat = false (use the chat
-    template), max_length (tokens, where scaled RoPE takes more than the configuration says).
+    Table model: name = "bundled" (or hub id or folder), dtype = "auto", device = "", chat = false (use the
+    chat template), max_length (tokens, where scaled RoPE takes more than the configuration says).
 
     Tables methods.NAME: gates = "bundled" or a folder or hub id; or baseline = a baseline's name (default
     NAME); policy (without {density}: one row; "saved": that of the gates); for baselines their options, e.g.
