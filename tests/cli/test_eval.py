@@ -96,6 +96,9 @@ def test_help_names_units_and_defaults():
         "samples = 50 (per cell)",
         "tokens of prompt and answer",
         "fractions of the causally",
+        "Table model: name = ",
+        "Tables methods.NAME: gates = ",
+        "Tables tasks.NAME: task = ",
         "--dry-run",
     ):
         assert words in text

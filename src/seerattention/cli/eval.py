@@ -36,15 +36,15 @@ def run(
     valid blocks), samples = 50 (per cell), seed = 0 (of the first sample), text = "bundled" (or a list of
     .txt, .jsonl and folders), policy = "top_k:{density},sink_blocks=1".
 
-    [model] name = "bundled" (or hub id or folder), dtype = "auto", device = "", chat = false (use the chat
-    template), max_length (tokens, where scaled RoPE takes more than the configuration says).
+    Table model: name = "bundled" (or hub id or folder), dtype = "auto", device = "", chat = false (use the
+    chat template), max_length (tokens, where scaled RoPE takes more than the configuration says).
 
-    [methods.NAME] gates = "bundled" or a folder or hub id; or baseline = a baseline's name (default NAME);
-    policy (without {density}: one row; "saved": that of the gates); for baselines their options, e.g.
+    Tables methods.NAME: gates = "bundled" or a folder or hub id; or baseline = a baseline's name (default
+    NAME); policy (without {density}: one row; "saved": that of the gates); for baselines their options, e.g.
     block_size = [64, 64]. Dense attention is always measured first.
 
-    [tasks.NAME] task = a task's name (default NAME); samples and lengths of its own; skip_below = 0.0 (share;
-    where dense attention is below it, no other method is asked); the task's options.
+    Tables tasks.NAME: task = a task's name (default NAME); samples and lengths of its own; skip_below = 0.0
+    (share; where dense attention is below it, no other method is asked); the task's options.
 
     samples.jsonl gets one line per sample, summary.md and summary.json the tables.
     """
@@ -87,7 +87,9 @@ def run(
 def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
     config, cells = evaluation.config, evaluation.cells
     for line in file.corrupt:
-        console.print(f"corrupt  {line}; its sample is made again", style="yellow", highlight=False)
+        console.print(
+            f"corrupt  {line}; its sample is made again", style="yellow", highlight=False, markup=False
+        )
     total = sum(len(cell.seeds) for cell in cells)
     left = evaluation.missing(file)
     policies: dict[str, list[str]] = {}
@@ -131,18 +133,25 @@ def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
 
         def done(cell: Cell, record: Record | None) -> None:
             if record is None and evaluation.skipped(cell, file):
-                console.print(f"  {cell.name}: not asked, dense attention cannot do it", highlight=False)
+                console.print(
+                    f"  {cell.name}: not asked, dense attention cannot do it", highlight=False, markup=False
+                )
                 progress.update(bar, total=progress.tasks[bar].completed + evaluation.missing(file))
                 return
             if record is None:
                 row = cells(summary_rows([cell], file.records)[0])
-                console.print(f"  {cell.name}: {row[4]} ({row[5]}), {row[3]} samples", highlight=False)
+                console.print(
+                    f"  {cell.name}: {row[4]} ({row[5]}), {row[3]} samples", highlight=False, markup=False
+                )
                 return
             progress.update(bar, advance=1, cell=cell.name)
             for fault in set(record.faults) - seen:
                 seen.add(fault)
                 console.print(
-                    f"  {fault}: {cell.name}, seed {record.seed}; counted in the tables", style="yellow"
+                    f"  {fault}: {cell.name}, seed {record.seed}; counted in the tables",
+                    style="yellow",
+                    highlight=False,
+                    markup=False,
                 )
 
         evaluation.run(file, done)
