@@ -291,8 +291,8 @@ def calibrated_targets() -> str:
     report = json.loads(CALIBRATE.read_text())
     on = report["calibrated_on"]
     lines = [
-        f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, {report['held_out_tokens']:,} others "
-        f"to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over dense:",
+        f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, "
+        f"{report['held_out_tokens']:,} others to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over dense:",
         "",
         "| target | " + " | ".join(f"{int(n):,} tokens" for n in report["dense"]) + " |",
         "|---" * (1 + len(report["dense"])) + "|",
@@ -312,7 +312,8 @@ def calibrated_compared() -> str:
     report = json.loads(CALIBRATE.read_text())
     tokens = report["calibrated_on"]["tokens"]
     lines = [
-        f"At {tokens:,} tokens, the density measured; dense has a perplexity of {report['dense'][str(tokens)]:.2f}:",
+        f"At {tokens:,} tokens, the density measured; dense has a perplexity of "
+        f"{report['dense'][str(tokens)]:.2f}:",
         "",
         "| | density | recall | perplexity |",
         "|---|---|---|---|",
