@@ -292,7 +292,8 @@ def calibrated_targets() -> str:
     on = report["calibrated_on"]
     lines = [
         f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, "
-        f"{report['held_out_tokens']:,} others to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over dense:",
+        f"{report['held_out_tokens']:,} others to measure on; {machine(report)}. "
+        "A cell is density, recall and the rise of perplexity over dense:",
         "",
         "| target | " + " | ".join(f"{int(n):,} tokens" for n in report["dense"]) + " |",
         "|---" * (1 + len(report["dense"])) + "|",
