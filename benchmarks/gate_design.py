@@ -34,7 +34,7 @@ sys.path.insert(0, str(RECIPE))
 from data import Mixture, tokenise  # noqa: E402
 from gates import Batches  # noqa: E402
 
-from seerattention import baselines, gate  # noqa: E402
+from seerattention import baselines  # noqa: E402
 from seerattention.distill import DistillConfig, objectives, target_recall  # noqa: E402
 from seerattention.distill.layer import gate_scores  # noqa: E402
 from seerattention.evals import bundled  # noqa: E402
@@ -56,6 +56,7 @@ from seerattention.models import (  # noqa: E402
     set_policy,
 )
 from seerattention.ops.pooled_attention import pooled_attention  # noqa: E402
+from seerattention.ops.score_blocks import reference  # noqa: E402
 
 POLICY = "top_k:{},sink_blocks=1"
 SCORERS = ("oracle", "oracle_mass", "xattention", "quest", "meanpool", "streaming", "random")
@@ -101,8 +102,6 @@ def sub_blocks(q: int, k: int, **more: Any) -> dict[str, Any]:
     return {"q_sub_block": q, "k_sub_block": k, **more}
 
 
-SOFT = {"q_pool": ("max", "min", "soft"), "k_pool": ("max", "min", "soft")}
-
 #: The designs under the published objective, the objectives under the bundled design, and the data.
 GROUPS = {
     "designs": Group(
@@ -111,9 +110,6 @@ GROUPS = {
             Variant("4x8 kl", sub_blocks(4, 8)),
             Variant("4x4 kl", sub_blocks(4, 4)),
             Variant("4x4 dim 32 kl", sub_blocks(4, 4, gate_dim=32)),
-            Variant("8x8 soft kl", SOFT),
-            Variant("8x8 bias kl", {"distance_bias": True}),
-            Variant("4x8 soft kl", sub_blocks(4, 8, **SOFT)),
         )
     ),
     "objectives": Group(
@@ -125,7 +121,7 @@ GROUPS = {
             Variant("8x8 regret", objective="regret"),
             Variant("8x8 membership", objective="membership"),
             Variant("8x8 mixture", objective="mixture"),
-            Variant("4x8 soft mixture", sub_blocks(4, 8, **SOFT), "mixture"),
+            Variant("4x8 mixture", sub_blocks(4, 8), "mixture"),
         )
     ),
     "needles": Group(
@@ -239,8 +235,7 @@ def cost(config: GateConfig, tokens: int = 32768) -> float:
     c, heads = config, config.num_kv_heads / config.num_heads
     scores = tokens**2 * c.dim / (c.q_sub * c.k_sub)
     project = 2 * tokens * c.head_dim * c.dim * (len(c.q_pool) / c.q_sub + heads * len(c.k_pool) / c.k_sub)
-    weigh = 2 * tokens * c.head_dim * (("soft" in c.q_pool) + heads * ("soft" in c.k_pool))
-    return (scores + project + weigh) / (2 * tokens**2 * c.head_dim)
+    return (scores + project) / (2 * tokens**2 * c.head_dim)
 
 
 def write(path: Path, value: Any) -> None:
@@ -262,7 +257,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         # Memory is plenty: fewer, larger products.
-        gate.SLICE_BYTES = 2**30
+        reference.SLICE_BYTES = 2**30
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model, tokenizer = bundled.load_teacher(dtype)
     return model.to(args.device), tokenizer

@@ -291,9 +291,9 @@ def calibrated_targets() -> str:
     report = json.loads(CALIBRATE.read_text())
     on = report["calibrated_on"]
     lines = [
-        f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, "
-        f"{report['held_out_tokens']:,} others to measure on; {machine(report)}. "
-        "A cell is density, recall and the rise of perplexity over dense:",
+        f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, {report['held_out_tokens']:,} "
+        f"others to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over "
+        "dense:",
         "",
         "| target | " + " | ".join(f"{int(n):,} tokens" for n in report["dense"]) + " |",
         "|---" * (1 + len(report["dense"])) + "|",
@@ -339,17 +339,17 @@ def calibrated_compared() -> str:
 
 
 def designs_long() -> str:
-    """Return gate designs and objectives under a longer distillation on a GPU, training-free scorers first."""
+    """Return gate designs and objectives after a longer run on a GPU, training-free scorers first."""
     report = json.loads((GPU / "gate_design.json").read_text())
     settings, rows = report["settings"], report["rows"]
     steps = {g["group"]: g["rows"][-1]["step"] for g in report["training"]}
     by = {(r["method"], r["tokens"], r["asked"]): r for r in rows}
     asked, lengths = settings["densities"], settings["eval_lengths"]
     lines = [
-        f"{settings['batch']:,} tokens per step; `top_k` with the first and the own block forced, no dense last "
+        f"{settings['batch']:,} tokens per step; `top_k`, the first and the own block forced, no dense last "
         f"rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per "
-        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a share of XAttention's gap, "
-        "and the needles found:",
+        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a share of XAttention's "
+        "gap, and the needles found:",
         "",
         "| method | cost at 32k | steps | "
         + " | ".join(f"{n // 1024}k, {a:.0%}" for n in lengths for a in asked)
@@ -395,8 +395,8 @@ def distill_step() -> str:
     """Return the cost of a training step beside the dense forward pass."""
     report = json.loads((GPU / "distill_step.json").read_text())
     lines = [
-        f"{report['date']}, {machine(report)}; shape {report['shape']} with {report['layers']} layers and random "
-        f"weights, {report['dtype']}, one sequence per step:",
+        f"{report['date']}, {machine(report)}; shape {report['shape']} with {report['layers']} layers and "
+        f"random weights, {report['dtype']}, one sequence per step:",
         "",
         "| tokens | dense forward s | step s | ratio | pooled attention s | gate s | optimizer s | rest s | "
         "forward peak GB | step peak GB | GPU hours for 0.5 B tokens |",

@@ -1,6 +1,7 @@
 """CONTRIBUTING.md's recipes, done: each test adds one thing as one new file and uses it."""
 
 import importlib
+import json
 import sys
 import textwrap
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from seerattention import baselines, cli, policies
 from seerattention.attention import seer_attention
+from seerattention.evals import tasks
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops import block_sparse_attention as op
 from seerattention.ops._dispatch import load_backends
@@ -146,6 +148,42 @@ def test_a_baseline_is_one_file(add):
     assert isinstance(selection, BlockSelection)
     # k = floor((1 - sqrt(0.5)) * 8) = 2: the latest two blocks.
     assert selection.to_mask()[0, 0, 5].nonzero().flatten().tolist() == [4, 5]
+
+
+def test_a_task_is_one_file(add, tmp_path):
+    add(
+        tasks,
+        "echo",
+        """
+        from dataclasses import dataclass
+
+        from seerattention.evals.tasks._base import Generated, Sample, rng_of
+
+        @dataclass(frozen=True)
+        class Echo(Generated):
+            word: str = "dog"
+
+            def make(self, source, length, seed):
+                start = int(rng_of("echo", length, seed).integers(0, 100))
+                prompt = source.haystack[start : start + length - self.new_tokens]
+                return Sample(prompt, (self.word,), new_tokens=self.new_tokens)
+
+        create = Echo
+        """,
+    )
+    assert "echo" in tasks.names()
+    config = tmp_path / "echo.toml"
+    config.write_text(
+        f'out = "{tmp_path}/out"\nlengths = [128]\nsamples = 2\nmodel = {{ device = "cpu" }}\n'
+        '[methods.meanpool]\npolicy = "token_budget:64"\n[tasks.echo]\nword = "the"\n'
+    )
+    result = CliRunner().invoke(cli.app(), ["eval", str(config)])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["tokens"], r["expected"]) for r in records] == [
+        (method, 96, ["the"]) for method in ("dense", "dense", "meanpool", "meanpool")
+    ]
+    assert all(r["score"] == float("the" in r["answer"].lower()) for r in records)
 
 
 def test_a_command_is_one_file(add):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig, Threshold, TopK
-from seerattention import gate as gate_module
 from seerattention.ops._shapes import Shape
+from seerattention.ops.score_blocks import reference
 from seerattention.policies import Policy, select
 from seerattention.testing.inputs import random_qkv
 
@@ -344,7 +344,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, design: GateConf
     q, k = qk(777, batch=2)
     whole = gate(q, k)
     for size in (1, 30_000, 100_000):
-        monkeypatch.setattr(gate_module, "SLICE_BYTES", size)
+        monkeypatch.setattr(reference, "SLICE_BYTES", size)
         torch.testing.assert_close(gate(q, k), whole, rtol=0, atol=1e-6)
 
 

@@ -7,6 +7,7 @@ from seerattention.cli.info import support
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import TopK
@@ -42,13 +43,14 @@ def call(op, backend):
         "block_sparse_attention": lambda q, k: block_sparse_attention(q, k, k, selection, backend=backend),
         "pooled_attention": lambda q, k: pooled_attention(q, k, k, (64, 64), backend=backend)[0],
         "summarise_blocks": lambda q, k: summaries(k, backend),
+        "score_blocks": lambda q, k: score_blocks(q, k, (8, 8), backend=backend),
         "select_blocks": chosen,
     }[op]
 
 
 def test_the_table_is_about_every_operation():
     assert {row.op for row in ROWS} == {
-        "block_sparse_attention", "pooled_attention", "select_blocks", "summarise_blocks"
+        "block_sparse_attention", "pooled_attention", "score_blocks", "select_blocks", "summarise_blocks"
     }  # fmt: skip
 
 

@@ -13,21 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
-from seerattention.ops.summarise_blocks import rotate, summarise_blocks
+from seerattention.ops.summarise_blocks import project_blocks, rotate, summarise_blocks
 from seerattention.scorer import Scorer as Scorer
-from seerattention.selection import num_blocks
 
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-POOLS = ("max", "min", "avg", "soft")
-
-#: Distances in blocks that have a bias of their own: 0, 1, 2-3, 4-7, ...
-DISTANCES = 20
-
-#: Scores of sub-blocks are reduced to scores of blocks in slices of at most this many bytes.
-SLICE_BYTES = 64 * 2**20
+POOLS = ("max", "min", "avg")
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class GateConfig:
         head_dim: Dimension of a head, ``D``.
         block_size: Tokens per block, of queries and keys.
         gate_dim: Dimension ``E`` of the projected summaries; default ``head_dim``.
-        q_pool: How a block of queries is summarised: any of max, min, avg, soft, concatenated in order.
+        q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
             ``soft`` is a mean weighted by the softmax of each token's product with a learned vector per
             head; it starts as the mean.
         k_pool: The same for keys.
@@ -57,7 +51,6 @@ class GateConfig:
         qk_norm: RMS-normalise the projected summaries.
         q_proj: Project queries. Without, queries are used as pooled and keys are projected once per
             query head.
-        distance_bias: Add a learned number per head and distance, in powers of two blocks, to the scores.
         init: ``identity`` starts as the plain dot product of mean-pooled q and k; ``random`` as the
             published code does, normal with standard deviation 0.02.
     """
@@ -76,7 +69,6 @@ class GateConfig:
     rope_theta: float = 10000.0
     qk_norm: bool = False
     q_proj: bool = True
-    distance_bias: bool = False
     init: Literal["identity", "random"] = "identity"
 
     def __post_init__(self) -> None:
@@ -110,8 +102,6 @@ class GateConfig:
                 "without q_proj the gate needs one q pool and gate_dim == head_dim, got "
                 f"q_pool={self.q_pool}, gate_dim={self.dim}, head_dim={self.head_dim}"
             )
-        if not self.q_proj and "soft" in self.q_pool:
-            raise ValueError("the pool soft of queries needs q_proj=True")
         if self.per_kv_head and not self.q_proj:
             raise ValueError("per_kv_head merges a group's queries by q_proj; set q_proj=True")
         if self.init not in ("identity", "random"):
@@ -217,27 +207,6 @@ class HeadLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, width, dim))
 
 
-class SoftPool(nn.Module):
-    """A learned mean of each block of tokens.
-
-    Attributes:
-        weight: ``[H, D]``; tokens are weighted by the softmax of their products with it.
-    """
-
-    def __init__(self, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, head_dim))
-
-    def forward(self, x: Tensor, size: int) -> Tensor:
-        """Pool ``[B, H, T, D]`` to ``[B, H, N, D]``; a short last block over the tokens it has."""
-        logits = torch.einsum("bhtd,hd->bht", x, self.weight) * x.shape[-1] ** -0.5
-        missing = -x.shape[2] % size
-        logits = nn.functional.pad(logits, (0, missing), value=float("-inf"))
-        x = nn.functional.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size))
-        share = torch.softmax(logits.unflatten(2, (-1, size)), -1)
-        return torch.einsum("bhns,bhnsd->bhnd", share, x)
-
-
 class AttnGate(nn.Module):
     """Scores every (query block, KV block) pair from q and k before the rotary embedding.
 
@@ -267,23 +236,14 @@ class AttnGate(nn.Module):
         self.linear_k = HeadLinear(k_heads, k_width, config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
-        self.pool_q = SoftPool(config.num_heads, config.head_dim) if "soft" in config.q_pool else None
-        self.pool_k = SoftPool(config.num_kv_heads, config.head_dim) if "soft" in config.k_pool else None
-        self.bias = None
-        if config.distance_bias:
-            self.bias = nn.Parameter(torch.empty(q_heads, DISTANCES))
-        # What `ProductScorer` asks for: with a bias, scores are more than products.
-        self._subs = (config.block_size // config.q_sub, config.block_size // config.k_sub)
-        self.sub_blocks = None if config.distance_bias else self._subs
+        # What `ProductScorer` asks for.
+        self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``config.init`` says, from torch's random generator."""
         c = self.config
-        for zero in (self.bias, self.pool_q and self.pool_q.weight, self.pool_k and self.pool_k.weight):
-            if zero is not None:
-                nn.init.zeros_(zero)
         if c.init == "random":
             for linear in filter(None, (self.linear_q, self.linear_k)):
                 nn.init.normal_(linear.weight, std=0.02)
@@ -324,7 +284,6 @@ class AttnGate(nn.Module):
             k,
             c.k_sub,
             c.k_pool,
-            self.pool_k,
             weight=self.linear_k.weight,
             rotary=self._turns(positions[..., :: c.k_sub], k.shape[0]),
             **_norm(self.norm_k),
@@ -337,51 +296,46 @@ class AttnGate(nn.Module):
             q,
             c.q_sub,
             c.q_pool,
-            self.pool_q,
             weight=None if self.linear_q is None else self.linear_q.weight,
             merge=c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
             rotary=self._turns(positions[..., :: c.q_sub], q.shape[0]),
             **_norm(self.norm_q),
         )
 
-    def _summarise(
-        self, x: Tensor, size: int, pools: tuple[str, ...], soft: SoftPool | None, **options: Any
-    ) -> Tensor:
-        dtype = self.linear_k.weight.dtype
-        if soft is None:
+    def _summarise(self, x: Tensor, size: int, pools: tuple[str, ...], **options: Any) -> Tensor:
+        dtype, device = self.linear_k.weight.dtype, x.device.type
+        if not (torch.is_grad_enabled() and self.linear_k.weight.requires_grad):
             return summarise_blocks(x, size, pools, dtype=dtype, **options)
-        # As if the concatenated pools were tokens: blocks of one, whose mean they are.
-        x = x.to(dtype)
-        parts = [soft(x, size) if p == "soft" else pool_blocks(x, size, (p,)) for p in pools]
-        return summarise_blocks(
-            torch.cat(parts, -1), 1, ("avg",), dtype=dtype, backend="reference", **options
-        )
+        # Tokens get no gradient while a gate learns: their pools are constants, made in one read, and
+        # in what the projection will multiply.
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return project_blocks(summarise_blocks(x, size, pools, dtype=dtype), **options)
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        subs_q, subs_k = self._subs
-        queries = self.summarise_queries(q, positions=positions).float() * self.scale
-        keys = k_blocks.float()
-        blocks_k = num_blocks(keys.shape[2], subs_k)
-        # A head's query summaries meet the key summaries of its group.
-        queries = queries.unflatten(1, (keys.shape[1], -1))
-        row_bytes = 4 * queries[:, :, :, 0, 0].numel() * subs_q * blocks_k * subs_k
-        rows = max(1, SLICE_BYTES // row_bytes) * subs_q
-        keys = keys.mT.unsqueeze(2)
-        scores = torch.cat(
-            [_max_over_sub_blocks(part @ keys, subs_q, subs_k) for part in queries.split(rows, dim=3)],
-            dim=3,
-        ).flatten(1, 2)
-        return scores if self.bias is None else scores + self._distance_bias(*scores.shape[2:])
+        queries = self.summarise_queries(q, positions=positions)
+        return self.score_summaries(queries, k_blocks, past_blocks=None, backend="reference")
 
-    def _distance_bias(self, rows: int, columns: int) -> Tensor:
-        """Return the bias of every pair, ``[H, Nq, Nk]``; the rows are the last of all blocks."""
-        assert self.bias is not None
-        own = torch.arange(columns - rows, columns, device=self.bias.device)[:, None]
-        distance = (own - torch.arange(columns, device=self.bias.device)).clamp(min=0)
-        # 0 -> 0, 1 -> 1, 2-3 -> 2, 4-7 -> 3: the number of binary digits, exact in floats.
-        place = torch.frexp(distance.float()).exponent.clamp(max=DISTANCES - 1)
-        return self.bias.float()[:, place]
+    def score_summaries(
+        self, queries: Tensor, keys: Tensor, *, past_blocks: int | None = 0, backend: str = "auto"
+    ) -> Tensor:
+        """Score block pairs from the summaries of their queries and keys.
+
+        Args:
+            queries: From `summarise_queries`.
+            keys: From `compress`.
+            past_blocks: KV blocks before the first query block: later blocks than a row sees hold
+                finite numbers without a meaning. None scores every pair.
+            backend: Of `score_blocks`.
+
+        Returns:
+            fp32 ``[B, H, Nq, Nk]``, before softmax.
+        """
+        keys = keys.to(queries.dtype)
+        return score_blocks(
+            queries, keys, self.sub_blocks, scale=self.scale, past_blocks=past_blocks, backend=backend
+        )
 
     def forward(self, q_nope: Tensor, k_nope: Tensor, *, positions: Tensor | None = None) -> Tensor:
         """Score a whole sequence at once.
@@ -412,29 +366,15 @@ def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
 
 
-def _max_over_sub_blocks(scores: Tensor, subs_q: int, subs_k: int) -> Tensor:
-    """Reduce ``[..., Nq * subs_q, Nk * subs_k]`` (the last block possibly short) to ``[..., Nq, Nk]``."""
-    for dim, subs in ((-1, subs_k), (-2, subs_q)):
-        if subs == 1:
-            continue
-        missing = -scores.shape[dim] % subs
-        if missing:
-            pad = (0, missing) if dim == -1 else (0, 0, 0, missing)
-            scores = nn.functional.pad(scores, pad, value=float("-inf"))
-        scores = scores.unflatten(dim, (-1, subs)).amax(dim)
-    return scores
-
-
 def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, rope: bool) -> None:
     """Fill ``[H, copies * len(pools) * D, E]`` so that it passes the mean of the inputs, plus noise.
 
-    The mean is the soft or else the avg pool where there is one, else the average of the pools there
-    are. Where ``E`` is less than ``D``, pairs of values that are rotated together are passed or left out
-    together, evenly over the frequencies: ``E`` values are rotated by every ``D / E``-th of them.
+    The mean is the avg pool where there is one, else the average of the pools there are. Where ``E`` is
+    less than ``D``, pairs of values that are rotated together are passed or left out together, evenly over
+    the frequencies: ``E`` values are rotated by every ``D / E``-th of them.
     """
     dim = weight.shape[2]
-    mean = next((p for p in ("soft", "avg") if p in pools), None)
-    share = [float(p == mean) if mean else 1 / len(pools) for p in pools]
+    share = [float(p == "avg") if "avg" in pools else 1 / len(pools) for p in pools]
     eye = torch.eye(head_dim, dim)
     if rope and dim < head_dim:
         pair = torch.arange(dim // 2) * head_dim // dim

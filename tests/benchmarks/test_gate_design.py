@@ -29,8 +29,8 @@ def test_variants_trained_together_are_those_trained_alone(tokens):
     model, _ = bundled.load_teacher()
     variants = (
         gate_design.Variant("kl"),
-        gate_design.Variant("soft", {"q_pool": ["soft"], "k_sub_block": 16}, "mixture", {}, 3e-3),
-        gate_design.Variant("bias", {"distance_bias": True, "q_sub_block": 16}, "regret"),
+        gate_design.Variant("mean", {"q_pool": ["avg"], "k_sub_block": 16}, "mixture", {}, 3e-3),
+        gate_design.Variant("coarse", {"q_sub_block": 16}, "regret"),
     )
 
     def batches(step: int) -> np.ndarray:

@@ -6,6 +6,9 @@ import torch
 from seerattention.distill import layer, objectives, target_recall
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.score_blocks import reference
+from seerattention.ops.summarise_blocks import reference as summarise
+from seerattention.testing.memory import LargestTensor
 
 
 def inputs(tokens):
@@ -14,9 +17,17 @@ def inputs(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 250])
-@pytest.mark.parametrize("settings", [{}, {"per_kv_head": True}, {"k_sub_block": None, "q_sub_block": None}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"per_kv_head": True},
+        {"k_sub_block": None, "q_sub_block": None},
+        {"q_pool": ("max",), "k_pool": ("avg", "min"), "qk_norm": True},
+    ],
+)
 def test_sliced_scores_and_gradients_equal_the_gates_own(tokens, settings, monkeypatch):
-    monkeypatch.setattr(layer, "SLICE_BYTES", 1)
+    monkeypatch.setattr(reference, "SLICE_BYTES", 1)
     q, k = inputs(tokens)
     torch.manual_seed(1)
     gate = AttnGate(
@@ -36,16 +47,39 @@ def test_sliced_scores_and_gradients_equal_the_gates_own(tokens, settings, monke
         assert (a - b).abs().max() <= eps * a.abs().max()
 
 
-def test_the_sub_block_scores_of_a_slice_are_all_that_is_kept(monkeypatch):
+def test_pools_are_the_largest_that_is_kept(monkeypatch):
     """What the backward pass keeps is a map of blocks, never one of sub-blocks."""
-    monkeypatch.setattr(layer, "SLICE_BYTES", 1)
+    monkeypatch.setattr(reference, "SLICE_BYTES", 1)
     q, k = inputs(256)
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16, q_sub_block=2, k_sub_block=2))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         layer.gate_scores(gate, q, k, torch.arange(256))
-    assert max(kept) <= q.numel()
+    assert max(kept) == q.numel() // 2 * 3
     assert max(kept) < 2 * 4 * 128 * 128
+
+
+def test_no_copy_of_all_tokens_is_made():
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=64, q_sub_block=32, k_sub_block=32))
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, heads, 4096, 16).bfloat16() for heads in (4, 2))
+    with LargestTensor() as largest:
+        layer.gate_scores(gate, q, k, torch.arange(4096)).sum().backward()
+    # Views of q itself count as well.
+    assert largest.bytes <= q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_pooled_once(dtype, monkeypatch):
+    """Tokens get no gradient: their pools are constants, and backward does not make them again."""
+    pooled = []
+    run = summarise.run
+    monkeypatch.setattr(summarise, "run", lambda x, *a, **b: pooled.append(x.shape[1]) or run(x, *a, **b))
+    q, k = (x.to(dtype) for x in inputs(250))
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
+    layer.gate_scores(gate, q, k, torch.arange(250)).sum().backward()
+    assert pooled == [4, 2]
+    assert all(p.grad.any() for p in gate.parameters())
 
 
 def test_recall_on_all_rows_is_target_recall():

@@ -80,7 +80,7 @@ def test_unused_tokens_cannot_reach_a_summary() -> None:
     ("change", "reason"),
     [
         ({"weight": torch.randn(1, 64, 16)}, "it does not merge heads"),
-        ({"pools": ("max", "avg")}, "without a projection it takes one pool"),
+        ({"pools": ("max", "avg"), "norm": torch.ones(64)}, "neither normalises nor rotates several pools"),
         ({"x": torch.randn(1, 2, 8, 32, dtype=torch.float64)}, "must be float16, bfloat16 or float32"),
         ({"x": torch.randn(1, 2, 8, 32).bfloat16(), "weight": torch.randn(2, 32, 16).bfloat16()}, "wrongly"),
         ({"x": torch.randn(1, 2, 8, 129)}, "up to 512 bytes"),

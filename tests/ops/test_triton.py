@@ -66,8 +66,54 @@ def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: int, direc
     assert made["copies"] > 0
 
 
+COMPILE_SCORES = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from seerattention.ops.score_blocks import _triton_kernel, triton as backend
+
+name, dtype, dim = sys.argv[1], sys.argv[2], int(sys.argv[3])
+kernel = getattr(_triton_kernel, name)
+kind = "narrow" if dtype == "bf16" else "wide"
+launch = dict(backend.LAUNCH[kind]["score" if name == "score" else "back"])
+options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
+constants = launch | {
+    "GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True,
+}
+constants |= {"KEEP": True, "PRECISION": "tf32x3"} if name == "score" else {"unit": None, "PRECISION": "ieee"}
+names = kernel.arg_names
+kinds = dict.fromkeys(names, "i32")
+kinds |= {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
+kinds |= {n: "*fp32" for n in ("scores", "gradient") if n in names}
+kinds |= {"winners": "*u8", "scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+# torch's memory begins at multiples of 16 bytes: only then are copies asynchronous.
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n].startswith("*")}
+fixed = {(names.index(n),): value for n, value in constants.items()}
+compiled = compile(
+    ASTSource(kernel, kinds, constexprs=fixed, attrs=aligned),
+    target=GPUTarget("cuda", 90, 32),
+    options=options,
+)
+ptx = compiled.asm["ptx"]
+print(json.dumps({"shared": compiled.metadata.shared, "products": ptx.count("wgmma.mma_async")}))
+"""
+
+
+@pytest.mark.parametrize("kernel", ["score", "back_to_queries", "back_to_keys"])
+@pytest.mark.parametrize(("dtype", "dim"), [("bf16", 128), ("fp32", 128)])
+def test_the_scoring_kernels_compile_for_hopper(kernel: str, dtype: str, dim: int) -> None:
+    command = [sys.executable, "-c", COMPILE_SCORES, kernel, dtype, str(dim)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = json.loads(done.stdout)
+    # GPUs with less shared memory than Hopper have 99 KiB of it.
+    assert made["shared"] <= 99 * 1024
+    assert (made["products"] > 0) == (dtype == "bf16" or kernel == "score")
+
+
 @pytest.mark.parametrize(
-    "op", ["block_sparse_attention", "pooled_attention", "select_blocks", "summarise_blocks"]
+    "op", ["block_sparse_attention", "pooled_attention", "score_blocks", "select_blocks", "summarise_blocks"]
 )
 def test_kernels_in_the_interpreter(op: str) -> None:
     # It must be asked for before kernels are defined, and nothing else is to meet it.

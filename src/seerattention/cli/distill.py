@@ -229,13 +229,18 @@ def _print_plan(
     sequences: int,
     out: Path,
 ) -> None:
-    from seerattention.distill.layer import SLICE_BYTES
+    from seerattention.ops.score_blocks.reference import SLICE_BYTES
 
     count = sum(p.numel() for p in gates.parameters())
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
     blocks = -(-length // gates.config.block_size)
-    # Target, scores, their logarithm and gradients; slices of sub-block scores with their gradients.
-    maps = 8 * 4 * gates.config.num_heads * blocks**2 + 5 * SLICE_BYTES
+    # Target, scores, their logarithm and gradients; slices of sub-block scores with their gradients; pools
+    # and summaries in fp32, rotated and not, with gradients.
+    c = gates.config
+    pooled = c.num_heads * len(c.q_pool) / c.q_sub + c.num_kv_heads * len(c.k_pool) / c.k_sub
+    summaries = c.num_heads / c.q_sub + c.num_kv_heads / c.k_sub
+    maps = 8 * 4 * c.num_heads * blocks**2 + 5 * SLICE_BYTES
+    maps += int(4 * length * (pooled * c.head_dim + 5 * summaries * c.dim))
     size, about = about.split("; ", 1)
     console.print(
         f"base model  {name}: {sum(p.numel() for p in base.parameters()) / 1e6:.1f} M parameters, frozen, "

@@ -34,6 +34,7 @@ def support() -> list[Support]:
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.ops import block_sparse_attention as sparse
     from seerattention.ops import pooled_attention as pooled
+    from seerattention.ops import score_blocks as scores
     from seerattention.ops import select_blocks as chosen
     from seerattention.ops import summarise_blocks as summaries
     from seerattention.ops._dispatch import explain
@@ -58,9 +59,11 @@ def support() -> list[Support]:
             choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "num_keys": 128}
             pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
             pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None}
+            scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
             asked: list[tuple[str, Any, dict[str, Any]]] = [
                 ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
                 ("summarise_blocks", summaries, pooling),
+                ("score_blocks", scores, scoring | {"past_blocks": 0}),
                 ("select_blocks", chosen, choice),
                 ("pooled_attention", pooled, qkv | {"block_size": (64, 64), "options": pooling_options}),
             ]

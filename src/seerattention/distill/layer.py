@@ -1,23 +1,17 @@
-"""What one layer learns: its loss is differentiated at once, its sub-block scores in bounded slices."""
+"""What one layer learns: its loss is differentiated at once, so that no layer waits for another's."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from seerattention.distill.objectives import Objective
 from seerattention.distill.target import SKIPPED_ROWS
 from seerattention.gate import AttnGate
 from seerattention.policies import TopK
-from seerattention.selection import causal_blocks, num_blocks
-
-#: Sub-block scores, and tokens cast to the gate's precision, are held in slices of at most this many bytes.
-#: Differentiating a slice's maxima takes about four times as much.
-SLICE_BYTES = 256 * 2**20
+from seerattention.selection import causal_blocks
 
 #: Rows on which recall is measured: all of them would cost a top-k of the whole map in every layer.
 RECALL_ROWS = 64
@@ -26,9 +20,8 @@ RECALL_ROWS = 64
 def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tensor) -> Tensor:
     """Return what ``gate(q_nope, k_nope)`` returns on causal pairs, with gradients and in bounded memory.
 
-    Keys and then rows of query blocks are taken in slices; a row slice meets its causal keys only, and
-    its sub-block scores are computed again in the backward pass. No copy of all of q or k is made.
-    Where q is of 16 bits, products run in bfloat16 under autocast on the gate's fp32 weights.
+    What is kept for the backward pass is the size of pools, summaries and block scores, never of tokens or
+    of sub-block pairs. Where q is of 16 bits, products run in bfloat16 on the gate's fp32 weights.
 
     Args:
         gate: The gate.
@@ -37,43 +30,15 @@ def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tenso
         positions: int64 ``[T]``.
 
     Returns:
-        fp32 ``[B, H, N, N]``, before softmax; acausal pairs hold arbitrary finite numbers.
+        fp32 ``[B, H, N, N]``, before softmax; acausal pairs hold finite numbers without a meaning.
     """
-    size, length = gate.config.block_size, q_nope.shape[2]
-    token_bytes = 4 * q_nope[:, :, 0].numel()
-    step = max(1, SLICE_BYTES // (token_bytes * size)) * size
     half = q_nope.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(q_nope.device.type, torch.bfloat16) if half else nullcontext():
-        keys = torch.cat(
-            [
-                gate.compress(k_nope[:, :, s : s + step], positions=positions[s : s + step])
-                for s in range(0, length, step)
-            ],
-            dim=2,
-        )
-        parts, start, blocks = [], 0, num_blocks(length, size)
-        while start < length:
-            stop = min(length, start + min(step, _rows(gate, q_nope, length)))
-            seen = num_blocks(stop, gate.config.k_sub)
-            part = checkpoint(
-                _score, gate, q_nope[:, :, start:stop], keys[:, :, :seen], positions[start:stop],
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
-            parts.append(F.pad(part.float(), (0, blocks - part.shape[-1])))
-            start = stop
-        return torch.cat(parts, dim=2)
-
-
-def _score(gate: AttnGate, q: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-    return gate.score(q, keys, positions=positions)
-
-
-def _rows(gate: AttnGate, q: Tensor, length: int) -> int:
-    """Return query tokens, whole blocks, whose sub-block scores fit a slice."""
-    c = gate.config
-    heads = c.num_kv_heads if c.per_kv_head else c.num_heads
-    row = 4 * q.shape[0] * heads * num_blocks(length, c.k_sub) * (c.block_size // c.q_sub)
-    return max(1, SLICE_BYTES // row) * c.block_size
+        queries = gate.summarise_queries(q_nope, positions=positions)
+        keys = gate.compress(k_nope, positions=positions)
+    if half:
+        queries, keys = queries.bfloat16(), keys.bfloat16()
+    return gate.score_summaries(queries, keys)
 
 
 def learn(
@@ -92,6 +57,7 @@ def learn(
         q_nope: ``[B, Hq, T, D]`` before the rotary embedding.
         k_nope: ``[B, Hk, T, D]`` before the rotary embedding.
         target: fp32 ``[B, Hq, N, N]`` from `pooled_attention`.
+        objective: What to minimise.
         weight: Factor of the loss: this call's share of the global batch.
         density: Of the recall.
 

@@ -12,12 +12,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-_COLOURS = (
+#: Words that names are made of.
+COLOURS = (
     "amber azure black blue bronze brown copper coral crimson cyan golden gray green indigo ivory jade "
     "lemon lilac lime maroon mauve navy ochre olive orange pearl pink plum purple red ruby russet rusty "
     "saffron scarlet silver tan teal violet white yellow"
 ).split()
-_THINGS = (
+THINGS = (
     "anchor apple arrow badge barrel basket beacon bell bottle bridge bucket button candle carpet castle "
     "chair clock compass cradle crown curtain dagger drum engine feather fiddle flag fountain garden gate "
     "glove hammer harbor hat helmet island jacket kettle key ladder lamp lantern letter lock mirror "
@@ -43,12 +44,14 @@ class NeedleDocument:
         answers: (start, stop) of each answer's tokens, in order of appearance.
         keys: What each question asks for.
         values: The digits of each answer.
+        places: (start, stop) of each answer's needle, in the same order.
     """
 
     tokens: np.ndarray
     answers: tuple[tuple[int, int], ...]
     keys: tuple[str, ...]
     values: tuple[str, ...]
+    places: tuple[tuple[int, int], ...] = ()
 
     @property
     def query_positions(self) -> np.ndarray:
@@ -82,7 +85,7 @@ class NeedleTask:
     def __init__(
         self, tokenizer: Tokenizer, haystack: np.ndarray, num_needles: int = 8, digits: int = 5
     ) -> None:
-        names = [f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS]
+        names = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
         self.num_needles = num_needles
         self.digits = digits
         self.haystack = np.asarray(haystack)
@@ -151,23 +154,29 @@ class NeedleTask:
         # A piece is put before the text token of its place; needles first where places are equal.
         last = room if questions == "end" else room // 2
         where = rng.integers(0, last, count)
-        places = [(int(x), 0, needle) for x, needle in zip(where, needles, strict=True)]
+        places = [(int(x), 0, i, needle) for i, (x, needle) in enumerate(zip(where, needles, strict=True))]
         if questions == "end":
-            places += [(room, 1 + i, piece) for i, piece in enumerate(asked)]
+            places += [(room, 1, i, piece) for i, piece in enumerate(asked)]
         else:
             where = rng.integers(room // 2, room + 1, count)
-            places += [(int(x), 1 + i, piece) for i, (x, piece) in enumerate(zip(where, asked, strict=True))]
-        places.sort(key=lambda place: place[:2])
-        parts, answers, names, values = [], [], [], []
+            places += [(int(x), 1, i, piece) for i, (x, piece) in enumerate(zip(where, asked, strict=True))]
+        places.sort(key=lambda place: place[:3])
+        parts, answers, asked_for, spans = [], [], [], {}
         done = total = 0
-        for place, rank, piece in places:
+        for place, question, index, piece in places:
             parts += [text[done:place], piece]
             total += place - done + len(piece)
             done = place
-            if rank:
-                i = order[rank - 1]
+            if question:
                 answers.append((total - len(newline) - self.digits, total - len(newline)))
-                names.append(self.names[picks[i]])
-                values.append("".join(map(str, digits[i])))
+                asked_for.append(int(order[index]))
+            else:
+                spans[index] = total - len(piece), total
         parts.append(text[done:])
-        return NeedleDocument(np.concatenate(parts), tuple(answers), tuple(names), tuple(values))
+        return NeedleDocument(
+            tokens=np.concatenate(parts),
+            answers=tuple(answers),
+            keys=tuple(self.names[picks[i]] for i in asked_for),
+            values=tuple("".join(map(str, digits[i])) for i in asked_for),
+            places=tuple(spans[i] for i in asked_for),
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from seerattention.models import AttentionCall
@@ -20,14 +22,20 @@ class Watch:
 
     def __init__(self, rows: int = 0) -> None:
         self.rows = rows
-        self.selected = self.valid = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        # Counted on the devices and read when asked for, so that watching does not wait for them.
+        self.counts: list[torch.Tensor] = []
+        self.valid = 0
         self.recalled = 0.0
         self.sampled = 0
 
     @property
     def density(self) -> float:
         """Fraction of the causally valid blocks read so far; 1 if nothing ran sparse."""
-        return self.selected / self.valid if self.valid else 1.0
+        return sum(map(int, self.counts)) / self.valid if self.valid else 1.0
 
     @property
     def recall(self) -> float:
@@ -39,9 +47,8 @@ class Watch:
         """Add one layer's call; the signature of `attach`'s observer."""
         batch, heads = selection.shape[:2]
         tokens_q, tokens_k = call.q.shape[2], call.k.shape[2]
-        valid = causal_blocks(tokens_q, tokens_k, selection.block_size)
-        self.selected += int(selection.counts.sum())
-        self.valid += batch * heads * int(valid.sum())
+        self.counts.append(selection.counts.sum())
+        self.valid += batch * heads * _num_valid(tokens_q, tokens_k, selection.block_size)
         if not self.rows:
             return
         query = torch.linspace(0, tokens_q - 1, self.rows, device=call.q.device).long()
@@ -58,3 +65,8 @@ class Watch:
         read = blocks.repeat_interleave(selection.block_size[1], -1)[..., :tokens_k]
         self.recalled += float((share * read.repeat_interleave(share.shape[1] // heads, 1)).sum())
         self.sampled += share.shape[0] * share.shape[1] * self.rows
+
+
+@lru_cache(maxsize=64)
+def _num_valid(tokens_q: int, tokens_k: int, block_size: tuple[int, int]) -> int:
+    return int(causal_blocks(tokens_q, tokens_k, block_size).sum())

@@ -11,6 +11,15 @@ from seerattention.evals.perplexity import hidden_states
 
 
 @torch.inference_mode()
+def predictions(model: PreTrainedModel, document: NeedleDocument) -> np.ndarray:
+    """Return the most likely next token at each of a document's ``query_positions``, int64, in one pass."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    hidden = hidden_states(model, document.tokens)
+    where = torch.from_numpy(document.query_positions).to(hidden.device)
+    return np.asarray(head(hidden[where]).argmax(-1).cpu())
+
+
 def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
     """Return the fraction of all answers that the model predicts right in every digit.
 
@@ -18,11 +27,5 @@ def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
         model: A causal language model, with or without gates attached.
         documents: From `NeedleTask.make`, each run in one pass.
     """
-    head = model.get_output_embeddings()
-    assert head is not None
-    correct = 0
-    for document in documents:
-        hidden = hidden_states(model, document.tokens)
-        where = torch.from_numpy(document.query_positions).to(hidden.device)
-        correct += document.correct(np.asarray(head(hidden[where]).argmax(-1).cpu()))
+    correct = sum(document.correct(predictions(model, document)) for document in documents)
     return correct / sum(len(d.answers) for d in documents)

@@ -46,6 +46,8 @@ CASES = (
     Case(name="published-queries", tokens=300, size=64, pools=("avg",), heads_out=0),
     Case(name="published-keys", tokens=300, size=64, heads_out=8),
     Case(name="one-pool", tokens=200, pools=("min",)),
+    Case(name="pools-alone", tokens=300, heads_out=0, dim=96, rope=False, batch=2),
+    Case(name="two-pools-alone", tokens=200, pools=("avg", "min"), heads_out=0, width=24, rope=False),
     Case(name="largest-only", tokens=200, pools=("max",), heads_out=0, norm=True),
     Case(name="other-order", tokens=200, pools=("avg", "max")),
     Case(name="odd-size", tokens=100, size=6),

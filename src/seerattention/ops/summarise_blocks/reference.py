@@ -25,13 +25,27 @@ def run(
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Return the summaries, ``[B, H, N, E]``."""
-    summary = pool_blocks(x.to(dtype), size, pools)
+    return project_blocks(
+        pool_blocks(x.to(dtype), size, pools), weight=weight, merge=merge, norm=norm, eps=eps, rotary=rotary
+    )
+
+
+def project_blocks(
+    summary: Tensor,
+    *,
+    weight: Tensor | None,
+    merge: int = 1,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Project, normalise and rotate pools ``[B, H, N, len(pools) * D]``; arguments as `summarise_blocks`."""
     if merge > 1:
         summary = summary.unflatten(1, (-1, merge)).transpose(2, 3).flatten(3)
     if weight is not None:
         # One head of x may be projected for several heads.
-        summary = summary.repeat_interleave(weight.shape[0] // summary.shape[1], dim=1)
-        summary = torch.einsum("bhni,hio->bhno", summary, weight)
+        weight = weight.unflatten(0, (summary.shape[1], -1))
+        summary = torch.einsum("bhni,hgio->bhgno", summary, weight).flatten(1, 2)
     if norm is not None:
         summary = F.rms_norm(summary, norm.shape, norm, eps)
     return summary if rotary is None else rotate(summary, *rotary)

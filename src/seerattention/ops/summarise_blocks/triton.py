@@ -22,7 +22,7 @@ except ImportError:  # so that `unsupported` can say it
     triton = tl = None
 
 #: Launch settings: tokens per program, tokens of each block loaded between two turns of the loop, and
-#: warps. ``pool`` is for no projection, ``wide`` for vectors of more than 256 bytes.
+#: warps. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
 LAUNCH: dict[str, dict[str, int]] = {
     "pool": {"TOKENS": 1024, "UNROLL": 8, "num_warps": 4},
     "project": {"TOKENS": 1024, "UNROLL": 4, "num_warps": 8},
@@ -52,8 +52,8 @@ def unsupported(
         reasons.append("it has no backward; use backend='reference' for gradients")
     if merge > 1:
         reasons.append("it does not merge heads")
-    if weight is None and len(pools) > 1:
-        reasons.append("without a projection it takes one pool")
+    if weight is None and len(pools) > 1 and (norm is not None or rotary is not None):
+        reasons.append("without a projection it neither normalises nor rotates several pools")
     if dtype not in DTYPES or x.dtype not in DTYPES or any(t.dtype != dtype for t in given[1:]):
         reasons.append(f"x, weight and norm must be float16, bfloat16 or float32, weights {dtype}")
     if INTERPRETED and dtype == torch.bfloat16 and weight is not None:
@@ -98,7 +98,11 @@ def summarise(
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
     place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
-    options = _options(size, max(width, dim) * out.element_size(), projects=weight is not None)
+    if weight is None:
+        dim = width
+    options = _options(
+        size, max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1
+    )
     with torch.cuda.device_of(x):
         _summarise[batch * heads, triton.cdiv(blocks, options["ROWS"])](
             x,
@@ -139,7 +143,8 @@ def _empty(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> Tensor:
-    heads, dim = (x.shape[1], x.shape[3]) if weight is None else (weight.shape[0], weight.shape[2])
+    plain = x.shape[1], len(pools.split()) * x.shape[3]
+    heads, dim = plain if weight is None else (weight.shape[0], weight.shape[2])
     return x.new_empty((x.shape[0], heads, num_blocks(x.shape[2], size), dim), dtype=dtype)
 
 
@@ -204,6 +209,9 @@ def _summarise(
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     E_HALF: tl.constexpr = (E + 1) // 2
+    POOLS: tl.constexpr = (MAX >= 0) + (MIN >= 0) + (AVG >= 0)
+    # Without a projection the pools lie behind one another.
+    WIDTH: tl.constexpr = E if weight is not None else POOLS * E
     e = tl.arange(0, E_PAD)
     kept_a = (row < blocks)[:, None] & (e < E_HALF)[None, :]
     kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
@@ -215,7 +223,6 @@ def _summarise(
     for group in range(GROUPS):
         head_out = head * GROUPS + group
         if weight is not None:
-            POOLS: tl.constexpr = (MAX >= 0) + (MIN >= 0) + (AVG >= 0)
             w = weight + head_out * (POOLS * D * E)
             first = tl.zeros([ROWS, E_PAD], tl.float32)
             second = first
@@ -238,9 +245,20 @@ def _summarise(
             cos_a, sin_a = _turn(cos + turn, sin + turn, kept_a)
             cos_b, sin_b = _turn(cos + turn + E_HALF, sin + turn + E_HALF, kept_b)
             first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
-        to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * E + e[None, :]
-        tl.store(to, first, mask=kept_a)
-        tl.store(to + E_HALF, second, mask=kept_b)
+        to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
+        if WIDTH == E:
+            tl.store(to, first, mask=kept_a)
+            tl.store(to + E_HALF, second, mask=kept_b)
+        else:
+            if MAX >= 0:
+                tl.store(to + MAX * E, high_a, mask=kept_a)
+                tl.store(to + MAX * E + E_HALF, high_b, mask=kept_b)
+            if MIN >= 0:
+                tl.store(to + MIN * E, low_a, mask=kept_a)
+                tl.store(to + MIN * E + E_HALF, low_b, mask=kept_b)
+            if AVG >= 0:
+                tl.store(to + AVG * E, mean_a, mask=kept_a)
+                tl.store(to + AVG * E + E_HALF, mean_b, mask=kept_b)
 
 
 @_jit()

@@ -1,0 +1,161 @@
+"""Samples as lines of JSON: appended one by one, so that a killed run loses none and repeats none."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from seerattention.files import staged
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one method made of one sample.
+
+    Attributes:
+        of: Fingerprint of everything the result follows from but the seed.
+        method: The method's label.
+        policy: How much it was told to read; empty if dense.
+        task: The task's label.
+        metric: ``share`` or ``loss``.
+        length: Tokens asked for.
+        tokens: Tokens of the prompt.
+        density_asked: Fraction of the causally valid blocks; None where the policy has no density.
+        density: The fraction that was read, over all layers and heads of the prefill.
+        seed: The sample's.
+        expected: The right answers.
+        depths: Where in the prompt they stand, 0 to 1.
+        answer: What the model said.
+        score: By the metric; None where the numbers were not finite.
+        prefill_s: Seconds until the first token of the answer.
+        seconds: Seconds in all.
+        faults: What is wrong with the sample, by name.
+        by_position: (first position, end, mean loss) of parts of a window.
+    """
+
+    of: str
+    method: str
+    policy: str
+    task: str
+    metric: str
+    length: int
+    tokens: int
+    density_asked: float | None
+    density: float
+    seed: int
+    expected: list[str]
+    depths: list[float]
+    answer: str
+    score: float | None
+    prefill_s: float
+    seconds: float
+    faults: list[str]
+    by_position: list[tuple[int, int, float]]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What no two records share."""
+        return self.of, self.seed
+
+
+class RecordFile:
+    """The records of a folder, ``samples.jsonl``; a context that keeps other processes from writing.
+
+    Opening it reads what is there. Lines that are no record are dropped from the file, and named in
+    ``corrupt``: whoever wants their samples makes them again.
+
+    Args:
+        folder: Where it is; made if it does not exist.
+        readonly: Only read what is there, and change nothing.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If another process is writing there.
+    """
+
+    def __init__(self, folder: Path, *, readonly: bool = False) -> None:
+        self.path = folder / "samples.jsonl"
+        self.corrupt: list[str] = []
+        self.records: dict[tuple[str, int], Record] = {}
+        self._lock: int | None = None
+        if not readonly:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(
+                    f"cannot write {folder} ({error}); choose a folder that can be written"
+                ) from error
+            self._lock = _lock(folder)
+        text = self.path.read_bytes() if self.path.exists() else b""
+        good = self._read(text)
+        if not readonly and (self.corrupt or (text and not text.endswith(b"\n"))):
+            with staged(folder) as temporary:
+                (temporary / self.path.name).write_bytes(b"".join(line + b"\n" for line in good))
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def append(self, record: Record) -> None:
+        """Add a record; it is on the disk when this returns."""
+        line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+            os.fsync(file.fileno())
+        self.records[record.key] = record
+
+    def _read(self, text: bytes) -> list[bytes]:
+        good = []
+        for number, line in enumerate(text.split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = _parsed(json.loads(line))
+            except (ValueError, TypeError) as error:
+                self.corrupt.append(f"{self.path}, line {number}: {error}")
+                continue
+            if record.key not in self.records:
+                self.records[record.key] = record
+                good.append(line)
+        return good
+
+
+def _parsed(content: Any) -> Record:
+    names = {f.name for f in fields(Record)}
+    if not isinstance(content, dict) or set(content) != names:
+        raise ValueError("not the fields of a sample")
+    strings = ("of", "method", "policy", "task", "metric", "answer")
+    numbers = ("length", "tokens", "density", "seed", "prefill_s", "seconds")
+    if not all(isinstance(content[n], str) for n in strings):
+        raise ValueError("a text is missing")
+    if not all(isinstance(content[n], int | float) for n in numbers):
+        raise ValueError("a number is missing")
+    if not isinstance(content["score"], int | float | None):
+        raise ValueError("the score is no number")
+    return Record(**content)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the process ends or the descriptor is closed; nothing where locks are missing."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise ValueError(
+            f"another evaluation is writing to {folder}; wait for it or choose another"
+        ) from None
+    return descriptor

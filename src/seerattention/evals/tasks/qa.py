@@ -1,0 +1,124 @@
+"""Questions about one of many documents, from a given file.
+
+Source: RULER (arXiv 2404.06654), section 3.4 and its published code: wording, any of the answers counts, 32
+tokens for the answer. Differences: other documents that contain an answer are left out, and the last one is
+cut, so that a prompt has exactly the length asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from seerattention.evals.tasks._base import Generated, Sample, Source, check_room, rng_of, room_for, wrap
+from seerattention.evals.tasks._scoring import whether_any
+
+_ASK = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other "
+    "words."
+)
+_BEFORE = f"{_ASK}\n\nThe following are given documents.\n\n"
+_QUESTION = f"\n\n{_ASK}\n\nQuestion: {{}}"
+_PREFIX = " Answer:"
+
+
+@dataclass(frozen=True)
+class QA(Generated):
+    """The task.
+
+    Attributes:
+        file: A ``.jsonl`` with lines ``{"context": ..., "question": ..., "answers": [...]}``, or a
+            ``.json`` in the format of SQuAD.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or has fewer than two documents.
+    """
+
+    file: str
+    new_tokens: ClassVar[int] = 32
+
+    def __post_init__(self) -> None:
+        if len({context for context, _, _ in self.entries}) < 2:
+            raise ValueError(f"qa: {self.file} has fewer than two documents; give more")
+
+    @cached_property
+    def entries(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(document, question, answers) of the file."""
+        return list(_entries(Path(self.file)))
+
+    def score(self, answer: str, expected: Sequence[str]) -> float:
+        """Return 1 if any of the expected answers is found."""
+        return whether_any(answer, expected)
+
+    def make(self, source: Source, length: int, seed: int) -> Sample:
+        """Make a sample; see `Task.make`."""
+        rng = rng_of("qa", length, seed)
+        order = np.random.default_rng(0).permutation(len(self.entries))
+        document, asked, answers = self.entries[order[seed % len(order)]]
+        question = _QUESTION.format(asked)
+        others = sorted({context for context, _, _ in self.entries} - {document})
+        others = [text for text in others if not any(a.lower() in text.lower() for a in answers)]
+        if not others:
+            raise ValueError(f"qa: every other document of {self.file} contains an answer to {asked!r}")
+        room = room_for(source, length, self.new_tokens, _BEFORE, question, _PREFIX)
+        check_room("qa", length, room, len(source.encode(_numbered(1000, document))))
+        chosen = [others[i] for i in rng.permutation(len(others))]
+        total, count = 0, 0
+        while total < room:
+            count += 1
+            total += len(source.encode(_numbered(count, chosen[(count - 1) % len(chosen)])))
+        # Never the last one, which is cut.
+        place = int(rng.integers(0, max(1, count - 1)))
+        texts = [chosen[i % len(chosen)] for i in range(count)]
+        texts.insert(place, document)
+        pieces = [source.encode(_numbered(i, text)) for i, text in enumerate(texts, 1)]
+        starts = np.cumsum([0, *map(len, pieces)])
+        if starts[place + 1] > room:
+            place, pieces = 0, [source.encode(_numbered(1, document)), *pieces[1:]]
+        context = np.concatenate(pieces)[:room]
+        head = len(source.frame[0]) + len(source.encode(_BEFORE))
+        return Sample(
+            prompt=wrap(source, _BEFORE, context, question, _PREFIX),
+            expected=answers,
+            places=(head + int(starts[place]),),
+            new_tokens=self.new_tokens,
+        )
+
+
+def _numbered(number: int, text: str) -> str:
+    return f"Document {number}:\n{text}" if number == 1 else f"\n\nDocument {number}:\n{text}"
+
+
+def _entries(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    if not path.exists():
+        raise FileNotFoundError(f"qa: there is no file {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = _squad(json.loads(text)) if path.suffix == ".json" else map(json.loads, text.splitlines())
+        for row in rows:
+            answers = tuple(str(a) for a in row["answers"] if str(a).strip())
+            if answers:
+                yield str(row["context"]), str(row["question"]), answers
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'qa: {path} must have lines {{"context": ..., "question": ..., "answers": [...]}} or be a .json '
+            f"in the format of SQuAD ({error!r})"
+        ) from error
+
+
+def _squad(content: Any) -> Iterator[dict[str, Any]]:
+    for article in content["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = list(dict.fromkeys(a["text"] for a in qa["answers"]))
+                yield {"context": paragraph["context"], "question": qa["question"], "answers": answers}
+
+
+create = QA

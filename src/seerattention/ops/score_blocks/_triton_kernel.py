@@ -1,0 +1,221 @@
+"""Kernels of `score_blocks`: one that scores and remembers which pair won, two that send gradients back.
+
+In all of them sub-block ``i`` of many query blocks meets sub-block ``j`` of many KV blocks in one product,
+so that whatever belongs to a block pair lies in the same place of every tile: maxima, and the choice of
+the winning pair, are taken register by register.
+"""
+
+# Kernels are in Triton's language, which a type checker of Python does not know.
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # so that `unsupported` can say it
+    triton = tl = None
+
+
+def _jit(*plain: str) -> Any:
+    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
+    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
+
+
+@_jit("query_subs", "key_subs", "rows", "columns", "past")
+def score(
+    queries,
+    keys,
+    scores,
+    winners,
+    query_subs,
+    key_subs,
+    rows,
+    columns,
+    past,
+    scale,
+    GROUP: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SUBS_Q: tl.constexpr,
+    SUBS_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write a tile of block scores and, if wanted, the number of the pair that each came from."""
+    across = tl.cdiv(columns, COLUMNS)
+    # The last rows see the most blocks: first.
+    down = tl.cdiv(rows, ROWS) - 1 - tl.program_id(1) // across
+    row = down * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    seen = tl.minimum(columns, (down + 1) * ROWS + past) if CAUSAL else columns
+    if (tl.program_id(1) % across) * COLUMNS < seen:
+        head = tl.program_id(0).to(tl.int64)
+        e = tl.arange(0, E_PAD)
+        first_q = queries + head * query_subs * E + e[None, :]
+        first_k = keys + (head // GROUP) * key_subs * E + e[:, None]
+        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        winner = tl.full([ROWS, COLUMNS], SUBS_Q * SUBS_K, tl.int32)
+        for held in range(0, SUBS_Q, RESIDENT):
+            parts = ()
+            for sub in tl.static_range(RESIDENT):
+                # A short last block repeats its last summary: equal to an earlier pair, it never wins.
+                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, query_subs - 1)[:, None] * E
+                query = tl.load(at_q, mask=(e < E)[None, :], other=0.0)
+                parts = parts + (query,)  # noqa: RUF005, Triton has no stars
+            for sub_k in range(SUBS_K):
+                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[None, :] * E
+                key = tl.load(at_k, mask=(e < E)[:, None], other=0.0)
+                for sub in tl.static_range(RESIDENT):
+                    product = tl.dot(parts[sub], key, input_precision=PRECISION)
+                    if KEEP:
+                        pair = (held + sub) * SUBS_K + sub_k
+                        better = (product > best) | ((product == best) & (winner > pair))
+                        winner = tl.where(better, pair, winner)
+                    best = tl.maximum(best, product)
+        best *= scale
+        if CAUSAL:
+            best = tl.where(column[None, :] <= row[:, None] + past, best, 0.0)
+        at = head * rows * columns + row[:, None] * columns + column[None, :]
+        kept = (row < rows)[:, None] & (column < columns)[None, :]
+        tl.store(scores + at, best, mask=kept)
+        if KEEP:
+            tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=kept)
+
+
+@_jit("query_subs", "key_subs", "rows", "columns", "past")
+def back_to_queries(
+    gradient,
+    winners,
+    keys,
+    unit,
+    out,
+    query_subs,
+    key_subs,
+    rows,
+    columns,
+    past,
+    scale,
+    GROUP: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SUBS_Q: tl.constexpr,
+    SUBS_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the gradient of one sub-block of `ROWS` query blocks: their winning keys, weighted."""
+    head = tl.program_id(0).to(tl.int64)
+    down = tl.cdiv(rows, ROWS) - 1 - tl.program_id(1) // SUBS_Q
+    sub_q = tl.program_id(1) % SUBS_Q
+    row = down * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, E_PAD)
+    keys += (head // GROUP) * key_subs * E + e[None, :]
+    gradient += head * rows * columns
+    winners += head * rows * columns
+    end = tl.minimum(columns, (down + 1) * ROWS + past) if CAUSAL else columns
+    total = tl.zeros([ROWS, E_PAD], tl.float32)
+    for start in range(0, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        weight, pair = _weights(gradient, winners, row[:, None], column[None, :], rows, columns, past, CAUSAL)
+        if unit is not None:
+            weight /= tl.load(unit)
+        pair -= sub_q * SUBS_K
+        for sub_k in range(SUBS_K):
+            at = keys + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[:, None] * E
+            key = tl.load(at, mask=(e < E)[None, :], other=0.0)
+            part = tl.where(pair == sub_k, weight, 0.0).to(key.dtype)
+            total = tl.dot(part, key, total, input_precision=PRECISION)
+    _store(out + head * query_subs * E, total, row * SUBS_Q + sub_q, query_subs, unit, scale, E)
+
+
+@_jit("query_subs", "key_subs", "rows", "columns", "past")
+def back_to_keys(
+    gradient,
+    winners,
+    queries,
+    unit,
+    out,
+    query_subs,
+    key_subs,
+    rows,
+    columns,
+    past,
+    scale,
+    GROUP: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SUBS_Q: tl.constexpr,
+    SUBS_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the gradient of one sub-block of `COLUMNS` KV blocks, from all heads of its group."""
+    head_k = tl.program_id(0).to(tl.int64)
+    # The first blocks are seen by the most rows: they come first by themselves.
+    tile, sub_k = tl.program_id(1) // SUBS_K, tl.program_id(1) % SUBS_K
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    e = tl.arange(0, E_PAD)
+    first = tl.maximum(tile * COLUMNS - past, 0) // ROWS * ROWS if CAUSAL else 0
+    total = tl.zeros([COLUMNS, E_PAD], tl.float32)
+    for member in range(GROUP):
+        head = head_k * GROUP + member
+        first_q = queries + head * query_subs * E + e[None, :]
+        at_head = head * rows * columns
+        for start in range(first, rows, ROWS):
+            row = start + tl.arange(0, ROWS)
+            weight, pair = _weights(
+                gradient + at_head,
+                winners + at_head,
+                row[None, :],
+                column[:, None],
+                rows,
+                columns,
+                past,
+                CAUSAL,
+            )
+            if unit is not None:
+                weight /= tl.load(unit)
+            pair -= sub_k
+            for sub_q in range(SUBS_Q):
+                at = first_q + tl.minimum(row * SUBS_Q + sub_q, query_subs - 1)[:, None] * E
+                query = tl.load(at, mask=(e < E)[None, :], other=0.0)
+                part = tl.where(pair == sub_q * SUBS_K, weight, 0.0).to(query.dtype)
+                total = tl.dot(part, query, total, input_precision=PRECISION)
+    _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
+
+
+@_jit()
+def _weights(gradient, winners, row, column, rows, columns, past, CAUSAL: tl.constexpr):
+    """Load gradients and winning pairs of the block pairs that two index tiles span; 0 elsewhere."""
+    given = (row < rows) & (column < columns)
+    if CAUSAL:
+        given &= column <= row + past
+    at = row * columns + column
+    weight = tl.load(gradient + at, mask=given, other=0.0)
+    return weight, tl.load(winners + at, mask=given, other=0).to(tl.int32)
+
+
+@_jit()
+def _store(out, total, sub, subs, unit, scale, E: tl.constexpr):
+    """Write the gradients of the sub-blocks that there are."""
+    e = tl.arange(0, total.shape[1])
+    total *= scale
+    if unit is not None:
+        total *= tl.load(unit)
+    kept = (sub < subs)[:, None] & (e < E)[None, :]
+    tl.store(out + sub[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=kept)
+
+
+INTERPRETED = triton is not None and not isinstance(score, triton.JITFunction)
