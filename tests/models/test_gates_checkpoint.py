@@ -268,7 +268,7 @@ def test_hub_id(gates, saved, monkeypatch):
     monkeypatch.setattr(_checkpoint, "snapshot_download", download)
     back = models.load_gates("someone/some-gates")
     assert torch.equal(next(back.parameters()), next(gates.parameters()))
-    wanted = ["gates.safetensors", "config.json", "attn_gate_weights.pth"]
+    wanted = ["gates.safetensors", "config.json", "calibration.json", "attn_gate_weights.pth"]
     assert asked == [("someone/some-gates", {"allow_patterns": wanted})]
     for local in (saved, str(saved)):
         models.load_gates(local)
