@@ -14,9 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]' --group dev
 	touch $(READY)
 
-# The whole method in minutes, without a GPU: distil gates, compare methods, draw pictures.
+# The whole method in minutes, without a GPU: distil gates, compare methods, draw pictures. DEMO holds options.
 demo: $(READY)
-	$(BIN)/seerattention demo
+	$(BIN)/seerattention demo $(DEMO)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests --ignore=tests/gpu

@@ -432,7 +432,10 @@ def test_hub_id(tmp_path, monkeypatch):
     gates = models.load_gates("SeerAttention/Some-AttnGates")
     assert gates.base.name == "someone/Tiny-Llama"
     assert asked == [
-        ("SeerAttention/Some-AttnGates", ["attn_gate_weights.pth", "config.json", "gates.safetensors"])
+        (
+            "SeerAttention/Some-AttnGates",
+            ["attn_gate_weights.pth", "calibration.json", "config.json", "gates.safetensors"],
+        )
     ]
 
 

@@ -25,7 +25,7 @@ a_nan_is_planted = pytest.mark.filterwarnings(
 
 BY_NAME = {case.name: case for case in CASES}
 # What these are larger in, a smaller one has as well; the kernel has no query blocks of 8.
-SLOW = {"thousand", "batch", "wide-128", "wide-256", "later-chunk", "small-blocks"}
+SLOW = {"one-token", "thousand", "batch", "wide-128", "wide-256", "later-chunk", "small-blocks"}
 SMALL = [case for case in CASES if not case.large and case.name not in SLOW]
 TINY = PoolCase(name="tiny", heads=4, kv_heads=2, queries=37, keys=110, head_dim=32, block_size=(16, 16))
 
