@@ -111,7 +111,6 @@ def back_to_queries(
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write the gradient of one sub-block of `ROWS` query blocks: their winning keys, weighted."""
     head = tl.program_id(0).to(tl.int64)
@@ -134,7 +133,7 @@ def back_to_queries(
             at = keys + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[:, None] * E
             key = tl.load(at, mask=(e < E)[None, :], other=0.0)
             part = tl.where(pair == sub_k, weight, 0.0).to(key.dtype)
-            total = tl.dot(part, key, total, input_precision=PRECISION)
+            total = _add_product(part, key, total, scale)
     _store(out + head * query_subs * E, total, row * SUBS_Q + sub_q, query_subs, unit, scale, E)
 
 
@@ -159,7 +158,6 @@ def back_to_keys(
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write the gradient of one sub-block of `COLUMNS` KV blocks, from all heads of its group."""
     head_k = tl.program_id(0).to(tl.int64)
@@ -192,8 +190,23 @@ def back_to_keys(
                 at = first_q + tl.minimum(row * SUBS_Q + sub_q, query_subs - 1)[:, None] * E
                 query = tl.load(at, mask=(e < E)[None, :], other=0.0)
                 part = tl.where(pair == sub_q * SUBS_K, weight, 0.0).to(query.dtype)
-                total = tl.dot(part, query, total, input_precision=PRECISION)
+                total = _add_product(part, query, total, scale)
     _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
+
+
+@_jit()
+def _add_product(a, b, total, scale):
+    """Return ``total + a @ b``; in fp32 a sum per product and then their sum.
+
+    The product starts at a zero that the compiler does not know, or it would make one chain of both again,
+    whose rounding errors add up. A gradient may be a sum of few terms: three tf32 products would be seen.
+    """
+    if a.dtype == tl.float32:
+        zeros = tl.zeros([a.shape[0], b.shape[1]], tl.float32) + scale * 0.0
+        total += tl.dot(a, b, zeros, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total)
+    return total
 
 
 @_jit()
