@@ -171,6 +171,8 @@ def back_to_keys(
         head = head_k * GROUP + member
         first_q = queries + head * query_subs * E + e[None, :]
         at_head = head * rows * columns
+        # In fp32 a sum per head and then their sum: shorter chains round less.
+        sum_of_head = total * 0.0 if queries.dtype.element_ty == tl.float32 else total
         for start in range(first, rows, ROWS):
             row = start + tl.arange(0, ROWS)
             weight, pair = _weights(
@@ -190,7 +192,8 @@ def back_to_keys(
                 at = first_q + tl.minimum(row * SUBS_Q + sub_q, query_subs - 1)[:, None] * E
                 query = tl.load(at, mask=(e < E)[None, :], other=0.0)
                 part = tl.where(pair == sub_q * SUBS_K, weight, 0.0).to(query.dtype)
-                total = _add_product(part, query, total, scale)
+                sum_of_head = _add_product(part, query, sum_of_head, scale)
+        total = total + sum_of_head if queries.dtype.element_ty == tl.float32 else sum_of_head
     _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
 
 
