@@ -126,7 +126,10 @@ def test_layers_that_wait_on_the_cpu(model, tmp_path):
             each(tokens)
             chosen.append(torch.stack(seen))
             set_policy(each, "top_k:1.0")
+            out = each(tokens).logits
+        with dense(each), torch.inference_mode():
             Budget(gold, torch.float32, error).check(each(tokens).logits)
+        Budget(gold, torch.float32, error).check(out)
         assert {p.device.type for n, p in gates.named_parameters() if "attn_gate" in n} == {"cuda"}
         detach(each)
     # Products of weights that lie elsewhere in memory may be summed in another order, and a block whose
