@@ -5,7 +5,7 @@ processes, which take what is ready from a queue of files. Whatever is finished 
 run is cut short.
 
 python benchmarks/gate_design.py prepare --books books.tar.xz --heldout heldout.tar.xz --tokens runs/tokens
-python benchmarks/gate_design.py run --tokens runs/tokens --out runs/design
+python benchmarks/gate_design.py run --groups benchmarks/gates/final.json --tokens runs/tokens
 """
 
 from __future__ import annotations
@@ -97,40 +97,6 @@ class Group:
     variants: tuple[Variant, ...]
     shares: dict[str, float] = field(default_factory=lambda: {"needles": 0.6, "repeats": 0.1})
     seed: int | None = None
-
-
-def sub_blocks(q: int, k: int, **more: Any) -> dict[str, Any]:
-    """Return gate settings for sub-blocks of so many tokens of queries and of keys."""
-    return {"q_sub_block": q, "k_sub_block": k, **more}
-
-
-#: The designs under the published objective, the objectives under the bundled design, and the data.
-GROUPS = {
-    "designs": Group(
-        (
-            Variant("8x8 kl"),
-            Variant("4x8 kl", sub_blocks(4, 8)),
-            Variant("4x4 kl", sub_blocks(4, 4)),
-            Variant("4x4 dim 32 kl", sub_blocks(4, 4, gate_dim=32)),
-        )
-    ),
-    "objectives": Group(
-        (
-            Variant("8x8 kl lr 3e-3", lr=3e-3),
-            Variant("8x8 sharp kl", options={"power": 2.0}),
-            Variant("8x8 far kl", objective="far_kl"),
-            Variant("8x8 focused kl", objective="focused_kl"),
-            Variant("8x8 regret", objective="regret"),
-            Variant("8x8 membership", objective="membership"),
-            Variant("8x8 mixture", objective="mixture"),
-            Variant("4x8 mixture", sub_blocks(4, 8), "mixture"),
-        )
-    ),
-    "needles": Group(
-        (Variant("8x8 kl, 85 % needles"), Variant("8x8 mixture, 85 % needles", objective="mixture")),
-        {"needles": 0.85, "repeats": 0.05},
-    ),
-}
 
 
 class Together:
@@ -401,13 +367,11 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         for name, g in chosen(args).items()
         for v in g.variants
     ]
-    settings = {k: v for k, v in vars(args).items() if k != "main"}
+    settings = {k: v for k, v in vars(args).items() if k != "main" and not isinstance(v, Path)}
     training = [json.loads(f.read_text()) for f in sorted((args.out / "training").glob("*.json"))]
     report = {
         "versions": versions(),
-        "settings": {
-            k: str(v) if isinstance(v, Path) or v == float("inf") else v for k, v in settings.items()
-        },
+        "settings": {k: str(v) if v == float("inf") else v for k, v in settings.items()},
         "questions": 8 * args.documents,
         "variants": variants,
         "training": training,
@@ -448,15 +412,13 @@ def table(report: dict[str, Any]) -> str:
 
 def chosen(args: argparse.Namespace) -> dict[str, Group]:
     """Return the groups asked for, with the variants asked for."""
-    groups = GROUPS
-    if args.groups is not None:
-        groups = {
-            name: Group(
-                tuple(Variant(**v) for v in group["variants"]),
-                **{key: group[key] for key in ("shares", "seed") if key in group},
-            )
-            for name, group in json.loads(args.groups.read_text()).items()
-        }
+    groups = {
+        name: Group(
+            tuple(Variant(**v) for v in group["variants"]),
+            **{key: group[key] for key in ("shares", "seed") if key in group},
+        )
+        for name, group in json.loads(args.groups.read_text()).items()
+    }
     kept = {}
     for name, group in groups.items():
         variants = tuple(v for v in group.variants if args.only is None or v.name in args.only)
@@ -559,7 +521,9 @@ def main() -> None:
         p.add_argument("--documents", type=int, default=13, help="needle documents, 8 questions each")
         p.add_argument("--text-tokens", type=int, default=131072, help="of perplexity, per cell")
         p.add_argument("--evaluators", type=int, default=2, help="processes that only evaluate")
-        p.add_argument("--groups", type=Path, help="JSON file with other groups than the built-in ones")
+        p.add_argument(
+            "--groups", type=Path, required=True, help="JSON file of what to train: benchmarks/gates/"
+        )
         p.add_argument("--only", nargs="+", help="names of variants, all others are left out")
         p.add_argument("--group", help="which group this process trains")
         p.add_argument("--seed", type=int, default=1)

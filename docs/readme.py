@@ -21,7 +21,7 @@ ROOFLINE = ROOT / "docs" / "figures" / "prefill-h200.png"
 CROSSOVER = ROOT / "src" / "seerattention" / "data" / "crossover.json"
 TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
 CALIBRATE = ROOT / "benchmarks" / "results" / "cpu" / "calibrate.json"
-DESIGNS = ROOT / "benchmarks" / "results" / "cpu" / "gate_design.json"
+DESIGNS = ROOT / "benchmarks" / "results" / "gates"
 GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
 
 
@@ -267,25 +267,6 @@ def dense_below() -> str:
     )
 
 
-def designs() -> str:
-    """Return the comparison of gate designs as a table."""
-    report = json.loads(DESIGNS.read_text())
-    lines = [
-        f"{report['steps']} steps of {report['length']:,} tokens for every design, then `{report['policy']}` "
-        f"at {report['tokens']:,} tokens, no dense last rows, {report['questions']} questions; "
-        f"{machine(report)}:",
-        "",
-        "| design | parameters | loss | density | perplexity | needles |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['design']} | {r['parameters']:,} | {r['loss']:.3f} | {r['density']:.1%} | "
-        f"{r['perplexity']:.2f} | {r['needle']:.0%} |"
-        for r in report["rows"]
-    ]
-    return "\n".join(lines)
-
-
 def calibrated_targets() -> str:
     """Return what calibrated thresholds do at half, once and twice the length they were calibrated at."""
     report = json.loads(CALIBRATE.read_text())
@@ -338,9 +319,15 @@ def calibrated_compared() -> str:
     )
 
 
-def designs_long() -> str:
-    """Return gate designs and objectives after a longer run on a GPU, training-free scorers first."""
-    report = json.loads((GPU / "gate_design.json").read_text())
+def gap(rows: dict[tuple[str, int, float], dict[str, Any]], method: str, tokens: int, asked: float) -> float:
+    """Return how far a method's perplexity is from the oracle's, as a share of XAttention's distance."""
+    one, best, other = (rows[m, tokens, asked]["perplexity"] for m in (method, "oracle", "xattention"))
+    return (one - best) / (other - best)
+
+
+def gates(name: str) -> str:
+    """Return what one run of benchmarks/gate_design.py trained, beside the scorers of that run."""
+    report = json.loads((DESIGNS / f"{name}.json").read_text())
     settings, rows = report["settings"], report["rows"]
     steps = {g["group"]: g["rows"][-1]["step"] for g in report["training"]}
     by = {(r["method"], r["tokens"], r["asked"]): r for r in rows}
@@ -351,25 +338,69 @@ def designs_long() -> str:
         f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a share of XAttention's "
         "gap, and the needles found:",
         "",
-        "| method | cost at 32k | steps | "
+        "| method | needle documents | cost at 32k | steps | "
         + " | ".join(f"{n // 1024}k, {a:.0%}" for n in lengths for a in asked)
         + " |",
-        "|---" * (3 + len(asked) * len(lengths)) + "|",
+        "|---" * (4 + len(asked) * len(lengths)) + "|",
     ]
     trained = {v["name"]: v for v in report["variants"]}
     free = [m for m in dict.fromkeys(r["method"] for r in rows) if m not in trained and m != "dense"]
     order = {"oracle": 0, "oracle_mass": 1, "xattention": 2}
     for method in [*sorted(free, key=lambda m: order.get(m, 9)), *trained]:
-        cells = []
-        for n in lengths:
-            for a in asked:
-                one, best, other = (by[m, n, a] for m in (method, "oracle", "xattention"))
-                gap = one["perplexity"] - best["perplexity"]
-                share = gap / (other["perplexity"] - best["perplexity"])
-                cells.append(f"{share:.2f}, {one['needle']:.0%}")
-        variant = trained.get(method)
-        what = f"{variant['cost_32k']:.2%} | {steps[variant['group']]}" if variant else " | "
+        cells = [
+            f"{gap(by, method, n, a):.2f}, {by[method, n, a]['needle']:.0%}" for n in lengths for a in asked
+        ]
+        what = " | | "
+        if variant := trained.get(method):
+            what = (
+                f"{variant['shares']['needles']:.0%} | {variant['cost_32k']:.2%} | {steps[variant['group']]}"
+            )
         lines.append(f"| {method} | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gates_final(name: str) -> str:
+    """Return the final gates of several seeds beside every scorer: perplexity, its gap, and needles."""
+    report = json.loads((DESIGNS / f"{name}.json").read_text())
+    settings = report["settings"]
+    by = {(r["method"], r["tokens"], r["asked"]): r for r in report["rows"]}
+    asked, lengths = settings["densities"], settings["eval_lengths"]
+    seeds = [v["name"] for v in report["variants"]]
+    free = [m for m in dict.fromkeys(m for m, *_ in by) if m not in seeds and m != "dense"]
+    order = {"oracle": 0, "oracle_mass": 1, "xattention": 2, "quest": 3}
+
+    def cell(methods: list[str], tokens: int, density: float) -> str:
+        rows = [by[m, tokens, density] for m in methods]
+        perplexity, needles = (
+            f"{min(values):{form}} to {max(values):{form}}" if len(set(values)) > 1 else f"{values[0]:{form}}"
+            for values, form in (
+                ([r["perplexity"] for r in rows], ".2f"),
+                ([r["needle"] for r in rows], ".1%"),
+            )
+        )
+        shares = [gap(by, m, tokens, density) for m in methods]
+        share = f" (gap {max(shares):.2f})" if len(methods) > 1 else ""
+        return f"{perplexity}{share}, {needles}"
+
+    lines = [
+        f"{report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per cell, "
+        f"no dense last rows; the gates' {len(seeds)} seeds as lowest to highest, with the largest gap to the "
+        f"oracle as a share of XAttention's; {machine(report)}:",
+        "",
+        "| tokens | method | " + " | ".join(f"{a:.0%} of the blocks" for a in asked) + " |",
+        "|---|---" + "|---" * len(asked) + "|",
+    ]
+    for n in lengths:
+        row = by["dense", n, 1.0]
+        lines.append(
+            f"| {n:,} | dense, all blocks | {row['perplexity']:.2f}, {row['needle']:.1%} |"
+            + " |" * (len(asked) - 1)
+        )
+        for label, methods in [
+            *((m, [m]) for m in sorted(free, key=lambda m: order.get(m, 9))),
+            (f"**gates, {len(seeds)} seeds**", seeds),
+        ]:
+            lines.append(f"| {n:,} | {label} | {' | '.join(cell(methods, n, a) for a in asked)} |")
     return "\n".join(lines)
 
 
@@ -444,8 +475,11 @@ def main() -> None:
             "distill-step": distill_step(),
         },
         ROOT / "docs" / "method.md": {
-            "designs": designs(),
-            "designs-long": designs_long(),
+            "gates-path": gates("path"),
+            "gates-objectives": gates("objectives"),
+            "gates-narrow": gates("narrow"),
+            "gates-final": gates_final("llama"),
+            "gates-second": gates_final("qwen3"),
             "calibrated-targets": calibrated_targets(),
             "calibrated-compared": calibrated_compared(),
         },

@@ -50,14 +50,13 @@ def evaluate(
     """Measure dense attention, the gates and the oracle at every length; dense first."""
     task = NeedleTask(tokenizer, heldout)
     rows = []
-    for length in settings["lengths"]:
+    for length in sorted(set(settings["lengths"])):
         documents = [task.make(length, seed) for seed in range(settings["documents"])]
         methods = {
             "dense": None,
             "gates": gates,
             "oracle": baselines.create("oracle"),
-            "xattention": baselines.create("xattention"),
-            "meanpool": baselines.create("meanpool"),
+            **{n: baselines.create(n) for n in ("xattention", "quest", "meanpool", "streaming", "random")},
         }
         for name, scorer in methods.items():
             watch = Watch()
@@ -113,7 +112,9 @@ def main() -> None:
     torch.manual_seed(recipe["seed"])
     gates = new_gates(model, **args.gate)
     batches = Batches(mixture, settings, recipe["seed"])
-    config = DistillConfig(steps=settings["steps"], lr=settings["lr"])
+    config = DistillConfig(
+        steps=settings["steps"], lr=settings["lr"], objective=settings.get("objective", "sharp_kl")
+    )
     started = time.perf_counter()
     trainer = Distiller(model, gates, batches, config, out=args.out)
     for step in trainer.run():

@@ -58,12 +58,15 @@ def test_a_run_trains_and_measures_every_method(tokens, tmp_path):
         *("--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "out"), "--steps", "2"),
         *("--lengths", "512", "--batch", "512", "--eval-lengths", "512", "--densities", "0.5"),
         *("--documents", "1", "--text-tokens", "512", "--evaluators", "0", "--threads", "1"),
-        *("--only", "8x8 mixture"),
+        *("--groups", str(tmp_path / "groups.json"), "--only", "kept"),
     ]
+    variants = [{"name": "kept", "gate": {"q_sub_block": 16}, "objective": "mixture"}, {"name": "left out"}]
+    groups = {"one": {"variants": variants, "shares": {"needles": 0.5, "repeats": 0.1}, "seed": 4}}
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    methods = ["dense", *gate_design.SCORERS, "8x8 mixture"]
+    methods = ["dense", *gate_design.SCORERS, "kept"]
     assert sorted(r["method"] for r in report["rows"]) == sorted(methods), done.stdout
     assert all(r["perplexity"] > 1 and 0 <= r["needle"] <= 1 for r in report["rows"])
     assert [r["step"] for r in report["training"][0]["rows"]] == [1, 2]
@@ -79,3 +82,11 @@ def test_cost_counts_the_products_of_sub_blocks():
     assert exact == pytest.approx(1 / 128, rel=1e-6)
     half = gate_design.GateConfig(**{**shape, "q_sub_block": 4, "gate_dim": 32})
     assert gate_design.cost(half, 2**40) == pytest.approx(1 / 128, rel=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "gates").glob("*.json")), ids=lambda p: p.stem)
+def test_what_is_shipped_to_train_can_be_made(path):
+    for group in json.loads(path.read_text()).values():
+        for variant in (gate_design.Variant(**v) for v in group["variants"]):
+            gate_design.GateConfig(6, 2, 64, **variant.gate)
+            gate_design.objectives.create(variant.objective, **variant.options)

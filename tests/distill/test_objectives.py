@@ -122,3 +122,10 @@ def test_mixture_is_the_sum_of_its_parts():
 def test_an_unknown_objective_names_the_known_ones():
     with pytest.raises(ValueError, match="unknown objective 'klx'; there are far_kl, focused_kl, kl"):
         objectives.create("klx")
+
+
+def test_sharp_kl_learns_the_squared_target():
+    target, scores = inputs(12)
+    squared = target.square()
+    expected = value("kl", squared / squared.sum(-1, keepdim=True), scores)
+    torch.testing.assert_close(value("sharp_kl", target, scores), expected)
