@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._backward_kernel import (
-    count_kernel,
-    join_kernel,
-    keys_kernel,
-    queries_kernel,
-    rows_kernel,
-)
+from seerattention.ops._copies import copied
+from seerattention.ops.block_sparse_attention._backward_columns import count_kernel, join_kernel, keys_kernel
+from seerattention.ops.block_sparse_attention._backward_rows import queries_kernel, rows_kernel
 from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection, num_blocks
@@ -126,11 +122,14 @@ def queries(
     # A program's list, and one entry more, which is read ahead.
     scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    # A tile of keys may reach into the next sequence, whose values are none of this one's business.
+    copies = None if options.packed else copied(launch.block_n, _padded(q.shape[3]), k, v)
     queries_kernel[(programs,)](
         q,
         k,
         v,
         grad,
+        *(copies or (k, v)),
         dq,
         shift,
         delta,
@@ -147,6 +146,7 @@ def queries(
         k.shape[2],
         *_numbers(options),
         BIT_HEADS=bits.shape[1],
+        COPIES=copies is not None,
         **_constants(q, k, selection, options, launch),
     )
     return dq
@@ -186,11 +186,15 @@ def keys(
     )
     sizes = len(counts), columns, q.shape[2], k.shape[2]
     strides = *dk.stride()[:3], *dv.stride()[:3]
+    # A tile of queries must not reach into another row.
+    whole = not options.packed and selection.block_size[0] % launch.block_m == 0
+    copies = copied(launch.block_m, _padded(q.shape[3]), q, grad) if whole else None
     keys_kernel[(min(programs, len(owner)),)](
         q,
         k,
         v,
         grad,
+        *(copies or (q, grad)),
         dk,
         dv,
         shift,
@@ -209,11 +213,20 @@ def keys(
         *sizes,
         *_numbers(options),
         BIT_HEADS=bits.shape[1],
+        COPIES=copies is not None,
         **constants,
     )
     kept = ("KV_HEADS", "D", "BLOCK_D", "BLOCK_Q", "BLOCK_K", "BLOCK_N", "SEQUENCES")
     join_kernel[(len(counts),)](
-        dk, dv, plan, partial, *starts, *strides, *sizes, _numbers(options)[0], **{n: constants[n] for n in kept}
+        dk,
+        dv,
+        plan,
+        partial,
+        *starts,
+        *strides,
+        *sizes,
+        _numbers(options)[0],
+        **{n: constants[n] for n in kept},
     )
     return dk, dv
 
