@@ -1,4 +1,4 @@
-"""Gradients of `block_sparse_attention` on a CPU; `interpreted_block_sparse_gradients.py` has the GPU's kernels."""
+"""Gradients on a CPU; `interpreted_block_sparse_gradients.py` has the GPU's kernels."""
 
 from __future__ import annotations
 
@@ -110,7 +110,20 @@ def test_compiled_without_a_break() -> None:
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for one, other in zip(call.gradients(compiled).values(), call.gradients(attend).values(), strict=True):
         assert torch.equal(one, other)
-    args = call.q, call.k, call.v, call.selection.bits, [16, 16], 7, 0.2, None, None, None, None, gather.__name__
+    args = (
+        call.q,
+        call.k,
+        call.v,
+        call.selection.bits,
+        [16, 16],
+        7,
+        0.2,
+        None,
+        None,
+        None,
+        None,
+        gather.__name__,
+    )
     tests = "test_schema", "test_faketensor", "test_autograd_registration"
     torch.library.opcheck(torch.ops.seerattention.block_sparse_attention.default, args, test_utils=tests)
 
@@ -153,7 +166,11 @@ def test_the_plan_covers_every_column_within_its_workspace(programs: int) -> Non
         assert torch.equal(owner[:items].bincount(minlength=len(counts)), parts)
         assert torch.equal(owner[first], torch.arange(len(counts), dtype=torch.int32))
         several = parts > 1
-        taken = [s + i for s, n in zip(slot[several].tolist(), parts[several].tolist(), strict=True) for i in range(n)]
+        taken = [
+            s + i
+            for s, n in zip(slot[several].tolist(), parts[several].tolist(), strict=True)
+            for i in range(n)
+        ]
         assert taken == list(range(len(taken)))
         assert len(taken) <= 4 * programs
         # No part is longer than half a program's share, unless it is short anyway.

@@ -23,7 +23,7 @@ from seerattention.selection import BlockSelection, num_blocks
 
 #: By bytes per element and padded head dimension. Registers and shared memory of each: docs/kernels.md.
 QUERIES = {
-    (2, 64): Launch(64, 64, 4, 2, 2),
+    (2, 64): Launch(64, 64, 4, 3, 2),
     (2, 128): Launch(64, 64, 4, 2, 2),
     (2, 256): Launch(64, 32, 8, 2, 1),
     # fp32 products run outside the tensor cores and hold their operands in registers.
@@ -32,12 +32,18 @@ QUERIES = {
     (4, 256): Launch(16, 16, 8, 2, 1),
 }
 KEYS = {
-    (2, 64): Launch(64, 64, 4, 2, 2),
-    (2, 128): Launch(64, 64, 4, 2, 2),
-    (2, 256): Launch(32, 64, 8, 2, 1),
-    (4, 64): Launch(32, 32, 8, 2, 2),
-    (4, 128): Launch(32, 32, 8, 2, 1),
-    (4, 256): Launch(16, 16, 8, 2, 1),
+    (2, 64): Launch(64, 64, 4, 3, 2, 255),
+    (2, 128): Launch(64, 64, 4, 2, 2, 255),
+    (2, 256): Launch(32, 64, 8, 2, 1, 255),
+    (4, 64): Launch(32, 32, 8, 2, 1),
+    (4, 128): Launch(16, 32, 8, 2, 1, 255),
+    (4, 256): Launch(16, 16, 8, 2, 1, 255),
+}
+#: The same without the copy engine, whose work takes registers otherwise.
+KEYS_BY_ADDRESS = KEYS | {
+    (2, 64): Launch(32, 64, 4, 2, 2, 255),
+    (2, 128): Launch(32, 64, 4, 2, 2, 255),
+    (2, 256): Launch(16, 64, 8, 2, 1, 255),
 }
 #: Queries per program of the first kernel.
 ROWS = 32
@@ -123,7 +129,7 @@ def queries(
     scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     # A tile of keys may reach into the next sequence, whose values are none of this one's business.
-    copies = None if options.packed else copied(launch.block_n, _padded(q.shape[3]), k, v)
+    copies = None if options.packed else _copied(launch.block_n, k, v)
     queries_kernel[(programs,)](
         q,
         k,
@@ -163,7 +169,12 @@ def keys(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of keys and values, column by column of the selection."""
-    launch = _launch_of(KEYS, k, selection.block_size)
+    launch = _launch_of(KEYS, q, selection.block_size)
+    # A tile of queries must not reach into another row.
+    whole = not options.packed and selection.block_size[0] % launch.block_m == 0
+    copies = _copied(launch.block_m, q, grad) if whole else None
+    if copies is None:
+        launch = _launch_of(KEYS_BY_ADDRESS, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     bits = selection.bits
     group = q.shape[1] // k.shape[1]
@@ -186,9 +197,6 @@ def keys(
     )
     sizes = len(counts), columns, q.shape[2], k.shape[2]
     strides = *dk.stride()[:3], *dv.stride()[:3]
-    # A tile of queries must not reach into another row.
-    whole = not options.packed and selection.block_size[0] % launch.block_m == 0
-    copies = copied(launch.block_m, _padded(q.shape[3]), q, grad) if whole else None
     keys_kernel[(min(programs, len(owner)),)](
         q,
         k,
@@ -289,6 +297,12 @@ def _launch_of(launches: dict[tuple[int, int], Launch], x: Tensor, block_size: t
     # A product needs 16 rows at least.
     block_m = min(launch.block_m, max(16, power_of_two(block_size[0])))
     return replace(launch, block_m=block_m, block_n=min(launch.block_n, block_size[1]))
+
+
+def _copied(rows: int, *tensors: Tensor) -> list[object] | None:
+    """Describe tiles to the copy engine, which fp32 products, never short of work, do without."""
+    small = tensors[0].element_size() == 2
+    return copied(rows, _padded(tensors[0].shape[3]), *tensors) if small else None
 
 
 def _padded(dim: int) -> int:

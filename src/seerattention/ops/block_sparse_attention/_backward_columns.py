@@ -251,6 +251,12 @@ def keys_kernel(  # noqa: PLR0915
                 grad = _load_tile(grad_head, stride_gt, start_q + first, inside, BLOCK_M, D, BLOCK_D)
             at = member * num_queries + first + places
             shift = tl.load(shift_group + at, mask=places < inside, other=float("inf"))
+            if q.dtype == tl.float32 and BLOCK_D > 64:
+                # Operands of fp32 products lie in registers, where these two would stay: they are read
+                # again, from a place that the compiler does not know to be the same.
+                again = start_k + first_key + (row >> 24)
+                k = _load_tile(k_head, stride_kt, again, len_k - first_key, BLOCK_N, D, BLOCK_D)
+                v = _load_tile(v_head, stride_vt, again, len_k - first_key, BLOCK_N, D, BLOCK_D)
             # Keys lie along the rows: the second products then take these as they leave the first.
             p, slope = _shares(
                 _score(k, q, BLOCK_D), shift[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32

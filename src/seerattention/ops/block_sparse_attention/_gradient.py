@@ -56,7 +56,8 @@ def _call(
 ) -> tuple[Any, BlockSelection, Options]:  # fmt: skip
     """Put together again what an operator cannot take."""
     block_q, block_k = block_size
-    selection = BlockSelection(bits, (*bits.shape[:3], columns), (block_q, block_k))
+    batch, heads, rows = bits.shape[:3]
+    selection = BlockSelection(bits, (batch, heads, rows, columns), (block_q, block_k))
     options = Options(
         scale=scale,
         softcap=softcap,

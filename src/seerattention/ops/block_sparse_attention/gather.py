@@ -93,11 +93,11 @@ def backward(
         dq[part.group] = torch.bmm(dscores, key) * options.scale
         for total, weights, x in ((dk, dscores, query), (dv, share, g)):
             total.index_add_(0, part.where, torch.bmm(weights.mT, x).view(-1, block_k, dim).to(wide))
-    return (
-        dq.view(*q.shape[:2], -1, dim)[:, :, : q.shape[2]].contiguous(),
-        *(x.view(*k.shape[:2], -1, dim)[:, :, : k.shape[2]].to(k.dtype).contiguous() for x in (dk, dv)),
-        delta,
+    dq, dk, dv = (
+        x.view(*like.shape[:2], -1, dim)[:, :, : like.shape[2]].to(like.dtype).contiguous()
+        for x, like in ((dq, q), (dk, k), (dv, v))
     )
+    return dq, dk, dv, delta
 
 
 @dataclass(frozen=True)
