@@ -30,7 +30,7 @@ from seerattention.ops.block_sparse_attention._cases import Case
 from seerattention.ops.block_sparse_attention._launch import Launch
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import causal_blocks
-from seerattention.testing.gradients import by_name, gradients_match_reference
+from seerattention.testing.gradients import by_name, check_gradients
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.timing import interleaved
 
@@ -128,7 +128,7 @@ def check(heads: tuple[int, int], dim: int, block: int, dtype: torch.dtype) -> N
         name="", heads=heads[0] // heads[1] * 2, kv_heads=2, queries=1000, keys=1000,
         head_dim=dim, block_size=(block, block), density=0.2,
     )  # fmt: skip
-    gradients_match_reference(by_name("auto"), case, dtype, "cuda")
+    check_gradients(by_name("auto"), case, dtype, "cuda")
 
 
 def measure(work: Work, repeats: int) -> list[dict[str, Any]]:

@@ -20,24 +20,21 @@ from seerattention.testing.inputs import random_qkv, random_selection
 # A query that sees nothing has a denominator of 0, whose logarithm the kernel takes on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
 
-TINY = Case(name="tiny", heads=4, kv_heads=2, queries=20, keys=74, head_dim=16, block_size=(16, 16))
-PACKED = replace(TINY, queries=44, keys=61, lengths=((1, 1), (0, 0), (20, 37), (23, 23)))
+TINY = Case(name="tiny", heads=2, kv_heads=1, queries=20, keys=58, head_dim=16, block_size=(16, 16))
+PACKED = replace(TINY, queries=30, keys=45, lengths=((1, 1), (0, 0), (18, 33), (11, 11)))
 CASES = {
     "later chunk": TINY,
     "one token": replace(TINY, queries=1, keys=1),
-    "shorter than a block": replace(TINY, queries=15, keys=15),
     "block and one": replace(TINY, queries=17, keys=17),
-    "batch, no groups": replace(TINY, batch=2, kv_heads=4, queries=20, keys=35),
-    "one kv head, padded dimension": replace(TINY, kv_heads=1, head_dim=24),
-    "selection of kv heads": replace(TINY, selection_heads=2),
-    "one selection": replace(TINY, selection_heads=1),
-    "long rows, tiles of rows": replace(TINY, queries=50, block_size=(64, 16)),
-    "long columns, tiles of columns": replace(TINY, block_size=(16, 64)),
+    "batch, no groups": replace(TINY, batch=2, kv_heads=2, queries=5, keys=35),
+    "one kv head for many, padded dimension": replace(TINY, heads=4, queries=7, head_dim=24),
+    "selection of kv heads, tiles of rows": replace(
+        TINY, heads=4, kv_heads=2, queries=40, keys=40, block_size=(64, 16), selection_heads=2
+    ),
+    "one selection, tiles of columns": replace(TINY, block_size=(16, 64), selection_heads=1),
     "one query to a row": replace(TINY, queries=3, block_size=(1, 16)),
     "odd rows": replace(TINY, queries=30, block_size=(24, 16)),
-    "cap and sinks": replace(TINY, softcap=2.0, sinks=True),
-    "packed": PACKED,
-    "packed, with all": replace(PACKED, block_size=(16, 32), softcap=3.0, sinks=True, selection_heads=2),
+    "packed, with all": replace(PACKED, block_size=(16, 32), softcap=3.0, sinks=True, selection_heads=1),
     "everything read": replace(TINY, density=1.0),
     "hardly anything read": replace(TINY, queries=20, keys=130, density=0.02),
 }
@@ -52,7 +49,7 @@ def test_gradients(name: str) -> None:
     gradients.check_gradients(gradients.by_name("triton"), CASES[name])
 
 
-@pytest.mark.parametrize("name", ["later chunk", "packed, with all"])
+@pytest.mark.parametrize("name", ["later chunk"])
 def test_half_precision(name: str) -> None:
     gradients.check_gradients(gradients.by_name("triton"), CASES[name], torch.float16)
 
@@ -60,7 +57,7 @@ def test_half_precision(name: str) -> None:
 def test_split_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every row reads the first block: its column is many times longer than a program's share.
     monkeypatch.setattr(_backward, "FEWEST", 1)
-    case = replace(TINY, queries=74, heads=2, kv_heads=1, density=0.0)
+    case = replace(TINY, queries=74, keys=74, density=0.0)
     call = gradients.Call.of(case)
     mask = call.selection.to_mask()
     mask[..., 0] = True
@@ -115,11 +112,12 @@ def test_a_gradient_may_be_one_number_for_all() -> None:
 
 
 def test_bits_that_no_selection_may_have_are_ignored() -> None:
-    call = gradients.Call.of(TINY)
+    call = gradients.Call.of(replace(TINY, queries=26))
     bits = call.selection.bits.clone()
-    # Columns past Nk, and a block after the row's queries.
-    bits |= ~0 << 5
-    bits[:, :, 0] |= 0b10000
+    # Columns past Nk, and the block after the first row's queries.
+    bits |= ~0 << 4
+    assert not (bits[:, :, 0] & 0b1000).any()
+    bits[:, :, 0] |= 0b1000
     dirty = replace(call, selection=replace(call.selection, bits=bits))
     expected = call.gradients(gradients.by_name("triton"))
     for name, x in dirty.gradients(gradients.by_name("triton")).items():
@@ -134,15 +132,3 @@ def test_queries_that_see_nothing_have_no_gradient() -> None:
     out.square().sum().backward()
     assert (q.grad[:, :, :16] == 0).all()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
-
-
-def test_compiled_without_a_break() -> None:
-    call = gradients.Call.of(TINY)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        out, lse = block_sparse_attention(q, k, v, call.selection, return_lse=True, backend="triton")
-        return 2 * out, lse
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for one, other in zip(call.gradients(compiled).values(), call.gradients(attend).values(), strict=True):
-        assert torch.equal(one, other)

@@ -37,10 +37,10 @@ KEYS = {
     (2, 256): Launch(32, 64, 8, 2, 1, 255),
     (4, 64): Launch(32, 32, 8, 2, 1),
     (4, 128): Launch(16, 32, 8, 2, 1, 255),
-    (4, 256): Launch(16, 16, 8, 2, 1, 255),
+    (4, 256): Launch(16, 16, 16, 2, 1, 128),
 }
-#: The same without the copy engine, whose work takes registers otherwise.
-KEYS_BY_ADDRESS = KEYS | {
+#: The same where registers are short: without the copy engine, whose work takes some, or with a softcap.
+KEYS_TIGHT = KEYS | {
     (2, 64): Launch(32, 64, 4, 2, 2, 255),
     (2, 128): Launch(32, 64, 4, 2, 2, 255),
     (2, 256): Launch(16, 64, 8, 2, 1, 255),
@@ -169,12 +169,13 @@ def keys(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of keys and values, column by column of the selection."""
-    launch = _launch_of(KEYS, q, selection.block_size)
+    tight = options.softcap is not None
+    launch = _launch_of(KEYS_TIGHT if tight else KEYS, q, selection.block_size)
     # A tile of queries must not reach into another row.
     whole = not options.packed and selection.block_size[0] % launch.block_m == 0
     copies = _copied(launch.block_m, q, grad) if whole else None
     if copies is None:
-        launch = _launch_of(KEYS_BY_ADDRESS, q, selection.block_size)
+        launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     bits = selection.bits
     group = q.shape[1] // k.shape[1]
