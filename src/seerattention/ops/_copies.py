@@ -31,3 +31,15 @@ def copied(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | N
             return None
         described.append(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
     return described
+
+
+def line(numbers: int, x: Tensor) -> object:
+    """Describe pieces of a contiguous tensor, as if it had one dimension, to the copy engine.
+
+    Args:
+        numbers: Length of a piece, a power of two of at least 16 bytes.
+        x: The tensor.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [numbers])

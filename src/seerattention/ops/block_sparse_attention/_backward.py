@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops._copies import copied
+from seerattention.ops._copies import copied, line
 from seerattention.ops.block_sparse_attention._backward_columns import count_kernel, join_kernel, keys_kernel
 from seerattention.ops.block_sparse_attention._backward_rows import queries_kernel, rows_kernel
 from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
@@ -45,8 +45,8 @@ KEYS_TIGHT = KEYS | {
     (2, 128): Launch(32, 64, 4, 2, 2, 255),
     (2, 256): Launch(16, 64, 8, 2, 1, 255),
 }
-#: Queries per program of the first kernel.
-ROWS = 32
+#: Queries per program of the first kernel, and to which a head's numbers are padded.
+ROWS, TILE = 32, 128
 #: Entries of a list below which no part of a column is worth the writing and adding up of its share.
 FEWEST = 16
 
@@ -81,14 +81,18 @@ def backward(
         shift, delta = rows(grad, grad_lse.contiguous(), out, lse)
         dq = queries(grad, q, k, v, shift, delta, selection, options)
         dk, dv = keys(grad, q, k, v, shift, delta, selection, options)
-    return dq, dk, dv, delta
+    return dq, dk, dv, delta[..., : q.shape[2]]
 
 
 def rows(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what both other parts need of every query, each fp32 ``[B, Hq, Tq]``: shift and delta."""
+    """Return what both other parts need of every query, shift and delta, each fp32 ``[B, Hq, padded]``.
+
+    Heads are padded to whole tiles, so that a tile's numbers can be copied as they lie.
+    """
     batch, heads, num_queries, dim = out.shape
-    shift, delta = torch.empty_like(lse), torch.empty_like(lse)
-    tiles = num_blocks(num_queries, ROWS)
+    padded = num_blocks(num_queries, TILE) * TILE
+    shift, delta = (lse.new_empty(batch, heads, padded) for _ in range(2))
+    tiles = num_blocks(padded, ROWS)
     rows_kernel[(batch * heads * tiles,)](
         out,
         grad,
@@ -99,6 +103,7 @@ def rows(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
         *out.stride()[:3],
         *grad.stride()[:3],
         num_queries,
+        padded,
         tiles,
         HEADS=heads,
         D=dim,
@@ -149,6 +154,7 @@ def queries(
         bits.shape[2],
         selection.shape[3],
         q.shape[2],
+        shift.shape[2],
         k.shape[2],
         *_numbers(options),
         BIT_HEADS=bits.shape[1],
@@ -196,7 +202,7 @@ def keys(
     partial = torch.empty(
         8 * programs * launch.block_n * _padded(q.shape[3]), dtype=torch.float32, device=q.device
     )
-    sizes = len(counts), columns, q.shape[2], k.shape[2]
+    sizes = len(counts), columns, q.shape[2]
     strides = *dk.stride()[:3], *dv.stride()[:3]
     keys_kernel[(min(programs, len(owner)),)](
         q,
@@ -204,6 +210,7 @@ def keys(
         v,
         grad,
         *(copies or (q, grad)),
+        *(line(launch.block_m, x) if copies else x for x in (shift, delta)),
         dk,
         dv,
         shift,
@@ -220,6 +227,8 @@ def keys(
         *_bit_strides(bits),
         length,
         *sizes,
+        shift.shape[2],
+        k.shape[2],
         *_numbers(options),
         BIT_HEADS=bits.shape[1],
         COPIES=copies is not None,
@@ -234,6 +243,7 @@ def keys(
         *starts,
         *strides,
         *sizes,
+        k.shape[2],
         _numbers(options)[0],
         **{n: constants[n] for n in kept},
     )

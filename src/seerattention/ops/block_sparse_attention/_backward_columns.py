@@ -15,7 +15,7 @@ from seerattention.ops.block_sparse_attention._backward_rows import (
 )
 from seerattention.ops.block_sparse_attention._triton_kernel import _LENGTHS, _jit, _sequence_of, tl
 
-_COLUMN_LENGTHS = [*_LENGTHS, "units"]
+_COLUMN_LENGTHS = [*_LENGTHS, "units", "padded"]
 
 
 @_jit
@@ -125,6 +125,8 @@ def keys_kernel(  # noqa: PLR0915
     grad_ptr,
     q_desc,
     grad_desc,
+    shift_desc,
+    delta_desc,
     dk_ptr,
     dv_ptr,
     shift_ptr,
@@ -162,6 +164,7 @@ def keys_kernel(  # noqa: PLR0915
     units,
     columns,
     num_queries,
+    padded,
     num_keys,
     sequences,
     scale,
@@ -229,8 +232,8 @@ def keys_kernel(  # noqa: PLR0915
         dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         q_group = q_ptr + b * stride_qb + kv_head * GROUP * stride_qh
         grad_group = grad_ptr + b * stride_gb + kv_head * GROUP * stride_gh
-        shift_group = shift_ptr + (b * HEADS + first_head) * num_queries + start_q
-        delta_group = delta_ptr + (b * HEADS + first_head) * num_queries + start_q
+        shift_group = shift_ptr + (b * HEADS + first_head) * padded + start_q
+        delta_group = delta_ptr + (b * HEADS + first_head) * padded + start_q
         # The list is read one step ahead, so that the loads of queries never wait for it.
         entry = tl.load(list_ptr)
         for i in tl.range(0, count * STEPS, num_stages=STAGES):
@@ -249,8 +252,12 @@ def keys_kernel(  # noqa: PLR0915
                 )
                 q = _load_tile(q_head, stride_qt, start_q + first, inside, BLOCK_M, D, BLOCK_D)
                 grad = _load_tile(grad_head, stride_gt, start_q + first, inside, BLOCK_M, D, BLOCK_D)
-            at = member * num_queries + first + places
-            shift = tl.load(shift_group + at, mask=places < inside, other=float("inf"))
+            at = member * padded + first + places
+            if COPIES:
+                place = (batch * HEADS + first_head + member) * padded + first
+                shift = shift_desc.load([place])
+            else:
+                shift = tl.load(shift_group + at, mask=places < inside, other=float("inf"))
             if q.dtype == tl.float32 and BLOCK_D > 64:
                 # Operands of fp32 products lie in registers, where these two would stay: they are read
                 # again, from a place that the compiler does not know to be the same.
@@ -265,7 +272,10 @@ def keys_kernel(  # noqa: PLR0915
             if first_key + BLOCK_N > first_query + 1:
                 p = tl.where((first_key + keys)[:, None] > (first_query + places)[None, :], 0.0, p)
             dv = _add_product(dv, p, grad)
-            delta = tl.load(delta_group + at, mask=places < inside, other=0.0)
+            if COPIES:
+                delta = delta_desc.load([place])
+            else:
+                delta = tl.load(delta_group + at, mask=places < inside, other=0.0)
             ds = p * (_score(v, grad, BLOCK_D) - delta[None, :]) * slope
             dk = _add_product(dk, ds, q)
         dk *= scale

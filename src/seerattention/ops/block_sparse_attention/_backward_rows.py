@@ -18,7 +18,7 @@ from seerattention.ops.block_sparse_attention._triton_kernel import (
 )
 
 
-@_jit(do_not_specialize=["num_queries", "tiles"])
+@_jit(do_not_specialize=["num_queries", "padded", "tiles"])
 def rows_kernel(
     out_ptr,
     grad_ptr,
@@ -33,6 +33,7 @@ def rows_kernel(
     stride_gh,
     stride_gt,
     num_queries,
+    padded,
     tiles,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -44,7 +45,7 @@ def rows_kernel(
 
     A score's gradient is ``p * (dp - delta)`` with ``delta = sum(out * grad) - grad_lse``; ``p`` is
     ``exp(score - shift)`` if ``EXACT`` and ``exp2`` of numbers scaled alike otherwise. Queries that saw
-    nothing get infinity, and so a ``p`` of 0.
+    nothing, and places up to ``padded`` where there is none, get infinity, and so a ``p`` of 0.
     """
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * TILE
@@ -60,10 +61,11 @@ def rows_kernel(
     at = pair * num_queries + places
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
     shift = tl.where(lse == float("-inf"), float("inf"), lse * (1.0 if EXACT else 1.4426950408889634))
-    tl.store(delta_ptr + at, delta, mask=inside)
-    tl.store(shift_ptr + at, shift, mask=inside)
+    at = pair * padded + places
+    tl.store(delta_ptr + at, delta, mask=places < padded)
+    tl.store(shift_ptr + at, shift, mask=places < padded)
 
 
 @_jit
@@ -134,7 +136,7 @@ def _copy_tiles(one, other, b, head, first, ROWS: tl.constexpr, BLOCK_D: tl.cons
     return a, tl.reshape(other.load([b, head, first, 0]), [ROWS, BLOCK_D])
 
 
-@_jit(do_not_specialize=_LENGTHS)
+@_jit(do_not_specialize=[*_LENGTHS, "padded"])
 def queries_kernel(
     q_ptr,
     k_ptr,
@@ -172,6 +174,7 @@ def queries_kernel(
     rows,
     columns,
     num_queries,
+    padded,
     num_keys,
     sequences,
     scale,
@@ -217,7 +220,7 @@ def queries_kernel(
         q = _load_tile(q_head, stride_qt, token, end - first, BLOCK_M, D, BLOCK_D)
         grad = _load_tile(grad_head, stride_gt, token, end - first, BLOCK_M, D, BLOCK_D)
         places = tl.arange(0, BLOCK_M)
-        at = (b * HEADS + head) * num_queries + token + places
+        at = (b * HEADS + head) * padded + token + places
         shift = tl.load(shift_ptr + at, mask=places < end - first, other=float("inf"))
         delta = tl.load(delta_ptr + at, mask=places < end - first, other=0.0)
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
