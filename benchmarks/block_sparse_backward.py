@@ -38,24 +38,24 @@ from seerattention.testing.timing import interleaved
 SWEEP = {
     "queries": [
         Launch(64, 64, 4, 2, 2),
+        Launch(64, 64, 4, 2, 2, copies=False),
         Launch(64, 64, 4, 3, 1),
-        Launch(64, 64, 4, 2, 2, 240),
-        Launch(64, 32, 4, 2, 2),
         Launch(64, 32, 4, 3, 2),
         Launch(64, 32, 4, 4, 2),
         Launch(64, 64, 8, 2, 2, 128),
     ],
     "keys": [
         Launch(64, 64, 4, 2, 2, 255),
+        Launch(64, 64, 4, 2, 2, 255, copies=False),
         Launch(64, 64, 4, 3, 1, 255),
         Launch(32, 64, 4, 2, 2, 255),
         Launch(32, 64, 4, 3, 2, 255),
-        Launch(32, 64, 4, 4, 2, 255),
         Launch(64, 64, 8, 2, 1, 255),
         Launch(64, 64, 8, 3, 1, 255),
     ],
 }
-TABLES = {"queries": _backward.QUERIES, "keys": _backward.KEYS}
+#: Where a part's launches stand; the first is what runs where the copy engine does.
+TABLES = {"queries": (_backward.QUERIES,), "keys": (_backward.KEYS, _backward.KEYS_TIGHT)}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,6 +63,17 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+
+def differentiable_dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """Return cuDNN's attention on heads as they are, or as often as its backward wants them."""
+    try:
+        torch.autograd.grad(dense(q[:, :, :128], k[:, :, :128], v[:, :, :128]).sum(), (q, k, v))
+    except RuntimeError as error:
+        print(f"cuDNN has no backward for grouped heads, they are repeated: {error}", flush=True)
+        group = q.shape[1] // k.shape[1]
+        return lambda: dense(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+    return lambda: dense(q, k, v)
 
 
 def peak_mb(run: Callable[[], object]) -> float:
@@ -134,7 +145,7 @@ def check(heads: tuple[int, int], dim: int, block: int, dtype: torch.dtype) -> N
 def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
     """Time everything on one length."""
     names = work.backends()
-    timed = {"dense cudnn, forward and backward": work.both(lambda: dense(work.q, work.k, work.v))}
+    timed = {"dense cudnn, forward and backward": work.both(differentiable_dense(work.q, work.k, work.v))}
     timed |= {f"{name}, forward and backward": work.both(work.sparse(name)) for name in names}
     memory = {name: peak_mb(run) for name, run in timed.items()}
     alone: dict[str, Callable[[], object]] = {"dense cudnn, forward": lambda: dense(work.q, work.k, work.v)}
@@ -178,13 +189,20 @@ def key_of(dim: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def override(dim: int, dtype: torch.dtype, settings: list[str]) -> None:
     """Change the launches that a shape gets, e.g. ``keys.stages=3``."""
+    key = key_of(dim, dtype)
     for text in settings:
         name, _, value = text.partition("=")
         part, _, field = name.partition(".")
-        if part not in TABLES or field not in asdict(TABLES[part][key_of(dim, dtype)]):
+        if part not in TABLES or field not in asdict(TABLES[part][0][key]):
             raise ValueError(f"{text!r} names no setting; e.g. keys.stages=3 is one")
-        key = key_of(dim, dtype)
-        TABLES[part][key] = replace(TABLES[part][key], **{field: int(value)})
+        new = bool(int(value)) if field == "copies" else int(value)
+        use(part, key, replace(TABLES[part][0][key], **{field: new}))
+
+
+def use(part: str, key: tuple[int, int], launch: Launch) -> None:
+    """Have a part run with a launch, wherever it looks for one."""
+    for table in TABLES[part]:
+        table[key] = launch
 
 
 def sweep(work: Work, rounds: int) -> None:
@@ -192,12 +210,12 @@ def sweep(work: Work, rounds: int) -> None:
     key = key_of(work.shape.head_dim, work.q.dtype)
     parts = work.parts()
     for part, launches in SWEEP.items():
-        table, before = TABLES[part], TABLES[part][key]
+        before = [table[key] for table in TABLES[part]]
         timed: dict[str, Callable[[], object]] = {}
         for launch in launches:
 
             def run(launch: Launch = launch, part: str = part) -> object:
-                TABLES[part][key] = launch
+                use(part, key, launch)
                 return parts[part]()
 
             try:
@@ -208,7 +226,8 @@ def sweep(work: Work, rounds: int) -> None:
                 continue
             timed[str(launch)] = run
         seconds = interleaved(timed, repeats=rounds, warmup=1, device="cuda")
-        table[key] = before
+        for table, old in zip(TABLES[part], before, strict=True):
+            table[key] = old
         for name, times in sorted(seconds.items(), key=lambda item: median(item[1])):
             print(f"{work.shape.keys:7} {part:8} {median(times) * 1e3:9.3f} ms  {name}", flush=True)
 
@@ -254,7 +273,7 @@ def main() -> None:
             "set": args.set,
             "launches": {
                 part: {str(key): asdict(launch) for key, launch in table.items()}
-                for part, table in TABLES.items()
+                for part, (table, *_) in TABLES.items()
             },
             "rows": rows,
         }

@@ -26,18 +26,18 @@ QUERIES = {
     (2, 64): Launch(64, 64, 4, 3, 2),
     (2, 128): Launch(64, 64, 4, 2, 2),
     (2, 256): Launch(64, 32, 8, 2, 1),
-    # fp32 products run outside the tensor cores and hold their operands in registers.
-    (4, 64): Launch(32, 32, 8, 2, 2),
-    (4, 128): Launch(32, 32, 8, 2, 1),
-    (4, 256): Launch(16, 16, 8, 2, 1),
+    # fp32 products run outside the tensor cores, hold their operands in registers, and never wait for loads.
+    (4, 64): Launch(32, 32, 8, 2, 2, copies=False),
+    (4, 128): Launch(32, 32, 8, 2, 1, copies=False),
+    (4, 256): Launch(16, 16, 8, 2, 1, copies=False),
 }
 KEYS = {
     (2, 64): Launch(64, 64, 4, 3, 2, 255),
     (2, 128): Launch(64, 64, 4, 2, 2, 255),
     (2, 256): Launch(32, 64, 8, 2, 1, 255),
-    (4, 64): Launch(32, 32, 8, 2, 1),
-    (4, 128): Launch(16, 32, 8, 2, 1, 255),
-    (4, 256): Launch(16, 16, 16, 2, 1, 128),
+    (4, 64): Launch(32, 32, 8, 2, 1, copies=False),
+    (4, 128): Launch(16, 32, 8, 2, 1, 255, copies=False),
+    (4, 256): Launch(16, 16, 16, 2, 1, 128, copies=False),
 }
 #: The same where registers are short: without the copy engine, whose work takes some, or with a softcap.
 KEYS_TIGHT = KEYS | {
@@ -134,7 +134,7 @@ def queries(
     scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     # A tile of keys may reach into the next sequence, whose values are none of this one's business.
-    copies = None if options.packed else _copied(launch.block_n, k, v)
+    copies = None if options.packed else _copied(launch, launch.block_n, k, v)
     queries_kernel[(programs,)](
         q,
         k,
@@ -179,7 +179,7 @@ def keys(
     launch = _launch_of(KEYS_TIGHT if tight else KEYS, q, selection.block_size)
     # A tile of queries must not reach into another row.
     whole = not options.packed and selection.block_size[0] % launch.block_m == 0
-    copies = _copied(launch.block_m, q, grad) if whole else None
+    copies = _copied(launch, launch.block_m, q, grad) if whole else None
     if copies is None:
         launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -310,10 +310,9 @@ def _launch_of(launches: dict[tuple[int, int], Launch], x: Tensor, block_size: t
     return replace(launch, block_m=block_m, block_n=min(launch.block_n, block_size[1]))
 
 
-def _copied(rows: int, *tensors: Tensor) -> list[object] | None:
-    """Describe tiles to the copy engine, which fp32 products, never short of work, do without."""
-    small = tensors[0].element_size() == 2
-    return copied(rows, _padded(tensors[0].shape[3]), *tensors) if small else None
+def _copied(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
+    """Describe tiles to the copy engine, if that is to bring them."""
+    return copied(rows, _padded(tensors[0].shape[3]), *tensors) if launch.copies else None
 
 
 def _padded(dim: int) -> int:

@@ -18,6 +18,7 @@ class Launch:
         stages: Steps of the loop over a list that are in flight.
         programs: Programs per multiprocessor.
         registers: Most registers per thread, to let more programs share a multiprocessor; NVIDIA only.
+        copies: Whether the copy engine brings tiles, where there is one and the kernel can use it.
     """
 
     block_m: int
@@ -26,6 +27,7 @@ class Launch:
     stages: int
     programs: int
     registers: int | None = None
+    copies: bool = True
 
     def options(self) -> dict[str, int]:
         """Return what the compiler is told."""
