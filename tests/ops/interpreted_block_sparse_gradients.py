@@ -25,7 +25,7 @@ PACKED = replace(TINY, queries=30, keys=45, lengths=((1, 1), (0, 0), (18, 33), (
 CASES = {
     "later chunk": TINY,
     "one token": replace(TINY, queries=1, keys=1),
-    "block and one": replace(TINY, queries=17, keys=17),
+    "block and one, everything read": replace(TINY, queries=17, keys=17, density=1.0),
     "batch, no groups": replace(TINY, batch=2, kv_heads=2, queries=5, keys=35),
     "one kv head for many, padded dimension": replace(TINY, heads=4, queries=7, head_dim=24),
     "selection of kv heads, tiles of rows": replace(
@@ -35,8 +35,6 @@ CASES = {
     "one query to a row": replace(TINY, queries=3, block_size=(1, 16)),
     "odd rows": replace(TINY, queries=30, block_size=(24, 16)),
     "packed, with all": replace(PACKED, block_size=(16, 32), softcap=3.0, sinks=True, selection_heads=1),
-    "everything read": replace(TINY, density=1.0),
-    "hardly anything read": replace(TINY, queries=20, keys=130, density=0.02),
 }
 
 
@@ -77,10 +75,9 @@ def test_split_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plans[0][:-2].view(3, -1)[1].tolist() == [2, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_scales_that_are_not_positive(scale: float) -> None:
-    call = gradients.Call.of(TINY)
-    call = replace(call, options=Options(scale=scale))
+def test_a_scale_that_is_not_positive() -> None:
+    call = gradients.Call.of(replace(TINY, queries=7))
+    call = replace(call, options=Options(scale=-0.3))
     found = call.gradients(gradients.by_name("triton"))
     for name, budget in call.budgets().items():
         budget.check(found[name])

@@ -28,13 +28,18 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gather(name: str, dtype: torch.dtype) -> None:
+def test_gather(name: str) -> None:
+    gradients.check_gradients(gradients.by_name("gather"), BY_NAME[name])
+
+
+@pytest.mark.parametrize("name", ["later-chunk", "softcap-and-sinks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gather_in_half_precision(name: str, dtype: torch.dtype) -> None:
     gradients.check_gradients(gradients.by_name("gather"), BY_NAME[name], dtype)
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
-@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("kv_heads", [8, 1])
 def test_gather_at_many_densities(density: float, kv_heads: int) -> None:
     case = replace(TINY, heads=8, kv_heads=kv_heads, queries=77, density=density)
     gradients.check_gradients(gradients.by_name("gather"), case)
