@@ -34,7 +34,7 @@ QUERIES = {
 KEYS = {
     (2, 64): Launch(64, 64, 4, 3, 2, 255),
     (2, 128): Launch(64, 64, 4, 2, 2, 255),
-    (2, 256): Launch(32, 64, 8, 2, 1, 255),
+    (2, 256): Launch(16, 64, 8, 2, 1, 255),
     (4, 64): Launch(32, 32, 8, 2, 1, copies=False),
     (4, 128): Launch(16, 32, 8, 2, 1, 255, copies=False),
     (4, 256): Launch(16, 16, 16, 2, 1, 128, copies=False),
@@ -43,7 +43,6 @@ KEYS = {
 KEYS_TIGHT = KEYS | {
     (2, 64): Launch(32, 64, 4, 2, 2, 255),
     (2, 128): Launch(32, 64, 4, 2, 2, 255),
-    (2, 256): Launch(16, 64, 8, 2, 1, 255),
 }
 #: Queries per program of the first kernel, and to which a head's numbers are padded.
 ROWS, TILE = 32, 128
