@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,6 @@ def copied(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | N
         return None
     if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     described: list[object] = []
     for x in tensors:
         if x is None:
@@ -29,7 +29,7 @@ def copied(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | N
         steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
         if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
             return None
-        described.append(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
+        described.append(_describe(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
     return described
 
 
@@ -40,6 +40,10 @@ def line(numbers: int, x: Tensor) -> object:
         numbers: Length of a piece, a power of two of at least 16 bytes.
         x: The tensor.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    return _describe(x, [x.numel()], [1], [numbers])
 
-    return TensorDescriptor(x, [x.numel()], [1], [numbers])
+
+def _describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
+    # Only backends that found Triton come here.
+    tools = importlib.import_module("triton.tools.tensor_descriptor")
+    return tools.TensorDescriptor(x, shape, strides, block)
