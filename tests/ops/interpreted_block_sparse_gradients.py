@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
+from seerattention.ops import _copies
 from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import _backward
 from seerattention.ops.block_sparse_attention import triton as backend
@@ -50,6 +51,21 @@ def test_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", ["later chunk"])
 def test_half_precision(name: str) -> None:
     gradients.check_gradients(gradients.by_name("triton"), CASES[name], torch.float16)
+
+
+@pytest.mark.parametrize("block_size", [(16, 16), (24, 16)])
+def test_tiles_by_the_copy_engine(block_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def described(launch: object, rows: int, *tensors: Tensor) -> list[object]:
+        made.append(rows)
+        shape = [1, 1, rows, 32]
+        return [_copies._describe(x, list(x.shape), list(x.stride()), shape) for x in tensors]
+
+    monkeypatch.setattr(_backward, "_copied", described)
+    gradients.check_gradients(gradients.by_name("triton"), replace(TINY, head_dim=24, block_size=block_size))
+    # Rows that are no whole tiles keep their queries' addresses.
+    assert len(made) == (4 if block_size[0] == 16 else 2)
 
 
 def test_split_columns(monkeypatch: pytest.MonkeyPatch) -> None:
