@@ -385,7 +385,7 @@ def gradients(tiny, tmp_path, checkpointing=False):
         model = adapted(tiny.make())
         if policy:
             gates = tiny.gates_for(tiny.make())
-            models.attach(model, gates, policy, min_tokens=0, backend="reference")
+            models.attach(model, gates, policy, min_tokens=0)
         if checkpointing:
             model.train()
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -399,10 +399,6 @@ def gradients(tiny, tmp_path, checkpointing=False):
 
 def checkpointing(tiny, tmp_path):
     gradients(tiny, tmp_path, checkpointing=True)
-
-
-def no_gradients(tiny, tmp_path):
-    attached(tiny)(tiny.tokens(1, 64))
 
 
 def dropout(tiny, tmp_path):
@@ -434,8 +430,7 @@ CHECKS = {
     ("base", "tensor parallelism"): tensor_parallel,
     ("base", "torch.compile"): compiled,
     ("base", "torch.compile(fullgraph=True)"): fullgraph,
-    ("training", "the model, with backend='reference'"): gradients,
-    ("training", "the model, with other backends"): no_gradients,
+    ("training", "the model"): gradients,
     ("training", "activation checkpointing"): checkpointing,
     ("training", "attention dropout"): dropout,
 }

@@ -82,17 +82,6 @@ def test_unknown_backend() -> None:
         pooled_attention(q, k, v, (64, 64), backend="")
 
 
-@pytest.mark.parametrize("backend", ["gather", "auto"])
-def test_gather_has_no_gradient(backend: str) -> None:
-    q, k, v = random_qkv(SHAPE)
-    for which in range(3):
-        inputs = [x.clone().requires_grad_(i == which) for i, x in enumerate((q, k, v))]
-        with pytest.raises(NotImplementedError, match="no backward; use backend='reference' for gradients"):
-            block_sparse_attention(*inputs, FULL, backend=backend)
-        with torch.no_grad():
-            block_sparse_attention(*inputs, FULL, backend=backend)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> object:
     return block_sparse_attention(q, k, v, FULL)
 

@@ -13,6 +13,8 @@ import torch
 from seerattention import BlockSelection
 from seerattention.ops.block_sparse_attention import hopper
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.pooled_attention import hopper as pooled
+from seerattention.ops.pooled_attention._options import PoolOptions
 
 PLAIN = Options(scale=1.0)
 
@@ -81,10 +83,12 @@ def test_views_that_a_copy_engine_cannot_read() -> None:
         assert any(r.startswith("q must be 16-byte aligned") for r in found) == wrong
 
 
-def test_gradients_are_refused() -> None:
+def test_maps_have_no_gradient() -> None:
     q = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16, requires_grad=True)
     selection = BlockSelection.full(128, 128, (64, 64))
-    assert any("it has no backward" in r for r in hopper.unsupported(q, q, q, selection, PLAIN))
+    assert not any("no backward" in r for r in hopper.unsupported(q, q, q, selection, PLAIN))
+    reasons = pooled.unsupported(q, q, q, (64, 64), PoolOptions(scale=1.0))
+    assert any("it has no backward" in r for r in reasons)
 
 
 @pytest.mark.parametrize(

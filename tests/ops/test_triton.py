@@ -113,7 +113,11 @@ def test_the_scoring_kernels_compile_for_hopper(kernel: str, dtype: str, dim: in
 
 
 @pytest.mark.parametrize(
-    "op", ["block_sparse_attention", "pooled_attention", "score_blocks", "select_blocks", "summarise_blocks"]
+    "op",
+    [
+        *("block_sparse_attention", "block_sparse_gradients", "pooled_attention"),
+        *("score_blocks", "select_blocks", "summarise_blocks"),
+    ],
 )
 def test_kernels_in_the_interpreter(op: str) -> None:
     # It must be asked for before kernels are defined, and nothing else is to meet it.

@@ -11,7 +11,6 @@ MAPS = (
 DROPOUT = "set attention_dropout=0 or call model.eval()"
 PACKED = "sequences packed into one row are not supported, give them as a padded batch with an attention_mask"
 MASKS = "masks of other kinds need dense attention: detach(model) first"
-BACKWARD = "no backward; use backend='reference' for gradients"
 FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
@@ -70,8 +69,7 @@ def features() -> tuple[Feature, ...]:
         Feature("base", "tensor parallelism", PARALLEL),
         Feature("base", "torch.compile", note="attention itself stays outside of the graphs"),
         Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),
-        Feature("training", "the model, with backend='reference'"),
-        Feature("training", "the model, with other backends", BACKWARD),
+        Feature("training", "the model", note="the choice of blocks is a constant of the gradient"),
         Feature("training", "activation checkpointing"),
         Feature("training", "attention dropout", DROPOUT),
     )

@@ -12,6 +12,7 @@ from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import BlockSelection
 from seerattention.testing.conformance import Backend
+from seerattention.testing.gradients import Attend, by_reference
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,56 @@ ATTENTION_MUTANTS: dict[str, Mutant] = {
     "swapped head map": SwappedHeadMap(reference),
     "sees the next key": ShiftedCausalLimit(reference, 1),
     "misses its own key": ShiftedCausalLimit(reference, -1),
+}
+
+
+def _forgets_normaliser(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The softmax's denominator is taken for a constant, as where ``delta`` is left out."""
+    out, lse = by_reference(q, k, v, selection, options)
+    return out * (lse - lse.detach()).exp()[..., None].to(out.dtype), lse
+
+
+def _forgets_scale(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the keys is one percent too large."""
+    return by_reference(q, 1.01 * k - 0.01 * k.detach(), v, selection, options)
+
+
+def _forgets_head(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The last head of a group adds nothing to the gradients of its keys and values."""
+    group = q.shape[1] // k.shape[1]
+    wide = [x.repeat_interleave(group, 1).unflatten(1, (-1, group)) for x in (k, v)]
+    cut = [torch.cat([x[:, :, :-1], x[:, :, -1:].detach()], 2).flatten(1, 2) for x in wide]
+    return by_reference(q, cut[0], cut[1], selection, options)
+
+
+def _forgets_last_block(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The last of a row's blocks is left out of the gradients."""
+    out, lse = by_reference(q, k, v, selection, options)
+    short = DroppedLastBlock(reference).run(q, k, v, selection, options)
+    return out.detach() + short - short.detach(), lse
+
+
+def _forgets_lse(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The gradient of lse is half of what it is."""
+    out, lse = by_reference(q, k, v, selection, options)
+    return out, (lse + lse.detach()) / 2
+
+
+#: Bugs of a backward, planted into the reference.
+GRADIENT_MUTANTS: dict[str, Attend] = {
+    "no normaliser": _forgets_normaliser,
+    "wrong scale": _forgets_scale,
+    "a head of a group missing": _forgets_head,
+    "dropped last block": _forgets_last_block,
+    "half the gradient of lse": _forgets_lse,
 }

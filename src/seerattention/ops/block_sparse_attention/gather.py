@@ -7,6 +7,9 @@ CPU's last-level cache. Unselected blocks are never touched. Measurements: docs/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,10 +24,6 @@ WORK_BYTES = 8 * 2**20
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = []
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        reasons.append(
-            "it writes its output in place and has no backward; use backend='reference' for gradients"
-        )
     if options.packed:
         reasons.append("it takes no packed sequences (cu_seqlens_q, cu_seqlens_k)")
     return reasons
@@ -36,13 +35,112 @@ def run(
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
     batch, heads, num_queries, dim = q.shape
     block_q, block_k = selection.block_size
-    nq, nk = selection.shape[2:]
-    past = k.shape[2] - num_queries
     queries = _to_blocks(q * options.scale, block_q)
     keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
     out = torch.empty_like(queries)
     lse = queries.new_empty(queries.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for part in _parts(q, k, selection):
+        shape = (len(part.group), part.blocks.shape[1] * block_k, dim)
+        scores = part.scores(queries, keys.index_select(0, part.where).view(shape), selection, options)
+        if options.sinks is not None:
+            sinks = options.sinks.to(scores.dtype)[part.head, None, None].expand(-1, block_q, 1)
+            scores = torch.cat([scores, sinks], -1)
+        if options.return_lse:
+            lse[part.group] = scores.to(lse.dtype).logsumexp(-1)
+        share = torch.softmax(scores, dim=-1)[..., : shape[1]]
+        out[part.group] = torch.bmm(share, values.index_select(0, part.where).view(shape))
+    out = out.view(batch, heads, -1, dim)[:, :, :num_queries]
+    return (out, lse.view(batch, heads, -1)[:, :, :num_queries]) if options.return_lse else out
 
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: BlockSelection,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, and ``[B, Hq, Tq]`` with what sinks gain from each query.
+
+    Rows are gathered as in `run`, their probabilities computed anew from ``lse``, and what they add to
+    the blocks that they read is added there in the rows' order, in the dtype of ``lse``.
+    """
+    dim = q.shape[3]
+    block_q, block_k = selection.block_size
+    wide = lse.dtype
+    delta = (grad.to(wide) * out).sum(-1) - grad_lse
+    queries, grads = _to_blocks(q * options.scale, block_q), _to_blocks(grad, block_q)
+    keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
+    shift, deltas = _to_blocks(lse[..., None], block_q), _to_blocks(delta[..., None], block_q)
+    dq = torch.empty_like(queries)
+    dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
+    for part in _parts(q, k, selection):
+        shape = (len(part.group), part.blocks.shape[1] * block_k, dim)
+        key, value = (x.index_select(0, part.where).view(shape) for x in (keys, values))
+        query, g = queries[part.group], grads[part.group]
+        scores = part.scores(queries, key, selection, options).to(wide)
+        share = torch.exp(scores - shift[part.group])
+        dscores = torch.bmm(g, value.mT).to(wide).sub_(deltas[part.group]).mul_(share)
+        if options.softcap is not None:
+            # Where the mask made it infinite, the share is zero already.
+            slope = 1 - (scores / options.softcap).square_()
+            dscores.mul_(slope.masked_fill_(share == 0, 0))
+        share, dscores = share.to(q.dtype), dscores.to(q.dtype)
+        dq[part.group] = torch.bmm(dscores, key) * options.scale
+        for total, weights, x in ((dk, dscores, query), (dv, share, g)):
+            total.index_add_(0, part.where, torch.bmm(weights.mT, x).view(-1, block_k, dim).to(wide))
+    dq, dk, dv = (
+        x.view(*like.shape[:2], -1, dim)[:, :, : like.shape[2]].to(like.dtype).contiguous()
+        for x, like in ((dq, q), (dk, k), (dv, v))
+    )
+    return dq, dk, dv, delta
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are computed together.
+
+    Attributes:
+        group: Numbers of the rows, ``[n]``.
+        head: Their query heads.
+        row: Their places among their head's rows.
+        blocks: The KV blocks that they read, ``[n, blocks]``.
+        where: The same among the blocks of all heads, flat.
+        masked: How many of the last blocks hold keys later than a row's first query.
+        past: Keys before the first query.
+    """
+
+    group: Tensor
+    head: Tensor
+    row: Tensor
+    blocks: Tensor
+    where: Tensor
+    masked: int
+    past: int
+
+    def scores(self, queries: Tensor, keys: Tensor, selection: BlockSelection, options: Options) -> Tensor:
+        """Return the rows' scores ``[n, block_q, blocks * block_k]``, capped, acausal ones minus infinity."""
+        scores = torch.bmm(queries[self.group], keys.mT)
+        if options.softcap is not None:
+            scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        if self.masked:
+            columns = self.masked * selection.block_size[1]
+            late = self.blocks[:, -self.masked :]
+            hidden = _hidden(late, self.row, *selection.block_size, self.past)
+            scores[:, :, -columns:].masked_fill_(hidden, float("-inf"))
+        return scores
+
+
+def _parts(q: Tensor, k: Tensor, selection: BlockSelection) -> Iterator[_Part]:
+    """Yield the rows of equal length together, as many at a time as fit into ``WORK_BYTES``."""
+    batch, heads, num_queries = q.shape[:3]
+    block_q, block_k = selection.block_size
+    nq, nk = selection.shape[2:]
+    past = k.shape[2] - num_queries
     rows = torch.arange(batch * heads * nq, device=q.device)
     b, h, i = rows // (heads * nq), rows // nq % heads, rows % nq
     list_row = b * (selection.shape[0] > 1)
@@ -53,28 +151,13 @@ def run(
     # How many of a row's last blocks hold tokens later than its first query: those need a mask.
     late = _late_blocks(selection, nq, nk, past, num_queries)[i]
     order = torch.argsort(counts * (nk + 1) + late, stable=True)
-
-    for part in _equal_parts(counts[order].tolist(), late[order].tolist(), block_q, block_k, q):
-        group, count, masked = order[part[0] : part[1]], part[2], part[3]
-        lists = indices[starts[group, None] + torch.arange(count, device=q.device)].long()
-        where = (lists + first_kv[group, None]).flatten()
-        shape = (len(group), count * block_k, dim)
-        scores = torch.bmm(queries[group], keys.index_select(0, where).view(shape).mT)
-        if options.softcap is not None:
-            scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
-        if masked:
-            columns = masked * block_k
-            hidden = _hidden(lists[:, -masked:], i[group], block_q, block_k, past)
-            scores[:, :, -columns:].masked_fill_(hidden, float("-inf"))
-        if options.sinks is not None:
-            sinks = options.sinks.to(scores.dtype)[h[group], None, None].expand(-1, block_q, 1)
-            scores = torch.cat([scores, sinks], -1)
-        if options.return_lse:
-            lse[group] = scores.to(lse.dtype).logsumexp(-1)
-        share = torch.softmax(scores, dim=-1)[..., : count * block_k]
-        out[group] = torch.bmm(share, values.index_select(0, where).view(shape))
-    out = out.view(batch, heads, nq * block_q, dim)[:, :, :num_queries]
-    return (out, lse.view(batch, heads, -1)[:, :, :num_queries]) if options.return_lse else out
+    for start, end, count, masked in _equal_parts(
+        counts[order].tolist(), late[order].tolist(), block_q, block_k, q
+    ):
+        group = order[start:end]
+        blocks = indices[starts[group, None] + torch.arange(count, device=q.device)].long()
+        where = (blocks + first_kv[group, None]).flatten()
+        yield _Part(group, h[group], i[group], blocks, where, masked, past)
 
 
 def _to_blocks(x: Tensor, size: int) -> Tensor:

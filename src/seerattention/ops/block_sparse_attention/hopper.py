@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seerattention.ops.block_sparse_attention._backward import backward
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.selection import BlockSelection, num_blocks
+
+__all__ = ["backward", "run", "unsupported"]
 
 kernel: Any = None
 with contextlib.suppress(ImportError):
@@ -64,8 +67,6 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
         reasons.append("it has no softcap")
     if options.packed:
         reasons.append("it has no packed sequences")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        reasons.append("it has no backward; use backend='reference' for gradients")
     return reasons
 
 

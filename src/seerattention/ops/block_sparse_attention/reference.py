@@ -52,7 +52,10 @@ def _attend(
     """Return the output and the logarithm of the softmax's denominator of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
     mask = token_mask(selection, q.shape[1], q.shape[2], k.shape[2]).expand(q.shape[0], -1, -1, -1)
-    scores = (q * options.scale) @ k.repeat_interleave(groups, 1).mT
+    # 0 * nan is nan, also in gradients: zero the keys and values that no query of the head reads.
+    unread = ~mask.any(2)[..., None]
+    keys, values = (x.repeat_interleave(groups, 1).masked_fill(unread, 0) for x in (k, v))
+    scores = (q * options.scale) @ keys.mT
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -61,6 +64,4 @@ def _attend(
         scores = torch.cat([scores, sinks], -1)
     lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
     share = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
-    # 0 * nan is nan: zero the values that no query of the head reads.
-    read = mask.any(2)[..., None]
-    return share @ v.repeat_interleave(groups, 1).masked_fill(~read, 0), lse
+    return share @ values, lse

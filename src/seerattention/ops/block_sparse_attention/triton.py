@@ -7,40 +7,23 @@ softmax. The host learns nothing of the selection. Design and roofline: docs/ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from seerattention.ops.block_sparse_attention._backward import backward
+from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.block_sparse_attention._triton_kernel import attention_kernel, triton
 from seerattention.selection import BlockSelection, num_blocks
+
+__all__ = ["backward", "run", "unsupported"]
 
 #: Whether the kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when this file was imported).
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 MAX_HEAD_DIM = 256
 BLOCKS_K = (16, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is compiled and started.
-
-    Attributes:
-        block_m: Query tokens per tile; a longer query block is several tiles.
-        block_n: Keys per step; a longer KV block is several steps.
-        warps: Warps per program.
-        stages: Steps of the loop over the list that are in flight.
-        programs: Programs per multiprocessor.
-        registers: Most registers per thread, to let more programs share a multiprocessor; NVIDIA only.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    programs: int
-    registers: int | None = None
 
 
 #: By bytes per element and padded head dimension: launches for ever longer query blocks. Registers and
@@ -64,9 +47,9 @@ def launch_of(head_dim: int, block_size: tuple[int, int], itemsize: int) -> Laun
         block_size: Tokens per (query block, KV block).
         itemsize: Bytes per element of q, k and v.
     """
-    choices = LAUNCHES[itemsize, max(64, _power_of_two(head_dim))]
+    choices = LAUNCHES[itemsize, max(64, power_of_two(head_dim))]
     # A product needs 16 rows at least.
-    block_m = max(16, _power_of_two(block_size[0]))
+    block_m = max(16, power_of_two(block_size[0]))
     launch = next((c for c in choices if c.block_m >= block_m), choices[-1])
     block_m, block_n = min(block_m, launch.block_m), min(block_size[1], launch.block_n)
     return replace(launch, block_m=block_m, block_n=block_n)
@@ -79,8 +62,6 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
     if triton is None:
         return ["triton is not installed; `pip install triton` brings it"]
     reasons = []
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        reasons.append("it has no backward; use backend='reference' for gradients")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(
             f"it computes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
@@ -123,18 +104,8 @@ def run(
     return (out, lse) if options.return_lse else out
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-
-
-def _programs(device: torch.device, launch: Launch) -> int:
-    if device.type == "cpu":
-        return 2
-    return launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(
@@ -161,7 +132,7 @@ def _launch(
     launch = launch_of(head_dim, (block_q, block_k), q.element_size())
     tiles = num_blocks(block_q, launch.block_m)
     items = batch * heads * bits.shape[2] * tiles
-    programs = min(items, _programs(q.device, launch))
+    programs = min(items, launch.most_programs(q.device))
     # A program's list, and one entry more, which is read ahead.
     scratch = torch.empty(programs * (num_kv_blocks + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -198,7 +169,7 @@ def _launch(
             KV_HEADS=k.shape[1],
             BIT_HEADS=bits.shape[1],
             D=head_dim,
-            BLOCK_D=max(_power_of_two(head_dim), 16),
+            BLOCK_D=max(power_of_two(head_dim), 16),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             BLOCK_M=launch.block_m,
@@ -206,11 +177,9 @@ def _launch(
             SOFTCAP=softcap is not None,
             SINKS=sinks is not None,
             LSE=return_lse,
-            SEQUENCES=_power_of_two(sequences) if sequences else 0,
+            SEQUENCES=power_of_two(sequences) if sequences else 0,
             STAGES=launch.stages,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            **({"maxnreg": launch.registers} if launch.registers and torch.version.hip is None else {}),
+            **launch.options(),
         )
     return out, lse
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from seerattention.ops._copies import copied
 from seerattention.ops._precision import DTYPES
 from seerattention.ops.block_sparse_attention._triton_kernel import triton
 from seerattention.ops.pooled_attention._options import PoolOptions
@@ -144,29 +145,6 @@ def _programs(device: torch.device, launch: Launch) -> int:
     return launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _copies(launch: Launch, block_d: int, *tensors: Tensor | None) -> list[object] | None:
-    """Describe keys and values to the copy engine of Hopper and later; None where it cannot serve."""
-    if tensors[0] is None or not tensors[0].is_cuda or torch.version.hip is not None:
-        return None
-    if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    described = []
-    for x in tensors:
-        if x is None:
-            described.append(described[0])
-            continue
-        # It wants addresses and strides of whole 16 bytes.
-        steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
-        if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
-            return None
-        described.append(
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, launch.block_n, block_d])
-        )
-    return described
-
-
 def _outputs(
     q: Tensor, v: Tensor | None, shape: list[int], return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +185,7 @@ def _launch(
     cells = num_blocks(k.shape[2], launch.block_n) * (launch.block_n // cell)
     scratch = torch.empty(programs * cells * launch.block_m, dtype=torch.float32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    copies = _copies(launch, block_d, k, v)
+    copies = copied(launch.block_n, block_d, k, v)
     values = k if v is None else v
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):

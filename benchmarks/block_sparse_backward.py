@@ -1,0 +1,286 @@
+"""Time forward and backward of block-sparse attention on a GPU, beside dense attention's in the same run.
+
+python benchmarks/block_sparse_backward.py --out benchmarks/results/<device>/block_sparse_backward.json
+python benchmarks/block_sparse_backward.py --tokens 32768 --sweep
+python benchmarks/block_sparse_backward.py --tokens 32768 --set keys.stages=3 queries.block_n=32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seerattention import BlockSelection, block_sparse_attention
+from seerattention.evals.versions import versions
+from seerattention.files import staged
+from seerattention.ops._shapes import Shape
+from seerattention.ops.block_sparse_attention import BACKENDS, ORDER, _backward
+from seerattention.ops.block_sparse_attention._cases import Case
+from seerattention.ops.block_sparse_attention._launch import Launch
+from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.selection import causal_blocks
+from seerattention.testing.gradients import by_name, check_gradients
+from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.testing.timing import interleaved
+
+#: Tried by ``--sweep``. Each takes seconds to compile; registers and shared memory: docs/kernels.md.
+SWEEP = {
+    "queries": [
+        Launch(64, 64, 4, 2, 2),
+        Launch(64, 64, 4, 2, 2, copies=False),
+        Launch(64, 64, 4, 3, 1),
+        Launch(64, 32, 4, 3, 2),
+        Launch(64, 32, 4, 4, 2),
+        Launch(64, 64, 8, 2, 2, 128),
+    ],
+    "keys": [
+        Launch(64, 64, 4, 2, 2, 255),
+        Launch(64, 64, 4, 2, 2, 255, copies=False),
+        Launch(64, 64, 4, 3, 1, 255),
+        Launch(32, 64, 4, 2, 2, 255),
+        Launch(32, 64, 4, 3, 2, 255),
+        Launch(32, 64, 4, 4, 2, 255),
+        Launch(64, 64, 8, 2, 1, 255),
+        Launch(64, 64, 8, 3, 1, 255),
+    ],
+}
+#: Where a part's launches stand; the first is what runs where the copy engine does.
+TABLES = {"queries": (_backward.QUERIES,), "keys": (_backward.KEYS, _backward.KEYS_TIGHT)}
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention by cuDNN."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+
+def differentiable_dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """Return cuDNN's attention on heads as they are, or as often as its backward wants them."""
+    try:
+        torch.autograd.grad(dense(q[:, :, :128], k[:, :, :128], v[:, :, :128]).sum(), (q, k, v))
+    except RuntimeError as error:
+        print(f"cuDNN has no backward for grouped heads, they are repeated: {error}", flush=True)
+        group = q.shape[1] // k.shape[1]
+        return lambda: dense(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+    return lambda: dense(q, k, v)
+
+
+def peak_mb(run: Callable[[], object]) -> float:
+    """Peak memory of a call beyond what is there before it, in MB."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+class Work:
+    """One length: its inputs, its selection and what is timed on them."""
+
+    def __init__(
+        self, tokens: int, heads: tuple[int, int], dim: int, block: int, density: float, dtype: torch.dtype
+    ) -> None:
+        shape = Shape(
+            name="", heads=heads[0], kv_heads=heads[1], queries=tokens, keys=tokens, head_dim=dim,
+            block_size=(block, block),
+        )  # fmt: skip
+        self.shape = shape
+        self.q, self.k, self.v = (x.requires_grad_() for x in random_qkv(shape, dtype=dtype, device="cuda"))
+        self.grad = random_qkv(shape, dtype=dtype, device="cuda", seed=1)[0]
+        mask = random_selection(shape, density=density).to_mask()
+        # As every policy with sink_blocks has it, and the longest column that there can be.
+        mask[..., 0] = True
+        self.selection = BlockSelection.from_mask(mask.cuda(), (block, block))
+        self.density = self.selection.density(causal_blocks(tokens, tokens, (block, block), "cuda"))
+        self.options = Options(scale=dim**-0.5)
+
+    def both(self, attend: Callable[[], Tensor]) -> Callable[[], object]:
+        """Return forward and backward of a function."""
+        return lambda: torch.autograd.grad(attend(), (self.q, self.k, self.v), self.grad)
+
+    def sparse(self, backend: str) -> Callable[[], Tensor]:
+        """Return the forward of a backend."""
+        return lambda: block_sparse_attention(self.q, self.k, self.v, self.selection, backend=backend)
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """Return the backward's parts, by name."""
+        with torch.no_grad():
+            q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
+            out, lse = block_sparse_attention(q, k, v, self.selection, return_lse=True)
+            shift, delta = _backward.rows(self.grad, torch.zeros_like(lse), out, lse)
+        rest = self.grad, q, k, v, shift, delta, self.selection, self.options
+        return {
+            "rows": lambda: _backward.rows(self.grad, torch.zeros_like(lse), out, lse),
+            "queries": lambda: _backward.queries(*rest),
+            "keys": lambda: _backward.keys(*rest),
+        }
+
+    def backends(self) -> list[str]:
+        """Return the backends on this device that have a backward of their own, the fastest first."""
+        given = self.q, self.k, self.v, self.selection, self.options
+        return [name for name in ORDER if name != "gather" and not BACKENDS[name].unsupported(*given)]
+
+
+def check(heads: tuple[int, int], dim: int, block: int, dtype: torch.dtype) -> None:
+    """Hold the gradients of a short call to the error budget: what is wrong is not timed."""
+    case = Case(
+        name="", heads=heads[0] // heads[1] * 2, kv_heads=2, queries=1000, keys=1000,
+        head_dim=dim, block_size=(block, block), density=0.2,
+    )  # fmt: skip
+    check_gradients(by_name("auto"), case, dtype, "cuda")
+
+
+def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
+    """Time everything on one length."""
+    names = work.backends()
+    timed = {"dense cudnn, forward and backward": work.both(differentiable_dense(work.q, work.k, work.v))}
+    timed |= {f"{name}, forward and backward": work.both(work.sparse(name)) for name in names}
+    memory = {name: peak_mb(run) for name, run in timed.items()}
+    alone: dict[str, Callable[[], object]] = {"dense cudnn, forward": lambda: dense(work.q, work.k, work.v)}
+    alone |= {f"{name}, forward": work.sparse(name) for name in names} | work.parts()
+    with torch.no_grad():
+        seconds = interleaved(alone, repeats=repeats, device="cuda")
+    seconds |= interleaved(timed, repeats=repeats, device="cuda")
+    base = median(seconds["dense cudnn, forward and backward"])
+    shape = work.shape
+    pairs = shape.batch * shape.heads * shape.queries * shape.keys / 2
+    #: Matrix products over the pairs that are read, 2 * D FLOPs each.
+    products = {"rows": 0, "queries": 3, "keys": 4}
+    rows = []
+    for name, times in seconds.items():
+        share = 1.0 if name.startswith("dense") else work.density
+        # Both recompute the scores; the sparse backward does so twice, which is not counted as work done.
+        count = products.get(name, 7 if name.endswith("backward") else 2)
+        row = {
+            "tokens": shape.keys,
+            "variant": name,
+            "density": round(share, 4),
+            "ms": round(median(times) * 1e3, 3),
+            "range_ms": [round(min(times) * 1e3, 3), round(max(times) * 1e3, 3)],
+            "tflops": round(count * 2 * shape.head_dim * pairs * share / median(times) / 1e12, 1),
+            "speedup": round(base / median(times), 3) if name.endswith("backward") else None,
+            "peak_mb": round(memory[name], 1) if name in memory else None,
+        }
+        rows.append(row)
+        print(
+            f"{shape.keys:7} {name:36} {row['ms']:9.3f} ms {row['range_ms']} {row['tflops']:7.1f} TFLOP/s  "
+            f"speedup {row['speedup']}  peak MB {row['peak_mb']}",
+            flush=True,
+        )
+    return rows
+
+
+def key_of(dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return where the launches of a shape stand in their tables."""
+    return dtype.itemsize, max(64, 1 << (dim - 1).bit_length())
+
+
+def override(dim: int, dtype: torch.dtype, settings: list[str]) -> None:
+    """Change the launches that a shape gets, e.g. ``keys.stages=3``."""
+    key = key_of(dim, dtype)
+    for text in settings:
+        name, _, value = text.partition("=")
+        part, _, field = name.partition(".")
+        if part not in TABLES or field not in asdict(TABLES[part][0][key]):
+            raise ValueError(f"{text!r} names no setting; e.g. keys.stages=3 is one")
+        new = bool(int(value)) if field == "copies" else int(value)
+        use(part, key, replace(TABLES[part][0][key], **{field: new}))
+
+
+def use(part: str, key: tuple[int, int], launch: Launch) -> None:
+    """Have a part run with a launch, wherever it looks for one."""
+    for table in TABLES[part]:
+        table[key] = launch
+
+
+def sweep(work: Work, rounds: int) -> None:
+    """Print the times of both kernels under many launches, the best first."""
+    key = key_of(work.shape.head_dim, work.q.dtype)
+    parts = work.parts()
+    for part, launches in SWEEP.items():
+        before = [table[key] for table in TABLES[part]]
+        timed: dict[str, Callable[[], object]] = {}
+        for launch in launches:
+
+            def run(launch: Launch = launch, part: str = part) -> object:
+                use(part, key, launch)
+                return parts[part]()
+
+            try:
+                run()
+                torch.cuda.synchronize()
+            except Exception as error:  # too much shared memory: another type in every version of Triton
+                print(f"{part} {launch}: {type(error).__name__}", flush=True)
+                continue
+            timed[str(launch)] = run
+        seconds = interleaved(timed, repeats=rounds, warmup=1, device="cuda")
+        for table, old in zip(TABLES[part], before, strict=True):
+            table[key] = old
+        for name, times in sorted(seconds.items(), key=lambda item: median(item[1])):
+            print(f"{work.shape.keys:7} {part:8} {median(times) * 1e3:9.3f} ms  {name}", flush=True)
+
+
+def main() -> None:
+    """Measure the lengths asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("HQ", "HK"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--density", type=float, default=0.1, help="share of earlier blocks that are read")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--set", nargs="+", default=[], metavar="PART.NAME=VALUE")
+    parser.add_argument("--sweep", action="store_true", help="try launches at every length instead")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    heads = args.heads[0], args.heads[1]
+    override(args.head_dim, dtype, args.set)
+    check(heads, args.head_dim, args.block, dtype)
+    rows: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        work = Work(tokens, heads, args.head_dim, args.block, args.density, dtype)
+        if args.sweep:
+            sweep(work, 2)
+        else:
+            rows += measure(work, args.repeats)
+        del work
+        torch.cuda.empty_cache()
+    if args.out and rows:
+        report = {
+            "versions": versions(),
+            "device": torch.cuda.get_device_name(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "dtype": args.dtype,
+            "heads": args.heads,
+            "head_dim": args.head_dim,
+            "block": args.block,
+            "set": args.set,
+            "launches": {
+                part: {str(key): asdict(launch) for key, launch in table.items()}
+                for part, (table, *_) in TABLES.items()
+            },
+            "rows": rows,
+        }
+        with staged(args.out.parent) as folder:
+            (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Descriptions of tensors to the copy engine of Hopper GPUs and later."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+
+def copied(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | None:
+    """Describe tiles of tensors to the copy engine; None where there is none or it cannot serve.
+
+    Args:
+        rows: Tokens per tile.
+        columns: Numbers per token that a kernel wants, zeros past the last dimension's end.
+        tensors: ``[B, H, T, D]``; the first is described again in the place of one that is None.
+    """
+    if tensors[0] is None or not tensors[0].is_cuda or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+        return None
+    described: list[object] = []
+    for x in tensors:
+        if x is None:
+            described.append(described[0])
+            continue
+        # It wants addresses and strides of whole 16 bytes.
+        steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
+        if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
+            return None
+        described.append(_describe(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
+    return described
+
+
+def line(numbers: int, x: Tensor) -> object:
+    """Describe pieces of a contiguous tensor, as if it had one dimension, to the copy engine.
+
+    Args:
+        numbers: Length of a piece, a power of two of at least 16 bytes.
+        x: The tensor.
+    """
+    return _describe(x, [x.numel()], [1], [numbers])
+
+
+def _describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
+    # Only backends that found Triton come here.
+    tools = importlib.import_module("triton.tools.tensor_descriptor")
+    return tools.TensorDescriptor(x, shape, strides, block)
