@@ -33,7 +33,7 @@ def run(
         list[Path] | None,
         typer.Option(
             help="Text whose maps are shown: .txt, .jsonl or a folder; may be repeated. Default the bundled "
-            "novel, with eight numbers hidden in it that are asked for at its end."
+            "novel; for the bundled model with eight numbers hidden in it, asked for at its end."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Of the text, from its start.")] = 4096,
@@ -59,12 +59,14 @@ def run(
     model and its gates are explored.
     """
     from rich.console import Console
+    from transformers.utils import logging
 
     from seerattention.evals.config import BUNDLED
     from seerattention.evals.report import page, read_results
     from seerattention.files import staged
 
     console = Console()
+    logging.disable_progress_bar()
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give --out a file, such as {out / 'report.html'}")
     if results is not None and not gates and (model or text or density or layers):
@@ -109,7 +111,9 @@ def _explore(
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"--tokens {tokens:,} is past the model's limit of {limit:,}; give fewer")
-    window = _window(text, tokenizer, tokens)
+    # The bundled model learned to find numbers; what others do with the questions would say little.
+    needles = loaded.base.name == bundled.TEACHER_NAME
+    window, name = _window(text, tokenizer, tokens, needles)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task("maps", total=base.config.get_text_config().num_hidden_layers)
         explorer = explore(
@@ -127,8 +131,7 @@ def _explore(
             f"{len(explorer['all_layers'])} would make the page too large; --layers chooses others",
             highlight=False,
         )
-    named = ", ".join(path.name for path in text)
-    explorer["text"] = named or "the bundled novel, eight numbers hidden in it and asked for at its end"
+    explorer["text"] = name
     return explorer
 
 
@@ -152,19 +155,23 @@ def _policies(gates: Gates, densities: list[float]) -> list[Policy]:
     return list(dict.fromkeys([*found, *(TopK(d, sink_blocks=1) for d in asked)]))
 
 
-def _window(text: list[Path], tokenizer: Any, tokens: int) -> np.ndarray:
-    """Return the tokens whose maps are shown."""
+def _window(text: list[Path], tokenizer: Any, tokens: int, needles: bool) -> tuple[np.ndarray, str]:
+    """Return the tokens whose maps are shown, and what they are."""
     from seerattention.distill import read_tokens
     from seerattention.evals import bundled
     from seerattention.evals.needle import NeedleTask
 
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
-    if not text:
-        return NeedleTask(tokenizer, bundled.text_tokens(tokenizer)[1]).make(tokens, 0).tokens
-    found = read_tokens(text, tokenizer)
+    if text:
+        found, name = read_tokens(text, tokenizer), ", ".join(path.name for path in text)
+    else:
+        found, name = bundled.text_tokens(tokenizer)[1], "the bundled novel"
     if len(found) < tokens:
         raise ValueError(
             f"the text has {len(found):,} tokens, --tokens asks for {tokens:,}; give more text or fewer"
         )
-    return found[:tokens]
+    if text or not needles:
+        return found[:tokens], name
+    hidden = f"{name}, eight numbers hidden in it and asked for at its end"
+    return NeedleTask(tokenizer, found).make(tokens, 0).tokens, hidden

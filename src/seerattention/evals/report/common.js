@@ -16,7 +16,12 @@ function colourAt(part) {
 }
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
-const inkOn = (rgb) => (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 128 ? "#000" : "#fff");
+
+// Black or white, whichever is told apart better from a colour: WCAG 2.1, relative luminance.
+function inkOn(rgb) {
+  const [r, g, b] = rgb.map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+}
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {

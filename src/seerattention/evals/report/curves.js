@@ -68,7 +68,7 @@ function table(task, length, rows, open) {
   const head = TITLES.slice(0, columns).map((title, at) => el("th", { scope: "col" }, at === 4 ? rows[0].metric : title));
   const body = rows.map((row) => el("tr", row.policy === "" ? { class: "dense-row" } : {},
     ...row.cells.slice(0, columns).map((text, at) => (at ? el("td", {}, text) : el("th", { scope: "row" }, text)))));
-  return el("details", open ? { open: "" } : {}, el("summary", {}, name),
+  return el("details", { open: open ? "" : null, "aria-label": name }, el("summary", {}, name),
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name },
       el("table", {}, el("caption", { class: "hidden" }, name), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body))));
 }
