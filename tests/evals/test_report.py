@@ -218,6 +218,8 @@ def screen(browser, width=1280, height=1000, **features):
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": n, "value": v} for n, v in wanted.items()]}
     )
+    # A page hears of it with its next frame.
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
 @pytest.fixture
