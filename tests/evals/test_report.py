@@ -8,13 +8,11 @@ import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -22,10 +20,11 @@ from selenium.webdriver.support.select import Select
 
 from seerattention.evals import bundled
 from seerattention.evals.perplexity import hidden_states
-from seerattention.evals.report import explore, fitting_layers, page
+from seerattention.evals.report import explore, fitting_layers, page, read_results
 from seerattention.evals.report.explorer import FLOOR, MISSED, READ_BEST, READ_OTHER, block_states
 from seerattention.models import intercept
 from seerattention.policies import parse
+from seerattention.testing.browser import chromium, missing, screen
 
 TOKENS, LAYERS = 680, [2, 7]
 #: What must stay text wherever it is shown.
@@ -177,8 +176,6 @@ def test_text_cannot_leave_the_data_of_the_page(explored):
 
 @pytest.fixture(scope="module")
 def address(explored, tmp_path_factory) -> str:
-    from seerattention.evals.report import read_results
-
     folder = tmp_path_factory.mktemp("report")
     data = {**explored[0], "text": "a text"}
     (folder / "report.html").write_text(page(read_results(summary(folder)), data), encoding="utf-8")
@@ -186,40 +183,18 @@ def address(explored, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
     """Chromium, started once; without one the tests say so, and fail where SEERATTENTION_BROWSER=required."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        what = "the report's tests need chromium and chromedriver (Debian: chromium, chromium-driver)"
+    if reason := missing():
         if os.environ.get("SEERATTENTION_BROWSER") == "required":
-            pytest.fail(what)
-        pytest.skip(what)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update",
-        "disable-background-networking", "disable-sync", "disable-dev-shm-usage",
-        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with chromium() as driver:
+        yield driver
 
 
-def screen(browser, width=1280, height=1000, **features):
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-    )
-    wanted = {"prefers-color-scheme": "light", "prefers-reduced-motion": "no-preference"}
-    wanted |= {name.replace("_", "-"): value for name, value in features.items()}
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": n, "value": v} for n, v in wanted.items()]}
-    )
-    # A page hears of it with its next frame.
-    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+def look(browser, width=1280, height=1000, scheme="light", motion="no-preference"):
+    screen(browser, width=width, height=height, prefers_color_scheme=scheme, prefers_reduced_motion=motion)
 
 
 @pytest.fixture
@@ -227,7 +202,7 @@ def opened(browser, address):
     """The page, loaded anew; at the end nothing may have been complained about or asked for."""
     for kind in ("browser", "performance"):
         browser.get_log(kind)
-    screen(browser)
+    look(browser)
     browser.get(address)
     yield browser
     assert browser.get_log("browser") == []
@@ -377,7 +352,7 @@ def test_it_is_light_and_dark_and_legible_in_both(opened):
     ground = "return getComputedStyle(document.body).backgroundColor"
     light, pictures = opened.execute_script(ground), opened.execute_script(PICTURES)
     assert opened.execute_script(CONTRASTS) == []
-    screen(opened, prefers_color_scheme="dark", prefers_reduced_motion="reduce")
+    look(opened, scheme="dark", motion="reduce")
     dark = opened.execute_script(ground)
     assert sum(map(int, re.findall(r"\d+", dark))) < 150 < 600 < sum(map(int, re.findall(r"\d+", light)))
     assert opened.execute_script(PICTURES)[2] != pictures[2]
@@ -388,7 +363,7 @@ def test_it_is_light_and_dark_and_legible_in_both(opened):
     assert opened.execute_script(ground) == light
     assert opened.execute_script(PICTURES)[2] == pictures[2]
     Select(opened.find_element(By.ID, "theme")).select_by_value("dark")
-    screen(opened)
+    look(opened)
     assert opened.execute_script(ground) == dark
 
 
@@ -426,7 +401,7 @@ def test_every_control_has_a_name_and_a_phone_scrolls_one_way(opened):
     assert levels[0] == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert opened.execute_script("return document.documentElement.lang") == "en"
-    screen(opened, width=360, height=740)
+    look(opened, width=360, height=740)
     widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     wide, room = opened.execute_script(widths)
     assert wide <= room

@@ -66,7 +66,7 @@ function showExplorer(data) {
 
   function paintRead(to, maps, size) {
     const cell = size / n;
-    const gap = cell > 6 ? Math.max(1, cell * 0.08) : 0;
+    const gap = cell > 12 ? Math.max(1, cell * 0.08) : 0;
     const [empty, read, other, missed] = ["--empty", "--read", "--other", "--missed"].map(theme.colour);
     const crosses = [];
     for (let row = 0; row < n; row++) {
@@ -82,9 +82,10 @@ function showExplorer(data) {
       }
     }
     // Crosses come last and never get too small to be seen.
-    const half = Math.max(cell * 0.38, 3);
+    const ratio = window.devicePixelRatio || 1;
+    const half = Math.max(cell * 0.38, 3.25 * ratio);
     to.strokeStyle = missed;
-    to.lineWidth = Math.max(1.5, cell * 0.2);
+    to.lineWidth = Math.max(cell * 0.16, 1.6 * ratio);
     to.beginPath();
     for (const [x, y] of crosses) {
       const [cx, cy] = [x + (cell - gap) / 2, y + (cell - gap) / 2];
@@ -133,7 +134,7 @@ function showExplorer(data) {
       ["of the blocks read", percent(maps.read.density)],
       ["of the attention kept", percent(maps.read.recall)],
       [least() ? `blocks missed of at least ${percent(least(), least() < 0.01 ? 1 : 0)}` : "blocks missed", whole(missed)],
-      ["read and kept, mean of all heads shown", `${percent(mean("density"))}, ${percent(mean("recall"))}`],
+      ["read and kept, mean of heads", `${percent(mean("density"))}, ${percent(mean("recall"))}`],
     ]);
   }
 
