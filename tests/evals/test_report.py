@@ -22,11 +22,11 @@ from seerattention.evals import bundled
 from seerattention.evals.perplexity import hidden_states
 from seerattention.evals.report import explore, fitting_layers, page, read_results
 from seerattention.evals.report.explorer import FLOOR, MISSED, READ_BEST, READ_OTHER, block_states
-from seerattention.models import intercept
+from seerattention.models import attach, detach, intercept
 from seerattention.policies import parse
 from seerattention.testing.browser import chromium, missing, screen
 
-TOKENS, LAYERS = 680, [2, 7]
+TOKENS, LAYERS = 680, [0, 7]
 #: What must stay text wherever it is shown.
 HOSTILE = "</script><img src=x onerror=alert(1)> {{data}} <!-- "
 
@@ -62,12 +62,13 @@ def summary(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def explored():
-    """What the explorer shows of a text, and the attention it is about by layer."""
+    """What the explorer shows of a text, the attention it is about by layer, gates, and what was read."""
     model, tokenizer = bundled.load_teacher()
+    gates = bundled.load_teacher_gates()
     text = f"{HOSTILE}\n{bundled.TEXT.read_text(encoding='utf-8')[3000:8000]}"
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False)[:TOKENS])
     policies = [parse(text) for text in ("top_k:0.2,sink_blocks=1", "threshold:2e-3,local_blocks=2")]
-    data = explore(model, tokenizer, bundled.load_teacher_gates(), tokens, policies, layers=[7, 2])
+    data = explore(model, tokenizer, gates, tokens, policies, layers=[7, 0])
     calls = {}
 
     def keep(call):
@@ -76,7 +77,19 @@ def explored():
 
     with intercept(model, keep), torch.inference_mode():
         hidden_states(model, tokens)
-    return data, calls
+    # The first layer reads the same in a sparse run as in a dense one.
+    first = []
+    for policy in policies:
+
+        def observe(layer, call, selection):
+            if layer == 0:
+                first.append(selection.to_mask()[0].numpy())
+
+        attach(model, gates, policy, min_tokens=0, observe=observe)
+        with torch.inference_mode():
+            hidden_states(model, tokens)
+        detach(model)
+    return data, calls, dict(gates.items()), first
 
 
 def unpacked(text: str, blocks: int) -> np.ndarray:
@@ -95,7 +108,7 @@ def states_of(text: str, blocks: int) -> np.ndarray:
 
 
 def test_maps_and_figures_are_those_of_the_attention_itself(explored):
-    data, calls = explored
+    data, calls, gates, first = explored
     blocks = math.ceil(TOKENS / 64)
     assert (data["layers"], data["all_layers"], len(data["blocks"])) == (LAYERS, list(range(8)), blocks)
     assert HOSTILE[:20] in data["blocks"][0]
@@ -105,20 +118,25 @@ def test_maps_and_figures_are_those_of_the_attention_itself(explored):
         weights = (call.q[0] @ k.mT * call.scale + torch.full((TOKENS, TOKENS), -math.inf).triu(1)).softmax(
             -1
         )
+        with torch.inference_mode():
+            scores = gates[layer](call.q_nope, call.k_nope, positions=call.positions)[0]
+        causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+        gate = scores.masked_fill(~causal, -math.inf).softmax(-1).numpy()
         for h, head in enumerate(heads):
             tiles = [
                 [weights[h, i : i + 64, j : j + 64] for j in range(0, TOKENS, 64)]
                 for i in range(0, TOKENS, 64)
             ]
             largest = np.array([[float(tile.max()) for tile in line] for line in tiles])
-            share = largest / largest.sum(1, keepdims=True)
-            steps = unpacked(head["true"], blocks)
-            shown = np.where(steps > 0, FLOOR ** ((255.0 - steps) / 254), 0)
-            at_least = share >= FLOOR * 1.02
-            np.testing.assert_allclose(shown[at_least], share[at_least], rtol=0.019)
-            assert (steps[share < FLOOR * 0.98] == 0).all()
-            for read in head["policies"]:
+            for name, share in (("true", largest / largest.sum(1, keepdims=True)), ("gate", gate[h])):
+                steps = unpacked(head[name], blocks)
+                shown = np.where(steps > 0, FLOOR ** ((255.0 - steps) / 254), 0)
+                at_least = share >= FLOOR * 1.02
+                np.testing.assert_allclose(shown[at_least], share[at_least], rtol=0.019)
+                assert (steps[share < FLOOR * 0.98] == 0).all()
+            for policy, read in enumerate(head["policies"]):
                 mask = np.isin(states_of(read["states"], blocks), (READ_BEST, READ_OTHER))
+                assert layer or (mask == first[policy][h]).all()
                 assert read["density"] == pytest.approx(mask.sum() / (blocks * (blocks + 1) / 2), abs=1e-5)
                 each = torch.from_numpy(mask.repeat(64, 0).repeat(64, 1)[:TOKENS, :TOKENS])
                 kept = (weights[h] * each).sum(-1)
@@ -233,7 +251,7 @@ def test_picking_a_head_or_a_policy_changes_the_picture(opened, explored):
     assert len(opened.find_elements(By.CSS_SELECTOR, "#heads button[aria-pressed=true]")) == 1
     after = opened.execute_script(PICTURES)
     assert all(a != b for a, b in zip(before, after, strict=True))
-    assert text(opened, "head-title") == "Layer 2, head 0"
+    assert text(opened, "head-title") == "Layer 0, head 0"
     first = explored[0]["heads"][0][0]["policies"]
     assert f"{first[0]['density']:.1%}"[:-1] in text(opened, "tiles")
     Select(opened.find_element(By.ID, "policy")).select_by_index(1)
@@ -285,8 +303,8 @@ def test_pointing_at_a_block_shows_its_tokens_and_figures(opened, explored):
 def test_everything_works_from_the_keyboard(opened, explored):
     data = explored[0]
     opened.execute_script("document.querySelector('#heads button[tabindex=\"0\"]').focus()")
-    press(opened, Keys.HOME, Keys.ARROW_UP, Keys.ARROW_RIGHT)
-    assert text(opened, "head-title") == "Layer 2, head 1"
+    press(opened, Keys.HOME, Keys.ARROW_UP, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert text(opened, "head-title") == "Layer 0, head 2"
     assert len(opened.find_elements(By.CSS_SELECTOR, '#heads button[tabindex="0"]')) == 1
     focused = "return getComputedStyle(document.activeElement).outlineStyle"
     assert opened.execute_script(focused) != "none"
@@ -300,7 +318,7 @@ def test_everything_works_from_the_keyboard(opened, explored):
     press(opened, Keys.END)
     assert text(opened, "block-title").startswith("Query block 3 and KV block 3:")
     Select(opened.find_element(By.ID, "least")).select_by_value("0")
-    missed = states_of(data["heads"][0][1]["policies"][0]["states"], len(data["blocks"])) == MISSED
+    missed = states_of(data["heads"][0][2]["policies"][0]["states"], len(data["blocks"])) == MISSED
     places = [tuple(int(x) for x in place) for place in np.argwhere(missed)]
     assert places
     opened.execute_script("document.getElementById('maps').focus()")

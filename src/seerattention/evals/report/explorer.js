@@ -83,7 +83,7 @@ function showExplorer(data) {
     }
     // Crosses come last and never get too small to be seen.
     const ratio = window.devicePixelRatio || 1;
-    const half = Math.max(cell * 0.38, 3.25 * ratio);
+    const half = Math.max(cell * 0.38, 2.75 * ratio);
     to.strokeStyle = missed;
     to.lineWidth = Math.max(cell * 0.16, 1.6 * ratio);
     to.beginPath();
@@ -339,6 +339,9 @@ function showExplorer(data) {
     svg("path", { d: "M3 3L13 13M13 3L3 13", stroke: "var(--missed)", "stroke-width": 3 }));
   byId("key").append(el("li", {}, square(14, "var(--read)"), "read"), el("li", {}, square(7, "var(--other)"), "read, others weigh more"),
     el("li", {}, cross, "missed"), el("li", {}, square(0, "none"), "not read"));
+  for (const { canvas } of canvases) {
+    canvas.after(el("div", { class: "axis", "aria-hidden": "true" }, el("span", {}, "0"), el("span", {}, "KV block"), el("span", {}, String(n - 1))));
+  }
   overview();
   begin();
   theme.listeners.push(paint);
