@@ -67,7 +67,7 @@ def explored():
     gates = bundled.load_teacher_gates()
     text = f"{HOSTILE}\n{bundled.TEXT.read_text(encoding='utf-8')[3000:8000]}"
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False)[:TOKENS])
-    policies = [parse(text) for text in ("top_k:0.2,sink_blocks=1", "threshold:2e-3,local_blocks=2")]
+    policies = [parse(text) for text in ("top_k:0.5,sink_blocks=1", "threshold:2e-3,local_blocks=2")]
     data = explore(model, tokenizer, gates, tokens, policies, layers=[7, 0])
     calls = {}
 
