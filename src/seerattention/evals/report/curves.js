@@ -114,7 +114,7 @@ function chart(task, length, dense, rows, styles) {
   }
   picture.append(svg("text", { x: (left + W - right) / 2, y: H - 6, "text-anchor": "middle" }, "density, measured"));
   if (dense) {
-    if (dense.interval && share) {
+    if (dense.interval) {
       const [from, to] = dense.interval;
       picture.append(svg("rect", { class: "band", x: left, width: W - left - right, y: y(to), height: Math.max(0, y(from) - y(to)) }));
     }

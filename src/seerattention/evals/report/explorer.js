@@ -340,7 +340,7 @@ function showExplorer(data) {
   byId("key").append(el("li", {}, square(14, "var(--read)"), "read"), el("li", {}, square(7, "var(--other)"), "read, others weigh more"),
     el("li", {}, cross, "missed"), el("li", {}, square(0, "none"), "not read"));
   for (const { canvas } of canvases) {
-    canvas.after(el("div", { class: "axis", "aria-hidden": "true" }, el("span", {}, "0"), el("span", {}, "KV block"), el("span", {}, String(n - 1))));
+    canvas.after(el("div", { class: "axis", "aria-hidden": "true" }, el("span", {}, "0"), el("span", {}, "KV block →, query block ↓"), el("span", {}, String(n - 1))));
   }
   overview();
   begin();
