@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,6 +47,7 @@ def run(
     """
     from rich.console import Console
 
+    from seerattention.cli._base import base_of_gates
     from seerattention.distill import read_tokens
     from seerattention.evals.calibration import Target, calibrate
     from seerattention.evals.figures import require_matplotlib
@@ -57,7 +58,7 @@ def run(
         require_matplotlib()
     loaded = load_gates(gates)
     _check_place(gates, out)
-    base, tokenizer = _base(model or loaded.base.name, dtype, device)
+    base, tokenizer = base_of_gates(model or loaded.base.name, dtype, device)
     knobs = _knobs(loaded.policy)
     console = Console()
     with _bar(console) as bar:
@@ -114,21 +115,6 @@ def _check_place(gates: Path, out: Path | None) -> None:
         )
     with staged(gates):
         pass
-
-
-def _base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """Load the base model and its tokenizer."""
-    from transformers import AutoTokenizer
-
-    from seerattention.cli.distill import load_base
-    from seerattention.evals import bundled
-
-    if name == bundled.TEACHER_NAME:
-        # Small enough for any CPU, and the gates are used in its precision.
-        return bundled.load_teacher()
-    if not name:
-        raise ValueError("these gates do not name their base model; give it by --model")
-    return load_base(name, dtype, device), AutoTokenizer.from_pretrained(name)
 
 
 def _knobs(text: str | None) -> Policy:

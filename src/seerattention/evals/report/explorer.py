@@ -1,0 +1,249 @@
+"""The report's maps: the true one, the gate's, what each policy reads of it and what it misses."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from seerattention.evals.perplexity import hidden_states
+from seerattention.models import AttentionCall, Gates, attach, detach, intercept
+from seerattention.ops.pooled_attention import pooled_map
+from seerattention.policies import Calibrated, Policy, TopK, select
+from seerattention.selection import causal_blocks, num_blocks, own_blocks
+
+#: The least share that a map tells from nothing.
+FLOOR = 1e-4
+
+#: Bytes that the maps may take in the page.
+MAP_BYTES = 4_500_000
+
+#: What a policy does with a block, two bits each; "best" are the blocks of the row with the largest true
+#: weights, as many as the policy reads, those included that it reads whatever the scores.
+NOT_READ, READ_BEST, READ_OTHER, MISSED = range(4)
+
+
+def fitting_layers(gates: Gates, tokens: int, policies: int) -> list[int]:
+    """Return the layers whose maps fit into a page, spread evenly; all of them where all fit.
+
+    Args:
+        gates: The gates.
+        tokens: Of the text.
+        policies: How many are shown.
+
+    Raises:
+        ValueError: If not even one layer fits.
+    """
+    layers = [index for index, _ in gates.items()]
+    blocks = num_blocks(tokens, gates.config.block_size)
+    pairs = blocks * (blocks + 1) // 2
+    head = (2 + policies / 4) * pairs * 4 / 3 + 5 * policies * blocks
+    count = min(len(layers), int(MAP_BYTES // (head * gates.config.num_heads)))
+    if not count:
+        raise ValueError(
+            f"the maps of one layer at {tokens:,} tokens are too large for a page; give fewer --tokens"
+        )
+    return [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
+
+
+@torch.inference_mode()
+def explore(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    gates: Gates,
+    tokens: np.ndarray,
+    policies: list[Policy],
+    *,
+    layers: list[int] | None = None,
+    step: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Run a text densely and return what the page's explorer shows.
+
+    Args:
+        model: The base model, nothing attached.
+        tokenizer: Its tokenizer.
+        gates: Its gates, on its device.
+        tokens: int ``[T]``.
+        policies: What to select by.
+        layers: Whose maps are kept; default as many as fit into a page.
+        step: Called after every layer.
+
+    Returns:
+        Plain JSON types: the text of every block, and for every layer and head the true map and the gate's
+        as base64 of one byte per causal pair of blocks in row order (see `_bytes`), and per policy two bits
+        for each (see `block_states`), density, recall (the share of the attention in the blocks read) and
+        the recall of every row in thousandths.
+
+    Raises:
+        ValueError: If the gates are for another model, a layer has no gate, the text is shorter than two
+            blocks, or the maps do not fit into a page.
+    """
+    block, all_layers = gates.config.block_size, [index for index, _ in gates.items()]
+    fitting = fitting_layers(gates, len(tokens), len(policies))
+    if len(tokens) < 2 * block:
+        raise ValueError(f"the text must have at least two blocks, {2 * block} tokens, got {len(tokens)}")
+    if unknown := sorted(set(layers or ()) - set(all_layers)):
+        raise ValueError(f"there are no gates in layers {unknown}; these gates are for layers {all_layers}")
+    if layers and len(set(layers)) > len(fitting):
+        raise ValueError(
+            f"the maps of {len(set(layers))} layers at {len(tokens):,} tokens are too large for a page, "
+            f"{len(fitting)} fit; give fewer --layers or fewer --tokens"
+        )
+    kept = sorted(set(layers)) if layers else fitting
+    # Checks that they belong together, and lets the gates rotate as the model does.
+    attach(model, gates, policies[0])
+    by_layer, found = dict(gates.items()), {}
+
+    def handler(call: AttentionCall) -> Tensor:
+        if call.layer in kept:
+            found[call.layer] = _heads(call, by_layer[call.layer], policies)
+        if step is not None:
+            step()
+        return call.dense()
+
+    try:
+        with intercept(model, handler):
+            hidden_states(model, tokens)
+    finally:
+        detach(model)
+    return {
+        "model": gates.base.name,
+        "tokens": len(tokens),
+        "block": block,
+        "floor": FLOOR,
+        "layers": kept,
+        "all_layers": all_layers,
+        "policies": [{"name": str(policy), "label": _label(policy, gates)} for policy in policies],
+        "blocks": [
+            str(tokenizer.decode(part.tolist()))
+            for part in np.split(tokens, range(block, len(tokens), block))
+        ],
+        "heads": [found[layer] for layer in kept],
+    }
+
+
+def _label(policy: Policy, gates: Gates) -> str:
+    """Say in words what a policy reads."""
+    saved = ", saved with the gates" if str(policy) == gates.policy else ""
+    if isinstance(policy, Calibrated):
+        c = policy.calibration
+        what = {"density": "density", "recall": "recall", "ppl_increase": "perplexity rise"}[c.target]
+        return f"calibrated: {what} {c.value:.1%}, on {c.tokens:,} tokens{saved}"
+    if isinstance(policy, TopK):
+        return f"top-k, {policy.density:.0%} of the blocks{saved}"
+    return f"{policy}{saved}"
+
+
+def _heads(call: AttentionCall, gate: Any, policies: list[Policy]) -> list[dict[str, Any]]:
+    """Return the maps and selections of one layer's heads."""
+    length, block = call.q.shape[2], gate.block_size
+    options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+    true = pooled_map(call.q, call.k, block, **options)[0]
+    scores = gate(call.q_nope, call.k_nope, positions=call.positions).float()
+    valid = causal_blocks(length, length, block, scores.device)
+    share = torch.softmax(scores.masked_fill(~valid, -math.inf), -1)[0]
+    mass = block_mass(call, block[0])
+    if not bool(torch.isfinite(share).all()) or not bool(torch.isfinite(mass).all()):
+        raise FloatingPointError(
+            f"the scores or the attention of layer {call.layer} are NaN or infinite; check the gates, and "
+            "load the model in float32 or bfloat16"
+        )
+    group = true.shape[0] // share.shape[0]
+    chosen = []
+    for policy in policies:
+        policy = policy.at(call.layer, None)
+        selection = select(policy, scores, num_queries=length, num_keys=length, block_size=block)
+        read = selection.to_mask()[0].repeat_interleave(group, 0)
+        always = policy.always(own_blocks(length, length, block, valid.device), valid)
+        chosen.append((read, block_states(read, true, always, valid)))
+    pairs = valid.cpu().numpy()
+    causal = int(valid.sum())
+    heads = []
+    for h in range(true.shape[0]):
+        read = [
+            {
+                "states": _states(states[h].cpu().numpy()[pairs]),
+                "density": round(int(mask[h].sum()) / causal, 5),
+                "recall": round(float((mass[h] * mask[h]).sum(-1) @ _weights(length, block[0], mass)), 5),
+                "rows": [round(1000 * float(x)) for x in (mass[h] * mask[h]).sum(-1)],
+            }
+            for mask, states in chosen
+        ]
+        maps = {"true": _bytes(true[h], pairs), "gate": _bytes(share[h // group], pairs)}
+        heads.append({**maps, "policies": read})
+    return heads
+
+
+def _weights(length: int, block: int, like: Tensor) -> Tensor:
+    """Return the share of the text's queries that each row of blocks holds, fp32 ``[Nq]``."""
+    ends = torch.arange(block, length + block, block, device=like.device).clamp(max=length)
+    return ends.diff(prepend=ends.new_zeros(1)).float() / length
+
+
+def block_mass(call: AttentionCall, block: int) -> Tensor:
+    """Return the share of the attention of each row's queries that every block gets.
+
+    Args:
+        call: One sequence's attention, without earlier tokens.
+        block: Tokens per block, of queries and keys.
+
+    Returns:
+        fp32 ``[Hq, N, N]``; rows sum to 1. Sinks are left out: mass that no key can have is no loss.
+    """
+    length = call.q.shape[2]
+    blocks = num_blocks(length, block)
+    mass = torch.zeros(call.q.shape[1], blocks, blocks, device=call.q.device)
+    keys = call.k[0].float().mT.unsqueeze(1)
+    for row in range(blocks):
+        first, end = row * block, min((row + 1) * block, length)
+        grouped = call.q[0, :, first:end].unflatten(0, (call.k.shape[1], -1)).float()
+        scores = (grouped @ keys[..., :end]).flatten(0, 1) * call.scale
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        place = torch.arange(end, device=scores.device)
+        share = scores.masked_fill_(place > place[first:end, None], -math.inf).softmax(-1).mean(1)
+        share = torch.nn.functional.pad(share, (0, -end % block))
+        mass[:, row, : row + 1] = share.unflatten(-1, (-1, block)).sum(-1)
+    return mass
+
+
+def block_states(read: Tensor, true: Tensor, always: Tensor, valid: Tensor) -> Tensor:
+    """Compare what is read with the best that as many blocks could be.
+
+    Args:
+        read: bool ``[Hq, N, N]``.
+        true: fp32 ``[Hq, N, N]``, the true map.
+        always: bool ``[N, N]``, read whatever the scores.
+        valid: bool ``[N, N]``, causal pairs.
+
+    Returns:
+        uint8 ``[Hq, N, N]``: `NOT_READ`, `READ_BEST`, `READ_OTHER` or `MISSED`.
+    """
+    ranked = true.masked_fill(always, math.inf).masked_fill(~valid, -math.inf)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(read.shape[-1], device=read.device) < read.sum(-1, keepdim=True)
+    best = torch.zeros_like(read).scatter_(-1, order, first)
+    states = torch.full(read.shape, NOT_READ, dtype=torch.uint8, device=read.device)
+    states[read & best], states[read & ~best], states[best & ~read] = READ_BEST, READ_OTHER, MISSED
+    return states
+
+
+def _bytes(share: Tensor, pairs: np.ndarray) -> str:
+    """Return shares as base64: 0 below `FLOOR`, else 1 to 255 in equal steps of the logarithm, up to 1."""
+    logarithm = np.log10(np.maximum(share.float().cpu().numpy()[pairs], FLOOR)) / -math.log10(FLOOR)
+    steps = np.where(logarithm > -1, np.clip(np.rint(255 + 254 * logarithm), 1, 255), 0)
+    return base64.b64encode(steps.astype(np.uint8).tobytes()).decode()
+
+
+def _states(states: np.ndarray) -> str:
+    """Return two bits per block as base64, the first block in the lowest bits."""
+    padded = np.pad(states, (0, -len(states) % 4)).reshape(-1, 4)
+    return base64.b64encode(
+        (padded << np.array([0, 2, 4, 6], np.uint8)).sum(1).astype(np.uint8).tobytes()
+    ).decode()
