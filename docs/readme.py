@@ -384,8 +384,8 @@ def gates_final(name: str) -> str:
 
     lines = [
         f"{report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per cell, "
-        f"no dense last rows; the gates' {len(seeds)} seeds as lowest to highest, with the largest gap to the "
-        f"oracle as a share of XAttention's; {machine(report)}:",
+        f"no dense last rows; lowest to highest of the gates' {len(seeds)} seeds, with the largest gap to "
+        f"the oracle as a share of XAttention's; {machine(report)}:",
         "",
         "| tokens | method | " + " | ".join(f"{a:.0%} of the blocks" for a in asked) + " |",
         "|---|---" + "|---" * len(asked) + "|",
