@@ -85,7 +85,7 @@ def run(
 
     from seerattention.cli._progress import show
     from seerattention.distill import DistillConfig, Distiller
-    from seerattention.distill.trainer import make_accelerator
+    from seerattention.distill._loop import make_accelerator
     from seerattention.models import new_gates
     from seerattention.policies import parse
 
