@@ -1,4 +1,4 @@
-"""The joint objective in one forward pass: layers read the blocks that their gates choose, and gates learn."""
+"""The joint objective in one forward pass: layers read the blocks that their gates choose, gates learn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
 from seerattention.selection import BlockSelection
-
 
 #: q and k before the rotary embedding, without a gradient.
 Nope = tuple[Tensor, Tensor]

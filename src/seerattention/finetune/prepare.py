@@ -65,6 +65,16 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keep only the layers' inputs for the backward pass and run every layer again there."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        # What older versions of transformers call it.
+        model.gradient_checkpointing_enable(kwargs)
+
+
 def extend_context(
     config: PreTrainedConfig, kind: str, factor: float, length: int, **settings: Any
 ) -> PreTrainedConfig:

@@ -81,7 +81,9 @@ def _save(wrapped: Any, tuner: Finetuner, folder: Path, tokenizer: PreTrainedTok
         wrapped = wrapped.merge_and_unload()
     model: PreTrainedModel = wrapped
     if folder.name == MODEL:
-        model.to(tuner.dtype)  # type: ignore[arg-type]
+        # Not its buffers: rotary frequencies stay in fp32, as they are when a model is loaded.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(tuner.dtype)
         model.config.dtype = tuner.dtype
     model.eval()
     with atomic_folder(folder) as temporary:
