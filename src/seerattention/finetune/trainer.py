@@ -37,7 +37,7 @@ from seerattention.finetune.joint import JointPass
 from seerattention.finetune.language import IGNORED, LanguageLoss
 from seerattention.finetune.prepare import training_backend
 from seerattention.models import Gates, intercept
-from seerattention.models._base import fingerprint
+from seerattention.models._base import BaseInfo, fingerprint
 from seerattention.models._intercept import unwrapped
 
 
@@ -127,6 +127,11 @@ class Finetuner(Loop):
             raise ValueError(
                 "soft gates keep the maps of all layers for the backward pass, which gradient checkpointing "
                 "would repeat; use one of them"
+            )
+        if different := self.gates.base.differences(BaseInfo.of(base)):
+            raise ValueError(
+                f"these gates were made for {self.gates.base.name or 'another model'}: "
+                f"{'; '.join(different)}; distil gates for this one, or start from new ones"
             )
         if not trained and not self.config.soft_gates and not self.config.gate_weight:
             raise ValueError(
