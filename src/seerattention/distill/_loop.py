@@ -82,6 +82,7 @@ class Loop:
 
     Attributes:
         done: Steps done.
+        saved: Steps done in the last checkpoint; 0 where there is none.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Loop:
         self.config = config
         self.out = out
         self.accelerator = accelerator
-        self.done = 0
+        self.done = self.saved = 0
 
     @property
     def finished(self) -> bool:
@@ -177,6 +178,11 @@ class Loop:
             report = {**self._identity(), "processes": self.accelerator.num_processes, **more}
             write_whole(out / RUN, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
 
+    def save(self) -> None:
+        """Write a checkpoint now, where there is a folder for it: a run that stops here goes on from here."""
+        if self.out is not None and self.saved < self.done:
+            self._save(self.out)
+
     def _save(self, out: Path) -> None:
         """Write tensors and progress as one file, whole or not at all."""
         tensors = {}
@@ -188,6 +194,7 @@ class Loop:
         if self.accelerator.is_main_process:
             state = json.dumps({**self._progress(), **self._identity()})
             write_whole(out / CHECKPOINT, lambda path: save_file(tensors, path, metadata={"state": state}))
+        self.saved = self.done
         self.accelerator.wait_for_everyone()
 
     def _saved(self, out: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -199,7 +206,7 @@ class Loop:
         if not (out / CHECKPOINT).exists():
             return None
         state, tensors = read_checkpoint(out / CHECKPOINT, self._identity())
-        self.done = state["step"]
+        self.done = self.saved = state["step"]
         if self.accelerator.is_main_process:
             trim_metrics(out / METRICS, self.done)
         return state, tensors

@@ -45,7 +45,8 @@ class LanguageLoss(nn.Module):
         Returns:
             fp32 scalar, in nats.
         """
-        hidden = self.decode(tokens, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
+        # Not by `decode`, behind which FSDP2 would take the head's weights away again.
+        hidden = self.model.get_decoder()(tokens, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
         slices = zip(hidden.split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS), strict=True)
         if not hidden.requires_grad:
             return torch.stack([self._loss(*part) for part in slices]).sum()

@@ -250,14 +250,10 @@ class Finetuner(Loop):
         """Raise before the optimizer spreads what is not finite."""
         if all(math.isfinite(value) for value in values.values()):
             return
-        saved = self.done // self.config.save_every * self.config.save_every
         kept = ""
         if self.out is not None:
-            kept = (
-                f"; the checkpoint in {self.out} is of step {saved}"
-                if saved
-                else "; there is no checkpoint yet"
-            )
+            last = f"the checkpoint in {self.out} is of step {self.saved}"
+            kept = f"; {last}" if self.saved else "; there is no checkpoint yet"
         found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise FloatingPointError(
             f"step {self.done + 1}, on batch {batch} of the text, has {found}; it changed nothing{kept}. "
