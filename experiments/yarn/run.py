@@ -1,6 +1,7 @@
 """Extend a short-context teacher four times by YaRN: densely, with gates distilled afterwards, and jointly.
 
-    python experiments/yarn/run.py --tokens runs/tokens --out runs/yarn
+    python experiments/yarn/run.py --tokens runs/tokens --out runs/yarn --teacher-only
+    python experiments/yarn/run.py --tokens runs/tokens --out runs/yarn --seconds 480
     python experiments/yarn/run.py --smoke --out runs/smoke
 
 Every method sees the same text in the same order. What is finished is kept: stopped at any point, or by
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -141,7 +143,8 @@ class Experiment:
         self.documents = {
             n: [task.make(n, seed) for seed in range(settings.documents)] for n in settings.lengths
         }
-        same = {"settings": json.loads(json.dumps(asdict(settings))), "teacher": str(self.teacher)}
+        weights = hashlib.sha256((self.teacher / "model.safetensors").read_bytes()).hexdigest()[:16]
+        same = {"settings": json.loads(json.dumps(asdict(settings))), "teacher": weights}
         if self.report.setdefault("run", same) != same:
             raise ValueError(f"{self.out} holds another run; give another folder or delete it")
         self.report["versions"] = versions(args.device.split(":")[0])
@@ -427,6 +430,7 @@ def main() -> None:
         help="time of this call; the first one plans its steps by it",
     )
     parser.add_argument("--steps", type=int, default=0, help="steps of the language loss; default what fits")
+    parser.add_argument("--teacher-only", action="store_true", help="stop once there is a teacher")
     parser.add_argument("--smoke", action="store_true", help="seconds on a CPU, on the bundled text")
     args = parser.parse_args()
     args.started = time.perf_counter()
@@ -439,6 +443,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         experiment = Experiment(args, SMOKE if args.smoke else Settings())
+        if args.teacher_only:
+            print(f"the teacher is in {experiment.teacher}")
+            return
         experiment.run()
     except TimeIsUpError:
         print(f"time is up; run the same command again to go on, what is finished is in {args.out}")

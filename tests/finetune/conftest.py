@@ -41,8 +41,8 @@ def gates_of(model, **settings):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Makers of models and gates."""
-    return SimpleNamespace(make=make, gates_of=gates_of)
+    """Makers of models and gates, and the shape of the models."""
+    return SimpleNamespace(make=make, gates_of=gates_of, shape=SHAPE)
 
 
 @pytest.fixture

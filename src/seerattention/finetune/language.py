@@ -20,7 +20,8 @@ IGNORED = -100
 class LanguageLoss(nn.Module):
     """Runs a causal language model up to the sum of its tokens' losses.
 
-    It is what FSDP2 wraps, since the head's weights may be those of the embedding.
+    It is what FSDP2 wraps, since the head's weights may be those of the embedding. What routers of experts
+    add to the loss of some models is no part of it.
 
     Args:
         model: The model.

@@ -35,7 +35,7 @@ def prepare(model: PreTrainedModel, *, lora: int = 0, gates_only: bool = False) 
         The model, with LoRA what PEFT made of it.
 
     Raises:
-        ImportError: If LoRA is asked for and peft is not installed.
+        ModuleNotFoundError: If LoRA is asked for and peft is not installed.
         ValueError: If the settings contradict each other, or all weights of a quantised model were asked
             for.
     """
@@ -60,7 +60,9 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft: pip install peft") from error
+        raise ModuleNotFoundError(
+            "LoRA needs the package peft: pip install 'seerattention[train]'"
+        ) from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
