@@ -286,6 +286,7 @@ class Experiment:
             steps=steps,
             lr=self.settings.lr,
             gate_lr=self.settings.gate_lr,
+            warmup=0.1,
             density=(density, density),
             gate_weight=10.0 if density < 1 else 0.0,
             save_every=self.settings.save_every,

@@ -271,6 +271,15 @@ def test_what_contradicts_itself_is_refused(tiny, model, text):
             TextWindows(text, 96),
             FinetuneConfig(gate_weight=0.0),
         )
+    other, gates = tiny.make(), tiny.gates_of(model)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.add_(1)
+    with pytest.raises(ValueError, match=r"gates were made for .*its attention weights differ"):
+        Finetuner(prepare(other), gates, TextWindows(text, 96))
+    attach(model, gates, "top_k:0.3")
+    with pytest.raises(ValueError, match="gates are attached to this model"):
+        Finetuner(prepare(model), gates, TextWindows(text, 96))
+    detach(model)
     checkpoint_layers(model)
     with pytest.raises(ValueError, match="soft gates keep the maps of all layers"):
         Finetuner(

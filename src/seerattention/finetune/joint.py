@@ -77,7 +77,7 @@ class JointPass:
     settings: JointSettings
     backend: str = "auto"
     losses: list[Tensor] = field(default_factory=list)
-    _chosen: dict[tuple[int, int], BlockSelection] = field(default_factory=dict)
+    _chosen: dict[tuple[int, int], BlockSelection | None] = field(default_factory=dict)
     _values: list[Tensor] = field(default_factory=list)
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -108,14 +108,15 @@ class JointPass:
             # What checkpointing saves and repeats is the layer, not what its gate learns beside it.
             with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
                 self._chosen[key] = self._learn(gate, q.detach(), k.detach(), nope, weight, more)
-        if self.density >= 1:
+        selection = self._chosen[key]
+        if selection is None:
             return dense_attention(q, k, v, **more)
-        return block_sparse_attention(q, k, v, self._chosen[key], backend=self.backend, **more)
+        return block_sparse_attention(q, k, v, selection, backend=self.backend, **more)
 
     def _learn(
         self, gate: AttnGate, q: Tensor, k: Tensor, nope: Nope, weight: float, more: dict[str, Any]
-    ) -> BlockSelection:
-        """Let a gate learn from the map of q and k; return the blocks that it chooses now."""
+    ) -> BlockSelection | None:
+        """Let a gate learn from the map of q and k; return the blocks that it chooses now, None for all."""
         factor, length = self.settings.gate_weight, q.shape[2]
         scores = None
         if factor:
@@ -123,7 +124,7 @@ class JointPass:
             values, scores = learn(gate, *nope, target, self.objective, factor * weight, self.density)
             self._values.append(values / factor)
         if self.density >= 1:
-            return BlockSelection.full(length, length, gate.block_size, q.device)
+            return None
         if scores is None:
             with torch.no_grad():
                 scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))

@@ -36,7 +36,7 @@ from seerattention.finetune.config import FinetuneConfig, JointStep
 from seerattention.finetune.joint import JointPass
 from seerattention.finetune.language import IGNORED, LanguageLoss
 from seerattention.finetune.prepare import training_backend
-from seerattention.models import Gates, intercept
+from seerattention.models import Gates, attached, intercept
 from seerattention.models._base import BaseInfo, fingerprint
 from seerattention.models._intercept import unwrapped
 
@@ -122,6 +122,8 @@ class Finetuner(Loop):
 
     def _refuse(self, base: PreTrainedModel, trained: dict[str, nn.Parameter]) -> None:
         """Refuse what cannot be trained, before any work."""
+        if attached(base):
+            raise ValueError("gates are attached to this model; detach(model) first, they are given apart")
         repeats = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
         if self.config.soft_gates and repeats:
             raise ValueError(

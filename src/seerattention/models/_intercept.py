@@ -184,10 +184,12 @@ def _attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     taps: _Taps = module.__dict__["_seerattention_taps"]
     q_nope, k_nope, cache, position_ids = taps.take()
-    mixed = torch.is_autocast_enabled(query.device.type)
+    mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
     if mixed:
-        # Projections come out in 16 bits there, but norms and rotations of them in 32 again.
-        query, key, q_nope, k_nope = (x.to(value.dtype) for x in (query, key, q_nope, k_nope))
+        # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention
+        # functions, too, take what autocast says.
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value, q_nope, k_nope = (x.to(half) for x in (query, key, value, q_nope, k_nope))
     if cache is not None and (seen := int(cache.get_seq_length(taps.layer))) < key.shape[2]:
         # A static cache hands over its whole buffer.
         key, value = key[:, :, :seen], value[:, :, :seen]
