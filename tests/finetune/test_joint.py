@@ -119,6 +119,15 @@ def test_soft_gates_bring_the_language_loss_to_the_gates_and_not_to_their_inputs
     close({n: weighted[1][n] for n in first}, {n: hard[n] + language[1][n] for n in first})
 
 
+def test_the_first_and_the_own_block_are_read_however_bad_their_scores():
+    scores = torch.arange(8.0).sub(3.5).square().neg().expand(1, 1, 8, 8)
+    selection = select(policy_of(0.1), scores, num_queries=128, num_keys=128, block_size=(16, 16))
+    mask = selection.to_mask()[0, 0]
+    assert bool(mask[:, 0].all())
+    assert bool(mask.diagonal().all())
+    assert not bool(mask[7, 1:3].any())
+
+
 def test_soft_gates_close_to_hard_ones_give_hard_attention_and_have_the_right_gradient():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 64, 8, dtype=torch.float64) for h in (4, 2, 2))

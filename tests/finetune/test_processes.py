@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -90,4 +91,11 @@ def test_two_processes_sharded_or_not_equal_one(tiny, text, tmp_path):
         run = json.loads((tmp_path / kind / "run.json").read_text())
         assert run["processes"] == 2
         assert run["sharded"] == (kind == "True")
+        rows = [
+            [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+            for n in ("one", kind)
+        ]
+        for mine, theirs in zip(*rows, strict=True):
+            for key in ("loss", "gate_loss", "norm", "gate_norm", "density", "tokens"):
+                assert theirs[key] == pytest.approx(mine[key], rel=1e-3), (key, kind)
     assert not torch.equal(tuner.model.model.norm.weight, torch.ones_like(tuner.model.model.norm.weight))
