@@ -19,7 +19,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,12 @@ class Group:
     Attributes:
         variants: Trained at once.
         shares: Of needle documents and of windows with returning passages.
+        seed: Of the data and of the gates' initial noise; default ``--seed``.
     """
 
     variants: tuple[Variant, ...]
     shares: dict[str, float] = field(default_factory=lambda: {"needles": 0.6, "repeats": 0.1})
+    seed: int | None = None
 
 
 def sub_blocks(q: int, k: int, **more: Any) -> dict[str, Any]:
@@ -259,7 +261,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         # Memory is plenty: fewer, larger products.
         reference.SLICE_BYTES = 2**30
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model, tokenizer = bundled.load_teacher(dtype)
+    model, tokenizer = bundled.load_teacher(dtype, args.teacher)
     return model.to(args.device), tokenizer
 
 
@@ -271,11 +273,12 @@ def train(args: argparse.Namespace) -> None:
     digits = tomllib.loads((RECIPE / "recipe.toml").read_text())["data"]["digits"]
     settings = {"lengths": args.lengths, "tokens": args.batch, **group.shares}
     before = base_checksum(model)
-    together = Together(model, group.variants, args.steps, args.seed)
+    seed = args.seed if group.seed is None else group.seed
+    together = Together(model, group.variants, args.steps, seed)
     rows = []
-    for row in together.run(Batches(Mixture(books, tokenizer, digits), settings, args.seed), args.seconds):
+    for row in together.run(Batches(Mixture(books, tokenizer, digits), settings, seed), args.seconds):
         rows.append(row)
-        report = {"group": args.group, "shares": group.shares, "rows": rows}
+        report = {"group": args.group, "shares": group.shares, "seed": seed, "rows": rows}
         write(args.out / "training" / f"{args.group}.json", report)
         print(
             f"{args.group}: step {row['step']}, {row['seconds']} s, "
@@ -299,7 +302,7 @@ def evaluate(args: argparse.Namespace, model: Any = None, tokenizer: Any = None)
     task = NeedleTask(tokenizer, heldout)
     documents = {n: [task.make(n, seed) for seed in range(args.documents)] for n in args.eval_lengths}
     trained = [v.name for g in chosen(args).values() for v in g.variants]
-    left = [(name, n) for name in ("dense", *SCORERS, *trained) for n in args.eval_lengths]
+    left = [(name, n) for name in ("dense", *args.scorers, *trained) for n in args.eval_lengths]
     while left:
         ready = [
             (name, n)
@@ -341,7 +344,9 @@ def measure(
     rows = []
     scorer: Any = None
     if trained:
-        scorer = load_gates(args.out / "gates" / folder_name(name)).float()
+        # As users load them, in the weights' bfloat16, where the kernels are; a CPU is faster in float32.
+        scorer = load_gates(args.out / "gates" / folder_name(name))
+        scorer = scorer if args.device == "cuda" else scorer.float()
     elif name != "dense":
         scorer = baselines.create(name)
     watching: list[Watch] = []
@@ -379,8 +384,7 @@ def measure(
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """Gather what is finished into ``report.json``."""
     rows = [r for f in sorted((args.out / "results").glob("*.json")) for r in json.loads(f.read_text())]
-    model = bundled.TEACHER / "config.json"
-    base = json.loads(model.read_text())
+    base = json.loads((args.teacher / "config.json").read_text())
     shape = {
         "num_heads": base["num_attention_heads"],
         "num_kv_heads": base["num_key_value_heads"],
@@ -391,6 +395,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             **asdict(v),
             "group": name,
             "shares": g.shares,
+            "seed": args.seed if g.seed is None else g.seed,
             "cost_32k": round(cost(GateConfig.from_dict({**shape, **v.gate})), 5),
         }
         for name, g in chosen(args).items()
@@ -448,7 +453,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Group]:
         groups = {
             name: Group(
                 tuple(Variant(**v) for v in group["variants"]),
-                **({"shares": group["shares"]} if "shares" in group else {}),
+                **{key: group[key] for key in ("shares", "seed") if key in group},
             )
             for name, group in json.loads(args.groups.read_text()).items()
         }
@@ -456,7 +461,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Group]:
     for name, group in groups.items():
         variants = tuple(v for v in group.variants if args.only is None or v.name in args.only)
         if variants:
-            kept[name] = Group(variants, group.shares)
+            kept[name] = replace(group, variants=variants)
     return kept
 
 
@@ -536,6 +541,12 @@ def main() -> None:
         p = commands.add_parser(function.__name__, help=text)
         p.add_argument("--tokens", type=Path, required=True, help="folder made by prepare")
         p.add_argument("--out", type=Path, default=Path("runs/design"), help="default: %(default)s")
+        p.add_argument(
+            "--teacher", type=Path, default=bundled.TEACHER, help="folder of a model like the bundled one"
+        )
+        p.add_argument(
+            "--scorers", nargs="*", default=SCORERS, help="to compare with (default: all of %(default)s)"
+        )
         p.add_argument("--steps", type=int, default=600)
         p.add_argument("--seconds", type=float, default=float("inf"), help="most a training may take")
         p.add_argument(

@@ -212,7 +212,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--gates", nargs="+", default=["published", "sixteen", "eight"])
+    parser.add_argument("--gates", nargs="+", default=["published", "sixteen", "eight", "default"])
     parser.add_argument("--policies", nargs="+", default=["top_k:0.1", "threshold:5e-4"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=50)

@@ -43,7 +43,18 @@ def qk(
 
 
 def config(**options: Any) -> GateConfig:
-    return GateConfig(**{"num_heads": HEADS, "num_kv_heads": 2, "head_dim": DIM} | options)
+    plain = {"q_sub_block": 8, "k_sub_block": 8, "gate_dim": DIM}
+    return GateConfig(**{"num_heads": HEADS, "num_kv_heads": 2, "head_dim": DIM} | plain | options)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "gate_dim"), [(64, 48), (80, 64), (96, 64), (128, 96), (256, 192), (16, 16), (8, 8)]
+)
+def test_the_default_is_narrower_than_a_head(head_dim: int, gate_dim: int) -> None:
+    design = GateConfig(8, 2, head_dim)
+    assert (design.dim, design.q_sub, design.k_sub) == (gate_dim, 4, 4)
+    assert GateConfig(8, 2, head_dim, rope=False).dim == head_dim
+    assert GateConfig(8, 2, head_dim, q_proj=False, q_pool=("avg",)).dim == head_dim
 
 
 # --- the published formula, written a second time -----------------------------------------------------

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from seerattention.evals.needle import NeedleTask
 
 
 @torch.inference_mode()
 def evaluate(
-    model: LlamaForCausalLM, tokenizer: Any, heldout: np.ndarray, recipe: dict[str, Any]
+    model: PreTrainedModel, tokenizer: Any, heldout: np.ndarray, recipe: dict[str, Any]
 ) -> dict[str, Any]:
     """Return ``{"lengths": [{"tokens", "loss", "needle", "questions"}...], "sample": text}``."""
     settings = recipe["evaluate"]

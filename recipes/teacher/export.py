@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 CARD = """---
 license: mit
@@ -17,7 +17,7 @@ library_name: transformers
 
 # A small long-context teacher
 
-A Llama-shaped language model of {parameters:.1f} M parameters ({layers} layers, {heads} query and {kv} KV
+A {kind}-shaped language model of {parameters:.1f} M parameters ({layers} layers, {heads} query and {kv} KV
 heads of 64, vocabulary 8192, context 32768), small enough to ship with a library and to run on a laptop,
 yet with the attention of a long-context model: it finds numbers hidden anywhere in 32k tokens of a novel.
 It exists to be taught sparse attention; as a writer it is only fluent.
@@ -56,7 +56,7 @@ experiments with attention.
 
 
 def export(
-    model: LlamaForCausalLM, tokenizer: Any, results: dict[str, Any], recipe: dict[str, Any], out: Path
+    model: PreTrainedModel, tokenizer: Any, results: dict[str, Any], recipe: dict[str, Any], out: Path
 ) -> None:
     """Save weights in bfloat16, configuration, tokenizer, results and model card."""
     model = model.to(torch.bfloat16)
@@ -71,6 +71,7 @@ def export(
     )
     (out / "README.md").write_text(
         CARD.format(
+            kind=type(model).__name__.removesuffix("ForCausalLM"),
             parameters=sum(p.numel() for p in model.parameters()) / 1e6,
             layers=model.config.num_hidden_layers,
             heads=model.config.num_attention_heads,

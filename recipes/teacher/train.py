@@ -1,4 +1,4 @@
-"""Train the bundled teacher on one GPU, from books to a folder that transformers loads.
+"""Train the bundled teacher, or one of another recipe, on one GPU: from books to what transformers loads.
 
     python recipes/teacher/train.py --books books/ --heldout heldout/ --out runs/teacher
 
@@ -25,18 +25,18 @@ from data import Mixture, tokenise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from seerattention.evals.needle import NeedleDocument
 
 HERE = Path(__file__).parent
 
 
-def build(recipe: dict[str, Any], vocab_size: int, end: int) -> LlamaForCausalLM:
+def build(recipe: dict[str, Any], vocab_size: int, end: int) -> PreTrainedModel:
     """Return the untrained model, fp32."""
     settings = dict(recipe["model"])
     theta = settings.pop("rope_theta")
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
         vocab_size=vocab_size,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -47,10 +47,10 @@ def build(recipe: dict[str, Any], vocab_size: int, end: int) -> LlamaForCausalLM
         **settings,
     )
     torch.manual_seed(recipe["seed"])
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
-def hidden_states(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Run the decoder layers without building any mask: attention stays on the fused causal kernels."""
     hidden = model.model.embed_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -103,7 +103,7 @@ def learning_rate(stage: dict[str, Any], optimizer: dict[str, Any], step: int, s
 
 
 @torch.inference_mode()
-def needles_found(model: LlamaForCausalLM, documents: list[NeedleDocument]) -> float:
+def needles_found(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
     """Return the share of needles found in training-like documents, all run as one batch."""
     tokens = torch.from_numpy(np.stack([d.tokens for d in documents])).to(model.device)
     with torch.compiler.set_stance("force_eager"), torch.autocast(model.device.type, torch.bfloat16):
@@ -136,7 +136,7 @@ class Checkpoint:
     def __init__(self, out: Path) -> None:
         self.folder = out / "checkpoint"
 
-    def save(self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, place: dict[str, int]) -> None:
+    def save(self, model: PreTrainedModel, optimizer: torch.optim.AdamW, place: dict[str, int]) -> None:
         """Write the state after ``place["step"]`` steps of ``place["stage"]``."""
         tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
         for name, p in model.named_parameters():
@@ -153,7 +153,7 @@ class Checkpoint:
             if old.name != name:
                 old.unlink()
 
-    def load(self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, int] | None:
+    def load(self, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> dict[str, int] | None:
         """Restore the newest state and return its place; None if there is none."""
         state = self.folder / "state.json"
         if not state.exists():
@@ -203,7 +203,7 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
     optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), fused=device.type == "cuda")
     checkpoint = Checkpoint(args.out)
     if args.start_from is not None:
-        trained = LlamaForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        trained = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
         model.load_state_dict(trained.state_dict())
     place = checkpoint.load(model, optimizer) or {"stage": args.first_stage - 1, "step": 0}
     mixture = Mixture(books, tokenizer, recipe["data"]["digits"])

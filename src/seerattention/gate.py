@@ -28,18 +28,17 @@ POOLS = ("max", "min", "avg")
 class GateConfig:
     """Everything that defines a gate's weights; saved beside them.
 
-    The defaults are the design that found the most needles in docs/method.md; `published` gives the
-    one of the paper.
+    The defaults are the design of docs/method.md that reads most of what matters within 3 % of dense
+    attention's products; `published` gives the one of the paper.
 
     Attributes:
         num_heads: Query heads, ``Hq``.
         num_kv_heads: KV heads, ``Hk``.
         head_dim: Dimension of a head, ``D``.
         block_size: Tokens per block, of queries and keys.
-        gate_dim: Dimension ``E`` of the projected summaries; default ``head_dim``.
+        gate_dim: Dimension ``E`` of the projected summaries; default three quarters of ``head_dim``, in
+            steps of 16, or ``head_dim`` where queries are not projected or summaries not rotated.
         q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
-            ``soft`` is a mean weighted by the softmax of each token's product with a learned vector per
-            head; it starts as the mean.
         k_pool: The same for keys.
         q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
             block pair's score is the maximum over its pairs of sub-blocks.
@@ -47,6 +46,9 @@ class GateConfig:
         per_kv_head: One score per KV head, the group's queries merged by the projection, instead of
             one per query head.
         rope: Rotate the summaries to the position of their first token.
+        rope_pairs: Which rotations summaries of ``gate_dim < head_dim`` get: ``slowest`` are those of the
+            head's slowest pairs of values, whose content the projection starts by passing; ``spread`` are
+            those of a head of ``gate_dim``, as the published code has it.
         rope_theta: Base of the rotation where the model's own rotary code is not at hand.
         qk_norm: RMS-normalise the projected summaries.
         q_proj: Project queries. Without, queries are used as pooled and keys are projected once per
@@ -62,10 +64,11 @@ class GateConfig:
     gate_dim: int | None = None
     q_pool: tuple[str, ...] = ("max", "min", "avg")
     k_pool: tuple[str, ...] = ("max", "min", "avg")
-    q_sub_block: int | None = 8
-    k_sub_block: int | None = 8
+    q_sub_block: int | None = 4
+    k_sub_block: int | None = 4
     per_kv_head: bool = False
     rope: bool = True
+    rope_pairs: Literal["slowest", "spread"] = "slowest"
     rope_theta: float = 10000.0
     qk_norm: bool = False
     q_proj: bool = True
@@ -86,6 +89,10 @@ class GateConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
+        if self.gate_dim is None:
+            narrow = max(16, round(0.75 * self.head_dim / 16) * 16)
+            narrower = self.q_proj and self.rope and narrow < self.head_dim
+            object.__setattr__(self, "gate_dim", narrow if narrower else self.head_dim)
         for name in ("q_pool", "k_pool"):
             pools = getattr(self, name)
             if not pools or len(set(pools)) != len(pools) or not set(pools) <= set(POOLS):
@@ -97,6 +104,8 @@ class GateConfig:
                 )
         if self.rope and self.dim % 2:
             raise ValueError(f"rotary positions need an even gate_dim, got {self.dim}")
+        if self.rope_pairs not in ("slowest", "spread"):
+            raise ValueError(f"rope_pairs must be 'slowest' or 'spread', got {self.rope_pairs!r}")
         if not self.q_proj and (len(self.q_pool) > 1 or self.dim != self.head_dim):
             raise ValueError(
                 "without q_proj the gate needs one q pool and gate_dim == head_dim, got "
@@ -110,7 +119,8 @@ class GateConfig:
     @property
     def dim(self) -> int:
         """Gate dimension ``E``."""
-        return self.head_dim if self.gate_dim is None else self.gate_dim
+        assert self.gate_dim is not None
+        return self.gate_dim
 
     @property
     def q_sub(self) -> int:
@@ -165,12 +175,13 @@ class GateConfig:
             num_kv_heads,
             head_dim,
             block_size,
-            gate_dim,
+            gate_dim or head_dim,
             q_pool,
             k_pool,
             q_sub_block=None,
             k_sub_block=None,
             q_proj=double,
+            rope_pairs="spread",
             rope_theta=rope_theta,
             init="random",
         )
@@ -249,9 +260,10 @@ class AttnGate(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02)
             return
         groups = c.num_heads // c.num_kv_heads if c.per_kv_head else 1
-        _identity_(self.linear_k.weight, c.k_pool, c.head_dim, copies=1, rope=c.rope)
+        pairs = c.rope_pairs if c.rope else None
+        _identity_(self.linear_k.weight, c.k_pool, c.head_dim, 1, pairs)
         if self.linear_q is not None:
-            _identity_(self.linear_q.weight, c.q_pool, c.head_dim, copies=groups, rope=c.rope)
+            _identity_(self.linear_q.weight, c.q_pool, c.head_dim, groups, pairs)
 
     def use_rotary(self, rotary: Rotary) -> None:
         """Rotate with this code from now on, e.g. the model's own with its RoPE scaling."""
@@ -269,8 +281,10 @@ class AttnGate(nn.Module):
         return (self._rotary or self._plain_rotary)(positions.expand(batch, -1))
 
     def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = torch.arange(0, self.config.dim, 2, device=positions.device) / self.config.dim
-        angle = positions[..., None].float() * self.config.rope_theta**-exponent
+        c = self.config
+        width = max(c.dim, c.head_dim) if c.rope_pairs == "slowest" else c.dim
+        exponent = torch.arange(width - c.dim, width, 2, device=positions.device) / width
+        angle = positions[..., None].float() * c.rope_theta**-exponent
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
@@ -366,18 +380,21 @@ def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
 
 
-def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, rope: bool) -> None:
+def _identity_(
+    weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None
+) -> None:
     """Fill ``[H, copies * len(pools) * D, E]`` so that it passes the mean of the inputs, plus noise.
 
     The mean is the avg pool where there is one, else the average of the pools there are. Where ``E`` is
-    less than ``D``, pairs of values that are rotated together are passed or left out together, evenly over
-    the frequencies: ``E`` values are rotated by every ``D / E``-th of them.
+    less than ``D``, pairs of values that are rotated together are passed or left out together: the slowest
+    are passed, or every ``D / E``-th. ``pairs`` is ``GateConfig.rope_pairs``, None without rotation.
     """
     dim = weight.shape[2]
     share = [float(p == "avg") if "avg" in pools else 1 / len(pools) for p in pools]
     eye = torch.eye(head_dim, dim)
-    if rope and dim < head_dim:
-        pair = torch.arange(dim // 2) * head_dim // dim
+    if pairs is not None and dim < head_dim:
+        pair = torch.arange(dim // 2)
+        pair = pair + (head_dim - dim) // 2 if pairs == "slowest" else pair * head_dim // dim
         eye = torch.eye(head_dim)[:, torch.cat((pair, pair + head_dim // 2))]
     block = torch.cat([s * eye for s in share] * copies) / copies
     with torch.no_grad():

@@ -73,8 +73,9 @@ def test_a_run_trains_and_measures_every_method(tokens, tmp_path):
 
 
 def test_cost_counts_the_products_of_sub_blocks():
-    shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64}
+    shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "q_sub_block": 8, "k_sub_block": 8}
+    shape["gate_dim"] = 64
     exact = gate_design.cost(gate_design.GateConfig(**shape), 2**40)
     assert exact == pytest.approx(1 / 128, rel=1e-6)
-    half = gate_design.GateConfig(**shape, q_sub_block=4, gate_dim=32)
+    half = gate_design.GateConfig(**{**shape, "q_sub_block": 4, "gate_dim": 32})
     assert gate_design.cost(half, 2**40) == pytest.approx(1 / 128, rel=1e-6)

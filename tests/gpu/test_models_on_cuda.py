@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from seerattention.distill import DistillConfig, Distiller, TextWindows
-from seerattention.models import attach, dense, detach, new_gates, prefill, usage
+from seerattention.models import attach, dense, detach, new_gates, prefill, set_policy, usage
 from seerattention.testing.budget import Budget
 
 pytestmark = pytest.mark.gpu
@@ -111,12 +111,24 @@ def test_layers_that_wait_on_the_cpu(model, tmp_path):
     spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
     assert spread.model.layers[1].self_attn.q_proj.weight.is_meta
     tokens = torch.randint(0, 128, (1, 500), generator=torch.Generator().manual_seed(5)).cuda()
-    outs = []
+    with torch.inference_mode():
+        gold, plain = model.double()(tokens).logits, model.float()(tokens).logits
+    error = 2 * float((plain.double() - gold).abs().max())
+    error += torch.finfo(torch.float32).eps * float(gold.abs().max())
+    chosen = []
     for each in (model, spread):
         torch.manual_seed(0)
-        gates = attach(each, new_gates(each), "top_k:0.3", min_tokens=0)
+        seen = []
+        gates = attach(
+            each, new_gates(each), "top_k:0.3", min_tokens=0, observe=lambda *c, to=seen: to.append(c[2].bits)
+        )
         with torch.inference_mode():
-            outs.append(each(tokens).logits)
+            each(tokens)
+            chosen.append(torch.stack(seen))
+            set_policy(each, "top_k:1.0")
+            Budget(gold, torch.float32, error).check(each(tokens).logits)
         assert {p.device.type for n, p in gates.named_parameters() if "attn_gate" in n} == {"cuda"}
         detach(each)
-    assert torch.equal(*outs)
+    # Products of weights that lie elsewhere in memory may be summed in another order, and a block whose
+    # score is within rounding of the last one taken may be left out then.
+    assert (chosen[0] != chosen[1]).float().mean() < 0.01

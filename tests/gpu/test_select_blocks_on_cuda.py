@@ -14,7 +14,7 @@ from seerattention import AttnGate, GateConfig, Threshold, TokenBudget, TopK, To
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_blocks._cases import CASES, SIXTEEN, Case
+from seerattention.ops.select_blocks._cases import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.summarise_blocks import _cases as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Policy
@@ -42,8 +42,10 @@ def middling(name: str, queries: int, keys: int | None = None, **options: Any) -
 MIDDLING = [
     middling("published-8k", 8192, published=True),
     middling("sixteen-8k", 8192, gate=SIXTEEN),
-    middling("eight-8k", 8192),
-    middling("eight-later-chunk", 1000, 9000, batch=2),
+    middling("eight-8k", 8192, gate=EIGHT),
+    middling("eight-later-chunk", 1000, 9000, batch=2, gate=EIGHT),
+    middling("two-parts", 5000, head_dim=64, gate={**SIXTEEN, "gate_dim": 48}),
+    middling("default", 6000, gate={"gate_dim": None}),
     middling("wide-heads", 3000, head_dim=256, gate=SIXTEEN),
     middling("normed", 5000, gate={**SIXTEEN, "qk_norm": True}),
     middling("group-scores", 5000, gate={**SIXTEEN, "per_kv_head": True}),
@@ -108,7 +110,7 @@ def test_chooses_as_the_reference(case: Case, dtype: torch.dtype) -> None:
         certain.check(select_blocks(policy=policy, **args, backend="reference"))
 
 
-@pytest.mark.parametrize("name", ["published-32k", "sixteen-32k", "eight-32k"])
+@pytest.mark.parametrize("name", ["published-32k", "sixteen-32k", "eight-32k", "default-32k"])
 def test_the_sizes_that_are_benchmarked(name: str) -> None:
     args = arguments(next(c for c in CASES if c.name == name), torch.bfloat16)
     for policy in (Threshold(5e-4), TopK(0.1)):

@@ -260,8 +260,8 @@ def test_other_gates_make_their_own_summaries(tiny):
     assert how == {"sparse"}
     second = cache.seerattention_summaries[0, None]
     assert second.scorer is dict(other.items())[0]
-    # Eight-token sub-blocks.
-    assert second.all().shape[2] == 64 // 8
+    # Four-token sub-blocks.
+    assert second.all().shape[2] == 64 // 4
     assert not torch.equal(second.all()[:, :, :6], first.all()[:, :, :6])
 
 

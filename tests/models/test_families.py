@@ -71,9 +71,9 @@ def test_longrope_is_dense_with_a_full_selection(tiny, length):
     tiny.assert_as_close(tiny.logits(model, ids), dense, gold)
 
 
-def test_longrope_needs_gates_of_the_heads_width(tiny):
+def test_longrope_has_no_pairs_between_its_own(tiny):
     with pytest.raises(NotImplementedError, match="gate_dim must be 16, not 8"):
-        tiny.gates_for(tiny.make("phi3-longrope"), gate_dim=8)
+        tiny.gates_for(tiny.make("phi3-longrope"), gate_dim=8, rope_pairs="spread")
 
 
 def test_halves():

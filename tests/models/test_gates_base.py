@@ -123,16 +123,32 @@ def test_scaled_rope_is_not_plain_rope(tiny):
 
 
 @pytest.mark.parametrize("rope", ["llama", "llama-llama3", "qwen3-yarn"])
-def test_gate_dim_other_than_head_dim_rotates_as_a_model_of_that_head_dim(tiny, rope):
+def test_spread_pairs_rotate_as_a_model_of_that_head_dim(tiny, rope):
     model, narrow = tiny.make(rope), tiny.make(rope, head_dim=8)
-    gate = dict(tiny.gates_for(model, gate_dim=8).items())[0]
+    gate = dict(tiny.gates_for(model, gate_dim=8, rope_pairs="spread").items())[0]
     positions = torch.tensor([0, 16, 400])
     x = torch.randn(1, 4, 3, 8)
     cos, sin = narrow.model.rotary_emb(x, positions[None])
     turned = torch.cat([-x[..., 4:], x[..., :4]], -1)
     assert torch.equal(gate.rotate(x, positions), x * cos[:, None] + turned * sin[:, None])
-    models.attach(model, tiny.gates_for(model, gate_dim=8), "top_k:0.2", min_tokens=0)
-    assert tiny.logits(model, tiny.tokens(1, 70)).isfinite().all()
+
+
+@pytest.mark.parametrize("rope", ["llama", "llama-llama3", "qwen3-yarn", "phi3-longrope", "glm4"])
+def test_slowest_pairs_rotate_as_they_do_in_the_head(tiny, rope):
+    model = tiny.make(rope)
+    whole, narrow = (dict(tiny.gates_for(model, gate_dim=dim).items())[0] for dim in (None, 8))
+    dim = whole.config.dim
+    kept = torch.arange(dim // 2 - 4, dim // 2)
+    kept = torch.cat((kept, kept + dim // 2))
+    positions = torch.tensor([0, 16, 400])
+    x = torch.randn(1, 4, 3, dim)
+    assert torch.equal(narrow.rotate(x[..., kept], positions), whole.rotate(x, positions)[..., kept])
+    # The projection starts by passing the mean of just those values.
+    passed = narrow.linear_k.weight[0, -dim:].round()
+    assert torch.equal(passed, torch.eye(dim)[:, kept])
+    if rope != "phi3-longrope":
+        models.attach(model, tiny.gates_for(model, gate_dim=8), "top_k:0.2", min_tokens=0)
+        assert tiny.logits(model, tiny.tokens(1, 70)).isfinite().all()
 
 
 class CousinConfig(LlamaConfig):

@@ -18,6 +18,7 @@ seed = 1
 vocab_size = 300
 characters_per_book = 100000
 [model]
+model_type = "qwen3"
 hidden_size = 32
 intermediate_size = 48
 num_hidden_layers = 2

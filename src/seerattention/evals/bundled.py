@@ -29,14 +29,18 @@ def _present(path: Path) -> Path:
 
 
 def load_teacher(
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, folder: Path = TEACHER
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the bundled teacher, in evaluation mode on the CPU, and its tokenizer.
+
+    Args:
+        dtype: Of the weights.
+        folder: Another teacher of the recipe.
 
     Raises:
         FileNotFoundError: If the package was installed without its data.
     """
-    folder = _present(TEACHER)
+    _present(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # The folder's place on this machine is not the model's name.
     model.config._name_or_path = TEACHER_NAME

@@ -81,7 +81,7 @@ class Gates(nn.Module):
         if not self.config.rope:
             return
         family, config = family_of(model), model.config.get_text_config()
-        rotary = model_rotary(model, self.config.dim)
+        rotary = model_rotary(model, self.config.dim, self.config.rope_pairs)
         for index, gate in self.items():
             turns = not hasattr(family, "rotates") or family.rotates(config, index)
             gate.use_rotary(rotary if turns else no_rotation(self.config.dim))

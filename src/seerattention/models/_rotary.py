@@ -51,11 +51,16 @@ def head_order(model: PreTrainedModel) -> Tensor | None:
     return None if order == list(range(head_dim)) else torch.tensor(order)
 
 
-def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
+def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Rotary:
     """Return the model's rotary code as a function of positions, for vectors of ``dim`` values.
 
     Where the model rotates only part of a head, the other values' angles are zero; `head_order` puts
     them where they belong.
+
+    Args:
+        model: The model.
+        dim: Values of a vector.
+        pairs: Which rotations vectors shorter than a head get, see `GateConfig`.
 
     Raises:
         NotImplementedError: If the model has no rotary module, or rotates only part of a head and its
@@ -65,19 +70,21 @@ def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
     if found is None:
         raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
     config = model.config.get_text_config()
-    if dim != head_dim_of(config):
+    width = head_dim_of(config) if pairs == "slowest" else dim
+    if dim > width or width != head_dim_of(config):
+        width = dim
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
             raise NotImplementedError(
                 f"longrope has a factor for every pair of a head's values, so gate_dim must be "
-                f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope=False)"
+                f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
             )
         narrower = copy.deepcopy(config)
         narrower.head_dim = dim
         found = type(found)(narrower).to(model.device)  # type: ignore[call-arg]
     turned = _frequencies(found)
-    if 2 * turned != dim and not hasattr(family_of(model), "order"):
+    if 2 * turned != width and not hasattr(family_of(model), "order"):
         raise NotImplementedError(
-            f"{type(model).__name__} rotates {2 * turned} of {dim} values of a head, and its family's file "
+            f"{type(model).__name__} rotates {2 * turned} of {width} values of a head, and its family's file "
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
@@ -87,8 +94,10 @@ def model_rotary(model: PreTrainedModel, dim: int) -> Rotary:
         # In a model over several devices the module may be on another one than the gate.
         angles = found(like, positions, *_kind_of_layer(found))
         cos, sin = (x[..., :turned].to(positions.device) for x in angles)
-        still = dim // 2 - turned
+        still = width // 2 - turned
         cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
+        # The fastest come first.
+        cos, sin = cos[..., (width - dim) // 2 :], sin[..., (width - dim) // 2 :]
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
     return rotary

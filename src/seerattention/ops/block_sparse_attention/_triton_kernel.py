@@ -68,15 +68,25 @@ def _cap(scores, softcap, EXACT: tl.constexpr):
 
 
 @_jit
-def _product_in_parts(q, k, PARTS: tl.constexpr):
+def _product(a, b, zero):
+    """Return ``a @ b`` of fp32, a chain of additions of its own.
+
+    ``zero`` is a number that the compiler does not know: it turns the sum of something and a product that
+    starts at a constant zero into one chain of both, whose rounding errors add up.
+    """
+    return tl.dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32) + zero, input_precision="ieee")
+
+
+@_jit
+def _product_in_parts(q, k, zero, PARTS: tl.constexpr):
     """Return ``q @ k`` in fp32 as a sum of ``PARTS`` products, whose shorter chains round less."""
     if PARTS == 1:
-        product = tl.dot(q, k, input_precision="ieee")
+        product = _product(q, k, zero)
     else:
         q_even, q_odd = tl.split(tl.reshape(q, [q.shape[0], q.shape[1] // 2, 2]))
         k_even, k_odd = tl.split(tl.permute(tl.reshape(k, [k.shape[0] // 2, 2, k.shape[1]]), (0, 2, 1)))
-        product = _product_in_parts(q_even, k_even, PARTS // 2)
-        product += _product_in_parts(q_odd, k_odd, PARTS // 2)
+        product = _product_in_parts(q_even, k_even, zero, PARTS // 2)
+        product += _product_in_parts(q_odd, k_odd, zero, PARTS // 2)
     return product
 
 
@@ -115,8 +125,8 @@ def _step(
     k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
     v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
     # The kernel's language has no conditional expression on types.
-    if q.dtype == tl.float32:  # noqa: SIM108
-        scores = _product_in_parts(q, k, (BLOCK_D + 63) // 64)
+    if q.dtype == tl.float32:
+        scores = _product_in_parts(q, k, scale * 0.0, (BLOCK_D + 31) // 32)
     else:
         scores = tl.dot(q, k)
     if SOFTCAP:
@@ -138,7 +148,7 @@ def _step(
     total = total * fade + tl.sum(p, 1)
     if q.dtype == tl.float32:
         # A sum per block and then their sum: in one chain of all keys the rounding errors would add up.
-        acc = acc * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+        acc = acc * fade[:, None] + _product(p, v, scale * 0.0)
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
     return acc, new, total

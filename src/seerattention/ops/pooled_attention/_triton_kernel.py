@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention._triton_kernel import _cap, _jit, _product_in_parts, tl
+from seerattention.ops.block_sparse_attention._triton_kernel import (
+    _cap,
+    _jit,
+    _product,
+    _product_in_parts,
+    tl,
+)
 
 #: Numbers that change from call to call: a kernel each for those that 16 divides would be compiled anew
 #: for another length.
@@ -80,8 +86,8 @@ def _step(  # noqa: PLR0915
         k = tl.load(k_ptrs)
     else:
         k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
-    if q.dtype == tl.float32:  # noqa: SIM108
-        scores = _product_in_parts(q, k, (BLOCK_D + 63) // 64)
+    if q.dtype == tl.float32:
+        scores = _product_in_parts(q, k, scale * 0.0, (BLOCK_D + 31) // 32)
     else:
         scores = tl.dot(q, k)
     if SOFTCAP:
@@ -121,7 +127,7 @@ def _step(  # noqa: PLR0915
             v = tl.load(v_ptrs, mask=(dims < D)[None, :], other=0.0)
         if q.dtype == tl.float32:
             # A sum per step and then their sum: in one chain of all keys the rounding errors would add up.
-            acc = acc * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+            acc = acc * fade[:, None] + _product(p, v, scale * 0.0)
         else:
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
     return acc, new, total

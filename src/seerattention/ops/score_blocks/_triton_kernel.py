@@ -111,7 +111,6 @@ def back_to_queries(
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write the gradient of one sub-block of `ROWS` query blocks: their winning keys, weighted."""
     head = tl.program_id(0).to(tl.int64)
@@ -134,7 +133,7 @@ def back_to_queries(
             at = keys + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[:, None] * E
             key = tl.load(at, mask=(e < E)[None, :], other=0.0)
             part = tl.where(pair == sub_k, weight, 0.0).to(key.dtype)
-            total = tl.dot(part, key, total, input_precision=PRECISION)
+            total = _add_product(part, key, total, scale)
     _store(out + head * query_subs * E, total, row * SUBS_Q + sub_q, query_subs, unit, scale, E)
 
 
@@ -159,7 +158,6 @@ def back_to_keys(
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write the gradient of one sub-block of `COLUMNS` KV blocks, from all heads of its group."""
     head_k = tl.program_id(0).to(tl.int64)
@@ -173,6 +171,8 @@ def back_to_keys(
         head = head_k * GROUP + member
         first_q = queries + head * query_subs * E + e[None, :]
         at_head = head * rows * columns
+        # In fp32 a sum per head and then their sum: shorter chains round less.
+        sum_of_head = total * 0.0 if queries.dtype.element_ty == tl.float32 else total
         for start in range(first, rows, ROWS):
             row = start + tl.arange(0, ROWS)
             weight, pair = _weights(
@@ -192,8 +192,24 @@ def back_to_keys(
                 at = first_q + tl.minimum(row * SUBS_Q + sub_q, query_subs - 1)[:, None] * E
                 query = tl.load(at, mask=(e < E)[None, :], other=0.0)
                 part = tl.where(pair == sub_q * SUBS_K, weight, 0.0).to(query.dtype)
-                total = tl.dot(part, query, total, input_precision=PRECISION)
+                sum_of_head = _add_product(part, query, sum_of_head, scale)
+        total = total + sum_of_head if queries.dtype.element_ty == tl.float32 else sum_of_head
     _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
+
+
+@_jit()
+def _add_product(a, b, total, scale):
+    """Return ``total + a @ b``; in fp32 a sum per product and then their sum.
+
+    The product starts at a zero that the compiler does not know, or it would make one chain of both again,
+    whose rounding errors add up. A gradient may be a sum of few terms: three tf32 products would be seen.
+    """
+    if a.dtype == tl.float32:
+        zeros = tl.zeros([a.shape[0], b.shape[1]], tl.float32) + scale * 0.0
+        total += tl.dot(a, b, zeros, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total)
+    return total
 
 
 @_jit()

@@ -167,8 +167,6 @@ def _backward(
                 out,
                 *_arguments(queries, keys, shape, past_blocks),
                 scale,
-                # A gradient may be a sum of few terms: three tf32 products would be seen in it.
-                PRECISION="ieee",
                 **_constants(queries, keys, sub_blocks, past_blocks),
                 **options,
             )

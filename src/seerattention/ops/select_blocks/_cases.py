@@ -24,10 +24,11 @@ class Case(Shape):
     def design(self) -> dict[str, Any]:
         """Arguments of a gate's configuration, but for ``published``."""
         sizes = {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "head_dim": self.head_dim}
-        return {**sizes, "block_size": self.block_size[0], **self.gate}
+        return {**sizes, "block_size": self.block_size[0], "gate_dim": self.head_dim, **self.gate}
 
 
 SIXTEEN = {"q_sub_block": 16, "k_sub_block": 16}
+EIGHT = {"q_sub_block": 8, "k_sub_block": 8}
 WHOLE = {"q_sub_block": None, "k_sub_block": None}
 
 
@@ -46,7 +47,7 @@ CASES = (
     _case("one-block", 64),
     _case("block-plus-one", 65, gate=SIXTEEN),
     _case("thousand", 1000, gate=SIXTEEN),
-    _case("eight", 700),
+    _case("eight", 700, gate=EIGHT),
     _case("no-sub-blocks", 1000, gate=WHOLE),
     _case("published", 600, published=True, heads=4, kv_heads=2),
     _case("batch", 300, batch=3, gate=WHOLE, heads=4, kv_heads=2),
@@ -58,10 +59,13 @@ CASES = (
     _case("last-token", 1, 500, gate=SIXTEEN),
     _case("small-blocks", 150, block_size=(8, 8), gate=WHOLE),
     _case("not-a-power-of-two", 300, head_dim=40, gate={**WHOLE, "gate_dim": 24, "qk_norm": True}),
+    _case("in-two-parts", 300, head_dim=64, gate={**SIXTEEN, "gate_dim": 48}),
     _llama("published-32k", 32768, published=True),
     _llama("published-128k", 131072, published=True),
     _llama("sixteen-32k", 32768, gate=SIXTEEN),
     _llama("sixteen-128k", 131072, gate=SIXTEEN),
-    _llama("eight-32k", 32768),
-    _llama("eight-128k", 131072),
+    _llama("eight-32k", 32768, gate=EIGHT),
+    _llama("eight-128k", 131072, gate=EIGHT),
+    _llama("default-32k", 32768, gate={"gate_dim": None}),
+    _llama("default-128k", 131072, gate={"gate_dim": None}),
 )

@@ -171,7 +171,7 @@ def choose_rows(
                 HEADS=heads,
                 GROUP=heads // keys.shape[1],
                 E=dim,
-                E_PAD=max(16, triton.next_power_of_2(dim)),
+                **_widths(dim),
                 SUBS_Q=subs[0],
                 SUBS_K=subs[1],
                 BLOCK_Q=block_q,
@@ -200,6 +200,14 @@ def choose_rows(
                 WIDTH=wide,
                 num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
+
+
+def _widths(dim: int) -> dict[str, int]:
+    """Cover the summaries' values by one tile that is a power of two wide, or by two where that is less."""
+    whole = max(16, triton.next_power_of_2(dim))
+    low = whole // 2
+    rest = max(16, triton.next_power_of_2(dim - low))
+    return {"E_LOW": low, "E_REST": rest} if low >= 16 and low + rest < whole else {"E_LOW": whole, "E_REST": 0}
 
 
 def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, int]]:
@@ -244,7 +252,8 @@ def _score(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     E: tl.constexpr,
-    E_PAD: tl.constexpr,
+    E_LOW: tl.constexpr,
+    E_REST: tl.constexpr,
     SUBS_Q: tl.constexpr,
     SUBS_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -261,11 +270,10 @@ def _score(
     latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
     if (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest:
         head = tl.program_id(0).to(tl.int64)
-        e = tl.arange(0, E_PAD)
-        first_q = queries + head * query_subs * E + e[None, :]
-        first_k = (
-            keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E + e[:, None]
-        )
+        e = tl.arange(0, E_LOW)
+        first_q = queries + head * query_subs * E
+        first_k = keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
+        PARTS: tl.constexpr = 2 if E_REST > 0 else 1
         # One product per pair of places within a block: the maximum over sub-blocks is then one between
         # whole tiles. A short last block repeats its last summary, which changes no maximum.
         best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
@@ -273,13 +281,24 @@ def _score(
             parts = ()
             for sub in tl.static_range(RESIDENT):
                 at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, query_subs - 1)[:, None] * E
-                query = tl.load(at_q, mask=(e < E)[None, :], other=0.0)
+                query = tl.load(at_q + e[None, :], mask=(e < E)[None, :], other=0.0)
                 parts = parts + (query,)  # noqa: RUF005, Triton has no stars
+                if E_REST > 0:
+                    more = E_LOW + tl.arange(0, E_REST)
+                    query = tl.load(at_q + more[None, :], mask=(more < E)[None, :], other=0.0)
+                    parts = parts + (query,)  # noqa: RUF005
             for sub_k in range(SUBS_K):
                 at_k = first_k + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[None, :] * E
-                key = tl.load(at_k, mask=(e < E)[:, None], other=0.0)
+                key = tl.load(at_k + e[:, None], mask=(e < E)[:, None], other=0.0)
+                if E_REST > 0:
+                    more = E_LOW + tl.arange(0, E_REST)
+                    key_rest = tl.load(at_k + more[:, None], mask=(more < E)[:, None], other=0.0)
                 for sub in tl.static_range(RESIDENT):
-                    best = tl.maximum(best, tl.dot(parts[sub], key, input_precision=PRECISION))
+                    product = tl.dot(parts[sub * PARTS], key, input_precision=PRECISION)
+                    if E_REST > 0:
+                        rest = tl.dot(parts[sub * PARTS + 1], key_rest, product, input_precision=PRECISION)
+                        product = rest
+                    best = tl.maximum(best, product)
         to = scores + head * (stop - start) * stride
         kept = (row < stop)[:, None] & (column < width)[None, :]
         tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
