@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,18 @@ SMOKE = Settings(
     length=512, sequences=1, gate_steps=2, most_steps=2, joint=(0.5, 0.1), lengths=(256, 512),
     text_tokens=512, documents=1, needles=2, parts=2, block_size=16, save_every=1,
 )  # fmt: skip
+
+
+def changed(settings: Settings, values: dict[str, Any]) -> Settings:
+    """Return settings with some of them changed.
+
+    Raises:
+        ValueError: If one is not known.
+    """
+    if unknown := sorted(set(values) - set(asdict(settings))):
+        raise ValueError(f"unknown settings {unknown}; known are {sorted(asdict(settings))}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return replace(settings, **values)
 
 
 class TimeIsUpError(Exception):
@@ -431,6 +443,9 @@ def main() -> None:
         help="time of this call; the first one plans its steps by it",
     )
     parser.add_argument("--steps", type=int, default=0, help="steps of the language loss; default what fits")
+    parser.add_argument(
+        "--set", type=json.loads, default={}, metavar="JSON", help='other settings, e.g. {"lr": 1e-4}'
+    )
     parser.add_argument("--teacher-only", action="store_true", help="stop once there is a teacher")
     parser.add_argument("--smoke", action="store_true", help="seconds on a CPU, on the bundled text")
     args = parser.parse_args()
@@ -443,7 +458,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     try:
-        experiment = Experiment(args, SMOKE if args.smoke else Settings())
+        experiment = Experiment(args, changed(SMOKE if args.smoke else Settings(), args.set))
         if args.teacher_only:
             print(f"the teacher is in {experiment.teacher}")
             return

@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("yarn_run", ROOT / "experiments" / "yarn" / "run.py")
@@ -42,6 +45,10 @@ def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatc
     assert checkpoint.exists()
     assert not (tmp_path / "dense" / "model").exists()
 
+    with pytest.raises(SystemExit, match="holds another run"):
+        run(monkeypatch, tmp_path, "--set", '{"lr": 0.5}')
+    with pytest.raises(SystemExit, match=r"unknown settings \['rate'\]"):
+        run(monkeypatch, tmp_path, "--set", '{"rate": 0.5}')
     run(monkeypatch, tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["rows"][: len(before["rows"])] == before["rows"]
@@ -65,3 +72,14 @@ def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatc
     config = json.loads((tmp_path / "joint-0.1" / "model" / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == "yarn"
     assert config["max_position_embeddings"] == 512
+
+
+def test_the_teacher_of_the_first_three_stages_reads_8192_tokens():
+    import train
+
+    recipe = tomllib.loads((ROOT / "recipes" / "teacher" / "recipe.toml").read_text())
+    short = train.shortened(recipe, 3)
+    assert [stage["length"] for stage in short["stage"]] == [512, 2048, 8192]
+    assert short["model"]["max_position_embeddings"] == 8192
+    assert short["evaluate"]["lengths"] == [2048, 8192]
+    assert train.shortened(recipe, None) is recipe
