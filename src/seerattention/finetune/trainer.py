@@ -124,6 +124,11 @@ class Finetuner(Loop):
         """Refuse what cannot be trained, before any work."""
         if attached(base):
             raise ValueError("gates are attached to this model; detach(model) first, they are given apart")
+        if dropout := getattr(base.config.get_text_config(), "attention_dropout", 0.0):
+            raise ValueError(
+                f"the model has attention dropout ({dropout}), which blocks cannot be read with; set "
+                "attention_dropout to 0 in its config.json"
+            )
         repeats = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
         if self.config.soft_gates and repeats:
             raise ValueError(
