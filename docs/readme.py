@@ -444,6 +444,17 @@ def distill_step() -> str:
     return "\n".join(lines)
 
 
+def yarn() -> str:
+    """Return the context extension: dense, with gates afterwards, jointly with them."""
+    path = GPU / "yarn.json"
+    if not path.exists():
+        return "(Not measured yet; the command writes this table.)"
+    sys.path.insert(0, str(ROOT / "experiments" / "yarn"))
+    from table import table
+
+    return table(json.loads(path.read_text()))
+
+
 def filled(path: Path, parts: dict[str, str]) -> str:
     """Return a page with its generated parts made anew."""
     text = path.read_text()
@@ -482,6 +493,7 @@ def main() -> None:
             "gates-second": gates_final("qwen3"),
             "calibrated-targets": calibrated_targets(),
             "calibrated-compared": calibrated_compared(),
+            "yarn": yarn(),
         },
     }
     for path, parts in pages.items():

@@ -24,11 +24,12 @@ LAYERS = [
     {"attention", "cache", "baselines", "testing"},
     {"models"},
     {"distill", "evals"},
+    {"finetune"},
     {"cli"},
 ]
 #: The measurements distil gates live, to compare them.
 WITHIN_A_LAYER = {("testing", "attention"), ("evals", "distill")}
-TRANSFORMERS = {"models", "distill", "evals", "cli"}
+TRANSFORMERS = {"models", "distill", "evals", "finetune", "cli"}
 
 
 def modules_imported(source: str, package: str) -> Iterator[str]:

@@ -97,7 +97,9 @@ def test_learning_reads_nothing_back_and_weights_the_gradient():
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
     _, target = pooled_attention(q, k, torch.randn_like(k), (16, 16))
     objective = objectives.create("kl")
-    values = layer.learn(gate, q, k, target, objective, 0.25, 0.2)
+    values, scores = layer.learn(gate, q, k, target, objective, 0.25, 0.2)
+    assert not scores.requires_grad
+    assert scores.shape == target.shape
     loss = objective(target, gate(q, k), (16, 16), 250)
     assert float(values[0]) == pytest.approx(float(loss.detach()) / 4, rel=1e-5)
     mine = gate.linear_k.weight.grad.clone()

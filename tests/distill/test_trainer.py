@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_gates_change(model, text, tm
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(model, text, tmp_path, monkeypatch):
-    from seerattention.distill import trainer as module
+    from seerattention.distill import _loop as module
 
     config = DistillConfig(steps=4, save_every=1)
     run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()

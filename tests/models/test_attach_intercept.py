@@ -114,3 +114,25 @@ def test_padding_is_taken_off(tiny):
         (1, 1, 20, 20),
     ]
     assert torch.equal(calls[0].positions, torch.arange(13))
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_under_autocast_handlers_get_one_precision_and_choose_their_own(tiny, shape):
+    """Rotations and norms give fp32 where projections gave bfloat16; dense attention comes out as without."""
+    model, ids = tiny.make(shape), tiny.tokens(1, 70)
+    seen = []
+
+    def handler(call):
+        seen.append({x.dtype for x in (call.q, call.k, call.v, call.q_nope, call.k_nope)})
+        assert not torch.is_autocast_enabled("cpu")
+        return dense(call)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(ids).logits
+        with models.intercept(model, handler):
+            after = model(ids).logits
+        models.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+        sparse = model(ids).logits
+    assert seen == [{torch.bfloat16}] * 2
+    tiny.assert_as_close(after, before, tiny.gold_logits(models.detach(model), ids))
+    assert not torch.equal(sparse, before)

@@ -1,8 +1,8 @@
-"""The progress bar of a distillation, shared by ``distill`` and ``demo``."""
+"""The progress bar of training, shared by ``distill``, ``finetune`` and ``demo``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -15,27 +15,27 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from seerattention.distill import Distiller, Step
+    from seerattention.distill._loop import Loop
 
 #: Without a terminal a line is printed this many times in a run, and no bar.
 LINES = 12
 
 
-def show(trainer: Distiller, console: Console) -> list[Step]:
-    """Run a distillation to its end with a bar of loss, recall and time left; return its steps."""
+def show(trainer: Loop, console: Console, doing: str = "distilling") -> list[Any]:
+    """Run a training to its end with a bar of its losses, recall and time left; return its steps."""
     total = trainer.config.steps
     every = max(1, total // LINES)
     columns = (
-        TextColumn("distilling"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  recall {task.fields[recall]:.3f}"),
+        TextColumn("{task.fields[said]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     steps = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total, completed=trainer.done, loss=float("nan"), recall=0.0)
+        task = progress.add_task("", total=total, completed=trainer.done, said="")
         for step in trainer.run():
             steps.append(step)
             if len(steps) == 1:
@@ -43,10 +43,18 @@ def show(trainer: Distiller, console: Console) -> list[Step]:
                 console.print(
                     f"time        {step.seconds:.2f} s for the first step, about {left / 3600:.2f} h left"
                 )
-            progress.update(task, completed=step.step, loss=step.loss, recall=step.recall)
+            said = _said(step)
+            progress.update(task, completed=step.step, said=said)
             if not console.is_terminal and (step.step % every == 0 or step.step in (1, total)):
-                console.print(
-                    f"  step {step.step}/{total}  loss {step.loss:.4f}  recall {step.recall:.3f}  "
-                    f"{step.seconds:.2f} s/step"
-                )
+                console.print(f"  step {step.step}/{total}  {said}  {step.seconds:.2f} s/step")
     return steps
+
+
+def _said(step: Any) -> str:
+    """Return a step's measurements, those that it has."""
+    kinds = (("loss", "loss", ".4f"), ("gate_loss", "gates", ".4f"), ("recall", "recall", ".3f"))
+    values = [
+        (what, getattr(step, name, None), form)
+        for name, what, form in (*kinds, ("density", "density", ".0%"))
+    ]
+    return "  ".join(f"{what} {value:{form}}" for what, value, form in values if value is not None)

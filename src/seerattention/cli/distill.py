@@ -85,12 +85,12 @@ def run(
 
     from seerattention.cli._progress import show
     from seerattention.distill import DistillConfig, Distiller
-    from seerattention.distill.trainer import make_accelerator
+    from seerattention.distill._loop import make_accelerator
     from seerattention.models import new_gates
     from seerattention.policies import parse
 
     parse(policy)
-    settings = _settings(gate)
+    settings = gate_settings(gate)
     config = DistillConfig(
         steps=steps, lr=lr, save_every=save_every, grad_accum=grad_accum, eval_every=eval_every,
         patience=early_stop,
@@ -108,7 +108,7 @@ def run(
     _seed(seed)
     gates = new_gates(base, **settings)
     packed = bool(dataset) if packing is None else packing
-    source = _Source(text or [], dataset, split, packed, length, sequences, seed, heldout or [])
+    source = Source(text or [], dataset, split, packed, length, sequences, seed, heldout or [])
     batches, held, about = source.read(tokenizer, 4 * gates.config.block_size)
     _print_plan(console, base, model, gates, about, config, length, sequences, out)
     if dry_run:
@@ -143,8 +143,8 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where text comes from, as the options say."""
+class Source:
+    """Where text comes from, as the options of commands say."""
 
     text: list[Path]
     dataset: str
@@ -348,7 +348,12 @@ def _finish(
         console.print(f"and in https://huggingface.co/{repository}", highlight=False)
 
 
-def _settings(gate: str) -> dict[str, Any]:
+def gate_settings(gate: str) -> dict[str, Any]:
+    """Read the option ``--gate``.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
     try:
         settings = json.loads(gate)
     except json.JSONDecodeError as error:
@@ -360,8 +365,8 @@ def _settings(gate: str) -> dict[str, Any]:
     return settings
 
 
-def load_base(model: str, dtype: str, device: str) -> Any:
-    """Load a base model onto a device, as the options of commands say.
+def load_base(model: str, dtype: str, device: str, config: Any = None) -> Any:
+    """Load a base model onto a device, as the options of commands say, with another configuration if given.
 
     Raises:
         ValueError: If the precision or the device is not known or not there.
@@ -379,8 +384,11 @@ def load_base(model: str, dtype: str, device: str) -> Any:
         raise ValueError(f"--device {place!r} is not a device: {error}") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {place} was asked for, but torch sees no GPU; use --device cpu")
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    base.to(target)  # type: ignore[arg-type]
+    more = {} if config is None else {"config": config}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **more)
+    # Quantised weights are where they were loaded.
+    if not getattr(base, "is_quantized", False):
+        base.to(target)  # type: ignore[arg-type]
     return base.eval()
 
 

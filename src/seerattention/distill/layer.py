@@ -49,7 +49,7 @@ def learn(
     objective: Objective,
     weight: float,
     density: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Add the gradient of one layer's weighted loss to the gate's; wait for nothing on the device.
 
     Args:
@@ -62,7 +62,7 @@ def learn(
         density: Of the recall.
 
     Returns:
-        fp32 ``[2]`` on the device: ``weight`` times loss and recall.
+        fp32 ``[2]`` on the device: ``weight`` times loss and recall; and the scores, without a gradient.
     """
     size, length = gate.block_size, q_nope.shape[2]
     positions = torch.arange(length, device=q_nope.device)
@@ -70,8 +70,9 @@ def learn(
         scores = gate_scores(gate, q_nope, k_nope, positions)
         loss = objective(target, scores, size, length) * weight
     loss.backward()
-    recall = sampled_recall(target, scores.detach(), size, length, (density,))[0]
-    return torch.stack((loss.detach(), recall * weight))
+    scores = scores.detach()
+    recall = sampled_recall(target, scores, size, length, (density,))[0]
+    return torch.stack((loss.detach(), recall * weight)), scores
 
 
 @torch.no_grad()

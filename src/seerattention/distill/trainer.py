@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,27 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from seerattention.distill import objectives
-from seerattention.distill._checkpoint import read_checkpoint, trim_metrics, write_whole
+from seerattention.distill._loop import (
+    Batch,
+    Documents,
+    Loop,
+    cosine_rate,
+    make_accelerator,
+    optimizer_tensors,
+    packed_arguments,
+    restore_optimizer,
+    shard_layers,
+)
 from seerattention.distill.data import Packed
 from seerattention.distill.layer import gate_scores, learn, sampled_recall
 from seerattention.gate import AttnGate
 from seerattention.models import AttentionCall, Gates, base_checksum, intercept
 from seerattention.ops.pooled_attention import pooled_attention
-
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
-RUN = "run.json"
-
-#: A document of fewer blocks teaches nothing: a gate chooses among too few.
-LEAST_BLOCKS = 4
-
-#: The tokens of a step: int64 ``[B, T]`` of one document each, or packs of several.
-Batch = np.ndarray | Packed
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,7 @@ class DistillConfig:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step, counted from 0."""
-        warmup = math.ceil(self.warmup * self.steps)
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        return cosine_rate(self.lr, self.warmup, self.steps, step)
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class Step:
     heldout_recall: float | None = None
 
 
-class Distiller:
+class Distiller(Loop):
     """Trains the gates of a frozen model; memory does not grow with depth.
 
     While the model's forward pass goes through a layer, the layer's attention and its pooled map are
@@ -135,6 +129,8 @@ class Distiller:
         accelerator: Default a new one, as the launcher set it up.
         shard: Shard the frozen base over the processes with FSDP2; default where Accelerate's
             configuration says FSDP2, which it heeds on GPUs only.
+        decoder: What runs the model up to its last hidden states; default its own decoder. A model
+            that is sharded already is run by the module that knows it is.
 
     Raises:
         ValueError: If the checkpoint is damaged or belongs to another run, the sequences of a step
@@ -153,17 +149,17 @@ class Distiller:
         heldout: Sequence[np.ndarray] = (),
         accelerator: Accelerator | None = None,
         shard: bool | None = None,
+        decoder: Callable[..., Any] | None = None,
     ) -> None:
+        self.config: DistillConfig = config or DistillConfig()
+        accelerator = accelerator or make_accelerator(model.device.type)
+        super().__init__(batches, self.config, out, accelerator)
         self.model = model
+        self.decoder = decoder or model.get_decoder()
         self.gates = gates
-        self.batches = batches
-        self.config = config or DistillConfig()
         self.objective = objectives.create(self.config.objective)
-        self.out = out
         self.heldout = heldout
-        self.accelerator = accelerator or make_accelerator(model.device.type)
         self.sharded = bool(self.accelerator.is_fsdp2) if shard is None else shard
-        self.done = 0
         self.best = -1.0
         self.stale = 0
         self._kept: dict[str, Tensor] = {}
@@ -179,9 +175,10 @@ class Distiller:
             out.mkdir(parents=True, exist_ok=True)
             self._resume(out)
             self._checksum = base_checksum(model)
-            self._write_run(out)
+            self._write_about(out)
         if self.sharded:
-            shard_layers(model, self.accelerator)
+            model.requires_grad_(False)
+            shard_layers(model, model.get_decoder(), self.accelerator)
 
     @property
     def finished(self) -> bool:
@@ -196,19 +193,9 @@ class Distiller:
                 last checkpoint stays.
             RuntimeError: If the base model's weights are not what they were before.
         """
-        board = self._board()
-        while not self.finished:
-            report = self._step()
-            if self.out is not None:
-                if self.accelerator.is_main_process:
-                    with (self.out / METRICS).open("a") as log:
-                        log.write(json.dumps(asdict(report)) + "\n")
-                    _to_board(board, report)
-                if self.done % self.config.save_every == 0 or self.finished:
-                    self._save(self.out)
-            yield report
-        if board is not None:
-            board.close()
+        yield from super().run()
+
+    def _finish(self) -> None:
         if self._kept:
             self.gates.load_state_dict(self._kept)
         if self.out is not None:
@@ -253,29 +240,11 @@ class Distiller:
         Returns:
             fp32 ``[2]``, this share's part of the global loss and recall.
         """
-        rows = _documents(batch, LEAST_BLOCKS * self.gates.config.block_size)
-        learned = sum(length for row in rows for length, counts in row if counts)
-        if not learned:
-            raise ValueError(
-                f"the batch of step {self.done} is empty or has no document of {LEAST_BLOCKS} blocks "
-                f"({LEAST_BLOCKS * self.gates.config.block_size} tokens)"
-            )
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = world * self.config.grad_accum
-        if len(rows) % parts:
-            raise ValueError(
-                f"{len(rows)} sequences per step cannot be split evenly over {world} processes x grad_accum "
-                f"{self.config.grad_accum}; give a multiple of {parts}"
-            )
-        tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens if isinstance(batch, Packed) else batch))
-        each = len(rows) // parts
-        # Packs differ in their documents, so they go one at a time.
-        size = 1 if isinstance(batch, Packed) else each
-        start, stop = rank * each * self.config.grad_accum, (rank + 1) * each * self.config.grad_accum
-        totals = [self._forward(tokens[s : s + size], rows[s], learned) for s in range(start, stop, size)]
+        share = self._share(batch, self.gates.config.block_size)
+        totals = [self._forward(tokens, documents, share.learned) for tokens, documents in share.passes]
         return torch.stack(totals).sum(0)
 
-    def _forward(self, tokens: Tensor, documents: list[tuple[int, bool]], learned: int) -> Tensor:
+    def _forward(self, tokens: Tensor, documents: Documents, learned: int) -> Tensor:
         """Run the frozen model once, every layer learning from each document on its own."""
         by_layer = dict(self.gates.items())
         parts: list[Tensor] = []
@@ -293,7 +262,7 @@ class Distiller:
                 weight = call.q.shape[0] * length / learned
                 q, k = call.q_nope[:, :, s], call.k_nope[:, :, s]
                 # The layers' mean is reported; gradients are those of the sum over layers.
-                values = learn(gate, q, k, target, self.objective, weight, self.config.recall_density)
+                values, _ = learn(gate, q, k, target, self.objective, weight, self.config.recall_density)
                 parts.append(values / len(by_layer))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
@@ -309,17 +278,10 @@ class Distiller:
 
     def _decode(self, tokens: Tensor, lengths: list[int], handler: Callable[[AttentionCall], Tensor]) -> None:
         """Run the decoder, without the head; positions restart at each document."""
-        more: dict[str, Any] = {}
         device = self.gates_device
-        if len(lengths) > 1:
-            _refuse_windows(self.model)
-            positions = torch.cat([torch.arange(n) for n in lengths])[None]
-            more = {
-                "position_ids": positions.to(device),
-                "attention_mask": torch.ones(1, len(positions[0]), dtype=torch.long, device=device),
-            }
+        more = packed_arguments(self.model, lengths, device)
         with torch.no_grad(), intercept(self.model, handler):
-            self.model.get_decoder()(tokens.to(device), use_cache=False, **more)
+            self.decoder(tokens.to(device), use_cache=False, **more)
 
     def _all_reduce(self, values: Tensor) -> Tensor:
         """Sum gradients and values over processes in one message; return loss, recall, gradient norm."""
@@ -369,126 +331,52 @@ class Distiller:
             assert isinstance(mean, Tensor)
         return mean.tolist()
 
-    def _board(self) -> Any:
-        if self.out is None or not self.accelerator.is_main_process:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return None
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done + 1)
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must share with this run, as JSON types."""
-        first = self.batches(0)
-        digest = hashlib.sha256((first.tokens if isinstance(first, Packed) else first).tobytes())
-        if isinstance(first, Packed):
-            digest.update(json.dumps(first.lengths).encode())
+    def _settings(self) -> dict[str, Any]:
         return {
             "config": asdict(self.config),
             "gate": json.loads(json.dumps(self.gates.config.to_dict())),
             "base": self.gates.base.fingerprint,
-            "text": digest.hexdigest()[:16],
         }
 
-    def _write_run(self, out: Path, **more: Any) -> None:
+    def _write_about(self, out: Path, **more: Any) -> None:
         """Write what ran and the checksums of the base model's weights."""
-        if not self.accelerator.is_main_process:
-            return
-        report = {
-            "base": self.gates.base.to_dict(),
-            **self._identity(),
-            "processes": self.accelerator.num_processes,
-            "sharded": self.sharded,
-            "base_checksum_before": self._checksum,
-            **more,
-        }
-        write_whole(out / RUN, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+        about = {"sharded": self.sharded, "base_checksum_before": self._checksum}
+        self._write_run(out, base_model=self.gates.base.to_dict(), **about, **more)
 
     def _check_base(self, out: Path) -> None:
         after = base_checksum(self.model)
-        self._write_run(out, base_checksum_after=after)
+        self._write_about(out, base_checksum_after=after)
         if after != self._checksum:
             raise RuntimeError(
                 "the base model's weights changed during training (checksum "
                 f"{self._checksum[:12]} before, {after[:12]} after); these gates belong to no saved model"
             )
 
-    def _save(self, out: Path) -> None:
-        """Write gates, optimizer and progress as one file, whole or not at all."""
-        if self.accelerator.is_main_process:
-            tensors = {f"best.{name}": value.contiguous() for name, value in self._kept.items()}
-            for name, parameter in self.gates.named_parameters():
-                tensors[f"gates.{name}"] = parameter.detach().contiguous()
-                for key, value in self.optimizer.state[parameter].items():
-                    tensors[f"optimizer.{name}.{key}"] = value.detach().contiguous()
-            progress = {"step": self.done, "best_recall": self.best, "stale": self.stale}
-            state = json.dumps({**progress, **self._identity()})
-            write_whole(out / CHECKPOINT, lambda path: save_file(tensors, path, metadata={"state": state}))
-        self.accelerator.wait_for_everyone()
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        named = dict(self.gates.named_parameters())
+        yield from ((f"best.{name}", value) for name, value in self._kept.items())
+        yield from ((f"gates.{name}", parameter) for name, parameter in named.items())
+        yield from optimizer_tensors(self.optimizer, named)
+
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "best_recall": self.best, "stale": self.stale}
 
     def _resume(self, out: Path) -> None:
         """Continue from the checkpoint in ``out``, if there is one."""
-        if not (out / CHECKPOINT).exists():
+        if (found := self._saved(out)) is None:
             return
-        state, tensors = read_checkpoint(out / CHECKPOINT, self._identity())
+        state, tensors = found
+        named = dict(self.gates.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.gates.named_parameters():
+            for name, parameter in named.items():
                 parameter.copy_(tensors[f"gates.{name}"])
-                prefix = f"optimizer.{name}."
-                self.optimizer.state[parameter] = {
-                    key.removeprefix(prefix): value if key.endswith(".step") else value.to(parameter.device)
-                    for key, value in tensors.items()
-                    if key.startswith(prefix)
-                }
+        restore_optimizer(self.optimizer, named, tensors)
         self._kept = {
             key.removeprefix("best."): value.to(self.gates_device)
             for key, value in tensors.items()
             if key.startswith("best.")
         }
-        self.done, self.best, self.stale = state["step"], state["best_recall"], state["stale"]
-        if self.accelerator.is_main_process:
-            trim_metrics(out / METRICS, self.done)
-
-
-def make_accelerator(device_type: str) -> Accelerator:
-    """Return Accelerate's view of the processes that a launcher started, for models on this device.
-
-    Its state is one per process and refuses a CPU after a GPU; a single process needs no such choice.
-    """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(cpu=several and device_type == "cpu")
-
-
-def shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Shard a frozen model over the processes, a unit per layer, as Accelerate's FSDP2 plugin says."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    if accelerator.num_processes < 2:
-        raise ValueError("there is one process, nothing to shard over; start several by accelerate launch")
-    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
-    model.requires_grad_(False)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    settings: dict[str, Any] = {
-        "mesh": mesh,
-        "reshard_after_forward": plugin is None or bool(plugin.reshard_after_forward),
-    }
-    decoder = model.get_decoder()
-    layers = decoder.layers
-    assert isinstance(layers, nn.ModuleList)
-    for layer in layers:
-        fully_shard(layer, **settings)
-    fully_shard(decoder, **settings)
-
-
-def _documents(batch: Batch, least: int) -> list[list[tuple[int, bool]]]:
-    """Return of every row its documents: length, and whether it is long enough to learn from."""
-    if isinstance(batch, Packed):
-        return [[(n, n >= least) for n in row] for row in batch.lengths]
-    if batch.ndim != 2 or not batch.size:
-        raise ValueError(f"a batch must be [B, T] and not empty, got {list(batch.shape)}")
-    return [[(batch.shape[1], True)]] * len(batch)
+        self.best, self.stale = state["best_recall"], state["stale"]
 
 
 def _with_target(
@@ -499,20 +387,3 @@ def _with_target(
         q, k, v, gate.block_size, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
         per_kv_head=gate.config.per_kv_head,
     )  # fmt: skip
-
-
-def _refuse_windows(model: PreTrainedModel) -> None:
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in kinds):
-        raise NotImplementedError(
-            "documents cannot be packed for a model with sliding-window layers: a window would reach into "
-            "the document before; train on single windows of text instead (packing off)"
-        )
-
-
-def _to_board(board: Any, report: Step) -> None:
-    if board is None:
-        return
-    for name in ("loss", "recall", "seconds", "heldout_recall"):
-        if (value := getattr(report, name)) is not None:
-            board.add_scalar(name, value, report.step)

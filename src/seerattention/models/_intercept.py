@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +184,12 @@ def _attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     taps: _Taps = module.__dict__["_seerattention_taps"]
     q_nope, k_nope, cache, position_ids = taps.take()
+    mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
+    if mixed:
+        # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention
+        # functions, too, take what autocast says.
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value, q_nope, k_nope = (x.to(half) for x in (query, key, value, q_nope, k_nope))
     if cache is not None and (seen := int(cache.get_seq_length(taps.layer))) < key.shape[2]:
         # A static cache hands over its whole buffer.
         key, value = key[:, :, :seen], value[:, :, :seen]
@@ -195,9 +201,11 @@ def _attention_forward(
         if sliding_window is not None:
             return dense_attention(q, k, v, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
         positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        return taps.runtime.handler(
-            AttentionCall(taps.layer, q, k, v, qn, kn, positions, scale, slot, cache, softcap, s_aux, ids)
-        )
+        # Handlers and their ops choose their own precision.
+        with torch.autocast(q.device.type, enabled=False) if mixed else nullcontext():
+            return taps.runtime.handler(
+                AttentionCall(taps.layer, q, k, v, qn, kn, positions, scale, slot, cache, softcap, s_aux, ids)
+            )
 
     rows = real_tokens(attention_mask, query.shape[2], key.shape[2])
     if rows is None:

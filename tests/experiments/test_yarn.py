@@ -1,0 +1,85 @@
+"""The YaRN experiment on a CPU, at a size that shows it runs: stopped on the way, it continues."""
+
+import importlib.util
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("yarn_run", ROOT / "experiments" / "yarn" / "run.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+experiment = importlib.util.module_from_spec(SPEC)
+# A dataclass looks its module up.
+sys.modules["yarn_run"] = experiment
+SPEC.loader.exec_module(experiment)
+
+
+def run(monkeypatch, out, *more):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--smoke", "--device", "cpu", "--out", str(out), *more])
+    experiment.main()
+
+
+def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatch, tmp_path, capsys):
+    original, asked = experiment.Experiment._look_at_the_clock, []
+
+    def look(self):
+        asked.append(len(self.report["rows"]))
+        if len(asked) == 4:
+            # The time ends during the next training.
+            self.deadline = 0.0
+            return
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Experiment, "_look_at_the_clock", look)
+        run(patch, tmp_path)
+    assert "time is up; run the same command again" in capsys.readouterr().out
+    before = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in before["rows"][::2]] == ["teacher, its own RoPE", "YaRN, not trained"]
+    assert before["steps"] == 2
+    checkpoint = tmp_path / "dense" / "checkpoint.safetensors"
+    assert checkpoint.exists()
+    assert not (tmp_path / "dense" / "model").exists()
+
+    with pytest.raises(SystemExit, match="holds another run"):
+        run(monkeypatch, tmp_path, "--set", '{"lr": 0.5}')
+    with pytest.raises(SystemExit, match=r"unknown settings \['rate'\]"):
+        run(monkeypatch, tmp_path, "--set", '{"rate": 0.5}')
+    run(monkeypatch, tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["rows"][: len(before["rows"])] == before["rows"]
+    training = report["training"]
+    assert (
+        training["dense"]["tokens"] == training["joint-0.1"]["tokens"] == report["tokens_per_method"] == 1024
+    )
+    cells = {(r["method"], r["asked"], r["tokens"]) for r in report["rows"]}
+    for length in (256, 512):
+        assert ("YaRN, dense training", None, length) in cells
+        for density in (0.5, 0.1):
+            assert ("gates distilled afterwards", density, length) in cells
+            assert ("joint", density, length) in cells
+    assert all(
+        r["by_position"][-1]["last"] == r["tokens"] - 1 and r["questions"] == 2 for r in report["rows"]
+    )
+    table = (tmp_path / "results.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[1] for line in lines[1:8]] == ["dense"] * 3 + ["50%", "90%"] * 2
+    config = json.loads((tmp_path / "joint-0.1" / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "yarn"
+    assert config["max_position_embeddings"] == 512
+
+
+def test_the_teacher_of_the_first_three_stages_reads_8192_tokens():
+    import train
+
+    recipe = tomllib.loads((ROOT / "recipes" / "teacher" / "recipe.toml").read_text())
+    short = train.shortened(recipe, 3)
+    assert [stage["length"] for stage in short["stage"]] == [512, 2048, 8192]
+    assert short["model"]["max_position_embeddings"] == 8192
+    assert short["evaluate"]["lengths"] == [2048, 8192]
+    assert train.shortened(recipe, None) is recipe
