@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/seerattention demo $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests --ignore=tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests --ignore=tests/gpu
 
 check: $(READY)
 	$(BIN)/ruff check .
