@@ -18,7 +18,8 @@ from seerattention.evals.observe import Watch
 from seerattention.evals.perplexity import hidden_states, next_token_losses
 from seerattention.evals.tasks import Source
 from seerattention.evals.tasks._base import generate
-from seerattention.models import attach, detach, new_gates, save_gates
+from seerattention.models import attach, detach, new_gates, save_calibration, save_gates
+from seerattention.policies import Calibrated, Calibration
 
 POLICY = "top_k:0.2,sink_blocks=1"
 NEW_TOKENS = 6
@@ -188,6 +189,31 @@ def test_gates_of_another_model_or_without_a_policy_are_refused(other_gates):
         SeerAttentionLM(**given)
     with pytest.raises(ValueError, match=r"these gates were made for .*distil gates for this one"):
         SeerAttentionLM(**given, density=0.1)
+
+
+def test_policies_are_chosen_by_name_or_saved_with_the_gates(documents, tmp_path):
+    gates = bundled.load_teacher_gates()
+    save_gates(gates, tmp_path / "gates")
+    laws = {layer: (((-30.0, 0.0, 0.0),) * 3 + ((0.0, 0.0, 0.0),) * 3) for layer, _ in gates.items()}
+    half = Calibration("recall", 0.9, 4096, (64, 64), 0.0, None, laws)
+    save_calibration(tmp_path / "gates", Calibrated(half))
+    given = {"gates": str(tmp_path / "gates"), "device": "cpu", "dtype": "float32"}
+    lm = SeerAttentionLM("bundled", **given)
+    tokens = lm.tok_encode(documents["likelihood"][0]["context"])[:385]
+    found = {}
+    for policy in (None, "calibrated", "threshold:0.9"):
+        if policy is not None:
+            detach(lm.model)
+            lm = SeerAttentionLM(
+                lm.model, gates=str(tmp_path / "gates"), policy=policy, tokenizer=lm.tokenizer
+            )
+        lm._loglikelihood_tokens([(None, tokens[:-1], tokens[-1:])], disable_tqdm=True)
+        info = lm.get_model_info()
+        assert info["attention_calls"] == {"sparse": 8}
+        found[info["policy"]] = info["density"]
+    # Of six rows of blocks: three heads read all, three their own; no share is above nine tenths but alone.
+    own = 6 / 21
+    assert found == pytest.approx({"calibrated": (1 + own) / 2, "threshold:0.9": own})
 
 
 def test_an_answer_does_not_depend_on_its_batch_or_on_how_often_it_is_asked(documents):

@@ -106,7 +106,10 @@ class SeerAttentionLM(HFLM):
         self.watch.reset()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes beside its results: policy and density as measured, among others."""
+        """Return what lm-eval writes beside its results: policy and density as measured, among others.
+
+        Of several processes this is about the first one's share.
+        """
         ran = usage(self.model) if self.policy else {}
         found = {"policy": self.policy or "dense", "density": self.density, "attention_calls": ran}
         logger.info("attention: %s, density measured %.4f, calls of layers %s", *found.values())
