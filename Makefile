@@ -7,11 +7,12 @@ READY := .venv/.ready
 
 setup: $(READY)
 
+# Python compiles what is imported; compiling all that comes along at once would take half a minute more.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]' --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[plot]' --group dev
 	touch $(READY)
 
 # The whole method in minutes, without a GPU: distil gates, compare methods, draw pictures. DEMO holds options.
@@ -19,7 +20,7 @@ demo: $(READY)
 	$(BIN)/seerattention demo $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests --ignore=tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests --ignore=tests/gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

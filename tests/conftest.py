@@ -1,5 +1,9 @@
 """What all tests share."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,3 +18,25 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script in this process, where what it imports is there already, and return what it printed.
+
+    Called with the script and its arguments; a script that ends in an error raises it, as an exit does.
+    """
+
+    def run(script: Path, *arguments: object) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(script.parent))
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+        return capsys.readouterr().out
+
+    return run

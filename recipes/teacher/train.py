@@ -213,7 +213,6 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
         for layer in model.model.layers:
             layer.compile(dynamic=False)
         loss_of = torch.compile(token_loss, dynamic=False)
-    log = (args.out / "metrics.jsonl").open("a")
     for index, stage in enumerate(recipe["stage"]):
         if index < place["stage"]:
             continue
@@ -262,10 +261,9 @@ def train(args: argparse.Namespace, recipe: dict[str, Any], tokenizer: Any, dead
                     f"{seen / elapsed / 1e6:.2f} M tok/s  {left:.0f} s left",
                     flush=True,
                 )
-                log.write(
-                    json.dumps({"stage": index, "step": step + 1, "loss": mean, "needles": needle}) + "\n"
-                )
-                log.flush()
+                row = {"stage": index, "step": step + 1, "loss": mean, "needles": needle}
+                with (args.out / "metrics.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
             stop = time.perf_counter() > deadline
             if last and needle < stage["expect"]:
                 sys.exit(

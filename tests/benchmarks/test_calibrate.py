@@ -1,20 +1,13 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "calibrate.py"
 
 
-def test_targets_are_measured_at_three_lengths_and_compared_at_equal_density(tmp_path):
+def test_targets_are_measured_at_three_lengths_and_compared_at_equal_density(run_script, tmp_path):
     out = tmp_path / "calibrate.json"
     options = ("--length", 1024, "--windows", 1, "--densities", 0.4, "--recalls", 0.9, "--training", 2)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--out", str(out), *map(str, options)],
-        capture_output=True, text=True, check=False, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_script(SCRIPT, "--out", out, *options)
     report = json.loads(out.read_text())
     assert [t["target"] for t in report["targets"]] == ["density", "recall"]
     for target in report["targets"]:

@@ -1,7 +1,6 @@
 """The gate experiment: many variants at once learn what each would alone, and a run measures all of them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -49,30 +48,28 @@ def test_variants_trained_together_are_those_trained_alone(tokens):
             assert not torch.equal(start[name], expected), (variant.name, name)
 
 
-def test_a_run_trains_and_measures_every_method(tokens, tmp_path):
+def test_a_run_trains_and_measures_every_method(run_script, tokens, tmp_path):
     (tmp_path / "tokens").mkdir()
     for name, part in zip(("books", "heldout"), tokens, strict=True):
         np.save(tmp_path / "tokens" / f"{name}.npy", part.astype(np.uint16))
     command = [
-        *(sys.executable, str(ROOT / "benchmarks" / "gate_design.py"), "run", "--device", "cpu"),
-        *("--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "out"), "--steps", "2"),
+        *(ROOT / "benchmarks" / "gate_design.py", "run", "--device", "cpu"),
+        *("--tokens", tmp_path / "tokens", "--out", tmp_path / "out", "--steps", "2"),
         *("--lengths", "512", "--batch", "512", "--eval-lengths", "512", "--densities", "0.5"),
         *("--documents", "1", "--text-tokens", "512", "--evaluators", "0", "--threads", "1"),
-        *("--groups", str(tmp_path / "groups.json"), "--only", "kept"),
+        *("--groups", tmp_path / "groups.json", "--only", "kept"),
     ]
     variants = [{"name": "kept", "gate": {"q_sub_block": 16}, "objective": "mixture"}, {"name": "left out"}]
     groups = {"one": {"variants": variants, "shares": {"needles": 0.5, "repeats": 0.1}, "seed": 4}}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = run_script(*command)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     methods = ["dense", *gate_design.SCORERS, "kept"]
-    assert sorted(r["method"] for r in report["rows"]) == sorted(methods), done.stdout
+    assert sorted(r["method"] for r in report["rows"]) == sorted(methods), printed
     assert all(r["perplexity"] > 1 and 0 <= r["needle"] <= 1 for r in report["rows"])
     assert [r["step"] for r in report["training"][0]["rows"]] == [1, 2]
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode != 0
-    assert "holds another run" in again.stderr
+    with pytest.raises((SystemExit, ValueError), match="holds another run"):
+        run_script(*command)
 
 
 def test_cost_counts_the_products_of_sub_blocks():

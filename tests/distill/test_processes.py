@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,18 +18,18 @@ from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
-from seerattention.distill import DistillConfig, Distiller, Packs, TextWindows
+from seerattention.distill import DistillConfig, Distiller, Packs
 from seerattention.models import new_gates
-base, text, out, packed, accum = sys.argv[1:6]
+base, text, out, fsdp = sys.argv[1:5]
 model = LlamaForCausalLM.from_pretrained(base).eval()
 torch.manual_seed(1)
 gates = new_gates(model, block_size=16, q_sub_block=8, k_sub_block=8)
 text = np.load(text)
 documents = lambda: np.split(text, [100, 230, 250, 700, 1100])
-batches = Packs(documents, 256, 4, 64) if packed == "packed" else TextWindows(text, 128, 4)
-config = DistillConfig(steps=12, save_every=3, grad_accum=int(accum), eval_every=4)
+batches = Packs(documents, 256, 4, 64)
+config = DistillConfig(steps=12, save_every=3, grad_accum=2, eval_every=4)
 trainer = Distiller(model, gates, batches, config, out=Path(out), heldout=[text[-256:]],
-    shard=sys.argv[6] == "True")
+    shard=fsdp == "True")
 main = trainer.accelerator.is_main_process
 if main:
     print("from", trainer.done, trainer.accelerator.num_processes, os.getpid(), flush=True)
@@ -40,13 +41,6 @@ for step in trainer.run():
 """
 
 
-def command(processes, script, *arguments):
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launch, str(script), *map(str, arguments)]
-
-
 @pytest.fixture
 def files(model, text, tmp_path):
     model.save_pretrained(tmp_path / "base")
@@ -55,15 +49,28 @@ def files(model, text, tmp_path):
     return tmp_path
 
 
-def train(files, name, processes, *, packed="windows", accum=1, kill_after=None, fsdp=False):
-    """Train to the end, or kill all processes at once after a step; return what was printed."""
-    arguments = files / "base", files / "text.npy", files / name, packed, accum, fsdp
+@pytest.fixture
+def alone(files, run_script, monkeypatch):
+    """Train to the end in this one process, and return what was printed."""
+    monkeypatch.setenv("SLOW_FROM", "99")
+
+    def train(name):
+        printed = run_script(files / "train.py", files / "base", files / "text.npy", files / name, False)
+        return [line.split() for line in printed.splitlines()]
+
+    return train
+
+
+def two(files, name, *, kill_after=None, fsdp=False):
+    """Train in two processes to the end, or kill both at once after a step; return what was printed."""
+    arguments = files / "train.py", files / "base", files / "text.npy", files / name, fsdp
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # Slow from then on, so that the signal finds the next step at work.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW_FROM": str(kill_after or 99)}
     with (
         (files / f"{name}.err").open("a") as errors,
         subprocess.Popen(
-            command(processes, files / "train.py", *arguments),
+            [*launch, *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True,
         ) as run,
     ):  # fmt: skip
@@ -99,41 +106,28 @@ def close(a, b):
             assert moved <= 1e-3 * 1e-3 * 12, (key, moved)
 
 
-def test_two_processes_equal_one_on_packed_documents(files):
-    train(files, "one", 1, packed="packed")
-    train(files, "two", 2, packed="packed")
+def test_two_processes_equal_one_killed_or_not_sharded_or_not(files, alone):
+    """On packed documents, and with gradients of two batches added up."""
+    assert alone("one")[0][:3] == ["from", "0", "1"]
+    assert two(files, "two")[0][:3] == ["from", "0", "2"]
     close(files / "one", files / "two")
-
-
-def test_two_processes_equal_one_killed_or_not(files):
-    assert train(files, "one", 1)[0][:3] == ["from", "0", "1"]
-    assert train(files, "two", 2)[0][:3] == ["from", "0", "2"]
-    train(files, "killed", 2, kill_after=7)
-    again = train(files, "killed", 2)
-    assert again[0][1] == "6", again
-    close(files / "one", files / "two")
+    two(files, "killed", kill_after=7)
+    # What two processes left is continued by one as well.
+    shutil.copytree(files / "killed", files / "fewer")
+    assert two(files, "killed")[0][1:3] == ["6", "2"]
     whole, killed = (load_file(files / n / "checkpoint.safetensors") for n in ("two", "killed"))
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
+    assert alone("fewer")[0][1:3] == ["6", "1"]
+    close(files / "one", files / "fewer")
     rows = [json.loads(line) for line in (files / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if row["heldout_recall"] is not None] == [4, 8, 12]
-    run = json.loads((files / "two" / "run.json").read_text())
-    assert run["base_checksum_before"] == run["base_checksum_after"] != ""
-    assert run["processes"] == 2
 
-
-def test_accumulation_and_another_number_of_processes_after_a_kill_change_nothing(files):
-    train(files, "one", 1, accum=2)
-    train(files, "other", 2, accum=2, kill_after=7)
-    assert train(files, "other", 1, accum=2)[0][1:3] == ["6", "1"]
-    close(files / "one", files / "other")
-
-
-def test_a_base_sharded_by_fsdp2_trains_the_same_gates(files):
-    train(files, "one", 1)
-    train(files, "sharded", 2, fsdp=True)
+    two(files, "sharded", fsdp=True)
     close(files / "one", files / "sharded")
-    one, sharded = (json.loads((files / n / "run.json").read_text()) for n in ("one", "sharded"))
-    assert sharded["sharded"] is True
-    assert one["sharded"] is False
-    assert one["base_checksum_before"] == sharded["base_checksum_after"]
+    one, both, sharded = (json.loads((files / n / "run.json").read_text()) for n in ("one", "two", "sharded"))
+    assert [run["sharded"] for run in (one, both, sharded)] == [False, False, True]
+    assert [run["processes"] for run in (one, both)] == [1, 2]
+    sums = {run[f"base_checksum_{when}"] for run in (one, both, sharded) for when in ("before", "after")}
+    assert len(sums) == 1
+    assert sums != {""}

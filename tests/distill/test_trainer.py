@@ -163,36 +163,39 @@ for step in trainer.run():
 """
 
 
-def test_a_killed_run_continues_bit_for_bit(model, text, tmp_path):
+def test_a_killed_run_continues_bit_for_bit(model, text, tmp_path, capsys):
     """SIGKILL at random moments, then run to the end: the same gates as without."""
     base, words = tmp_path / "base", tmp_path / "text.npy"
     model.save_pretrained(base)
     np.save(words, text)
     seed = random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
-    results, starts = [], []
-    for name, kills in (("straight", 0), ("killed", 2)):
-        out = tmp_path / name
-        script = KILLED.format(folder=str(tmp_path), base=str(base), text=str(words), out=str(out))
-        for attempt in range(kills + 1):
-            with subprocess.Popen(
-                [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path
-            ) as run:
-                assert run.stdout is not None
-                first = run.stdout.readline().split()
-                assert first[:1] == ["from"], f"seed {seed}"
-                if attempt < kills:
-                    starts.append(int(first[1]))
-                    last = int(first[1]) + rng.randrange(4, 20)
-                    while int(run.stdout.readline()) < last:
-                        pass
-                    time.sleep(rng.random() * 0.05)
-                    os.kill(run.pid, signal.SIGKILL)
-                run.stdout.read()
-                code = run.wait()
-            assert code == (-signal.SIGKILL if attempt < kills else 0), f"seed {seed}"
-        results.append(load_file(out / "checkpoint.safetensors"))
-    assert starts[1] > 0, "the second run did not start from a checkpoint"
+
+    def script(name):
+        return KILLED.format(folder=str(tmp_path), base=str(base), text=str(words), out=str(tmp_path / name))
+
+    for kill in range(2):
+        with subprocess.Popen(
+            [sys.executable, "-c", script("killed")], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        ) as run:
+            assert run.stdout is not None
+            first = run.stdout.readline().split()
+            assert first[:1] == ["from"], f"seed {seed}"
+            assert (int(first[1]) > 0) == (kill > 0), f"seed {seed}: did not start from a checkpoint"
+            last = int(first[1]) + rng.randrange(4, 20)
+            while int(run.stdout.readline()) < last:
+                pass
+            time.sleep(rng.random() * 0.05)
+            os.kill(run.pid, signal.SIGKILL)
+            run.stdout.read()
+            code = run.wait()
+        assert code == -signal.SIGKILL, f"seed {seed}"
+    capsys.readouterr()
+    exec(script("killed"), {})
+    assert not capsys.readouterr().out.startswith("from 0"), f"seed {seed}"
+    exec(script("straight"), {})
+    assert capsys.readouterr().out.startswith("from 0")
+    results = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("straight", "killed")]
     assert same(*results), f"seed {seed}"
 
 

@@ -125,19 +125,24 @@ def test_the_command_writes_its_report_and_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(command, "LIVE_TOKENS", 512)
     monkeypatch.setattr(command, "FEWEST_STEPS", 2)
     monkeypatch.setattr(command, "MOST_STEPS", 2)
-    monkeypatch.setattr(module, "Plan", lambda: PLAN)
-    result = CliRunner().invoke(cli.app(), ["demo", "--out", str(tmp_path / "demo")])
+    plan = Plan(tokens=1024, windows=1, documents=1, recall_rows=4, lengths=(256, 512, 1024))
+    monkeypatch.setattr(module, "Plan", lambda: plan)
+    arguments = ["demo", "--longest", "512", "--out", str(tmp_path / "demo")]
+    result = CliRunner().invoke(cli.app(), arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert [r["method"] for r in report["rows"]][:2] == ["dense", "SeerAttention"]
     assert len(report["rows"]) == 9
     assert report["questions"] == 8
-    assert [r["tokens"] for r in report["lengths"]] == [1024, 2048]
+    assert [r["tokens"] for r in report["lengths"]] == [256, 512]
     assert report["versions"]["torch"] == torch.__version__
     for figure in report["figures"]:
         picture = (tmp_path / "demo" / figure).read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 10_000
+    too_short = CliRunner().invoke(cli.app(), ["demo", "--longest", "100"])
+    assert too_short.exit_code == 2
+    assert "--longest must be at least 256, got 100" in too_short.output
     assert "8 needle questions" in " ".join(result.output.split())
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == sorted(
         [*report["figures"], "report.json"]

@@ -1,7 +1,6 @@
 """Every example runs, on the bundled model, and does what it says."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,15 +16,10 @@ from seerattention.models import load_gates
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def command(name, *arguments):
-    return [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-
-
-def run(name, *arguments):
+@pytest.fixture
+def run(run_script):
     """Run an example to its end and return what it printed."""
-    result = subprocess.run(command(name, *arguments), capture_output=True, text=True, env=os.environ)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return lambda name, *arguments: run_script(EXAMPLES / name, *arguments)
 
 
 def published_folder(folder):
@@ -49,7 +43,7 @@ def published_folder(folder):
     return folder
 
 
-def test_published_gates(tmp_path):
+def test_published_gates(run, tmp_path):
     gates = published_folder(tmp_path / "gates")
     out = run("published_gates.py", TEACHER, gates, TEXT, "--tokens", 2048, "--new-tokens", 3)
     read = re.search(r"2048 tokens, policy top_k:0.3,dense_last_rows=2, ([\d.]+)% of the blocks read", out)
@@ -58,7 +52,7 @@ def test_published_gates(tmp_path):
     assert re.search(r"^ +16 dense: decoding step$", out, re.M)
 
 
-def test_own_gates(tmp_path):
+def test_own_gates(run, tmp_path):
     out = run("own_gates.py", "--steps", 2, "--length", 512, "--out", tmp_path / "gates")
     losses = [float(x) for x in re.findall(r"^step \d: loss ([\d.]+)", out, re.M)]
     assert len(losses) == 2
@@ -68,7 +62,7 @@ def test_own_gates(tmp_path):
     assert load_gates(tmp_path / "gates").policy == "top_k:0.1,sink_blocks=1"
 
 
-def test_compare_policies():
+def test_compare_policies(run):
     out = run("compare_policies.py", "--tokens", 1024)
     rows = re.findall(r"^(\w+) (\S*) +density +([\d.]+)%  recall +([\d.]+)%  perplexity ([\d.]+)$", out, re.M)
     assert [name for name, *_ in rows] == ["dense"] + ["gates"] * 4 + ["quest"] * 2
@@ -78,7 +72,7 @@ def test_compare_policies():
     assert all(perplexity[0] - 0.5 < p < 100 for p in perplexity[1:])
 
 
-def test_chunked_prefill():
+def test_chunked_prefill(run):
     out = run("chunked_prefill.py", "--tokens", 1100, "--piece", 256)
     assert "1100 tokens cached" in out
     assert len(re.findall(r"\.\.\.'.+'$", out, re.M)) == 2
@@ -88,7 +82,10 @@ def test_chunked_prefill():
 
 def test_serve():
     with subprocess.Popen(
-        command("serve.py", "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(EXAMPLES / "serve.py"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as server:
         try:
             address = server.stdout.readline().strip()

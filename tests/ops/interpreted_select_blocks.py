@@ -82,8 +82,8 @@ def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> Non
 @by_case
 @torch.no_grad()
 def test_kernel_chooses_as_the_reference(case: Case) -> None:
-    for policy in (Threshold(0.06), TopK(0.3)):
-        check(case, policy)
+    # What the other rules take from a row of scores has nothing to do with where the scores come from.
+    check(case, TopK(0.3))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -120,9 +120,10 @@ class Given:
 
 
 @pytest.mark.parametrize(
-    "policy", [TopK(0.1), TopK(0.5), TokenBudget(20), TokenBudget(4), Threshold(0.2)], ids=str
+    ("policy", "levels"),
+    [(TopK(0.1), 1), (TopK(0.5), 3), (TokenBudget(20), 3), (TokenBudget(4), 1), (Threshold(0.2), 3)],
+    ids=str,
 )
-@pytest.mark.parametrize("levels", [1, 3])
 def test_ties_go_to_the_lower_block(policy: Policy, levels: int) -> None:
     scorer = Given()
     q = torch.zeros(1, 2, 60, 16)

@@ -1,8 +1,6 @@
 """The teacher's recipe from books to gates, at a size for a CPU: stopped half-way, it continues."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,12 +68,10 @@ text_tokens = 1024
 """
 
 
-def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "recipes" / "teacher" / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def run(run_script):
+    """Run one of the recipe's scripts and return what it printed."""
+    return lambda name, *arguments: run_script(ROOT / "recipes" / "teacher" / name, *arguments)
 
 
 @pytest.fixture
@@ -91,23 +87,22 @@ def recipe(tmp_path):
     return [*given, "--device", "cpu"]
 
 
-def train(recipe, folder, name, *more):
-    more = ("--no-compile", "--tokenizer", folder / "tokenizer", "--check-every", *more)
-    return run("train.py", *recipe, "--out", folder / name, *more)
+@pytest.fixture
+def train(run, recipe, tmp_path):
+    """Train into a folder of the name given, and return what was printed."""
+    options = (*recipe, "--no-compile", "--tokenizer", tmp_path / "tokenizer", "--check-every")
+    return lambda name, *more: run("train.py", *options, "--out", tmp_path / name, *more)
 
 
 def metrics(folder, name):
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_from_books_to_gates(recipe, tmp_path):
-    straight = train(recipe, tmp_path, "straight")
-    assert straight.returncode == 0, straight.stderr
-    stopped = train(recipe, tmp_path, "stopped", "--max-seconds", "0")
-    assert stopped.returncode == 0, stopped.stderr
-    assert "time is up" in stopped.stdout
+def test_from_books_to_gates(train, run, recipe, tmp_path):
+    train("straight")
+    assert "time is up" in train("stopped", "--max-seconds", "0")
     assert len(metrics(tmp_path, "stopped")) == 1
-    assert train(recipe, tmp_path, "stopped").returncode == 0
+    train("stopped")
     assert metrics(tmp_path, "stopped") == metrics(tmp_path, "straight")
 
     teacher = tmp_path / "straight" / "teacher"
@@ -116,16 +111,14 @@ def test_from_books_to_gates(recipe, tmp_path):
     assert [row["tokens"] for row in json.loads((teacher / "results.json").read_text())["lengths"]] == [768]
     assert "| 768 |" in (teacher / "README.md").read_text()
 
-    distilled = run("gates.py", "--teacher", teacher, *recipe, "--out", tmp_path / "gates")
-    assert distilled.returncode == 0, distilled.stderr
+    run("gates.py", "--teacher", teacher, *recipe, "--out", tmp_path / "gates")
     assert load_gates(tmp_path / "gates" / "gates").policy == "top_k:0.1,sink_blocks=1"
     rows = json.loads((tmp_path / "gates" / "gates" / "results.json").read_text())
     assert rows[0]["method"] == "dense"
 
 
-def test_a_stage_that_learned_nothing_stops_the_run(recipe, tmp_path):
+def test_a_stage_that_learned_nothing_stops_the_run(train, tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("{expect}", "0.5"))
-    failed = train(recipe, tmp_path, "out")
-    assert failed.returncode == 1
-    assert "stage 2 ends with 0% of the needles found, the recipe expects 50%" in failed.stderr
+    with pytest.raises(SystemExit, match="stage 2 ends with 0% of the needles found, the recipe expects 50%"):
+        train("out")
     assert not (tmp_path / "out" / "teacher").exists()

@@ -23,8 +23,13 @@ def run(
     distil_seconds: Annotated[
         int, typer.Option(help="About how long to distil gates live, in seconds; 0 skips it.")
     ] = 50,
+    longest: Annotated[
+        int, typer.Option(help="Tokens up to which prefill is timed; the longest take most of the time.")
+    ] = 32768,
 ) -> None:
     """Distil gates, compare dense attention and other methods, draw pictures; under 6 minutes on 2 cores."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from seerattention.evals import bundled, figures
@@ -34,6 +39,10 @@ def run(
     from seerattention.policies import TopK
 
     figures.require_matplotlib()
+    plan = Plan()
+    if longest < (least := min(plan.lengths)):
+        raise ValueError(f"--longest must be at least {least}, got {longest}")
+    plan = replace(plan, lengths=tuple(n for n in plan.lengths if n <= longest))
     console = Console()
     if not console.is_terminal:
         console.width = 110
@@ -42,7 +51,7 @@ def run(
         model, tokenizer = bundled.load_teacher()
         training, text = bundled.text_tokens(tokenizer)
         gates = bundled.load_teacher_gates()
-        demo = Demo(model, tokenizer, text, Plan())
+        demo = Demo(model, tokenizer, text, plan)
         parameters = sum(p.numel() for p in model.parameters())
         console.print(
             f"The teacher: a {parameters / 1e6:.1f} M parameter Llama with a context of "

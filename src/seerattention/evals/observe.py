@@ -33,9 +33,14 @@ class Watch:
         self.sampled = 0
 
     @property
+    def read(self) -> int:
+        """Blocks read so far, of ``valid`` causally valid ones; waits for the devices."""
+        return sum(map(int, self.counts))
+
+    @property
     def density(self) -> float:
         """Fraction of the causally valid blocks read so far; 1 if nothing ran sparse."""
-        return sum(map(int, self.counts)) / self.valid if self.valid else 1.0
+        return self.read / self.valid if self.valid else 1.0
 
     @property
     def recall(self) -> float:
