@@ -93,7 +93,7 @@ class Settings:
     gate_steps: int = 100
     most_steps: int = 400
     lr: float = 3e-4
-    gate_lr: float = 1e-3
+    gate_lr: float = 3e-3
     joint: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1)
     posthoc: tuple[float, ...] = (0.5, 0.1)
     needles_share: float = 0.35
@@ -209,7 +209,8 @@ class Experiment:
                 sources += [f"--{name}", *map(str, getattr(self.args, name) or [self.args.tokens])]
             left = max(1.0, self.deadline - time.perf_counter())
             command = [sys.executable, str(RECIPE / "train.py"), *sources, "--out", str(folder)]
-            command += ["--last-stage", "3", "--device", self.args.device, "--max-seconds", str(left)]
+            command += ["--recipe", str(HERE / "teacher.toml")]
+            command += ["--device", self.args.device, "--max-seconds", str(left)]
             if subprocess.run(command, check=False).returncode:
                 sys.exit("error: the teacher's training failed; its last lines say why")
             if not (folder / "teacher" / "results.json").exists():
@@ -430,7 +431,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher",
         type=Path,
-        help="short-context teacher; default: recipes/teacher, first three stages, first",
+        help="short-context teacher; default: one is trained by teacher.toml first",
     )
     parser.add_argument("--tokens", type=Path, help="folder made by benchmarks/gate_design.py prepare")
     parser.add_argument("--books", type=Path, nargs="+", help="instead: texts to train on")

@@ -115,21 +115,6 @@ def needles_found(model: PreTrainedModel, documents: list[NeedleDocument]) -> fl
     return found / sum(len(d.answers) for d in documents)
 
 
-def shortened(recipe: dict[str, Any], last_stage: int | None) -> dict[str, Any]:
-    """Return the recipe of a teacher that ends with a stage, from 1, and reads no further than that."""
-    if last_stage is None:
-        return recipe
-    stages = recipe["stage"][:last_stage]
-    longest = max(stage["length"] for stage in stages)
-    lengths = [length for length in recipe["evaluate"]["lengths"] if length <= longest]
-    return {
-        **recipe,
-        "stage": stages,
-        "model": {**recipe["model"], "max_position_embeddings": longest},
-        "evaluate": {**recipe["evaluate"], "lengths": lengths or [longest]},
-    }
-
-
 class Checkpoint:
     """Weights and optimizer state as safetensors and the place in the recipe as JSON, whole or not at all."""
 
@@ -298,7 +283,6 @@ def main() -> None:
     parser.add_argument(
         "--first-stage", type=int, default=1, help="stage to begin with, from 1 (default: %(default)s)"
     )
-    parser.add_argument("--last-stage", type=int, help="stage to end with, for a teacher of its length")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--max-seconds", type=float, default=math.inf, help="stop with a checkpoint after this time"
@@ -310,7 +294,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     args = parser.parse_args()
     deadline = time.perf_counter() + args.max_seconds
-    recipe = shortened(tomllib.loads(args.recipe.read_text()), args.last_stage)
+    recipe = tomllib.loads(args.recipe.read_text())
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     if not args.tokenizer.exists():

@@ -74,12 +74,7 @@ def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatc
     assert config["max_position_embeddings"] == 512
 
 
-def test_the_teacher_of_the_first_three_stages_reads_8192_tokens():
-    import train
-
-    recipe = tomllib.loads((ROOT / "recipes" / "teacher" / "recipe.toml").read_text())
-    short = train.shortened(recipe, 3)
-    assert [stage["length"] for stage in short["stage"]] == [512, 2048, 8192]
-    assert short["model"]["max_position_embeddings"] == 8192
-    assert short["evaluate"]["lengths"] == [2048, 8192]
-    assert train.shortened(recipe, None) is recipe
+def test_the_teacher_is_one_of_8192_tokens():
+    recipe = tomllib.loads((ROOT / "experiments" / "yarn" / "teacher.toml").read_text())
+    assert [stage["length"] for stage in recipe["stage"]] == [512, 2048, 8192]
+    assert recipe["model"]["max_position_embeddings"] == 8192
