@@ -380,9 +380,7 @@ def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
 
 
-def _identity_(
-    weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None
-) -> None:
+def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None) -> None:
     """Fill ``[H, copies * len(pools) * D, E]`` so that it passes the mean of the inputs, plus noise.
 
     The mean is the avg pool where there is one, else the average of the pools there are. Where ``E`` is

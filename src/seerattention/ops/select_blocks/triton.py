@@ -207,7 +207,9 @@ def _widths(dim: int) -> dict[str, int]:
     whole = max(16, triton.next_power_of_2(dim))
     low = whole // 2
     rest = max(16, triton.next_power_of_2(dim - low))
-    return {"E_LOW": low, "E_REST": rest} if low >= 16 and low + rest < whole else {"E_LOW": whole, "E_REST": 0}
+    return (
+        {"E_LOW": low, "E_REST": rest} if low >= 16 and low + rest < whole else {"E_LOW": whole, "E_REST": 0}
+    )
 
 
 def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, int]]:
