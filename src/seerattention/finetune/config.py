@@ -20,10 +20,10 @@ class FinetuneConfig:
         gate_lr: Peak learning rate of the gates, without weight decay.
         warmup: Share of the steps in which the rates rise linearly.
         weight_decay: Of the model's matrices.
-        clip: Largest norm of the model's gradient, and of the gates'.
-        gate_weight: Factor of the gates' loss; 0 leaves them as they are. It matters to what is clipped
-            and, with ``soft_gates``, to the balance of both losses in the gates: without, the two losses
-            reach different weights, and AdamW does not see the size of a gradient.
+        clip: Largest norm of the model's gradient; the gates' is not clipped, as in distillation.
+        gate_weight: Factor of the gates' loss; 0 leaves them as they are. It matters only with
+            ``soft_gates``, to the balance of both losses in the gates: without, the two losses reach
+            different weights, and AdamW does not see the size of a gradient.
         density: Least and largest fraction of the causally valid blocks to read, in (0, 1]. Every step
             draws one, alike in the logarithm, so that gates serve all budgets between; 1 is dense.
         dense_share: Share of the steps, from the start, over which density falls linearly from 1 to
@@ -106,7 +106,7 @@ class JointStep:
         recall: Mean of `sampled_recall` over layers, at the step's density; None likewise.
         density: Fraction of the causally valid blocks asked for.
         norm: Norm of the model's gradient before clipping.
-        gate_norm: Norm of the gates' gradient before clipping.
+        gate_norm: Norm of the gates' gradient.
         tokens: Tokens read in this step by all processes.
         seconds: Time it took.
     """

@@ -245,7 +245,6 @@ class Finetuner(Loop):
             index, {"loss": loss, "gate loss": gate_loss, "norm": norm, "gate norm": gate_norm}
         )
         _clip(self.named, norm, self.config.clip)
-        _clip(self.named_gates, gate_norm, self.config.clip)
         self.optimizer.step()
         self.done += 1
         seconds = time.perf_counter() - started
