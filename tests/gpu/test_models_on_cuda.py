@@ -108,6 +108,8 @@ def test_layers_that_wait_on_the_cpu(model, tmp_path):
     model.save_pretrained(tmp_path)
     places = {"model.layers.1": "cpu", "model.layers.0": 0, "model.embed_tokens": 0, "model.norm": 0}
     places |= {"model.rotary_emb": 0, "lm_head": 0}
+    # The fixture's own rotary frequencies have been through other dtypes.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": 0})
     spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
     assert spread.model.layers[1].self_attn.q_proj.weight.is_meta
     tokens = torch.randint(0, 128, (1, 500), generator=torch.Generator().manual_seed(5)).cuda()
@@ -126,10 +128,7 @@ def test_layers_that_wait_on_the_cpu(model, tmp_path):
             each(tokens)
             chosen.append(torch.stack(seen))
             set_policy(each, "top_k:1.0")
-            out = each(tokens).logits
-        with dense(each), torch.inference_mode():
             Budget(gold, torch.float32, error).check(each(tokens).logits)
-        Budget(gold, torch.float32, error).check(out)
         assert {p.device.type for n, p in gates.named_parameters() if "attn_gate" in n} == {"cuda"}
         detach(each)
     # Products of weights that lie elsewhere in memory may be summed in another order, and a block whose

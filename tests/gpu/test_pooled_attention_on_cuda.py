@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seerattention import pooled_attention
+from seerattention.ops._copies import copied
 from seerattention.ops.pooled_attention import BACKENDS, pooled_map
 from seerattention.ops.pooled_attention._cases import CASES, PoolCase
 from seerattention.ops.pooled_attention._options import PoolOptions
@@ -130,7 +131,7 @@ def test_views_need_no_copy_engine():
     case = BY_NAME["thousand"]
     q, k, v = inputs(case)
     odd = [torch.cat([x, x[..., :1]], -1)[..., :-1] for x in (k, v)]
-    assert kernel._copies(kernel.Launch(64, 64, 4, 2, 1), 64, *odd) is None
+    assert copied(64, 64, *odd) is None
     expected = kernel.run(q, k, v, (64, 64), case.options("cuda"))
     for one, other in zip(kernel.run(q, *odd, (64, 64), case.options("cuda")), expected, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)

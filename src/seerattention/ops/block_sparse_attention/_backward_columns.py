@@ -266,18 +266,18 @@ def keys_kernel(  # noqa: PLR0915
                 v = _load_tile(v_head, stride_vt, again, len_k - first_key, BLOCK_N, D, BLOCK_D)
             # Keys lie along the rows: the second products then take these as they leave the first.
             p, slope = _shares(
-                _score(k, q, BLOCK_D), shift[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32
+                _score(k, q, scale, BLOCK_D), shift[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32
             )
             first_query = len_k - len_q + first
             if first_key + BLOCK_N > first_query + 1:
                 p = tl.where((first_key + keys)[:, None] > (first_query + places)[None, :], 0.0, p)
-            dv = _add_product(dv, p, grad)
+            dv = _add_product(dv, p, grad, scale)
             if COPIES:
                 delta = delta_desc.load([place])
             else:
                 delta = tl.load(delta_group + at, mask=places < inside, other=0.0)
-            ds = p * (_score(v, grad, BLOCK_D) - delta[None, :]) * slope
-            dk = _add_product(dk, ds, q)
+            ds = p * (_score(v, grad, scale, BLOCK_D) - delta[None, :]) * slope
+            dk = _add_product(dk, ds, q, scale)
         dk *= scale
         if parts == 1:
             dk_head = dk_ptr + b * stride_dkb + kv_head * stride_dkh

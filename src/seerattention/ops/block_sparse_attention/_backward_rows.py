@@ -11,6 +11,7 @@ from seerattention.ops.block_sparse_attention._triton_kernel import (
     _expand,
     _jit,
     _last_block,
+    _product,
     _product_in_parts,
     _sequence_of,
     _tile_of,
@@ -108,22 +109,22 @@ def _store_tile(pointer, stride, first, inside, x, D: tl.constexpr):
 
 
 @_jit
-def _score(a, b, BLOCK_D: tl.constexpr):
-    """Return ``a @ b.T``."""
+def _score(a, b, scale, BLOCK_D: tl.constexpr):
+    """Return ``a @ b.T``; any finite ``scale`` does."""
     # The kernel's language has no conditional expression on types.
     if a.dtype == tl.float32:
-        product = _product_in_parts(a, tl.trans(b), (BLOCK_D + 63) // 64)
+        product = _product_in_parts(a, tl.trans(b), scale * 0.0, (BLOCK_D + 31) // 32)
     else:
         product = tl.dot(a, tl.trans(b))
     return product
 
 
 @_jit
-def _add_product(total, weights, x):
-    """Return ``total + weights @ x``, the weights rounded to the type of ``x``."""
+def _add_product(total, weights, x, scale):
+    """Return ``total + weights @ x``, the weights rounded to the type of ``x``; any finite ``scale`` does."""
     if x.dtype == tl.float32:
         # A sum per block and then their sum: in one chain the rounding errors would add up.
-        total += tl.dot(weights, x, input_precision="ieee")
+        total += _product(weights, x, scale * 0.0)
     else:
         total = tl.dot(weights.to(x.dtype), x, total)
     return total
@@ -248,13 +249,13 @@ def queries_kernel(
                 k = _load_tile(k_head, stride_kt, start_k + first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
                 v = _load_tile(v_head, stride_vt, start_k + first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
             p, slope = _shares(
-                _score(q, k, BLOCK_D), shift[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32
+                _score(q, k, scale, BLOCK_D), shift[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32
             )
             # Only a row's own blocks hold keys after a query of the tile.
             if first_key + BLOCK_N > first_query + 1:
                 p = tl.where((first_key + keys)[None, :] > (first_query + places)[:, None], 0.0, p)
-            ds = p * (_score(grad, v, BLOCK_D) - delta[:, None]) * slope
-            dq = _add_product(dq, ds, k)
+            ds = p * (_score(grad, v, scale, BLOCK_D) - delta[:, None]) * slope
+            dq = _add_product(dq, ds, k, scale)
         dq_head = dq_ptr + b * stride_dqb + head * stride_dqh
         _store_tile(dq_head, stride_dqt, token, end - first, dq * scale, D)
         item = next_item
