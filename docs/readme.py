@@ -22,6 +22,9 @@ CROSSOVER = ROOT / "src" / "seerattention" / "data" / "crossover.json"
 TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
 CALIBRATE = ROOT / "benchmarks" / "results" / "cpu" / "calibrate.json"
 DESIGNS = ROOT / "benchmarks" / "results" / "gates"
+EVAL = ROOT / "benchmarks" / "results" / "h100" / "eval" / "summary.json"
+BACKWARD = ROOT / "benchmarks" / "results" / "h100" / "block_sparse_backward.json"
+POLICY = "top_k:{density},sink_blocks=1"
 GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
 
 
@@ -79,6 +82,75 @@ def lengths() -> str:
         f"{r['needle']:.0%} of {r['questions']} |"
         for r in rows
     ]
+    return "\n".join(lines)
+
+
+def table_of_all() -> str:
+    """Return every method at every density and length, dense first; a cell without samples is empty."""
+    report = json.loads(EVAL.read_text())
+    rows = {(r["task"], r["length"], r["method"], r["asked"]): r for r in report["rows"]}
+    lengths = sorted({n for _, n, *_ in rows})
+    counts = sorted({r["samples"] for r in rows.values()})
+    widest = {
+        task: max(
+            (r["interval"][1] - r["interval"][0]) / 2 / (r["score"] if task == "perplexity" else 1)
+            for r in rows.values()
+            if r["task"] == task and r["samples"] == counts[-1]
+        )
+        for task in ("perplexity", "needle")
+    }
+    dtype = report["dtype"].removeprefix("torch.")
+    lines = [
+        f"{report['date']}, {machine(report)}, {dtype}; `{POLICY}`, no dense last rows; {counts[-1]} samples "
+        f"a cell (of eight needles each). 95 % intervals are at most ± {widest['perplexity']:.1%} of a "
+        f"perplexity, most of it the texts', the same for every method, and ± {widest['needle']:.0%} of "
+        "needles:",
+        "",
+        "| method | blocks asked | "
+        + " | ".join(f"{n // 1024}k: read, perplexity, needles" for n in lengths)
+        + " |",
+        "|---" * (2 + len(lengths)) + "|",
+    ]
+    for method, asked in dict.fromkeys((m, a) for _, _, m, a in rows):
+        cells = []
+        for n in lengths:
+            loss, needle = (rows.get((task, n, method, asked)) for task in ("perplexity", "needle"))
+            cells.append(
+                (f"{loss['density']:.0%}, " if loss else "-, ")
+                + ", ".join(
+                    f"{r['score']:{form}}"
+                    + ("" if r["samples"] == counts[-1] else f" ({r['samples']} samples)")
+                    if r
+                    else "-"
+                    for r, form in ((loss, ".2f"), (needle, ".0%"))
+                )
+            )
+            cells[-1] = "" if loss is None and needle is None else cells[-1]
+        name = f"**{method}**" if method in ("dense", "gates") else method
+        lines.append(f"| {name} | {'all' if asked is None else f'{asked:.0%}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def backward() -> str:
+    """Return forward and backward beside dense attention's, the parts alone, and the launches tried."""
+    report = json.loads(BACKWARD.read_text())
+    lines = [
+        f"{report['date']}, {machine(report)}; {report['dtype']}, {report['heads'][0]} query and "
+        f"{report['heads'][1]} KV heads of {report['head_dim']}, blocks of {report['block']}, "
+        f"{report['density']:.0%} of the earlier blocks at random:",
+        "",
+        "| tokens | what | median ms | range ms | TFLOP/s | speedup | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in report["rows"]:
+        speedup = "" if r["speedup"] is None else f"{r['speedup']:.2f}x"
+        low, high = r["range_ms"]
+        lines.append(
+            f"| {r['tokens']:,} | {r['variant']} | {r['ms']:.3f} | {low:.3f}-{high:.3f} | "
+            f"{r['tflops'] or ''} | {speedup} | {r['peak_mb'] or ''} |"
+        )
+    lines += ["", "| part, 32k | launch | ms |", "|---|---|---|"]
+    lines += [f"| {r['part']} | `{r['launch']}` | {r['ms']:.3f} |" for r in report["sweep"]]
     return "\n".join(lines)
 
 
@@ -474,6 +546,7 @@ def main() -> None:
             "quality": quality(report),
             "times": times(report),
             "lengths": lengths(),
+            "table": table_of_all(),
             "gpu-short": gpu_short(),
             "support": markdown(),
             "dense": dense_below(),
@@ -484,6 +557,7 @@ def main() -> None:
             "crossover": crossover(),
             "pooled": pooled(),
             "distill-step": distill_step(),
+            "backward": backward(),
         },
         ROOT / "docs" / "method.md": {
             "gates-path": gates("path"),

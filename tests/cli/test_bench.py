@@ -73,7 +73,7 @@ def test_prefill_measures_masks_gates_and_peers(peers, tmp_path):
     ("more", "words"),
     [
         (["--mask", "stripes"], "--mask must be one of random, gate, band, got 'stripes'"),
-        (["--gate", "best"], "--gate must be one of published, sub16, default, got 'best'"),
+        (["--gate", "best"], "--gate must be one of published, sub16, sub8, default, got 'best'"),
         (["--peers", "cudnn,fa9"], "--peers must be one of cudnn, fa2, flex, got 'fa9'"),
         (["--density", 1.5], "--density must be in (0, 1], got 1.5"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),

@@ -18,7 +18,7 @@ def run(
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Sequence length; repeatable.")] = None,
     gate: Annotated[
-        str, typer.Option(help="published, sub16 or default: whose selection counts.")
+        str, typer.Option(help="published, sub16, sub8 or default: whose selection counts.")
     ] = "default",
     block: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed rounds; the variants take turns.")] = 5,

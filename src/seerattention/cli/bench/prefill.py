@@ -27,7 +27,9 @@ def run(
     ] = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option(help="Gate whose selection is timed: published, sub16, default, none; repeatable."),
+        typer.Option(
+            help="Gate whose selection is timed: published, sub16, sub8, default, none; repeatable."
+        ),
     ] = None,
     peers: Annotated[
         str, typer.Option(help="Of cudnn, fa2 and flex on a GPU; dense ones give the speedups.")

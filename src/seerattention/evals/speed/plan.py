@@ -12,7 +12,7 @@ from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops._shapes import Shape
 
 #: Gate designs that ``--gate`` may name.
-GATES = ("published", "sub16", "default")
+GATES = ("published", "sub16", "sub8", "default")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,10 @@ class Plan:
             config = GateConfig.published(
                 num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block
             )
-        elif name == "sub16":
-            config = GateConfig(*sizes, block_size=block, q_sub_block=16, k_sub_block=16)
+        elif name in ("sub16", "sub8"):
+            # Sub-blocks of so many tokens, summaries of whole heads.
+            sub = int(name.removeprefix("sub"))
+            config = GateConfig(*sizes, block, self.head_dim, q_sub_block=sub, k_sub_block=sub)
         else:
             config = GateConfig(*sizes, block_size=block)
         return AttnGate(config).to(self.device, self.kind).requires_grad_(False)
