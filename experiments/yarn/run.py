@@ -326,7 +326,12 @@ class Experiment:
         torch.manual_seed(1)
         size = self.settings.block_size
         gates = new_gates(model, block_size=size)
-        config = DistillConfig(steps=steps, lr=self.settings.gate_lr, save_every=self.settings.save_every)
+        config = DistillConfig(
+            steps=steps,
+            lr=self.settings.gate_lr,
+            objective="kl",
+            save_every=self.settings.save_every,
+        )
         tuner = Distiller(model, gates, self.batches, config, out=self.out / f"{name}-run")
         self._follow(name, tuner)
         save_gates(gates, self.out / name, policy=POLICY.format(0.1))

@@ -108,7 +108,9 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
         f"{LIVE_TOKENS:,} tokens",
         highlight=False,
     )
-    done = show(Distiller(demo.model, gates, batches, DistillConfig(steps=steps, lr=2e-3)), console)
+    done = show(
+        Distiller(demo.model, gates, batches, DistillConfig(steps=steps, lr=2e-3, objective="kl")), console
+    )
     few = max(1, min(8, len(done) // 4))
 
     def mean(steps: list[Any], name: str) -> float:

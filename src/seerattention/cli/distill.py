@@ -45,7 +45,10 @@ def run(
     sequences: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 1,
     grad_accum: Annotated[int, typer.Option(help="Passes per step on each process.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    objective: Annotated[
+        str, typer.Option(help="What gates minimise: sharp_kl, kl (published), or another of docs/method.md.")
+    ] = "sharp_kl",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     heldout: Annotated[
         list[Path] | None,
@@ -92,8 +95,8 @@ def run(
     parse(policy)
     settings = gate_settings(gate)
     config = DistillConfig(
-        steps=steps, lr=lr, save_every=save_every, grad_accum=grad_accum, eval_every=eval_every,
-        patience=early_stop,
+        steps=steps, lr=lr, objective=objective, save_every=save_every, grad_accum=grad_accum,
+        eval_every=eval_every, patience=early_stop,
     )  # fmt: skip
     if bool(text) == bool(dataset):
         raise ValueError("give training text by either --text or --dataset")
