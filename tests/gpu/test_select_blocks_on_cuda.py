@@ -17,7 +17,7 @@ from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.select_blocks._cases import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.summarise_blocks import _cases as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
-from seerattention.policies import Policy
+from seerattention.policies import Calibrated, Calibration, Policy
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
@@ -133,6 +133,26 @@ def test_memory_is_bounded(name: str) -> None:
     selection = select_blocks(policy=TopK(0.1), **args)
     extra = torch.cuda.max_memory_allocated() - before - selection.nbytes
     assert extra <= 100e6
+
+
+@pytest.mark.parametrize("row_exponent", [0.0, -0.5])
+def test_limits_of_each_head(row_exponent: float) -> None:
+    case = next(c for c in MIDDLING if c.name == "eight-8k")
+    laws = {0: tuple((-1.0 - h / 2, 0.0, 0.0) for h in range(case.heads))}
+    made = Calibration("recall", 0.9, 8192, case.block_size, row_exponent, None, laws)
+    policy = Calibrated(made, sink_blocks=1).at(0, None)
+    args = arguments(case, torch.bfloat16)
+    certain = Certain.of(policy=policy, **args)
+    assert certain.share > 0.98
+    # Its limits are on the device since the first call.
+    select_blocks(policy=policy, **args, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        selection = select_blocks(policy=policy, **args, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    certain.check(selection)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

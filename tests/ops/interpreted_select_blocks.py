@@ -11,7 +11,7 @@ from torch import Tensor
 from seerattention import AttnGate, GateConfig, baselines
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
 from seerattention.ops.select_blocks._cases import CASES, Case
-from seerattention.policies import Policy, Rule, Threshold, TokenBudget, TopK, TopP
+from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
 
@@ -31,6 +31,14 @@ POLICIES = [
     Threshold(0.9, sink_blocks=1, local_blocks=3),
     TopK(0.1, sink_blocks=2, dense_last_rows=2),
     TopP(0.1, local_blocks=99),
+    # Of each of two heads, with the number of blocks a row sees; with its density, and without.
+    Calibrated(
+        Calibration("density", 0.3, 1000, (64, 64), -0.5, 0.3, {0: ((-1.0, -0.1, -0.4), (-0.2, -0.3, -0.5))}),
+        sink_blocks=1,
+    ).at(0, None),
+    Calibrated(
+        Calibration("recall", 0.9, 1000, (64, 64), 0.0, None, {0: ((-3.0, 0.0, 0.0), (-2.0, 0.0, 0.0))})
+    ).at(0, 40),
 ]
 
 
@@ -206,6 +214,7 @@ def test_rules_by_example() -> None:
     assert TopK(0.75).rule(100, 64) == Rule("count", 50)
     assert TopP(0.9).rule(100, 64) == Rule("mass", 0.9)
     assert TokenBudget(100).rule(100, 64) == Rule("count", 1)
+    assert Calibrated(POLICIES[-1].calibration).rule(100, 64) is None  # type: ignore[attr-defined]
 
 
 def test_a_baseline_runs_in_torch() -> None:

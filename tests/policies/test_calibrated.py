@@ -85,7 +85,19 @@ def test_expected_density():
     assert policy.expected_density(256, 16) == 0.3
     assert policy.expected_density(4, 16) == pytest.approx(0.4), "the own block of 4 rows"
     assert Calibrated(calibration(density=None)).expected_density(256, 16) is None
-    assert policy.rule(256, 16) is None
+    assert policy.rule(256, 16) is None, "its limits are those of a layer"
+
+
+def test_its_rule_takes_what_it_chooses():
+    policy = Calibrated(calibration(density=0.3), sink_blocks=1).at(0, None)
+    scores = torch.randn(2, len(policy.calibration.laws[0]), 40, 40, dtype=torch.float64) * 2
+    valid = causal_blocks(40 * 16, 40 * 16, (16, 16))
+    rule = policy.rule(40, 16)
+    share = scores.masked_fill(~valid, -torch.inf).softmax(-1)
+    limits = torch.tensor(rule.per_head)[:, None] * valid.sum(-1).double() ** rule.row_exponent
+    expected = share > limits[..., None]
+    assert 0.05 < expected.double().mean() < 0.4
+    assert (expected == policy.choose(scores, valid, 16)).double().mean() > 0.999
 
 
 def test_text_form():

@@ -18,10 +18,15 @@ class Rule:
             the best block down, ties to the lower block, while fewer than ``value`` blocks are taken.
             ``mass``: the same while the blocks taken hold less than ``value`` of the row's softmax.
         value: The bound.
+        per_head: Of a ``share``: the bound of each head instead; empty where all have ``value``.
+        row_exponent: Of a ``share``: the bound is multiplied by the number of blocks that a row sees, raised
+            to this power.
     """
 
     kind: Literal["share", "count", "mass"]
     value: float
+    per_head: tuple[float, ...] = ()
+    row_exponent: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

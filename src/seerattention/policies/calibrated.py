@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from seerattention.policies._base import Policy
+from seerattention.policies._base import Policy, Rule
 
 #: What a text is calibrated for: a fraction of blocks read, a share of attention mass kept, or the most
 #: that perplexity may rise.
@@ -98,7 +98,7 @@ class Calibrated(Policy):
 
     The calibration is saved with the gates, so its text form, ``calibrated``, is understood where gates
     are: `attach`, and `load_gates`. Like `TopK` it counts the blocks present, and `prefill` tells it those
-    of the whole prompt. It has no `Rule`: on a GPU too, scores and policy run as PyTorch, not fused.
+    of the whole prompt.
 
     Attributes:
         calibration: The fitted laws.
@@ -149,13 +149,24 @@ class Calibrated(Policy):
         Raises:
             ValueError: If no layer was chosen by `at`.
         """
+        heads = torch.tensor(self._log_limits(num_blocks), dtype=torch.float64)
+        rows = self.calibration.row_exponent * seen.double().log()
+        return (heads.to(rows.device)[:, None] + rows).float()
+
+    def _log_limits(self, num_blocks: int) -> list[float]:
+        """Return the part of each head's limit that is the same for all rows."""
         if self.layer is None:
             raise ValueError("calibrated thresholds belong to a layer; choose one by at(layer, None)")
         blocks, log_free = self.prompt or (num_blocks, self._log_free(num_blocks))
-        laws = torch.tensor(self.calibration.laws[self.layer], dtype=torch.float64)
-        heads = laws @ torch.tensor([1.0, math.log(blocks), log_free], dtype=torch.float64)
-        rows = self.calibration.row_exponent * seen.double().log()
-        return (heads.to(rows.device)[:, None] + rows).float()
+        return [a + b * math.log(blocks) + s * log_free for a, b, s in self.calibration.laws[self.layer]]
+
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule | None:
+        """Return the choice in a layer as data; see `Policy.rule`."""
+        if self.layer is None:
+            return None
+        # No share is above 1, nor a limit of use below the smallest float.
+        limits = tuple(math.exp(min(1.0, max(-100.0, x))) for x in self._log_limits(num_blocks))
+        return Rule("share", 0.0, limits, self.calibration.row_exponent)
 
     def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
         """Return the blocks above their thresholds, bool ``[B, H, Nq, Nk]``."""

@@ -6,7 +6,7 @@ the row's limit, and nowhere else. The bound comes from the sizes of the factors
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Certain:
         for h in range(queries.shape[1]):
             keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
             scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale)
-            sure, never = _decide(rule, scores, slack, valid)
+            sure, never = _decide(_of_head(rule, h), scores, slack, valid)
             taken.append(sure)
             left.append(never)
         always = policy.always(own, valid)
@@ -105,6 +105,10 @@ def _largest(pairs: Tensor, subs: tuple[int, int], fill: float) -> Tensor:
     return pairs.unflatten(-1, (-1, subs[1])).amax(-1).unflatten(-2, (-1, subs[0])).amax(-2)
 
 
+def _of_head(rule: Rule, head: int) -> Rule:
+    return replace(rule, value=rule.per_head[head]) if rule.per_head else rule
+
+
 def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Mark the blocks taken and left out whatever the scores are within their slack."""
     low = (scores - slack).masked_fill(~valid, float("-inf"))
@@ -121,7 +125,10 @@ def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[T
     tiny = torch.finfo(torch.float32).tiny
     least, most = share * (1 - relative) - tiny, share * (1 + relative) + tiny
     if rule.kind == "share":
-        return least > rule.value, most <= rule.value
+        # The bound is the exponential of a sum of two products in fp32.
+        limit = rule.value * valid.sum(-1, keepdim=True).double() ** rule.row_exponent
+        off = (limit.log().abs() + 8) * EPS if rule.row_exponent else 0.0
+        return least > limit * (1 + off), most <= limit * (1 - off)
     if rule.kind == "count":
         least = most = valid.double().expand_as(share)
         rounding = 0.0

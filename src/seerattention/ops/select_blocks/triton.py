@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def run(
     rows, columns = num_blocks(tokens, block_q), num_blocks(num_keys, block_k)
     rule = policy.rule(columns, block_k)
     assert rule is not None
+    values = _on_device(rule.per_head, q.device) if rule.per_head else None
     launch = choose_op if torch.compiler.is_compiling() else choose_rows
     keys = k_blocks.contiguous()
     bits = None
@@ -94,6 +96,11 @@ def run(
     for first in range(0, rows, step):
         part = slice(first * block_q, min(tokens, (first + step) * block_q))
         queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part])
+        if values is not None and len(values) != queries.shape[1]:
+            raise ValueError(
+                f"the policy {policy.name} has limits for {len(values)} heads, the scores have "
+                f"{queries.shape[1]}; calibrate these gates"
+            )
         if bits is None:
             shape = (batch, queries.shape[1], rows, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
@@ -107,6 +114,8 @@ def run(
             scorer.scale,
             KINDS.index(rule.kind),
             float(rule.value),
+            values,
+            rule.row_exponent,
             [policy.sink_blocks, policy.local_blocks, policy.dense_last_rows],
         )
         # The next part's summaries may take the memory of these.
@@ -125,6 +134,8 @@ def choose_rows(
     scale: float,
     kind: int,
     value: float,
+    values: Tensor | None,
+    row_exponent: float,
     knobs: list[int],
 ) -> None:
     """Write the bits of the rows whose summaries are given.
@@ -138,7 +149,9 @@ def choose_rows(
         subs: Summaries per query block and KV block.
         scale: Factor of the scores.
         kind: Of the rule, its place in ``KINDS``.
-        value: Of the rule.
+        value: Of the rule, where it is one for all heads.
+        values: fp32 ``[H]``, the rule's value for each head, else.
+        row_exponent: Of the rule.
         knobs: Sink blocks, local blocks, dense last rows.
     """
     batch, heads, _, dim = queries.shape
@@ -191,15 +204,25 @@ def choose_rows(
                 tokens,
                 past,
                 value,
+                values,
+                row_exponent,
                 knobs[0],
                 knobs[1],
                 bits.shape[2] - knobs[2],
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
+                HEADS=heads,
                 KIND=kind,
+                SLOPED=row_exponent != 0,
                 WIDTH=wide,
                 num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
+
+
+@lru_cache(maxsize=4096)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Keep a layer's limits on the device: copying them there makes the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _widths(dim: int, precision: str) -> dict[str, int]:
@@ -321,12 +344,16 @@ def _choose(
     tokens,
     past,
     value,
+    values,
+    row_exponent,
     sink,
     local,
     dense_from,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HEADS: tl.constexpr,
     KIND: tl.constexpr,
+    SLOPED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Choose the blocks of one row."""
@@ -343,7 +370,10 @@ def _choose(
         share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
         share /= tl.sum(share, 0)
         if KIND == 0:
-            taken = share > value
+            limit = value if values is None else tl.load(values + head % HEADS)
+            if SLOPED:
+                limit *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
+            taken = share > limit
         else:
             # Bits of floats >= 0 are in the floats' order.
             taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
