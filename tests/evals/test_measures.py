@@ -30,6 +30,7 @@ class Bigram(nn.Module):
     """Predicts from the last token alone, through the interface of a transformers model."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
 
     def __init__(self, certain: bool = False) -> None:
         super().__init__()

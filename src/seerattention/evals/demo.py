@@ -20,9 +20,8 @@ from seerattention.attention import select_blocks
 from seerattention.distill import TextWindows
 from seerattention.evals.needle import NeedleDocument, NeedleTask
 from seerattention.evals.observe import Watch
-from seerattention.evals.perplexity import LOGIT_ROWS
 from seerattention.gate import Scorer
-from seerattention.models import AttentionCall, Gates, attach, detach, set_policy
+from seerattention.models import LOGIT_ROWS, AttentionCall, Gates, attach, detach, logits_of, set_policy
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import TopK
 from seerattention.selection import BlockSelection
@@ -174,12 +173,12 @@ class Demo:
             tokens = self._ids(self.text[i * self.plan.tokens : (i + 1) * self.plan.tokens])
             start = time.perf_counter()
             hidden = self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[0]
-            self._head(hidden[-1:])
+            logits_of(self.model, hidden[-1:])
             seconds.append(time.perf_counter() - start)
             for part, target in zip(
                 hidden[:-1].split(LOGIT_ROWS), tokens[0, 1:].split(LOGIT_ROWS), strict=True
             ):
-                losses.append(F.cross_entropy(self._head(part).float(), target, reduction="none"))
+                losses.append(F.cross_entropy(logits_of(self.model, part).float(), target, reduction="none"))
         return math.exp(float(torch.cat(losses).double().mean())), median(seconds)
 
     @torch.inference_mode()
@@ -210,12 +209,7 @@ class Demo:
 
     def _answers(self, document: NeedleDocument, hidden: Tensor) -> int:
         where = torch.from_numpy(document.query_positions).to(hidden.device)
-        return document.correct(self._head(hidden[where]).argmax(-1).cpu().numpy())
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        return head(hidden)
+        return document.correct(logits_of(self.model, hidden[where]).argmax(-1).cpu().numpy())
 
     def _ids(self, tokens: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.model.device)[None]
@@ -250,7 +244,7 @@ class Demo:
                 kept.append((call, selection))
 
         def prefill() -> None:
-            self._head(self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[:, -1])
+            logits_of(self.model, self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[:, -1])
 
         def sparse_prefill() -> None:
             attach(self.model, gates, policy, min_tokens=0, observe=observe, check_base=False)

@@ -67,6 +67,8 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
         share = torch.softmax(scores.masked_fill(~valid, float("-inf")), -1)
         # Entropy tells sharp heads from diffuse ones.
         spread = -torch.special.xlogy(true, true).sum(-1).mean(-1)[0]
+        # A gate may have one score per KV head, for all query heads of its group.
+        group = true.shape[1] // scores.shape[1]
         for head in range(true.shape[1]):
             found.append(
                 {
@@ -74,8 +76,8 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
                     "head": head,
                     "spread": float(spread[head]),
                     "true": true[0, head].numpy(),
-                    "gate": share[0, head].numpy(),
-                    "selected": chosen[0, head % chosen.shape[1]].numpy(),
+                    "gate": share[0, head // group].numpy(),
+                    "selected": chosen[0, head // group].numpy(),
                 }
             )
         return call.dense()

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-#: Tokens whose logits are held at a time.
-LOGIT_ROWS = 2048
+from seerattention.models import LOGIT_ROWS, logits_of
 
 
 @torch.inference_mode()
@@ -37,10 +36,8 @@ def next_token_losses(model: PreTrainedModel, tokens: np.ndarray) -> Tensor:
         raise ValueError(f"perplexity needs at least two tokens, got {len(tokens)}")
     hidden = hidden_states(model, tokens)[:-1]
     targets = torch.from_numpy(np.ascontiguousarray(tokens[1:], dtype=np.int64)).to(hidden.device)
-    head = model.get_output_embeddings()
-    assert head is not None
     losses = [
-        F.cross_entropy(head(part).float(), target, reduction="none")
+        F.cross_entropy(logits_of(model, part).float(), target, reduction="none")
         for part, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
     ]
     return torch.cat(losses)

@@ -8,16 +8,15 @@ from transformers import PreTrainedModel
 
 from seerattention.evals.needle import NeedleDocument
 from seerattention.evals.perplexity import hidden_states
+from seerattention.models import logits_of
 
 
 @torch.inference_mode()
 def predictions(model: PreTrainedModel, document: NeedleDocument) -> np.ndarray:
     """Return the most likely next token at each of a document's ``query_positions``, int64, in one pass."""
-    head = model.get_output_embeddings()
-    assert head is not None
     hidden = hidden_states(model, document.tokens)
     where = torch.from_numpy(document.query_positions).to(hidden.device)
-    return np.asarray(head(hidden[where]).argmax(-1).cpu())
+    return np.asarray(logits_of(model, hidden[where]).argmax(-1).cpu())
 
 
 def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-#: Tokens whose logits are held at a time.
-LOGIT_ROWS = 2048
+from seerattention.models import LOGIT_ROWS, logits_of
 
 #: Target of a token that is not predicted.
 IGNORED = -100
@@ -55,15 +54,6 @@ class LanguageLoss(nn.Module):
         return torch.stack(losses).sum()
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum", ignore_index=IGNORED)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of last hidden states ``[n, hidden]``, as the model's own forward pass does."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        config, logits = self.model.config.get_text_config(), head(hidden)
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return F.cross_entropy(
+            logits_of(self.model, hidden).float(), targets, reduction="sum", ignore_index=IGNORED
+        )

@@ -27,4 +27,6 @@ from seerattention.models._gates import new_gates as new_gates
 from seerattention.models._hub import model_card as model_card
 from seerattention.models._hub import push_to_hub as push_to_hub
 from seerattention.models._intercept import intercept as intercept
+from seerattention.models._logits import LOGIT_ROWS as LOGIT_ROWS
+from seerattention.models._logits import logits_of as logits_of
 from seerattention.models._pieces import prefill as prefill
