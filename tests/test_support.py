@@ -30,7 +30,7 @@ def call(op, backend):
     def summaries(k, name="reference"):
         weight = gate.linear_k.weight.detach().to(k.dtype)
         pools = gate.config.k_pool
-        return summarise_blocks(k, 8, pools, dtype=k.dtype, weight=weight, backend=name)
+        return summarise_blocks(k, gate.config.k_sub, pools, dtype=k.dtype, weight=weight, backend=name)
 
     def chosen(q, k):
         positions = torch.arange(q.shape[2])

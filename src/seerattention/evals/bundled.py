@@ -29,18 +29,18 @@ def _present(path: Path) -> Path:
 
 
 def load_teacher(
-    dtype: torch.dtype = torch.float32, folder: Path = TEACHER
+    dtype: torch.dtype = torch.float32, folder: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the bundled teacher, in evaluation mode on the CPU, and its tokenizer.
 
     Args:
         dtype: Of the weights.
-        folder: Another teacher of the recipe.
+        folder: Another teacher of the recipe; default the bundled one.
 
     Raises:
         FileNotFoundError: If the package was installed without its data.
     """
-    _present(folder)
+    folder = _present(folder or TEACHER)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # The folder's place on this machine is not the model's name.
     model.config._name_or_path = TEACHER_NAME
