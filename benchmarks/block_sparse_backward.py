@@ -271,6 +271,7 @@ def main() -> None:
             "heads": args.heads,
             "head_dim": args.head_dim,
             "block": args.block,
+            "density": args.density,
             "set": args.set,
             "launches": {
                 part: {str(key): asdict(launch) for key, launch in table.items()}
