@@ -46,7 +46,7 @@ def run(
         int, typer.Option(help="Steps before those in which the gates alone learn, from dense attention.")
     ] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the model.")] = 1e-5,
-    gate_lr: Annotated[float, typer.Option(help="Peak learning rate of the gates.")] = 1e-3,
+    gate_lr: Annotated[float, typer.Option(help="Peak learning rate of the gates.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Of the model's matrices.")] = 0.0,
     gate_weight: Annotated[float, typer.Option(help="Factor of the gates' loss; 0 leaves them.")] = 10.0,
     density: Annotated[

@@ -44,7 +44,7 @@ class FinetuneConfig:
 
     steps: int = 400
     lr: float = 1e-5
-    gate_lr: float = 1e-3
+    gate_lr: float = 3e-3
     warmup: float = 0.02
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -53,7 +53,7 @@ class FinetuneConfig:
     dense_share: float = 0.0
     soft_gates: bool = False
     temperature: float = 1.0
-    objective: str = "kl"
+    objective: str = "sharp_kl"
     warmup_gate_steps: int = 0
     save_every: int = 50
     grad_accum: int = 1
