@@ -6,6 +6,11 @@
 
 Every method sees the same text in the same order. What is finished is kept: stopped at any point, or by
 --seconds, the same command goes on from there. Results are in OUT/results.json, as a table in OUT/results.md.
+
+With several GPUs, first the command with an empty --only, which prepares what all share, then at once
+
+    CUDA_VISIBLE_DEVICES=0 python experiments/yarn/run.py ... --only dense posthoc
+    CUDA_VISIBLE_DEVICES=1 python experiments/yarn/run.py ... --only joint-0.5 joint-0.1
 """
 
 from __future__ import annotations
@@ -38,12 +43,12 @@ from data import Mixture, tokenise  # noqa: E402
 from table import table  # noqa: E402
 
 from seerattention.distill import DistillConfig, Distiller  # noqa: E402
-from seerattention.distill._checkpoint import write_whole  # noqa: E402
 from seerattention.evals import bundled  # noqa: E402
 from seerattention.evals.needle import NeedleTask  # noqa: E402
 from seerattention.evals.perplexity import next_token_losses  # noqa: E402
 from seerattention.evals.retrieval import retrieval  # noqa: E402
 from seerattention.evals.versions import versions  # noqa: E402
+from seerattention.files import staged  # noqa: E402
 from seerattention.finetune import (  # noqa: E402
     FinetuneConfig,
     Finetuner,
@@ -92,7 +97,7 @@ class Settings:
     sequences: int = 2
     gate_steps: int = 100
     most_steps: int = 400
-    lr: float = 3e-4
+    lr: float = 1e-3
     gate_lr: float = 3e-3
     joint: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1)
     posthoc: tuple[float, ...] = (0.5, 0.1)
@@ -142,9 +147,6 @@ class Experiment:
         self.args, self.out, self.settings = args, args.out, settings
         self.deadline = args.started + args.seconds
         self.dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-        self.report: dict[str, Any] = {"rows": [], "training": {}}
-        if (self.out / "results.json").exists():
-            self.report = json.loads((self.out / "results.json").read_text())
         self.teacher = self._teacher()
         self.tokenizer = AutoTokenizer.from_pretrained(self.teacher)
         books, self.heldout = self._tokens()
@@ -157,39 +159,50 @@ class Experiment:
         }
         weights = hashlib.sha256((self.teacher / "model.safetensors").read_bytes()).hexdigest()[:16]
         same = {"settings": json.loads(json.dumps(asdict(settings))), "teacher": weights}
-        if self.report.setdefault("run", same) != same:
+        if self._kept("run") not in (None, same):
             raise ValueError(f"{self.out} holds another run; give another folder or delete it")
-        self.report["versions"] = versions(args.device.split(":")[0])
+        self._keep("run", same)
+        self.joint = {f"joint-{d:g}": d for d in self._extremes_first(settings.joint)}
+        if unknown := sorted(set(args.only or ()) - {"dense", "posthoc", *self.joint}):
+            raise ValueError(
+                f"--only does not know {unknown}; there are dense, posthoc, {', '.join(self.joint)}"
+            )
 
     def run(self) -> None:
         """Run what is not done yet."""
-        s = self.settings
+        s, dense = self.settings, self.out / "dense" / "model"
         self.measure("teacher, its own RoPE", lambda: (self.load(extended=False), None, ()))
         self.measure("YaRN, not trained", lambda: (self.load(), None, ()))
         self.train_gates("gates-warm", self.load, s.gate_steps)
         steps = self.plan()
-        self.train("dense", None, steps)
-        self.measure("YaRN, dense training", lambda: (self.load(self.out / "dense" / "model"), None, ()))
-        self.train_gates(
-            "gates-posthoc", lambda: self.load(self.out / "dense" / "model"), s.gate_steps + steps
-        )
-        self.measure(
-            "gates distilled afterwards",
-            lambda: (
-                self.load(self.out / "dense" / "model"),
-                load_gates(self.out / "gates-posthoc"),
-                s.posthoc,
-            ),
-        )
-        # The sparsest and the densest first: they are what is compared.
-        for density in sorted(s.joint, key=lambda d: -abs(d - sum(s.joint) / len(s.joint))):
-            folder = self.out / f"joint-{density:g}"
-            self.train(folder.name, density, steps)
+        if self._asked("dense"):
+            self.train("dense", None, steps)
+            self.measure("YaRN, dense training", lambda: (self.load(dense), None, ()))
+        if self._asked("posthoc"):
+            if not dense.exists():
+                raise ValueError("posthoc is about the densely trained model: first run --only dense")
+            self.train_gates("gates-posthoc", lambda: self.load(dense), s.gate_steps + steps)
             self.measure(
-                "joint",
-                lambda f=folder, d=density: (self.load(f / "model"), load_gates(f / "gates"), (d,)),
-                key=folder.name,
+                "gates distilled afterwards",
+                lambda: (self.load(dense), load_gates(self.out / "gates-posthoc"), s.posthoc),
             )
+        for name, density in self.joint.items():
+            if self._asked(name):
+                folder = self.out / name
+                self.train(name, density, steps)
+                self.measure(
+                    "joint",
+                    lambda f=folder, d=density: (self.load(f / "model"), load_gates(f / "gates"), (d,)),
+                    key=name,
+                )
+
+    def _asked(self, name: str) -> bool:
+        return self.args.only is None or name in self.args.only
+
+    @staticmethod
+    def _extremes_first(densities: tuple[float, ...]) -> list[float]:
+        """Return densities with the sparsest and the densest first: they are what is compared."""
+        return sorted(densities, key=lambda d: -abs(d - sum(densities) / len(densities)))
 
     # The teacher and the text.
 
@@ -263,8 +276,8 @@ class Experiment:
 
     def plan(self) -> int:
         """Return the steps of the language loss: as many as fit into the time, the same for all methods."""
-        if "steps" in self.report:
-            return self.report["steps"]
+        if planned := self._kept("plan"):
+            return planned["steps"]
         s, times = self.settings, {}
         gates = load_gates(self.out / "gates-warm").float().to(self.args.device)
         for density in (1.0, *TIMED):
@@ -272,10 +285,10 @@ class Experiment:
             # The first one compiles.
             times[density] = min(tuner.time_a_step() for _ in range(3))
             del tuner
-        gate_step = self.report["training"]["gates-warm"]["seconds_per_step"]
+        gate_step = self._kept("training", "gates-warm")["seconds_per_step"]
         slope = (times[TIMED[0]] - times[TIMED[1]]) / (TIMED[0] - TIMED[1])
         joint = sum(times[TIMED[1]] + slope * (d - TIMED[1]) for d in s.joint)
-        done = self.report["rows"]
+        done = self.results()["rows"]
         evaluation = sum(r["seconds"] for r in done) / 2 * (1 + len(s.posthoc) + len(s.joint))
         # A tenth for loading and saving.
         left = 0.9 * (self.deadline - time.perf_counter()) - 1.3 * evaluation - s.gate_steps * gate_step
@@ -289,9 +302,11 @@ class Experiment:
         )
         if steps < 1:
             raise TimeIsUpError
-        self.report |= {"steps": steps, "step_seconds": {f"{d:g}": round(t, 4) for d, t in times.items()}}
-        self.report["tokens_per_method"] = steps * s.length * s.sequences
-        self._write()
+        self._keep("plan", {
+            "steps": steps,
+            "step_seconds": {f"{d:g}": round(t, 4) for d, t in times.items()},
+            "tokens_per_method": steps * s.length * s.sequences,
+        })  # fmt: skip
         return steps
 
     def _tuner(self, model: Any, gates: Any, density: float, steps: int, out: Path | None) -> Finetuner:
@@ -329,7 +344,6 @@ class Experiment:
         config = DistillConfig(
             steps=steps,
             lr=self.settings.gate_lr,
-            objective="kl",
             save_every=self.settings.save_every,
         )
         tuner = Distiller(model, gates, self.batches, config, out=self.out / f"{name}-run")
@@ -353,14 +367,13 @@ class Experiment:
                 raise TimeIsUpError
         rows = [json.loads(line) for line in (tuner.out / "metrics.jsonl").read_text().splitlines()]
         tail = rows[-max(1, len(rows) // 10) :]
-        self.report["training"][name] = {
+        self._keep("training", {
             "steps": len(rows),
             "tokens": sum(row["tokens"] for row in rows),
             "seconds": round(sum(row["seconds"] for row in rows), 1),
             "seconds_per_step": float(np.median([row["seconds"] for row in rows])),
             "last_loss": sum(row["loss"] for row in tail) / len(tail),
-        }
-        self._write()
+        }, name)  # fmt: skip
 
     # Measuring.
 
@@ -369,7 +382,7 @@ class Experiment:
     ) -> None:
         """Measure a model, densely or through its gates at each density; skipped where it is done."""
         key = key or method
-        if any(row["key"] == key for row in self.report["rows"]):
+        if self._kept("rows", key):
             return
         self._look_at_the_clock()
         model, gates, densities = load()
@@ -383,8 +396,7 @@ class Experiment:
             ]
             if density is not None:
                 detach(model)
-        self.report["rows"] += rows
-        self._write()
+        self._keep("rows", rows, key)
 
     def _cell(self, model: Any, length: int, density: float | None) -> dict[str, Any]:
         s, started = self.settings, time.perf_counter()
@@ -421,10 +433,43 @@ class Experiment:
         if time.perf_counter() > self.deadline:
             raise TimeIsUpError
 
-    def _write(self) -> None:
-        text = json.dumps(self.report, indent=1) + "\n"
-        write_whole(self.out / "results.json", lambda path: path.write_text(text))
-        write_whole(self.out / "results.md", lambda path: path.write_text(table(self.report) + "\n"))
+    # What is finished: a file each, as other processes may be at work on other parts.
+
+    def _file(self, kind: str, name: str) -> Path:
+        slug = "-".join("".join(c if c.isalnum() or c in ".-" else " " for c in name).split())
+        return self.out / "parts" / f"{kind}{slug and '-'}{slug}.json"
+
+    def _kept(self, kind: str, name: str = "") -> Any:
+        """Return a finished part, or None."""
+        path = self._file(kind, name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _keep(self, kind: str, value: Any, name: str = "") -> None:
+        """Write a part, and the results as far as they are."""
+        path = self._file(kind, name)
+        path.parent.mkdir(exist_ok=True)
+        with staged(path.parent) as folder:
+            (folder / path.name).write_text(json.dumps(value, indent=1) + "\n")
+        report = self.results()
+        with staged(self.out) as folder:
+            (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+            (folder / "results.md").write_text(table(report) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        """Return all that is finished, in the order of the methods."""
+        names = [f"joint-{d:g}" for d in sorted(self.settings.joint, reverse=True)]
+        keys = [
+            "teacher, its own RoPE", "YaRN, not trained", "YaRN, dense training",
+            "gates distilled afterwards", *names,
+        ]  # fmt: skip
+        trained = {n: self._kept("training", n) for n in ("gates-warm", "dense", "gates-posthoc", *names)}
+        return {
+            "run": self._kept("run"),
+            "versions": versions(self.args.device.split(":")[0]),
+            **(self._kept("plan") or {}),
+            "training": {name: value for name, value in trained.items() if value},
+            "rows": [row for key in keys for row in self._kept("rows", key) or ()],
+        }
 
 
 def main() -> None:
@@ -452,6 +497,12 @@ def main() -> None:
     parser.add_argument(
         "--set", type=json.loads, default={}, metavar="JSON", help='other settings, e.g. {"lr": 1e-4}'
     )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        metavar="NAME",
+        help="of dense, posthoc (after it) and joint-DENSITY; none: what they share; default: all",
+    )
     parser.add_argument("--teacher-only", action="store_true", help="stop once there is a teacher")
     parser.add_argument("--smoke", action="store_true", help="seconds on a CPU, on the bundled text")
     args = parser.parse_args()
@@ -474,7 +525,7 @@ def main() -> None:
         return
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    print(table(experiment.report))
+    print(table(experiment.results()))
     print(f"{time.perf_counter() - args.started:.0f} s; everything is in {args.out}")
 
 

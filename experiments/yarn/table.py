@@ -51,6 +51,29 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def learning_rates(reports: list[dict[str, Any]]) -> str:
+    """Return runs that differ in the model's learning rate side by side, at the longest length."""
+    reports = sorted(reports, key=lambda report: report["run"]["settings"]["lr"])
+    longest = max(row["tokens"] for row in reports[0]["rows"])
+    kinds = [
+        ("YaRN, dense training", None), ("gates distilled afterwards", 0.5), ("joint", 0.5),
+        ("gates distilled afterwards", 0.1), ("joint", 0.1),
+    ]  # fmt: skip
+    lines = [
+        f"| learning rate, {longest:,} tokens | "
+        + " | ".join(f"{method}, {_sparsity(density)}" if density else "dense" for method, density in kinds)
+        + " | gap closed at 90% |",
+        "|---" * (2 + len(kinds)) + "|",
+    ]
+    for report in reports:
+        rows = {(r["method"], r["asked"]): r for r in report["rows"] if r["tokens"] == longest}
+        dense, _, _, after, joint = (rows[kind]["perplexity"] for kind in kinds)
+        cells = [f"{rows[kind]['perplexity']:.3f}, {rows[kind]['needle']:.1%}" for kind in kinds]
+        closed = f"{(after - joint) / (after - dense):.0%}"
+        lines.append(f"| {report['run']['settings']['lr']:g} | {' | '.join(cells)} | {closed} |")
+    return "\n".join(lines)
+
+
 def _sparsity(density: float | None) -> str:
     return "dense" if density is None else f"{1 - density:.0%}"
 
@@ -59,7 +82,7 @@ def _closed(runs: dict[tuple[str, float | None], dict[int, dict[str, Any]]], lon
     """Say how much of what gates distilled afterwards lose joint training gets back."""
     dense = runs.get(("YaRN, dense training", None), {}).get(longest)
     said = []
-    for (method, density), by_length in runs.items():
+    for (method, density), by_length in sorted(runs.items(), key=lambda run: -(run[0][1] or 0)):
         after = runs.get(("gates distilled afterwards", density), {}).get(longest)
         if method != "joint" or dense is None or longest not in by_length:
             continue

@@ -27,7 +27,7 @@ def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatc
     original, asked = experiment.Experiment._look_at_the_clock, []
 
     def look(self):
-        asked.append(len(self.report["rows"]))
+        asked.append(len(self.results()["rows"]))
         if len(asked) == 4:
             # The time ends during the next training.
             self.deadline = 0.0
@@ -52,6 +52,9 @@ def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatc
     run(monkeypatch, tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["rows"][: len(before["rows"])] == before["rows"]
+    # Nothing is done again by processes of their own.
+    run(monkeypatch, tmp_path, "--only", "joint-0.1", "posthoc")
+    assert json.loads((tmp_path / "results.json").read_text()) == report
     training = report["training"]
     assert (
         training["dense"]["tokens"] == training["joint-0.1"]["tokens"] == report["tokens_per_method"] == 1024
@@ -78,3 +81,24 @@ def test_the_teacher_is_one_of_8192_tokens():
     recipe = tomllib.loads((ROOT / "experiments" / "yarn" / "teacher.toml").read_text())
     assert [stage["length"] for stage in recipe["stage"]] == [512, 2048, 8192]
     assert recipe["model"]["max_position_embeddings"] == 8192
+
+
+def test_processes_share_the_work(monkeypatch, tmp_path, capsys):
+    with pytest.raises(
+        SystemExit, match=r"does not know \['joint-0.3'\]; there are dense, posthoc, joint-0.5"
+    ):
+        run(monkeypatch, tmp_path, "--only", "joint-0.3")
+    run(monkeypatch, tmp_path, "--only")
+    shared = json.loads((tmp_path / "results.json").read_text())
+    assert shared["steps"] == 2
+    assert {row["method"] for row in shared["rows"]} == {"teacher, its own RoPE", "YaRN, not trained"}
+    with pytest.raises(SystemExit, match="first run --only dense"):
+        run(monkeypatch, tmp_path, "--only", "posthoc")
+    run(monkeypatch, tmp_path, "--only", "joint-0.1")
+    run(monkeypatch, tmp_path, "--only", "dense")
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(dict.fromkeys(row["key"] for row in report["rows"][4:])) == [
+        "YaRN, dense training",
+        "joint-0.1",
+    ]
+    assert list(report["training"]) == ["gates-warm", "dense", "joint-0.1"]
