@@ -55,18 +55,20 @@ def test_gradients_through_the_kernels_are_those_through_the_reference(text):
 
 
 def test_a_stopped_run_ends_like_another_one_that_was_not(text, tmp_path):
-    straight = [[s.loss for s in start(text).run()] for _ in range(2)]
+    straight = np.array([[s.loss for s in start(text).run()] for _ in range(6)])
     for step in start(text, tmp_path).run():
         if step.step == 5:
             break
     resumed = start(text, tmp_path)
     assert resumed.done == 3
     losses = [s.loss for s in resumed.run()]
-    noise = np.abs(np.subtract(*straight)).max()
-    moved = np.abs(np.subtract(losses, straight[0][3:])).max()
+    # How far any run is from the mean of the others; resumed, from the mean of all.
+    others = (straight.sum(0) - straight) / (len(straight) - 1)
+    noise = np.abs(straight - others)[:, 3:].max()
+    moved = np.abs(losses - straight.mean(0)[3:]).max()
     print(f"run-to-run noise of the loss {noise:.2e}, resumed {moved:.2e}")
-    # Two runs are a small sample of the noise, so a rounding of the loss comes on top.
-    assert moved <= 2 * noise + torch.finfo(torch.bfloat16).eps * 0.01 * straight[0][-1]
+    # The largest of few is a small sample of the noise, so a rounding of the loss comes on top.
+    assert moved <= 2 * noise + torch.finfo(torch.bfloat16).eps * 0.01 * straight[0, -1]
 
 
 def test_joint_training_learns(text):
