@@ -23,7 +23,9 @@ TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
 CALIBRATE = ROOT / "benchmarks" / "results" / "cpu" / "calibrate.json"
 DESIGNS = ROOT / "benchmarks" / "results" / "gates"
 EVAL = ROOT / "benchmarks" / "results" / "h100" / "eval" / "summary.json"
-BACKWARD = ROOT / "benchmarks" / "results" / "h100" / "block_sparse_backward.json"
+BACKWARD = ROOT / "benchmarks" / "results" / "h200" / "block_sparse_backward.json"
+SWEEP = ROOT / "benchmarks" / "results" / "h100" / "block_sparse_backward_sweep.json"
+YARN = ROOT / "benchmarks" / "results" / "h200" / "yarn"
 POLICY = "top_k:{density},sink_blocks=1"
 GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
 
@@ -86,25 +88,27 @@ def lengths() -> str:
 
 
 def table_of_all() -> str:
-    """Return every method at every density and length, dense first; a cell without samples is empty."""
+    """Return every method at every density and length, dense first."""
     report = json.loads(EVAL.read_text())
     rows = {(r["task"], r["length"], r["method"], r["asked"]): r for r in report["rows"]}
     lengths = sorted({n for _, n, *_ in rows})
-    counts = sorted({r["samples"] for r in rows.values()})
+    (count,) = {r["samples"] for r in rows.values()}
+    later = sorted({r["device"] for r in rows.values() if "device" in r})
     widest = {
         task: max(
             (r["interval"][1] - r["interval"][0]) / 2 / (r["score"] if task == "perplexity" else 1)
             for r in rows.values()
-            if r["task"] == task and r["samples"] == counts[-1]
+            if r["task"] == task
         )
         for task in ("perplexity", "needle")
     }
     dtype = report["dtype"].removeprefix("torch.")
     lines = [
-        f"{report['date']}, {machine(report)}, {dtype}; `{POLICY}`, no dense last rows; {counts[-1]} samples "
+        f"{report['date']}, {machine(report)}, {dtype}; `{POLICY}`, no dense last rows; {count} samples "
         f"a cell (of eight needles each). 95 % intervals are at most ± {widest['perplexity']:.1%} of a "
         f"perplexity, most of it the texts', the same for every method, and ± {widest['needle']:.0%} of "
-        "needles:",
+        f"needles. {sum('device' in r for r in rows.values())} of {len(rows)} figures are from an "
+        f"{', '.join(later)}, where all that was measured on both cards was the same:",
         "",
         "| method | blocks asked | "
         + " | ".join(f"{n // 1024}k: read, perplexity, needles" for n in lengths)
@@ -114,18 +118,8 @@ def table_of_all() -> str:
     for method, asked in dict.fromkeys((m, a) for _, _, m, a in rows):
         cells = []
         for n in lengths:
-            loss, needle = (rows.get((task, n, method, asked)) for task in ("perplexity", "needle"))
-            cells.append(
-                (f"{loss['density']:.0%}, " if loss else "-, ")
-                + ", ".join(
-                    f"{r['score']:{form}}"
-                    + ("" if r["samples"] == counts[-1] else f" ({r['samples']} samples)")
-                    if r
-                    else "-"
-                    for r, form in ((loss, ".2f"), (needle, ".0%"))
-                )
-            )
-            cells[-1] = "" if loss is None and needle is None else cells[-1]
+            loss, needle = (rows[task, n, method, asked] for task in ("perplexity", "needle"))
+            cells.append(f"{loss['density']:.0%}, {loss['score']:.2f}, {needle['score']:.0%}")
         name = f"**{method}**" if method in ("dense", "gates") else method
         lines.append(f"| {name} | {'all' if asked is None else f'{asked:.0%}'} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -149,7 +143,8 @@ def backward() -> str:
             f"| {r['tokens']:,} | {r['variant']} | {r['ms']:.3f} | {low:.3f}-{high:.3f} | "
             f"{r['tflops'] or ''} | {speedup} | {r['peak_mb'] or ''} |"
         )
-    lines += ["", "| part, 32k | launch | ms |", "|---|---|---|"]
+    report = json.loads(SWEEP.read_text())
+    lines += ["", f"{report['date']}, {machine(report)}:", "", "| part, 32k | launch | ms |", "|---|---|---|"]
     lines += [f"| {r['part']} | `{r['launch']}` | {r['ms']:.3f} |" for r in report["sweep"]]
     return "\n".join(lines)
 
@@ -518,13 +513,12 @@ def distill_step() -> str:
 
 def yarn() -> str:
     """Return the context extension: dense, with gates afterwards, jointly with them."""
-    path = GPU / "yarn.json"
-    if not path.exists():
-        return "(Not measured yet; the command writes this table.)"
     sys.path.insert(0, str(ROOT / "experiments" / "yarn"))
-    from table import table
+    from table import learning_rates, table
 
-    return table(json.loads(path.read_text()))
+    reports = [json.loads(path.read_text()) for path in YARN.glob("lr-*.json")]
+    shown = json.loads((YARN / "lr-1e-3.json").read_text())
+    return f"{table(shown)}\n\n{learning_rates(reports)}"
 
 
 def filled(path: Path, parts: dict[str, str]) -> str:
