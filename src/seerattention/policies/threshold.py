@@ -14,7 +14,8 @@ from seerattention.policies._base import Policy, Rule, softmax
 class Threshold(Policy):
     """Take blocks whose softmaxed score is above ``value``; density then adapts to row and head.
 
-    Published values are 5e-4 (RULER) to 5e-3.
+    Published values are 5e-4 (RULER) to 5e-3, for gates trained by ``kl``. Those trained by ``sharp_kl``, the
+    default, predict squared shares, so that the same value reads less: calibrate them (docs/method.md).
 
     Source: SeerAttention, section 4 (arXiv 2410.13276).
 
