@@ -163,8 +163,10 @@ def record(
     with intercept(model, handler):
         for window in windows:
             hidden_states(model, window)
-    maps = [torch.cat([torch.cat([w[i] for w in seen[layer]], 1) for layer in by_layer]) for i in range(3)]
-    return Maps(list(by_layer), (block, block), rows.repeat(len(windows)), *maps, knobs)
+    share, mass, gain = (
+        torch.cat([torch.cat([w[i] for w in seen[layer]], 1) for layer in by_layer]) for i in range(3)
+    )
+    return Maps(list(by_layer), (block, block), rows.repeat(len(windows)), share, mass, gain, knobs)
 
 
 def _true_rows(
