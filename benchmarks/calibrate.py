@@ -36,7 +36,7 @@ EQUAL = 0.01
 def calibrated(maps: Maps, target: Target, row_exponent: float | None = None) -> Calibrated:
     """Return the policy for a target."""
     more = {} if row_exponent is None else {"row_exponent": row_exponent}
-    return Calibrated(fit(maps, target, KNOBS, **more), sink_blocks=KNOBS.sink_blocks)
+    return Calibrated(fit(maps, target, **more), sink_blocks=KNOBS.sink_blocks)
 
 
 class Bench:
@@ -107,9 +107,8 @@ def run(
     """Calibrate, measure and return the report."""
     bench = Bench(length, windows)
     count = min(training, len(bench.training) // length)
-    maps = record(
-        bench.model, bench.gates, [bench.training[i * length : (i + 1) * length] for i in range(count)]
-    )
+    texts = [bench.training[i * length : (i + 1) * length] for i in range(count)]
+    maps = record(bench.model, bench.gates, texts, KNOBS)
     print(f"{time.perf_counter() - bench.began:5.0f} s recorded {count} windows", flush=True)
     lengths = [length // 2, length, 2 * length]
     dense = {str(n): bench.dense(n) for n in lengths}
@@ -125,7 +124,7 @@ def run(
         mine = entry["rows"][1]
         rows = [mine, bench.threshold(mine["density"], maps), *bench.top_k(mine["density"])]
         compared.append({"density": entry["value"], "rows": rows})
-    for exponent in (0.0, -0.25, -1.0):
+    for exponent in (-0.25, -0.5, -1.0):
         policy = calibrated(maps, Target(density=densities[0]), exponent)
         exponents.append({"row_exponent": exponent, **bench.measure("row exponent", policy, length)})
     return {
@@ -145,7 +144,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=8192, help="of the windows (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=2, help="held-out windows (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=4, help="held-out windows (default: %(default)s)")
     parser.add_argument("--training", type=int, default=3, help="windows to calibrate on, at most")
     parser.add_argument("--densities", type=float, nargs="*", default=[0.1, 0.2, 0.05])
     parser.add_argument("--recalls", type=float, nargs="*", default=[0.9, 0.95])

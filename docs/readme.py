@@ -381,9 +381,7 @@ def calibrated_compared() -> str:
     exponents = ", ".join(
         f"{r['row_exponent']:g}: {r['perplexity']:.2f} at {r['density']:.1%}" for r in report["row_exponents"]
     )
-    return "\n".join(
-        [*lines, "", f"With other exponents of `n` than -0.5, for a density of 10 %: {exponents}."]
-    )
+    return "\n".join([*lines, "", f"With other exponents of `n` than 0, for a density of 10 %: {exponents}."])
 
 
 def gap(rows: dict[tuple[str, int, float], dict[str, Any]], method: str, tokens: int, asked: float) -> float:

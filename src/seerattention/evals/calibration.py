@@ -1,11 +1,12 @@
 """Thresholds per layer and head that meet a target at any length, from true attention maps.
 
 A window of text is run densely. Of sampled rows of query blocks this keeps what the gate says of every
-block, the attention mass in it, and its *loss*: how far the layer's output would move without it. Which
-blocks a density is best spent on is then one Lagrangian: with a price per block, every head takes blocks
-from its gate's best down to where the loss saved no longer pays, so that the marginal loss per block is
-the same for all heads. Rows of a causal map do not see what comes later, so that one window holds the maps
-of all shorter texts, and the law in the length is fitted to several of them.
+block, the attention mass in it, and its *gain*: how much nearer it brings a sparse output to the dense one,
+read after those that its gate puts before it. Which blocks a density is best spent on is then one
+Lagrangian: with a price per block, every head takes blocks from its gate's best down to where the gain no
+longer pays, so that the marginal gain per block is the same for all heads. Rows of a causal map do not see
+what comes later, so that one window holds the maps of all shorter texts, and the law in the length is
+fitted to several of them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from seerattention.selection import causal_blocks, num_blocks, own_blocks
 ROWS = 64
 
 #: Lengths that the law is fitted to, as shares of a window.
-LENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+LENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
 
 #: Fractions of free blocks that the law is fitted to: from and to, relative to those asked for, and how many.
 AROUND = (0.7, 1.4)
 FRACTIONS = 5
 
 #: Of the number of blocks that a row sees, in the thresholds; measured in docs/method.md.
-ROW_EXPONENT = -0.5
+ROW_EXPONENT = 0.0
 
 #: How near a density may be to that of the blocks always read; closer, limits depend on a few blocks.
 NEAREST = 1.25
@@ -98,8 +99,11 @@ class Maps:
         rows: int64 ``[S]``, the query block of each row in its window.
         log_share: fp32 ``[A, S, N]``, logarithm of the gate's softmax; -inf where acausal.
         mass: fp32 ``[A, S, N]``, share of the attention of the row's queries; rows sum to 1.
-        loss: fp32 ``[A, S, N]``, squared change of the output without a block, its queries' mean, relative to
-            the mean squared output of the layer.
+        gain: fp32 ``[A, S, N]``, by how much reading a block lowers the squared difference of the sparse
+            output from the dense one, its queries' mean, relative to the mean squared output of the layer.
+            Read before it are those that ``knobs`` always reads, whose gain is 0, and those whose share is
+            larger.
+        knobs: A policy whose sink and local blocks and dense last rows are read besides.
     """
 
     layers: list[int]
@@ -107,12 +111,17 @@ class Maps:
     rows: Tensor
     log_share: Tensor
     mass: Tensor
-    loss: Tensor
+    gain: Tensor
+    knobs: Policy
 
 
 @torch.inference_mode()
 def record(
-    model: PreTrainedModel, gates: Gates, windows: list[np.ndarray], step: Callable[[], None] | None = None
+    model: PreTrainedModel,
+    gates: Gates,
+    windows: list[np.ndarray],
+    knobs: Policy,
+    step: Callable[[], None] | None = None,
 ) -> Maps:
     """Run windows of text densely and return the maps of sampled rows.
 
@@ -120,6 +129,7 @@ def record(
         model: The base model, nothing attached.
         gates: Its gates.
         windows: int ``[T]`` each, all of one length.
+        knobs: A policy with the sink and local blocks and dense last rows to use.
         step: Called after every layer of every window.
 
     Raises:
@@ -129,6 +139,9 @@ def record(
     block = gates.config.block_size
     blocks = num_blocks(len(windows[0]), block)
     rows = torch.linspace(0, blocks - 1, min(ROWS, blocks)).round().long()
+    sizes = blocks * block, blocks * block, (block, block)
+    # Of shorter texts other rows are the last, so that none is dense here.
+    always = replace(knobs, dense_last_rows=0).always(own_blocks(*sizes), causal_blocks(*sizes))[rows]
     seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in by_layer}
 
     def handler(call: AttentionCall) -> Tensor:
@@ -136,13 +149,13 @@ def record(
         valid = causal_blocks(call.q.shape[2], call.q.shape[2], gate.block_size, call.q.device)
         scores = gate(call.q_nope, call.k_nope, positions=call.positions)[0].float()
         share = torch.log_softmax(scores.masked_fill(~valid, -math.inf), -1)[:, rows.to(scores.device)]
-        mass, loss = _true_rows(call, rows, block, share.shape[0])
-        if not bool(torch.isfinite(loss).all()) or bool(share.isnan().any()):
+        mass, gain = _true_rows(call, rows, block, share, always.to(share.device))
+        if not bool(torch.isfinite(gain).all()) or bool(share.isnan().any()):
             raise FloatingPointError(
                 f"the scores or the attention of layer {call.layer} are NaN or infinite; check the gates, "
                 "and load the model in float32 or bfloat16"
             )
-        seen[call.layer].append((share.cpu(), mass.cpu(), loss.cpu()))
+        seen[call.layer].append((share.cpu(), mass.cpu(), gain.cpu()))
         if step is not None:
             step()
         return call.dense()
@@ -150,17 +163,31 @@ def record(
     with intercept(model, handler):
         for window in windows:
             hidden_states(model, window)
-    maps = [torch.cat([torch.cat([w[i] for w in seen[layer]], 1) for layer in by_layer]) for i in range(3)]
-    return Maps(list(by_layer), (block, block), rows.repeat(len(windows)), *maps)
+    share, mass, gain = (
+        torch.cat([torch.cat([w[i] for w in seen[layer]], 1) for layer in by_layer]) for i in range(3)
+    )
+    return Maps(list(by_layer), (block, block), rows.repeat(len(windows)), share, mass, gain, knobs)
 
 
-def _true_rows(call: AttentionCall, rows: Tensor, block: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Return mass and loss of the blocks of some rows, fp32 ``[heads, S, N]``."""
+def _true_rows(
+    call: AttentionCall, rows: Tensor, block: int, share: Tensor, always: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mass and gain of the blocks of some rows, fp32 ``[H, S, N]``.
+
+    Args:
+        call: The layer's call.
+        rows: int64 ``[S]``, query blocks.
+        block: Tokens per block.
+        share: ``[H, S, N]``, what blocks are read by, the largest first.
+        always: bool ``[S, N]``, the blocks read before all others.
+    """
+    heads = share.shape[0]
     tokens = call.k.shape[2]
     blocks = num_blocks(tokens, block)
     groups = call.q.shape[1] // call.k.shape[1]
     mass = torch.zeros(call.q.shape[1], len(rows), blocks, device=call.q.device)
-    loss, output = torch.zeros_like(mass), torch.zeros((), device=call.q.device)
+    gain, output = torch.zeros_like(mass), torch.zeros((), device=call.q.device)
+    orders = share.masked_fill(always, math.inf).repeat_interleave(call.q.shape[1] // heads, 0)
     for at, row in enumerate(rows.tolist()):
         first, end = row * block, min((row + 1) * block, tokens)
         position = torch.arange(first, end, device=call.q.device)
@@ -173,41 +200,46 @@ def _true_rows(call: AttentionCall, rows: Tensor, block: int, heads: int) -> tup
                 scores = call.softcap * torch.tanh(scores / call.softcap)
             scores = scores.masked_fill(acausal, -math.inf)
             pad = -end % block
-            share = torch.nn.functional.pad(scores.softmax(-1), (0, pad)).unflatten(-1, (-1, block))
+            weights = torch.nn.functional.pad(scores.softmax(-1), (0, pad)).unflatten(-1, (-1, block))
             values = torch.nn.functional.pad(v, (0, 0, 0, pad)).unflatten(0, (-1, block))
-            in_block = share.sum(-1)
-            parts = torch.einsum("gqjt,jtd->gqjd", share, values)
-            out = parts.sum(2, keepdim=True)
-            # What the block adds beyond the average, so that a block like all others can be missed.
-            moved = (parts - in_block[..., None] * out).pow(2).sum(-1)
+            in_block = weights.sum(-1)
+            mass[part, at, : row + 1] = in_block.mean(1)
+            order = orders[part, at, : row + 1].argsort(-1, descending=True)
+            places = order[:, None].expand_as(in_block)
+            parts = torch.einsum("gqjt,jtd->gqjd", weights, values)
+            parts = parts.gather(2, places[..., None].expand_as(parts)).cumsum(2)
+            read = in_block.gather(2, places).cumsum(2)[..., None]
             if call.sinks is not None:
                 # A sink takes part of the weights that all keys share.
-                weight = torch.sigmoid(scores.logsumexp(-1) - call.sinks[part, None].float()) ** 2
-                moved, out = moved * weight[..., None], out * weight.sqrt()[..., None, None]
-            mass[part, at, : row + 1] = in_block.mean(1)
-            loss[part, at, : row + 1] = moved.mean(1)
-            output += out.pow(2).sum(-1).mean((1, 2)).sum() / len(rows)
-    loss /= output.clamp_min(torch.finfo(loss.dtype).tiny)
+                keys = torch.sigmoid(scores.logsumexp(-1) - call.sinks[part, None].float())[..., None, None]
+                parts, read = parts * keys, read * keys + 1 - keys
+            # The output with the first, the first two, ... and all blocks in this order.
+            outs = parts / read.clamp_min(torch.finfo(read.dtype).tiny)
+            error = (outs - outs[:, :, -1:]).pow(2).sum(-1).mean(1)
+            start = int(always[at].sum())
+            gain[part, at].scatter_(1, order[:, start:], error[:, start - 1 : -1] - error[:, start:])
+            output += outs[:, :, -1].pow(2).sum(-1).mean(1).sum() / len(rows)
+    gain /= output.clamp_min(torch.finfo(gain.dtype).tiny)
     # Gates with one score per KV head choose for all heads of a group.
-    return mass.unflatten(0, (heads, -1)).mean(1), loss.unflatten(0, (heads, -1)).sum(1)
+    return mass.unflatten(0, (heads, -1)).mean(1), gain.unflatten(0, (heads, -1)).sum(1)
 
 
 class _Length:
     """The maps of a text of ``blocks`` blocks, its free blocks ranked by each head's gate."""
 
-    def __init__(self, maps: Maps, blocks: int, knobs: Policy, row_exponent: float = ROW_EXPONENT) -> None:
+    def __init__(self, maps: Maps, blocks: int, row_exponent: float = ROW_EXPONENT) -> None:
         self.blocks = blocks
         block = maps.block_size
         sizes = blocks * block[0], blocks * block[1], block
         valid, own = causal_blocks(*sizes), own_blocks(*sizes)
-        always = knobs.always(own, valid)
+        always = maps.knobs.always(own, valid)
         chosen = maps.rows < blocks
         rows = maps.rows[chosen]
         free = (valid & ~always)[rows]
         level = maps.log_share[:, chosen, :blocks] - row_exponent * (rows + 1.0).log()[:, None]
         self.level, order = level[:, free].sort(-1, descending=True)
-        loss, mass = (m[:, chosen, :blocks] for m in (maps.loss, maps.mass))
-        self.saved = _running_sum(loss[:, free].gather(1, order))
+        gain, mass = (m[:, chosen, :blocks] for m in (maps.gain, maps.mass))
+        self.gained = _running_sum(gain[:, free].gather(1, order))
         self.found = _running_sum(mass[:, free].gather(1, order))
         self.rows = mass.shape[0] * mass.shape[1]
         self.kept = float((mass * always[rows]).sum())
@@ -229,14 +261,14 @@ class _Length:
     def spend(self, measure: Callable[[Tensor], float], wanted: float) -> Tensor:
         """Return how many free blocks each head takes, int64 ``[A]``, for a measure to reach a value.
 
-        The heads' marginal losses per block are equal, and as high as they may be.
+        The heads' marginal gains per block are equal, and as high as they may be.
         """
-        index = torch.arange(self.saved.shape[1], dtype=self.saved.dtype)
+        index = torch.arange(self.gained.shape[1], dtype=self.gained.dtype)
         low, high = math.log(1e-16), math.log(1e4)
-        counts = torch.full((self.saved.shape[0],), self.saved.shape[1] - 1)
+        counts = torch.full((self.gained.shape[0],), self.gained.shape[1] - 1)
         for _ in range(48):
             price = (low + high) / 2
-            taken = (self.saved - math.exp(price) * index).argmax(1)
+            taken = (self.gained - math.exp(price) * index).argmax(1)
             if measure(taken) >= wanted:
                 low, counts = price, taken
             else:
@@ -257,13 +289,12 @@ def _running_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
 
 
-def fit(maps: Maps, target: Target, knobs: Policy, row_exponent: float = ROW_EXPONENT) -> Calibration:
+def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calibration:
     """Fit the thresholds' laws to maps.
 
     Args:
         maps: From `record`.
         target: A density or a recall.
-        knobs: A policy with the sink and local blocks and dense last rows to use.
         row_exponent: See `Calibration`.
 
     Raises:
@@ -271,7 +302,7 @@ def fit(maps: Maps, target: Target, knobs: Policy, row_exponent: float = ROW_EXP
     """
     longest = maps.log_share.shape[2]
     blocks = sorted({max(4, round(longest * x)) for x in LENGTHS})
-    lengths = [_Length(maps, n, knobs, row_exponent) for n in blocks]
+    lengths = [_Length(maps, n, row_exponent) for n in blocks]
     good = _reachable(lengths, target, maps.block_size[1])
     if target.density is not None:
         wanted = [math.exp(log_free(target.density, length.always)) for length in good]
@@ -457,14 +488,14 @@ def calibrate(
     held = max(1, windows // 4)
     texts, held_texts = texts[:-held], texts[-held:]
     say = progress or (lambda phase, steps: lambda: None)
-    maps = record(model, gates, texts, say("true maps", len(texts) * len(gates.layers)))
+    maps = record(model, gates, texts, knobs, say("true maps", len(texts) * len(gates.layers)))
     dense = perplexity(model, np.concatenate(held_texts), window=length, windows=held)
     if not math.isfinite(dense):
         raise FloatingPointError("the model's own perplexity is not finite; load it in float32 or bfloat16")
     if target.ppl_increase is None:
-        policy = _policy(fit(maps, target, knobs), knobs)
+        policy = _policy(fit(maps, target), knobs)
     else:
-        policy = _within(model, gates, maps, target, knobs, held_texts, dense, say)
+        policy = _within(model, gates, maps, target, held_texts, dense, say)
     step, rows = say("measuring", 2), []
     for share in (2, 1):
         cut = [text[: length // share] for text in held_texts]
@@ -507,19 +538,18 @@ def _within(
     gates: Gates,
     maps: Maps,
     target: Target,
-    knobs: Policy,
     texts: list[np.ndarray],
     dense: float,
     say: Callable[[str, int], Callable[[], None]],
 ) -> Calibrated:
     """Return the policy of the least density whose perplexity is within the target."""
-    always = knobs.always_density(maps.log_share.shape[2])
+    always = maps.knobs.always_density(maps.log_share.shape[2])
     # A little above what `fit` takes.
     low, high = math.log(min(1.01 * NEAREST * always, DENSEST)), math.log(DENSEST)
     step = say("perplexity", SEARCHES + 1)
 
     def at(log_density: float) -> tuple[Calibrated, float]:
-        policy = _policy(fit(maps, Target(density=math.exp(log_density)), knobs), knobs)
+        policy = _policy(fit(maps, Target(density=math.exp(log_density))), maps.knobs)
         rise = measure(model, gates, policy, texts)["perplexity"] / dense - 1
         step()
         return policy, rise
@@ -549,7 +579,7 @@ def trade_off(maps: Maps, policy: Calibrated) -> tuple[list[dict[str, float]], l
         maps: From `record`; both are for their length.
         policy: Calibrated on them.
     """
-    length = _Length(maps, maps.log_share.shape[2], policy)
+    length = _Length(maps, maps.log_share.shape[2])
     curve = []
     for density in CURVE:
         if density > length.always:
