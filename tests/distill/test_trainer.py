@@ -254,11 +254,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(model, text, tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         next(run)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint.safetensors",
-        "metrics.jsonl",
-        "run.json",
-    ]
+    # No half file is left; tensorboard's folder is there where it is installed.
+    left = {p.name for p in tmp_path.iterdir()} - {"tensorboard"}
+    assert left == {"checkpoint.safetensors", "metrics.jsonl", "run.json"}
 
 
 def test_trained_gates_choose_better_than_untrained_ones(model, text):
