@@ -329,7 +329,9 @@ class AttnGate(nn.Module):
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
         queries = self.summarise_queries(q, positions=positions)
-        return self.score_summaries(queries, k_blocks, past_blocks=None, backend="reference")
+        # A row of queries that begins within a block sees one block more than one that begins with it.
+        past = None if valid is None else valid.shape[1] - valid.shape[0] + 1
+        return self.score_summaries(queries, k_blocks, past_blocks=past, backend="reference")
 
     def score_summaries(
         self, queries: Tensor, keys: Tensor, *, past_blocks: int | None = 0, backend: str = "auto"

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from seerattention.selection import num_blocks
 
 #: Products are reduced to block scores in slices of at most this many bytes.
-SLICE_BYTES = 64 * 2**20
+SLICE_BYTES = 16 * 2**20
 
 
 def unsupported(**_: object) -> list[str]:
@@ -55,9 +55,10 @@ def _slice(
 ) -> Tensor:
     """Score some rows against the blocks that they see; the columns after these are 0."""
     # A head's query summaries meet the key summaries of its group.
-    queries = queries.unflatten(1, (keys.shape[1], -1))
+    heads, length = queries.shape[1:3]
+    queries = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     with torch.autocast(queries.device.type, enabled=False):
-        products = queries @ keys.mT.unsqueeze(2)
+        products = (queries @ keys.mT).unflatten(2, (heads // keys.shape[1], length))
     scores = max_over_sub_blocks(products, *sub_blocks).flatten(1, 2)
     if past is None:
         return scores
@@ -68,7 +69,10 @@ def _slice(
 
 def max_over_sub_blocks(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
     """Reduce ``[..., Nq * subs_q, Nk * subs_k]`` (the last block possibly short) to ``[..., Nq, Nk]``."""
-    for dim, subs in ((-1, subs_k), (-2, subs_q)):
+    learns = products.requires_grad
+    # Rows first is faster, as their elements lie side by side; columns first gives a gradient to the first of
+    # equal pairs in memory order.
+    for dim, subs in ((-1, subs_k), (-2, subs_q)) if learns else ((-2, subs_q), (-1, subs_k)):
         if subs == 1:
             continue
         missing = -products.shape[dim] % subs
@@ -77,5 +81,5 @@ def max_over_sub_blocks(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
             products = nn.functional.pad(products, pad, value=float("-inf"))
         products = products.unflatten(dim, (-1, subs))
         # amax, faster, would share a gradient among equals; max gives it to the first of them.
-        products = products.max(dim).values if products.requires_grad else products.amax(dim)
+        products = products.max(dim).values if learns else products.amax(dim)
     return products
