@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from seerattention.evals import bundled
-from seerattention.evals.calibration import Maps, Target, fit, measure, record
+from seerattention.evals.block_gains import Maps, record
+from seerattention.evals.calibration import Target, fit, measure
 from seerattention.evals.perplexity import perplexity
 from seerattention.evals.versions import versions
 from seerattention.files import staged
