@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -299,8 +298,8 @@ def make_accelerator(device_type: str) -> Accelerator:
 
     Its state is one per process and refuses a CPU after a GPU; a single process needs no such choice.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(cpu=several and device_type == "cpu")
+    launched = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    return Accelerator(cpu=launched and device_type == "cpu")
 
 
 def shard_layers(model: PreTrainedModel, root: nn.Module, accelerator: Accelerator) -> None:
