@@ -161,12 +161,12 @@ class Experiment:
         same = {"settings": json.loads(json.dumps(asdict(settings))), "teacher": weights}
         if self._kept("run") not in (None, same):
             raise ValueError(f"{self.out} holds another run; give another folder or delete it")
-        self._keep("run", same)
         self.joint = {f"joint-{d:g}": d for d in self._extremes_first(settings.joint)}
         if unknown := sorted(set(args.only or ()) - {"dense", "posthoc", *self.joint}):
             raise ValueError(
                 f"--only does not know {unknown}; there are dense, posthoc, {', '.join(self.joint)}"
             )
+        self._keep("run", same)
 
     def run(self) -> None:
         """Run what is not done yet."""
