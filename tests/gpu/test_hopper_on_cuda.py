@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from seerattention.ops import block_sparse_attention as op
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.shapes import Shape
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.poison import poison

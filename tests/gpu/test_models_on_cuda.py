@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from seerattention.distill import DistillConfig, Distiller, TextWindows
-from seerattention.models import attach, dense, detach, new_gates, prefill, set_policy, usage
+from seerattention.hosts.transformers import attach, dense, detach, new_gates, prefill, set_policy, usage
 from seerattention.testing.budget import Budget
+from seerattention.train import DistillConfig, Distiller, TextWindows
 
 pytestmark = pytest.mark.gpu
 

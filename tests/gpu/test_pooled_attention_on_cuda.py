@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seerattention import pooled_attention
-from seerattention.ops._copies import copied
+from seerattention.ops.copies import copied
 from seerattention.ops.pooled_attention import BACKENDS, pooled_map
 from seerattention.ops.pooled_attention._cases import CASES, PoolCase
 from seerattention.ops.pooled_attention._options import PoolOptions

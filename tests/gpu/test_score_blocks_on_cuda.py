@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig
-from seerattention.distill import layer, objectives
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
+from seerattention.train import layer, objectives
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops import _copies
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import _backward
 from seerattention.ops.block_sparse_attention import triton as backend
 from seerattention.ops.block_sparse_attention._cases import Case
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.shapes import Shape
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
 

@@ -13,8 +13,8 @@ from seerattention import BlockSelection, block_sparse_attention, pooled_attenti
 from seerattention.ops import _dispatch
 from seerattention.ops import block_sparse_attention as attention_op
 from seerattention.ops import pooled_attention as pooled_op
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention._cases import CASES
+from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 
