@@ -19,7 +19,7 @@ from seerattention.gate import Scorer
 from seerattention.ops.block_sparse_attention import reference
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.shapes import Shape
-from seerattention.selection import own_blocks
+from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
 from seerattention.testing.conformance import dense_attention
 from seerattention.testing.inputs import random_qkv
@@ -45,7 +45,7 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     mask = selection.to_mask()
     assert mask.any(-1).all()
     assert not (mask & ~causal_blocks(tokens, tokens, (64, 64))).any()
-    assert (mask | ~own_blocks(tokens, tokens, (64, 64))).all()
+    assert (mask | ~Rows.last(tokens, tokens).own((64, 64))).all()
     options = Options(scale=32**-0.5)
     Budget.of(lambda q, k, v: reference.run(q, k, v, selection, options), q, k, v).check(out)
 

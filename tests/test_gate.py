@@ -14,6 +14,7 @@ from seerattention import AttnGate, GateConfig, Threshold, TopK
 from seerattention.ops.score_blocks import reference
 from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
+from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
 
 TYPES = [
@@ -141,7 +142,7 @@ PUBLISHED = [
 def test_published_formula(gate_type: str, force_double: bool, groups: int, tokens: int) -> None:
     actual, expected = check_published_scores(AttnGate, gate_type, force_double, groups, tokens)
     blocks = math.ceil(tokens / BLOCK)
-    options: dict[str, Any] = {"num_queries": tokens, "num_keys": tokens, "block_size": (BLOCK, BLOCK)}
+    options: dict[str, Any] = {"rows": Rows.last(tokens, tokens), "block_size": (BLOCK, BLOCK)}
 
     def chosen(policy: Policy) -> Tensor:
         return select(policy, actual, **options).to_mask()

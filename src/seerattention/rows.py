@@ -177,6 +177,14 @@ class Rows:
                 )
             query, key = query + queries, key + keys
 
+    def maps(self, block_size: tuple[int, int]) -> Iterator[tuple[OneSequence, tuple[slice, slice]]]:
+        """Iterate over the sequences, each with its rows and columns of a map of blocks; waits as `known`."""
+        row = 0
+        for one in self.sequences():
+            down, across = one.rows.num_blocks(block_size)
+            yield one, (slice(row, row + down), slice(0, across))
+            row += down
+
     def num_blocks(self, block_size: tuple[int, int]) -> tuple[int, int]:
         """Rows of a map of blocks, and columns of its longest sequence, ``(Nq, Nk)``; waits as `known`."""
         block_q, block_k = block_size

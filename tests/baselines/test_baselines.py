@@ -14,7 +14,7 @@ from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
 from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.shapes import Shape
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 from seerattention.testing.conformance import slow_pooled_map
 from seerattention.testing.inputs import random_qkv
 

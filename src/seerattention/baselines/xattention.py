@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def support() -> list[Support]:
     from seerattention.ops.dispatch import explain
     from seerattention.ops.pooled_attention._options import PoolOptions
     from seerattention.policies import TopK
+    from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
 
     found = []
@@ -49,7 +50,7 @@ def support() -> list[Support]:
         for dtype in (torch.float32, torch.bfloat16):
             q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
             k = q[:, :1]
-            selection = BlockSelection.full(128, 128, (64, 64), device)
+            selection = BlockSelection.full(Rows.last(128, 128), (64, 64), device)
             options = Options(scale=64**-0.5)
             pooling_options = PoolOptions(scale=64**-0.5)
             qkv = {"q": q, "k": k, "v": k}

@@ -18,7 +18,8 @@ from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.pooled_attention import reference as pooled_reference
 from seerattention.ops.pooled_attention._cases import PoolCase
 from seerattention.ops.pooled_attention._options import PoolOptions
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.poison import poison, unread_tokens

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.policies import Policy, Rule
-from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+from seerattention.rows import Rows
+from seerattention.selection import BlockSelection
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -52,8 +53,8 @@ class Certain:
             positions: int64 ``[Tq]`` or ``[B, Tq]``.
             num_keys: Key tokens.
         """
-        sizes = q.shape[2], num_keys, scorer.block_size
-        valid, own = causal_blocks(*sizes, q.device), own_blocks(*sizes, q.device)
+        rows = Rows.last(q.shape[2], num_keys)
+        valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
         rule = policy.rule(valid.shape[1], scorer.block_size[1])
         assert rule is not None
         queries = scorer.summarise_queries(q, positions=positions)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 #: Products are reduced to block scores in slices of at most this many bytes.
 SLICE_BYTES = 16 * 2**20

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from seerattention.ops.precision import DTYPES, products
 from seerattention.ops.score_blocks import _triton_kernel as kernels
 from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score, triton
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 #: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when their file was imported).
 INTERPRETED: bool = kernels.INTERPRETED

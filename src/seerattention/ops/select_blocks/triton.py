@@ -22,8 +22,9 @@ from torch import Tensor
 
 from seerattention.ops.precision import DTYPES, products
 from seerattention.policies import Policy
+from seerattention.rows import num_blocks
 from seerattention.scorer import Scorer
-from seerattention.selection import WORD, BlockSelection, num_blocks
+from seerattention.selection import WORD, BlockSelection
 
 try:
     import triton

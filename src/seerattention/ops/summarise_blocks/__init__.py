@@ -9,7 +9,7 @@ from seerattention.ops.dispatch import choose, load_backends
 from seerattention.ops.summarise_blocks.reference import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks.reference import project_blocks as project_blocks
 from seerattention.ops.summarise_blocks.reference import rotate as rotate
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 

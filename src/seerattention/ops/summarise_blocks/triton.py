@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.precision import DTYPES, products
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 try:
     import triton
