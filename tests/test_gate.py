@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig, Threshold, TopK
-from seerattention.ops.score_blocks import reference
+from seerattention.ops.score_blocks import chunked
 from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
 from seerattention.rows import Rows
@@ -356,7 +356,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, design: GateConf
     q, k = qk(777, batch=2)
     whole = gate(q, k)
     for size in (1, 30_000, 100_000):
-        monkeypatch.setattr(reference, "SLICE_BYTES", size)
+        monkeypatch.setattr(chunked, "SLICE_BYTES", size)
         torch.testing.assert_close(gate(q, k), whole, rtol=0, atol=1e-6)
 
 

@@ -59,12 +59,12 @@ def support() -> list[Support]:
             k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
             choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "num_keys": 128}
             pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
-            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None}
+            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None, "rows": None}
             scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
             asked: list[tuple[str, Any, dict[str, Any]]] = [
                 ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
                 ("summarise_blocks", summaries, pooling),
-                ("score_blocks", scores, scoring | {"past_blocks": 0}),
+                ("score_blocks", scores, scoring | {"rows": None, "block_size": (64, 64)}),
                 ("select_blocks", chosen, choice),
                 ("pooled_attention", pooled, qkv | {"block_size": (64, 64), "options": pooling_options}),
             ]
