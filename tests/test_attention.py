@@ -68,7 +68,7 @@ def test_prompt_in_pieces_selects_as_at_once(pieces: tuple[int, ...], policy: Po
     q, k, _ = random_qkv(SHAPE)
     positions = torch.arange(SHAPE.keys)
     k_blocks = GATE.compress(k, positions=positions)
-    whole = select_blocks(q, k_blocks, GATE, policy, positions=positions, num_keys=SHAPE.keys).to_mask()
+    whole = select_blocks(q, k_blocks, GATE, policy, positions=positions).to_mask()
     assert 0.2 < whole.float().mean() < 0.5
     summaries = KeySummaries(GATE)
     end = 0
@@ -82,7 +82,7 @@ def test_prompt_in_pieces_selects_as_at_once(pieces: tuple[int, ...], policy: Po
             GATE,
             policy,
             positions=positions[start:end],
-            num_keys=end,
+            rows=Rows.last(piece, end),
         ).to_mask()
         rows = slice(start // 64, start // 64 + part.shape[2])
         # A block that the piece leaves unfinished gets a new summary later, so its row may differ.

@@ -41,7 +41,13 @@ def selected(scorer: Scorer, q: Tensor, k: Tensor, policy: Policy) -> Tensor:
     positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2])
     k_blocks = scorer.compress(k, positions=torch.arange(k.shape[2]))
     return select_blocks(
-        q, k_blocks, scorer, policy, positions=positions, num_keys=k.shape[2], backend="reference"
+        q,
+        k_blocks,
+        scorer,
+        policy,
+        rows=Rows.last(q.shape[2], k.shape[2]),
+        positions=positions,
+        backend="reference",
     ).to_mask()
 
 

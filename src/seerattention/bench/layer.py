@@ -108,7 +108,7 @@ class _Layer:
             self.gate,
             self.policy,
             positions=self.positions,
-            num_keys=self.k.shape[2],
+            rows=Rows.last(self.q.shape[2], self.k.shape[2]),
         )
 
     def attend(self, selection: BlockSelection) -> Tensor:

@@ -57,7 +57,8 @@ def support() -> list[Support]:
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()
             k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
-            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "num_keys": 128}
+            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1)}
+            choice["rows"] = Rows.last(128, 128)
             pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
             pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None, "rows": None}
             scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
