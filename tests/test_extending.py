@@ -121,6 +121,7 @@ def test_a_baseline_is_one_file(add):
         class Latest:
             block_size: tuple = (16, 16)
             after_rope = True
+            tokens_per_summary = 1
 
             def compress(self, k, *, positions):
                 return k[..., :1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,9 +56,10 @@ def test_gradients_are_those_of_differences(name: str, slices: int, monkeypatch:
     case = BY_NAME[name]
     torch.manual_seed(0)
     # Some blocks, the last of them short.
+    case = replace(case, queries=2 * case.sub_blocks[0] + 1, keys=2 * case.sub_blocks[1] + 1)
     q, k = (
-        torch.randn(1, heads, 2 * size + 1, 2, dtype=torch.float64, requires_grad=True)
-        for heads, size in zip((2, 1), case.sub_blocks, strict=True)
+        torch.randn(1, heads, size, 2, dtype=torch.float64, requires_grad=True)
+        for heads, size in ((2, case.queries), (1, case.keys))
     )
     torch.autograd.gradcheck(lambda q, k: score_blocks(q, k, case.sub_blocks, **case.geometry), (q, k))
 
