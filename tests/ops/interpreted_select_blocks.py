@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from seerattention import AttnGate, GateConfig, baselines
+from seerattention import baselines
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
 from seerattention.ops.select_blocks._cases import CASES, Case
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
-from seerattention.testing.selections import Certain
+from seerattention.testing.selections import Certain, alone, arguments
 
 pytest.importorskip("triton")
 
@@ -52,31 +52,6 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def gate_of(case: Case) -> AttnGate:
-    torch.manual_seed(1)
-    config = GateConfig.published(**case.design) if case.published else GateConfig(**case.design)
-    gate = AttnGate(config)
-    for p in gate.parameters():
-        # Scores of a few units, so that rows are neither uniform nor a single block.
-        p.data.mul_(2 if not case.published else 60)
-    return gate
-
-
-def arguments(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    q, k, _ = random_qkv(case, dtype=dtype)
-    gate = gate_of(case).to(dtype)
-    positions = torch.arange(case.keys)
-    with torch.no_grad():
-        k_blocks = gate.compress(k, positions=positions)
-    return {
-        "q": q,
-        "k_blocks": k_blocks,
-        "scorer": gate,
-        "positions": positions[case.keys - case.queries :],
-        "rows": Rows.last(case.queries, case.keys),
-    }
-
-
 def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> None:
     args = arguments(case, dtype)
     certain = Certain.of(policy=policy, **args)
@@ -104,6 +79,52 @@ def test_policies_and_knobs(policy: Policy) -> None:
 @torch.no_grad()
 def test_half_precision() -> None:
     check(next(c for c in CASES if c.name == "later-chunk"), TopK(0.3), torch.float16)
+
+
+PACKED = [case for case in CASES if case.lengths]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "policy", [TopK(0.3), TopP(0.6), TopK(0.1, sink_blocks=1, dense_last_rows=2)], ids=str
+)
+@torch.no_grad()
+def test_packed_sequences_choose_as_alone(case: Case, policy: Policy) -> None:
+    args = arguments(case)
+    together = select_blocks(policy=policy, **args, backend="triton")
+    masks = [select_blocks(policy=policy, **own, backend="triton").to_mask() for _, own in alone(args)]
+    masks = [torch.nn.functional.pad(m, (0, together.shape[3] - m.shape[3])) for m in masks]
+    assert torch.equal(together.to_mask(), torch.cat(masks, 2))
+
+
+@torch.no_grad()
+def test_limits_of_each_head_in_packed_sequences() -> None:
+    # A law in the length: other limits for every sequence.
+    laws = {0: ((-0.5, -0.3, 0.0), (-1.0, -0.4, 0.0))}
+    policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0, None)
+    check(PACKED[0], policy)
+
+
+@torch.no_grad()
+def test_other_sequences_and_what_they_leave_are_not_read() -> None:
+    args = arguments(PACKED[0])
+    whole = select_blocks(policy=TopK(0.3), **args, backend="triton").bits
+    q, k_blocks, rows = args["q"].clone(), args["k_blocks"].clone(), args["rows"]
+    read, own = 5, torch.zeros(len(k_blocks), k_blocks.shape[2], dtype=torch.bool)
+    own[read, : -(-rows.lengths[read][1] // args["scorer"].tokens_per_summary)] = True
+    k_blocks.masked_fill_(~own[:, None, :, None], torch.nan)
+    one, (down, _) = next(x for x in rows.maps(args["scorer"].block_size) if x[0].index == read)
+    q[:, :, : one.queries.start] = q[:, :, one.queries.stop :] = torch.nan
+    poisoned = select_blocks(policy=TopK(0.3), **args | {"q": q, "k_blocks": k_blocks}, backend="triton").bits
+    assert torch.equal(whole[:, :, down], poisoned[:, :, down])
+
+
+def test_lengths_that_only_a_device_knows() -> None:
+    args = arguments(PACKED[0])
+    rows = args["rows"]
+    unknown = Rows.from_starts(rows.starts_q, rows.starts_k, rows.num_queries, rows.num_keys)
+    with pytest.raises(NotImplementedError, match="host does not know the lengths"):
+        select_blocks(policy=TopK(0.3), **args | {"rows": unknown}, backend="triton")
 
 
 # --- exact scores: ties are decided alike ---------------------------------------------------------------
