@@ -24,6 +24,7 @@ from seerattention.testing import selections
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -162,11 +163,8 @@ def test_limits_of_each_head(row_exponent: float) -> None:
     # Its limits are on the device since the first call.
     select_blocks(policy=policy, **args, backend="triton")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         selection = select_blocks(policy=policy, **args, backend="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     certain.check(selection)
 
 
@@ -177,14 +175,11 @@ def test_the_host_is_not_waited_for(policy: Policy, name: str) -> None:
     args = arguments(case, torch.bfloat16)
     select_blocks(policy=policy, **args)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         if case.lengths:
             # What kernels read of it is made anew.
             args["rows"] = Rows.packed(case.lengths, "cuda")
         select_blocks(policy=policy, **args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("case", MIDDLING[:3], ids=lambda case: case.name)
