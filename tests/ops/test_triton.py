@@ -72,6 +72,7 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     constants = dict(scoring.LAUNCH[kind]["score" if name == "score" else "back"])
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
+    constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
     constants |= {"KEEP": True, "PRECISION": "tf32x3"} if name == "score" else {"unit": None}
     names = kernel.arg_names
     types = {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
