@@ -26,9 +26,9 @@ from seerattention.files import staged
 from seerattention.measure.timing import interleaved
 from seerattention.measure.versions import versions
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER, _backward
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._launch import Launch
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.selection import causal_blocks
 from seerattention.testing.gradients import by_name, check_gradients

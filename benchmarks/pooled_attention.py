@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seerattention.files import staged
 from seerattention.measure.timing import interleaved
 from seerattention.measure.versions import versions
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_attention, pooled_map
 from seerattention.ops.pooled_attention import triton as kernel
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.shapes import Shape
 from seerattention.testing.inputs import random_qkv
 

@@ -17,7 +17,7 @@ from seerattention.baselines import create
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
 from seerattention.ops.block_sparse_attention import reference
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.selection import own_blocks
 from seerattention.testing.budget import Budget

@@ -7,7 +7,7 @@ import torch
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import BACKENDS, _backward
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
 

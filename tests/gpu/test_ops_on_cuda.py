@@ -5,7 +5,7 @@ import torch
 
 from seerattention.ops import block_sparse_attention as sparse
 from seerattention.ops import pooled_attention as pooled
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.ops.shapes import Shape
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from seerattention import pooled_attention
-from seerattention.ops.copies import copied
+from seerattention.ops.cases.pooled_attention import CASES, PoolCase
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_map
-from seerattention.ops.pooled_attention._cases import CASES, PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.tma import copied
 from seerattention.testing import conformance
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv

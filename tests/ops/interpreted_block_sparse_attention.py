@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from seerattention import pooled_attention
+from seerattention.ops.cases.pooled_attention import CASES, PoolCase
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import reference
 from seerattention.ops.pooled_attention import triton as backend
-from seerattention.ops.pooled_attention._cases import CASES, PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import BACKENDS, gather, reference
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.budget import Budget

@@ -11,7 +11,7 @@ from torch import Tensor
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import gather, hopper, triton
 from seerattention.ops.block_sparse_attention._backward import FEWEST, _plan
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.ops.shapes import Shape
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection

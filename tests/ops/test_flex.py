@@ -9,8 +9,8 @@ import torch
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import flex
-from seerattention.ops.block_sparse_attention._cases import CASES
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import CASES
+from seerattention.ops.options import Options
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 

@@ -13,9 +13,8 @@ import torch
 
 from seerattention import BlockSelection
 from seerattention.ops.block_sparse_attention import hopper
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options, PoolOptions
 from seerattention.ops.pooled_attention import hopper as pooled
-from seerattention.ops.pooled_attention._options import PoolOptions
 
 PLAIN = Options(scale=1.0)
 
@@ -27,7 +26,7 @@ import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
-from seerattention.ops.block_sparse_attention import _hopper_kernel as kernel
+from seerattention.ops.block_sparse_attention._kernels import hopper as kernel
 
 made = []
 for share, dim, options, pooled in json.loads(sys.argv[1]):

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, launch_of
+from seerattention.ops.options import Options
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring

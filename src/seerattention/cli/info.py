@@ -37,9 +37,8 @@ def support() -> list[Support]:
     from seerattention.ops import score_blocks as scores
     from seerattention.ops import select_blocks as chosen
     from seerattention.ops import summarise_blocks as summaries
-    from seerattention.ops.block_sparse_attention._options import Options
     from seerattention.ops.dispatch import explain
-    from seerattention.ops.pooled_attention._options import PoolOptions
+    from seerattention.ops.options import Options, PoolOptions
     from seerattention.policies import TopK
     from seerattention.selection import BlockSelection
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import reference as attention_reference
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.cases.pooled_attention import PoolCase
+from seerattention.ops.options import Options, PoolOptions
 from seerattention.ops.pooled_attention import reference as pooled_reference
-from seerattention.ops.pooled_attention._cases import PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.selection import BlockSelection, num_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection

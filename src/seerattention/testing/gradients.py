@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import block_sparse_attention, reference
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection

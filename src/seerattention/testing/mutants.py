@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import reference
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import Options, PoolOptions
 from seerattention.selection import BlockSelection
 from seerattention.testing.conformance import Backend
 from seerattention.testing.gradients import Attend, by_reference

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
-from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.dispatch import explain
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
 #: What RoPE scaling needs beyond its factor, unless the caller says otherwise. Source: Llama 3.1's settings.

@@ -6,9 +6,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention import _gradient
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.block_sparse_attention import _autograd
 from seerattention.ops.dispatch import check_qkv, choose, load_backends
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
@@ -114,8 +114,8 @@ def block_sparse_attention(
     options.check(q, k)
     _check_selection(q, k, selection, options)
     module = choose(BACKENDS, ORDER, backend, q=q, k=k, v=v, selection=selection, options=options)
-    if _gradient.wanted(q, k, v, sinks) and hasattr(module, "backward"):
-        return _gradient.run(module.__name__, q, k, v, selection, options)
+    if _autograd.wanted(q, k, v, sinks) and hasattr(module, "backward"):
+        return _autograd.run(module.__name__, q, k, v, selection, options)
     return module.run(q, k, v, selection, options)
 
 

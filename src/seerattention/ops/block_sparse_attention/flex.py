@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
 #: Kinds of calls (dtype, head dim, heads, block size, one block or several) compiled per process; the

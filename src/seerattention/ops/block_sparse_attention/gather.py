@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
 #: Bytes of gathered keys, values and scores per batched product; at least one row is taken.

@@ -1,6 +1,6 @@
 """Hopper GPUs: TMA and wgmma, two query tiles per multiprocessor, lists read straight from the bits.
 
-The kernel is in ``_hopper_kernel.py``; docs/kernels.md has its design and its measurements.
+The kernel is in ``_kernels/hopper.py``; docs/kernels.md has its design and its measurements.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention._backward import backward
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection, num_blocks
 
 __all__ = ["backward", "run", "unsupported"]
 
 kernel: Any = None
 with contextlib.suppress(ImportError):
-    kernel = importlib.import_module("seerattention.ops.block_sparse_attention._hopper_kernel")
+    kernel = importlib.import_module("seerattention.ops.block_sparse_attention._kernels.hopper")
 
 LOG2E = 1.4426950408889634
 

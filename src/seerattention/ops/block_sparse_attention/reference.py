@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection, num_blocks
 
 

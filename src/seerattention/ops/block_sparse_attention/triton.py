@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention._backward import backward
-from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.block_sparse_attention._triton_kernel import attention_kernel, triton
+from seerattention.ops.block_sparse_attention._kernels.forward import attention_kernel, triton
+from seerattention.ops.launch import Launch, power_of_two
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection, num_blocks
 
 __all__ = ["backward", "run", "unsupported"]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention._triton_kernel import (
+from seerattention.ops.block_sparse_attention._kernels.forward import (
     _cap,
     _jit,
     _product,

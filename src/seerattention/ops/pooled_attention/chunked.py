@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 from seerattention.selection import num_blocks
 
 #: Bytes of scores held at a time (fp32); at least one query block of one head is taken. Small enough for

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import hopper
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 from seerattention.selection import num_blocks
 
 #: Both consumers read one ring of keys and values where a query block has 128 tokens.

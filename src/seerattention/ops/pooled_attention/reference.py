@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 
 
 def unsupported(

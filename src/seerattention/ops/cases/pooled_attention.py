@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.shapes import Shape
 
 

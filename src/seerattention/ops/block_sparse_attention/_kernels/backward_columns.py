@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention._backward_rows import (
+from seerattention.ops.block_sparse_attention._kernels.backward_rows import (
     _add_product,
     _copy_tiles,
     _load_tile,
@@ -13,7 +13,7 @@ from seerattention.ops.block_sparse_attention._backward_rows import (
     _shares,
     _store_tile,
 )
-from seerattention.ops.block_sparse_attention._triton_kernel import _LENGTHS, _jit, _sequence_of, tl
+from seerattention.ops.block_sparse_attention._kernels.forward import _LENGTHS, _jit, _sequence_of, tl
 
 _COLUMN_LENGTHS = [*_LENGTHS, "units", "padded"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
 

@@ -1,0 +1,1 @@
+"""Named calls of every op, for tests and benchmarks."""
