@@ -16,8 +16,7 @@ from seerattention import (
 from seerattention.baselines import create
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
-from seerattention.ops.block_sparse_attention import reference
-from seerattention.ops.options import Options
+from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.shapes import Shape
 from seerattention.selection import own_blocks
 from seerattention.testing.budget import Budget
@@ -46,8 +45,9 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     assert mask.any(-1).all()
     assert not (mask & ~causal_blocks(tokens, tokens, (64, 64))).any()
     assert (mask | ~own_blocks(tokens, tokens, (64, 64))).all()
-    options = Options(scale=32**-0.5)
-    Budget.of(lambda q, k, v: reference.run(q, k, v, selection, options), q, k, v).check(out)
+    Budget.of(lambda q, k, v: block_sparse_attention(q, k, v, selection, backend="reference"), q, k, v).check(
+        out
+    )
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ class Rows:
         assert not self.is_packed, "packed sequences have a first query each"
         return self.num_keys - self.num_queries
 
-    @cached_property
+    @property
     def known(self) -> tuple[tuple[int, int], ...]:
         """(queries, keys) of every sequence, one if not packed; waits for the device if only it knows them.
 
@@ -152,8 +152,13 @@ class Rows:
         """
         if self.starts_q is None or self.starts_k is None:
             return ((self.num_queries, self.num_keys),)
-        if self.lengths is not None:
-            return self.lengths
+        return self._read if self.lengths is None else self.lengths
+
+    # Apart, since compilers of PyTorch cannot enter a cached property.
+    @cached_property
+    def _read(self) -> tuple[tuple[int, int], ...]:
+        assert self.starts_q is not None
+        assert self.starts_k is not None
         both = []
         for name, starts, tokens in (
             ("starts_q", self.starts_q, self.num_queries),

@@ -68,7 +68,7 @@ def test_pooled_attention_needs_bounded_memory_at_32k_tokens():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out, target = pooled.pooled_attention(q, k, v, (64, 64), backend="chunked")
+    out, target, _ = pooled.pooled_attention(q, k, v, (64, 64), backend="chunked")
     extra = torch.cuda.max_memory_allocated() - before - out.nbytes - target.nbytes
     # Scores and their softmax, each within the budget, the mask, and fp32 copies of q, k and v.
     copies = 2 * (2 * q.nbytes + k.nbytes + v.nbytes) + target.nbytes
@@ -119,8 +119,8 @@ class TestTriton:
     def test_unread_keys_and_values_are_never_read(self, case):
         (q, k, v), selection = inputs(case, torch.bfloat16)
         options = case.options()
-        clean = sparse.BACKENDS["triton"].run(q, k, v, selection, options)
-        poisoned = sparse.BACKENDS["triton"].run(q, *poison(k, v, selection), selection, options)
+        clean, _ = sparse.BACKENDS["triton"].run(q, k, v, selection, options)
+        poisoned, _ = sparse.BACKENDS["triton"].run(q, *poison(k, v, selection), selection, options)
         assert not clean.isnan().any()
         assert torch.equal(clean, poisoned)
 
@@ -132,7 +132,7 @@ class TestTriton:
         def call(q, k, v):
             out, lse = sparse.block_sparse_attention(
                 q, k, v, selection, softcap=options.softcap, sinks=options.sinks, return_lse=True,
-                cu_seqlens_q=options.cu_seqlens_q, cu_seqlens_k=options.cu_seqlens_k, backend="triton",
+                rows=options.rows, backend="triton",
             )  # fmt: skip
             return 2 * out, lse
 
@@ -144,8 +144,9 @@ class TestTriton:
         case = Case(name="", heads=8, kv_heads=2, queries=8192, keys=8192, head_dim=64, block_size=(32, 16))
         q, k, v = random_qkv(case, dtype=torch.bfloat16, device="cuda")
         selection = random_selection(case, density=0.02, device="cuda")
-        out = sparse.BACKENDS["triton"].run(q, k, v, selection, case.options())
-        expected = sparse.BACKENDS["gather"].run(q.float(), k.float(), v.float(), selection, case.options())
+        out, _ = sparse.BACKENDS["triton"].run(q, k, v, selection, case.options())
+        wide = (x.float() for x in (q, k, v))
+        expected, _ = sparse.BACKENDS["gather"].run(*wide, selection, case.options())
         torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
     def test_nothing_waits_for_the_device(self):

@@ -49,8 +49,7 @@ def support() -> list[Support]:
             q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
             k = q[:, :1]
             selection = BlockSelection.full(128, 128, (64, 64), device)
-            options = Options(scale=64**-0.5)
-            pooling_options = PoolOptions(scale=64**-0.5)
+            options, pooling_options = Options.of(q, k), PoolOptions.of(q, k)
             qkv = {"q": q, "k": k, "v": k}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()

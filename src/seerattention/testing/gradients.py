@@ -28,8 +28,7 @@ def by_name(backend: str) -> Attend:
     ) -> tuple[Tensor, Tensor]:
         return block_sparse_attention(
             q, k, v, selection, scale=options.scale, softcap=options.softcap, sinks=options.sinks,
-            return_lse=True, cu_seqlens_q=options.cu_seqlens_q, cu_seqlens_k=options.cu_seqlens_k,
-            backend=backend,
+            return_lse=True, rows=options.rows, backend=backend,
         )  # fmt: skip
 
     return attend
@@ -40,6 +39,7 @@ def by_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return output and lse of the reference, which autograd differentiates."""
     out, lse = reference.run(q, k, v, selection, replace(options, return_lse=True))
+    assert lse is not None
     return out, lse
 
 

@@ -191,6 +191,6 @@ def _why_not(model: PreTrainedModel, block_size: int) -> dict[str, list[str]]:
         for h in heads
     )
     selection = BlockSelection.full(2 * block_size, 2 * block_size, (block_size, block_size), model.device)
-    options = Options(scale=1.0)
+    options = Options.of(q, k)
     with torch.enable_grad():
         return explain(BACKENDS, q=q, k=k, v=v, selection=selection, options=options)

@@ -37,12 +37,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         "softcap": options.softcap is not None,
         "sinks": options.sinks is not None,
         "return_lse": options.return_lse,
-        "packed sequences (cu_seqlens_q, cu_seqlens_k)": options.packed,
+        "packed sequences": options.packed,
     }
     return reasons + [f"it takes no {name}" for name, wanted in asked.items() if wanted]
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> tuple[Tensor, None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
     mask = selection.to_flex(q.shape[2], k.shape[2], q.shape[1])
     kernel_options = None
@@ -58,7 +58,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Opt
             q, k, v, block_mask=mask, scale=options.scale, enable_gqa=gqa, kernel_options=kernel_options
         )
     assert isinstance(out, Tensor)
-    return out
+    return out, None
 
 
 @functools.cache
