@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,7 @@ from seerattention import (
 from seerattention.baselines import create
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
-from seerattention.ops.block_sparse_attention import reference
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
@@ -49,8 +49,9 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     assert mask.any(-1).all()
     assert not (mask & ~causal_blocks(tokens, tokens, (64, 64))).any()
     assert (mask | ~Rows.last(tokens, tokens).own((64, 64))).all()
-    options = Options(scale=32**-0.5)
-    Budget.of(lambda q, k, v: reference.run(q, k, v, selection, options), q, k, v).check(out)
+    Budget.of(lambda q, k, v: block_sparse_attention(q, k, v, selection, backend="reference"), q, k, v).check(
+        out
+    )
 
 
 @torch.no_grad()
@@ -82,8 +83,7 @@ def test_packed_sequences_attend_as_alone(scorer: Scorer) -> None:
             *own, scorer, TopK(0.4), q_scored=own[0], k_blocks=parts[one.index], rows=one.rows
         )
         assert torch.equal(selection.to_mask()[:, :, down, across], chosen.to_mask())
-        options = Options(scale=32**-0.5)
-        budget = Budget.of(partial(reference.run, selection=chosen, options=OPTIONS), *own)
+        budget = Budget.of(partial(block_sparse_attention, selection=chosen, backend="reference"), *own)
         budget.check(out[:, :, one.queries])
         budget.check(alone)
 
