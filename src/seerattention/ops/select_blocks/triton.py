@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.language import DTYPES, products
-from seerattention.policies import Policy, Rule
+from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection
@@ -68,8 +68,10 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, row
     if rows.is_packed and rows.lengths is None:
         return [*reasons, "the host does not know the lengths of the packed sequences"]
     blocks = rows.num_blocks(scorer.block_size)[1]
-    if policy.rule(blocks, scorer.block_size[1]) is None:
+    if rule_of(policy, blocks, scorer.block_size[1]) is None:
         reasons.append(f"the policy {policy.name} gives no rule")
+    if type(policy).always is not Policy.always:
+        reasons.append(f"the policy {policy.name} always reads blocks of its own")
     if blocks > MAX_BLOCKS:
         reasons.append(f"it takes rows of at most {MAX_BLOCKS} blocks, not {blocks}")
     if k_blocks.dtype not in DTYPES:
@@ -90,7 +92,7 @@ def run(
     down, columns = rows.num_blocks(scorer.block_size)
     packed = rows if rows.is_packed else None
     lengths = [(one.rows.num_queries, one.rows.num_keys) for one in rows.sequences()]
-    asked = (policy.rule(num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
+    asked = (rule_of(policy, num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
     rules = [rule for rule in asked if rule is not None]
     launch = choose_op if torch.compiler.is_compiling() else choose_rows
     keys = k_blocks.contiguous()
@@ -103,7 +105,7 @@ def run(
         queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part], rows=packed)
         if bits is None:
             heads = queries.shape[1]
-            values = _values(policy, rules, heads, packed is not None, q.device)
+            values = _values(rules, heads, packed is not None, q.device)
             shape = (q.shape[0], heads, down, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
         launch(
@@ -268,18 +270,12 @@ def _sequences(rows: Rows, scorer: Any, device: torch.device) -> Tensor:
     return rows.kept(("sequences", scorer.block_size, size_q, scorer.tokens_per_summary), device, make)
 
 
-def _values(
-    policy: Policy, rules: list[Rule], heads: int, packed: bool, device: torch.device
-) -> Tensor | None:
+def _values(rules: list[Rule], heads: int, packed: bool, device: torch.device) -> Tensor | None:
     """Return the rule's value for each head, of packed sequences for each head of each; None if it is one."""
     if not packed and not rules[0].per_head:
         return None
-    values = [rule.per_head or (rule.value,) * heads for rule in rules]
-    if len(values[0]) != heads:
-        raise ValueError(
-            f"the policy {policy.name} has limits for {len(values[0])} heads, the scores have "
-            f"{heads}; calibrate these gates"
-        )
+    rules[0].check_heads(heads)
+    values = (rule.per_head or (rule.value,) * heads for rule in rules)
     return _on_device(tuple(chain.from_iterable(values)), device)
 
 
@@ -364,10 +360,10 @@ def _score(
     batch, first_q = head // HEADS, queries + head * query_subs * E
     last_q, last_k = query_subs - 1, key_subs - 1
     if sequences is not None:
-        place = sequences + batch * 7
-        batch = tl.load(place).to(tl.int64)
-        first_q = queries + ((head % HEADS) * query_subs + tl.load(place + 1)) * E
-        last_q, last_k, past = tl.load(place + 2) - 1, tl.load(place + 3) - 1, tl.load(place + 5)
+        entry = sequences + batch * 7
+        batch = tl.load(entry).to(tl.int64)
+        first_q = queries + ((head % HEADS) * query_subs + tl.load(entry + 1)) * E
+        last_q, last_k, past = tl.load(entry + 2) - 1, tl.load(entry + 3) - 1, tl.load(entry + 5)
     latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
     wanted = (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest
     if sequences is not None:
@@ -435,9 +431,9 @@ def _choose(
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
     if sequences is not None:
-        place = sequences + (head // HEADS) * 7
-        tokens, past, value = tl.load(place + 4), tl.load(place + 5), tl.load(values + head)
-        row_of_bits = (head % HEADS) * all_rows + tl.load(place + 6) + row
+        entry = sequences + (head // HEADS) * 7
+        tokens, past, value = tl.load(entry + 4), tl.load(entry + 5), tl.load(values + head)
+        row_of_bits = (head % HEADS) * all_rows + tl.load(entry + 6) + row
         dense_from += tl.cdiv(tokens, BLOCK_Q) - all_rows
         if row * BLOCK_Q >= tokens:
             return
@@ -449,8 +445,12 @@ def _choose(
     valid = block <= last
     at = scores + (head * rows + tl.program_id(1)) * stride
     score = tl.load(at + block, mask=valid, other=float("-inf"))
+    always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if KIND == 1:
-        taken = _best(_order(score), tl.where(valid, 1.0, 0.0), 1.0, value, valid)
+        # Those read anyway are the first of the count.
+        free = valid & (always == 0)
+        room = value - tl.sum(always.to(tl.float32), 0)
+        taken = _best(_order(score), tl.where(free, 1.0, 0.0), 1.0, room, free)
     else:
         share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
         share /= tl.sum(share, 0)
@@ -462,8 +462,7 @@ def _choose(
         else:
             # Bits of floats >= 0 are in the floats' order.
             taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
-    taken |= (block < sink) | (block > own - local) | (row >= dense_from)
-    taken &= valid
+    taken = (taken | always) & valid
     place = tl.arange(0, 32)[None, :]
     packed = tl.sum(tl.reshape(taken.to(tl.int32), [WIDTH // 32, 32]) << place, 1)
     word = tl.arange(0, WIDTH // 32)
@@ -480,8 +479,8 @@ def _order(score):
 
 
 @_jit()
-def _best(key, weight, tied: tl.constexpr, limit, valid):
-    """Take blocks from the largest key down while those before weigh less than ``limit``.
+def _best(key, weight, tied: tl.constexpr, limit, free):
+    """Take free blocks from the largest key down while those before weigh less than ``limit``.
 
     ``tied`` is the weight of every block of a tie, 0 where it is the key itself, as a float.
     """
@@ -493,7 +492,7 @@ def _best(key, weight, tied: tl.constexpr, limit, valid):
         before = tl.sum(tl.where(key > (found | (bit - 1)), weight, 0.0), 0)
         found = tl.where(before >= limit, found | bit, found)
     before = tl.sum(tl.where(key > found, weight, 0.0), 0)
-    tie = ((key == found) & valid).to(tl.int32)
+    tie = ((key == found) & free).to(tl.int32)
     earlier = (tl.cumsum(tie, 0) - tie).to(tl.float32)
     if tied == 0.0:
         earlier *= found.to(tl.float32, bitcast=True)
