@@ -106,7 +106,7 @@ def test_packed_sequences_choose_as_alone(case: Case, policy: Policy) -> None:
 def test_limits_of_each_head_in_packed_sequences() -> None:
     # A law in the length: other limits for every sequence.
     laws = {0: ((-0.5, -0.3, 0.0), (-1.0, -0.4, 0.0))}
-    policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0, None)
+    policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0)
     check(PACKED[0], policy)
 
 
