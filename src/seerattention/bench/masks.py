@@ -43,11 +43,11 @@ def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSel
 
 
 def band(shape: Shape, density: float, device: str) -> BlockSelection:
-    """Select the first block and the latest ones, as many as ``TopK(density)`` would take."""
+    """Select the first block and the latest ones, as many as ``TopK(density)`` reads."""
     sizes = shape.queries, shape.keys, shape.block_size, device
     own, valid = own_blocks(*sizes), causal_blocks(*sizes)
-    count = TopK(density).blocks(valid.shape[1])
-    mask = TopK(density, sink_blocks=1, local_blocks=count).always(own, valid)
+    latest = max(1, TopK(density).blocks(valid.shape[1]) - 1)
+    mask = TopK(density, sink_blocks=1, local_blocks=latest).always(own, valid)
     return _per_head(shape, lambda head: mask)
 
 
