@@ -43,7 +43,7 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     positions = torch.arange(tokens)
     k_blocks = scorer.compress(k, positions=positions)
     out, selection = seer_attention(
-        q, k, v, scorer, TopK(0.3), q_scored=q, k_blocks=k_blocks, positions=positions
+        q, k, v, scorer, TopK(0.6), q_scored=q, k_blocks=k_blocks, positions=positions
     )
     mask = selection.to_mask()
     assert mask.any(-1).all()
