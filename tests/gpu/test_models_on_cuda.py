@@ -6,7 +6,16 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from seerattention.distill import DistillConfig, Distiller, TextWindows
-from seerattention.models import attach, dense, detach, new_gates, prefill, set_policy, usage
+from seerattention.models import (
+    attach,
+    cache_argument,
+    dense,
+    detach,
+    new_gates,
+    prefill,
+    set_policy,
+    usage,
+)
 from seerattention.testing.budget import Budget
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +101,7 @@ def test_a_cache_filled_densely_goes_on_in_pieces(model):
         cache = DynamicCache(config=model.config)
         with torch.inference_mode(), dense(model):
             plain = model(tokens).logits
-            model(tokens[:, :320], past_key_values=cache)
+            model(tokens[:, :320], **cache_argument(model, cache))
         last = prefill(model, tokens[:, 320:], cache, piece_tokens=128).logits
         assert usage(model)["sparse"] == 2 * 3
     finally:

@@ -104,7 +104,7 @@ def test_later_pieces_go_by_length_alone(tiny, table):
     models.attach(model, baselines.create("meanpool", block_size=(16, 16)), "top_k:1")
     cache = DynamicCache(config=model.config)
     for piece in tiny.tokens(1, 128).split(64, 1):
-        tiny.logits(model, piece, past_key_values=cache)
+        tiny.logits(model, piece, cache=cache)
     assert models.usage(model)["sparse"] == 2
 
 

@@ -26,6 +26,7 @@ from seerattention.models._gates import Gates as Gates
 from seerattention.models._gates import new_gates as new_gates
 from seerattention.models._hub import model_card as model_card
 from seerattention.models._hub import push_to_hub as push_to_hub
+from seerattention.models._intercept import cache_argument as cache_argument
 from seerattention.models._intercept import intercept as intercept
 from seerattention.models._logits import LOGIT_ROWS as LOGIT_ROWS
 from seerattention.models._logits import logits_of as logits_of
