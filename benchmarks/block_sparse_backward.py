@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.evals.versions import versions
 from seerattention.files import staged
-from seerattention.ops._shapes import Shape
+from seerattention.measure.timing import interleaved
+from seerattention.measure.versions import versions
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER, _backward
 from seerattention.ops.block_sparse_attention._cases import Case
 from seerattention.ops.block_sparse_attention._launch import Launch
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.shapes import Shape
 from seerattention.selection import causal_blocks
 from seerattention.testing.gradients import by_name, check_gradients
 from seerattention.testing.inputs import random_qkv, random_selection
-from seerattention.testing.timing import interleaved
 
 #: Tried by ``--sweep``. Each takes seconds to compile; registers and shared memory: docs/kernels.md.
 SWEEP = {

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from seerattention.evals import bundled
-from seerattention.evals.block_gains import Maps, record
-from seerattention.evals.calibration import Target, fit, measure
-from seerattention.evals.perplexity import perplexity
-from seerattention.evals.versions import versions
+from seerattention.calibration.gains import Maps, record
+from seerattention.calibration.search import Target, fit, measure
 from seerattention.files import staged
-from seerattention.models import Gates
+from seerattention.hosts.transformers import Gates
+from seerattention.measure import bundled
+from seerattention.measure.perplexity import perplexity
+from seerattention.measure.versions import versions
 from seerattention.policies import Calibrated, Policy, Threshold, TokenBudget, TopK
 
 #: What every policy reads besides: the first block, as the bundled gates' own policy does.

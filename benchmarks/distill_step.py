@@ -23,11 +23,11 @@ import torch
 from end_to_end import SHAPES, Parts, make_model
 from torch.nn.attention import sdpa_kernel
 
-from seerattention.distill import DistillConfig, Distiller, trainer
-from seerattention.evals.versions import versions
 from seerattention.files import staged
-from seerattention.models import new_gates
-from seerattention.models._call import CUDNN_FIRST
+from seerattention.hosts.transformers import new_gates
+from seerattention.measure.versions import versions
+from seerattention.ops.dense_attention import CUDNN_FIRST
+from seerattention.train import DistillConfig, Distiller, trainer
 
 PARTS = ("pooled attention", "gate", "optimizer", "rest")
 #: Tokens of the published recipe, which took about 40 A100 hours (arXiv 2410.13276, section 4).

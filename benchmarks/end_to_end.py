@@ -28,11 +28,12 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from seerattention import attention
-from seerattention.evals.versions import versions
+from seerattention.engine import layer
 from seerattention.files import staged
 from seerattention.gate import GateConfig
-from seerattention.models import _sparse, attach, detach, new_gates, usage
-from seerattention.models._call import CUDNN_FIRST
+from seerattention.hosts.transformers import attach, detach, new_gates, usage
+from seerattention.measure.versions import versions
+from seerattention.ops.dense_attention import CUDNN_FIRST
 
 POLICY = "top_k:0.1,sink_blocks=1"
 SHAPES = {
@@ -122,7 +123,7 @@ class Parts:
             (functional, "scaled_dot_product_attention", "attention"),
             (attention, "block_sparse_attention", "attention"),
             (attention, "select_blocks", "selection"),
-            (_sparse, "_update_summaries", "selection"),
+            (layer, "_update_summaries", "selection"),
         )
         with ExitStack() as stack:
             for owner, name, part in replaced:

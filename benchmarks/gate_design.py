@@ -35,16 +35,9 @@ from data import Mixture, tokenise  # noqa: E402
 from gates import Batches  # noqa: E402
 
 from seerattention import baselines  # noqa: E402
-from seerattention.distill import DistillConfig, objectives, target_recall  # noqa: E402
-from seerattention.distill.layer import gate_scores  # noqa: E402
 from seerattention.evals import bundled  # noqa: E402
-from seerattention.evals.needle import NeedleTask  # noqa: E402
-from seerattention.evals.observe import Watch  # noqa: E402
-from seerattention.evals.perplexity import perplexity  # noqa: E402
-from seerattention.evals.retrieval import retrieval  # noqa: E402
-from seerattention.evals.versions import versions  # noqa: E402
 from seerattention.gate import GateConfig  # noqa: E402
-from seerattention.models import (  # noqa: E402
+from seerattention.hosts.transformers import (  # noqa: E402
     AttentionCall,
     attach,
     base_checksum,
@@ -55,8 +48,15 @@ from seerattention.models import (  # noqa: E402
     save_gates,
     set_policy,
 )
+from seerattention.measure.needle import NeedleTask  # noqa: E402
+from seerattention.measure.observe import Watch  # noqa: E402
+from seerattention.measure.perplexity import perplexity  # noqa: E402
+from seerattention.measure.retrieval import retrieval  # noqa: E402
+from seerattention.measure.versions import versions  # noqa: E402
 from seerattention.ops.pooled_attention import pooled_attention  # noqa: E402
 from seerattention.ops.score_blocks import reference  # noqa: E402
+from seerattention.train import DistillConfig, objectives, target_recall  # noqa: E402
+from seerattention.train.layer import gate_scores  # noqa: E402
 
 POLICY = "top_k:{},sink_blocks=1"
 SCORERS = ("oracle", "oracle_mass", "xattention", "quest", "meanpool", "streaming", "random")

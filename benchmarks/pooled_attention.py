@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seerattention.evals.versions import versions
 from seerattention.files import staged
-from seerattention.ops._shapes import Shape
+from seerattention.measure.timing import interleaved
+from seerattention.measure.versions import versions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_attention, pooled_map
 from seerattention.ops.pooled_attention import triton as kernel
 from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.shapes import Shape
 from seerattention.testing.inputs import random_qkv
-from seerattention.testing.timing import interleaved
 
 #: Tried by ``--sweep``. Each takes seconds to compile; registers and shared memory: docs/kernels.md.
 SWEEP = [

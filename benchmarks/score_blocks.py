@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.distill import layer, objectives
-from seerattention.evals.versions import versions
 from seerattention.files import staged
 from seerattention.gate import AttnGate, GateConfig
+from seerattention.measure.versions import versions
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
 from seerattention.ops.score_blocks._cases import CASES, Case
+from seerattention.train import layer, objectives
 
 
 def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:

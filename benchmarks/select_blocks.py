@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from seerattention.evals.versions import versions
 from seerattention.files import staged
 from seerattention.gate import AttnGate, GateConfig
+from seerattention.measure.versions import versions
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.select_blocks._cases import CASES, Case

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from seerattention import attach, prefill
-from seerattention.evals.bundled import load_teacher, load_teacher_gates, text_tokens
-from seerattention.models import cache_argument, usage
+from seerattention.hosts.transformers import cache_argument, usage
+from seerattention.measure.bundled import load_teacher, load_teacher_gates, text_tokens
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--tokens", type=int, default=4096)

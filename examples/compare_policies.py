@@ -6,9 +6,9 @@ python examples/compare_policies.py --tokens 8192
 import argparse
 
 from seerattention import add_gates, attach, baselines, dense, set_gates, set_policy
-from seerattention.evals.bundled import load_teacher, load_teacher_gates, text_tokens
-from seerattention.evals.observe import Watch
-from seerattention.evals.perplexity import perplexity
+from seerattention.measure.bundled import load_teacher, load_teacher_gates, text_tokens
+from seerattention.measure.observe import Watch
+from seerattention.measure.perplexity import perplexity
 
 POLICIES = [
     "top_k:0.1,sink_blocks=1",  # a tenth of the map

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seerattention import attach, load_gates, new_gates, save_gates
-from seerattention.distill import DistillConfig, Distiller, TextWindows, read_tokens
-from seerattention.evals.bundled import TEACHER, TEXT
-from seerattention.evals.perplexity import perplexity
-from seerattention.models import dense
+from seerattention.hosts.transformers import dense
+from seerattention.measure.bundled import TEACHER, TEXT
+from seerattention.measure.perplexity import perplexity
+from seerattention.train import DistillConfig, Distiller, TextWindows, read_tokens
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(TEACHER), help="hub id or folder")

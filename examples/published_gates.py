@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seerattention import attach, load_gates
-from seerattention.evals.observe import Watch
-from seerattention.models import usage
+from seerattention.hosts.transformers import usage
+from seerattention.measure.observe import Watch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="base model, such as meta-llama/Llama-3.1-8B-Instruct")

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from seerattention import attach, load_gates
-from seerattention.evals.bundled import GATES, TEACHER
-from seerattention.models import usage
+from seerattention.hosts.transformers import usage
+from seerattention.measure.bundled import GATES, TEACHER
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(TEACHER), help="hub id or folder")

@@ -14,11 +14,11 @@ from seerattention import (
     select_blocks,
 )
 from seerattention.baselines import create
-from seerattention.cache import KeySummaries
+from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import reference
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.shapes import Shape
 from seerattention.selection import own_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.conformance import dense_attention

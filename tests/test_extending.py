@@ -14,8 +14,8 @@ from seerattention.attention import seer_attention
 from seerattention.evals import tasks
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops import block_sparse_attention as op
-from seerattention.ops._dispatch import load_backends
-from seerattention.ops._shapes import Shape
+from seerattention.ops.dispatch import load_backends
+from seerattention.ops.shapes import Shape
 from seerattention.policies import TopK
 from seerattention.selection import BlockSelection
 from seerattention.testing.inputs import random_qkv, random_selection

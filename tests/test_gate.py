@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig, Threshold, TopK
-from seerattention.ops._shapes import Shape
 from seerattention.ops.score_blocks import reference
+from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
 from seerattention.testing.inputs import random_qkv
 

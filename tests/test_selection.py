@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seerattention import BlockSelection, causal_blocks
-from seerattention.ops._shapes import Shape
+from seerattention.ops.shapes import Shape
 from seerattention.selection import own_blocks
 from seerattention.testing.inputs import random_selection
 

@@ -42,23 +42,24 @@ sys.path[:0] = [str(RECIPE), str(HERE)]
 from data import Mixture, tokenise  # noqa: E402
 from table import table  # noqa: E402
 
-from seerattention.distill import DistillConfig, Distiller  # noqa: E402
 from seerattention.evals import bundled  # noqa: E402
-from seerattention.evals.needle import NeedleTask  # noqa: E402
-from seerattention.evals.perplexity import next_token_losses  # noqa: E402
-from seerattention.evals.retrieval import retrieval  # noqa: E402
-from seerattention.evals.versions import versions  # noqa: E402
 from seerattention.files import staged  # noqa: E402
-from seerattention.finetune import (  # noqa: E402
+from seerattention.hosts.transformers import attach, detach, load_gates, new_gates, save_gates  # noqa: E402
+from seerattention.measure.needle import NeedleTask  # noqa: E402
+from seerattention.measure.perplexity import next_token_losses  # noqa: E402
+from seerattention.measure.retrieval import retrieval  # noqa: E402
+from seerattention.measure.versions import versions  # noqa: E402
+from seerattention.policies import parse  # noqa: E402
+from seerattention.selection import num_blocks  # noqa: E402
+from seerattention.train import (  # noqa: E402  # noqa: E402
+    DistillConfig,
+    Distiller,
     FinetuneConfig,
     Finetuner,
     extend_context,
     prepare,
     save_finetuned,
 )
-from seerattention.models import attach, detach, load_gates, new_gates, save_gates  # noqa: E402
-from seerattention.policies import parse  # noqa: E402
-from seerattention.selection import num_blocks  # noqa: E402
 
 #: Policy of training and evaluation: the first and the own block forced, no dense last rows.
 POLICY = "top_k:{:g},sink_blocks=1"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seerattention.evals.needle import NeedleTask
+from seerattention.measure.needle import NeedleTask
 
 
 def read_books(sources: list[Path]) -> Iterator[str]:

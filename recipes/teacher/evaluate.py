@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from seerattention.evals.needle import NeedleTask
+from seerattention.measure.needle import NeedleTask
 
 
 @torch.inference_mode()

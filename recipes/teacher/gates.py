@@ -18,12 +18,12 @@ from data import Mixture, tokenise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seerattention import baselines
-from seerattention.distill import DistillConfig, Distiller
-from seerattention.evals.needle import NeedleTask
-from seerattention.evals.observe import Watch
-from seerattention.evals.perplexity import perplexity
-from seerattention.evals.retrieval import retrieval
-from seerattention.models import attach, detach, new_gates, save_gates
+from seerattention.hosts.transformers import attach, detach, new_gates, save_gates
+from seerattention.measure.needle import NeedleTask
+from seerattention.measure.observe import Watch
+from seerattention.measure.perplexity import perplexity
+from seerattention.measure.retrieval import retrieval
+from seerattention.train import DistillConfig, Distiller
 
 HERE = Path(__file__).parent
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from seerattention.evals.needle import NeedleDocument
+from seerattention.measure.needle import NeedleDocument
 
 HERE = Path(__file__).parent
 

@@ -30,30 +30,30 @@ from seerattention.selection import BlockSelection as BlockSelection
 from seerattention.selection import causal_blocks as causal_blocks
 
 if TYPE_CHECKING:
-    from seerattention.models import add_gates as add_gates
-    from seerattention.models import attach as attach
-    from seerattention.models import dense as dense
-    from seerattention.models import detach as detach
-    from seerattention.models import load_gates as load_gates
-    from seerattention.models import new_gates as new_gates
-    from seerattention.models import prefill as prefill
-    from seerattention.models import push_to_hub as push_to_hub
-    from seerattention.models import save_gates as save_gates
-    from seerattention.models import set_gates as set_gates
-    from seerattention.models import set_policy as set_policy
+    from seerattention.hosts.transformers import add_gates as add_gates
+    from seerattention.hosts.transformers import attach as attach
+    from seerattention.hosts.transformers import dense as dense
+    from seerattention.hosts.transformers import detach as detach
+    from seerattention.hosts.transformers import load_gates as load_gates
+    from seerattention.hosts.transformers import new_gates as new_gates
+    from seerattention.hosts.transformers import prefill as prefill
+    from seerattention.hosts.transformers import push_to_hub as push_to_hub
+    from seerattention.hosts.transformers import save_gates as save_gates
+    from seerattention.hosts.transformers import set_gates as set_gates
+    from seerattention.hosts.transformers import set_policy as set_policy
 
 _LATER = {
-    "add_gates": "models",
-    "attach": "models",
-    "dense": "models",
-    "detach": "models",
-    "load_gates": "models",
-    "new_gates": "models",
-    "prefill": "models",
-    "push_to_hub": "models",
-    "save_gates": "models",
-    "set_gates": "models",
-    "set_policy": "models",
+    "add_gates": "hosts.transformers",
+    "attach": "hosts.transformers",
+    "dense": "hosts.transformers",
+    "detach": "hosts.transformers",
+    "load_gates": "hosts.transformers",
+    "new_gates": "hosts.transformers",
+    "prefill": "hosts.transformers",
+    "push_to_hub": "hosts.transformers",
+    "save_gates": "hosts.transformers",
+    "set_gates": "hosts.transformers",
+    "set_policy": "hosts.transformers",
 }
 
 

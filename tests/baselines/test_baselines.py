@@ -12,8 +12,8 @@ from seerattention import TopK, baselines, causal_blocks, select_blocks
 from seerattention.baselines import oracle_mass
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
-from seerattention.ops._shapes import Shape
 from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.shapes import Shape
 from seerattention.selection import num_blocks
 from seerattention.testing.conformance import slow_pooled_map
 from seerattention.testing.inputs import random_qkv

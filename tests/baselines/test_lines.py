@@ -12,7 +12,7 @@ from torch import Tensor
 from seerattention import TopK, TopP, baselines, causal_blocks, select_blocks
 from seerattention.baselines.flexprefill import FlexPrefill, root_divergence
 from seerattention.baselines.minference import MInference
-from seerattention.ops._shapes import Shape
+from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
 from seerattention.scorer import Scorer
 from seerattention.selection import num_blocks, own_blocks

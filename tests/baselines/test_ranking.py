@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from seerattention import baselines
-from seerattention.evals import bundled
-from seerattention.evals.needle import NeedleTask
-from seerattention.models import attach, detach, logits_of
+from seerattention.hosts.transformers import attach, detach, logits_of
+from seerattention.measure import bundled
+from seerattention.measure.needle import NeedleTask
 
 #: By the loss on a text with needles, the best first: `streaming` never reads one, `random` sometimes does.
 ORDER = ["oracle", "xattention", "random", "streaming"]

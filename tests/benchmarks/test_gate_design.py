@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from seerattention.distill import DistillConfig, Distiller
-from seerattention.evals import bundled
-from seerattention.models import new_gates
+from seerattention.hosts.transformers import new_gates
+from seerattention.measure import bundled
+from seerattention.train import DistillConfig, Distiller
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

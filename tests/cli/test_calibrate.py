@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from seerattention import cli
-from seerattention.evals import bundled
-from seerattention.models import attach, detach, load_gates
-from seerattention.models._checkpoint import CALIBRATION, CONFIG
+from seerattention.hosts.transformers import attach, detach, load_gates
+from seerattention.hosts.transformers.checkpoint import CALIBRATION, CONFIG
+from seerattention.measure import bundled
 
 
 @pytest.fixture

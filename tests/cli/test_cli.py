@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from seerattention import cli
-from seerattention.models import load_gates
+from seerattention.hosts.transformers import load_gates
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from seerattention import cli
-from seerattention.models import load_gates
+from seerattention.hosts.transformers import load_gates
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 KEY = "model.layers.{}.self_attn.attn_gate.{}.weight"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 from seerattention import cli
-from seerattention.models import attach, load_gates
+from seerattention.hosts.transformers import attach, load_gates
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from seerattention import cli
-from seerattention.evals import bundled
-from seerattention.models import save_gates
+from seerattention.hosts.transformers import save_gates
+from seerattention.measure import bundled
 from seerattention.policies import Calibrated, Calibration
 
 

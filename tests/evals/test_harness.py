@@ -20,14 +20,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from seerattention.evals import bundled, tasks
+from seerattention.evals import tasks
 from seerattention.evals.config import read_config
 from seerattention.evals.harness import Evaluation, load_model, prompt_faults
-from seerattention.evals.intervals import mean_interval, newcombe, t_quantile, wilson
 from seerattention.evals.records import Record, RecordFile
 from seerattention.evals.summary import cells, markdown, summary_rows, write_summary
 from seerattention.evals.tasks import Sample, Source
-from seerattention.models import new_gates, save_gates
+from seerattention.hosts.transformers import new_gates, save_gates
+from seerattention.measure import bundled
+from seerattention.measure.intervals import mean_interval, newcombe, t_quantile, wilson
 
 CONFIG = """
 lengths = [1024]

@@ -12,13 +12,14 @@ import yaml
 from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
-from seerattention.evals import bundled, lm_eval, tasks
+from seerattention.evals import lm_eval, tasks
 from seerattention.evals.lm_eval import SeerAttentionLM
-from seerattention.evals.observe import Watch
-from seerattention.evals.perplexity import hidden_states, next_token_losses
 from seerattention.evals.tasks import Source
 from seerattention.evals.tasks._base import generate
-from seerattention.models import attach, detach, new_gates, save_calibration, save_gates
+from seerattention.hosts.transformers import attach, detach, new_gates, save_calibration, save_gates
+from seerattention.measure import bundled
+from seerattention.measure.observe import Watch
+from seerattention.measure.perplexity import hidden_states, next_token_losses
 from seerattention.policies import Calibrated, Calibration
 
 POLICY = "top_k:0.2,sink_blocks=1"

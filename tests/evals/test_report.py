@@ -18,11 +18,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from seerattention.evals import bundled
-from seerattention.evals.perplexity import hidden_states
 from seerattention.evals.report import explore, fitting_layers, page, read_results
 from seerattention.evals.report.explorer import FLOOR, MISSED, READ_BEST, READ_OTHER, block_states
-from seerattention.models import attach, detach, intercept
+from seerattention.hosts.transformers import attach, detach, intercept
+from seerattention.measure import bundled
+from seerattention.measure.perplexity import hidden_states
 from seerattention.policies import parse
 from seerattention.testing.browser import chromium, missing, screen
 

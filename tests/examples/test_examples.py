@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seerattention.evals.bundled import GATES, TEACHER, TEXT
-from seerattention.models import load_gates
+from seerattention.hosts.transformers import load_gates
+from seerattention.measure.bundled import GATES, TEACHER, TEXT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

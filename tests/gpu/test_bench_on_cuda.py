@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from seerattention import cli
-from seerattention.evals.speed.ceilings import ceilings
-from seerattention.models._call import cudnn_first
-from seerattention.testing.timing import interleaved
+from seerattention.bench.ceilings import ceilings
+from seerattention.measure.timing import interleaved
+from seerattention.ops.dense_attention import cudnn_first
 
 pytestmark = pytest.mark.gpu
 

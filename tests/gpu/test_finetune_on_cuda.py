@@ -5,9 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seerattention.distill import TextWindows
-from seerattention.finetune import FinetuneConfig, Finetuner, prepare
-from seerattention.models import new_gates
+from seerattention.hosts.transformers import new_gates
+from seerattention.train import FinetuneConfig, Finetuner, TextWindows, prepare
 
 pytestmark = pytest.mark.gpu
 

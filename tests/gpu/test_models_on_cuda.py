@@ -5,8 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from seerattention.distill import DistillConfig, Distiller, TextWindows
-from seerattention.models import (
+from seerattention.hosts.transformers import (
     attach,
     cache_argument,
     dense,
@@ -17,6 +16,7 @@ from seerattention.models import (
     usage,
 )
 from seerattention.testing.budget import Budget
+from seerattention.train import DistillConfig, Distiller, TextWindows
 
 pytestmark = pytest.mark.gpu
 

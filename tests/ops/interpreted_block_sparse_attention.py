@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import triton as backend
 from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.mutants import DroppedLastBlock, SwappedHeadMap, WrongScale

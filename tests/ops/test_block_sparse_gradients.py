@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention import gather, hopper, triton
 from seerattention.ops.block_sparse_attention._backward import FEWEST, _plan
 from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.shapes import Shape
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.memory import LargestTensor

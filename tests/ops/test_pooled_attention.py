@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from seerattention import pooled_attention
-from seerattention.ops._shapes import Shape
 from seerattention.ops.pooled_attention import BACKENDS, chunked, pooled_map
 from seerattention.ops.pooled_attention._cases import CASES, PoolCase
 from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.memory import LargestTensor

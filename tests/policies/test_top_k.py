@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seerattention import TopK, causal_blocks
 from seerattention.policies import select
-from seerattention.policies._base import top_blocks
+from seerattention.policies.base import top_blocks
 
 
 def check_top_blocks(top: Callable[[Tensor, Tensor, int], Tensor], scores: Tensor, count: int) -> None:

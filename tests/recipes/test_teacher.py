@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seerattention.evals import bundled
-from seerattention.models import load_gates
+from seerattention.hosts.transformers import load_gates
+from seerattention.measure import bundled
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

@@ -19,7 +19,7 @@ def base_of_gates(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     from seerattention.cli.distill import load_base
-    from seerattention.evals import bundled
+    from seerattention.measure import bundled
 
     if name == bundled.TEACHER_NAME:
         # Small enough for any CPU, and the gates are used in its precision.

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from seerattention.distill._loop import Loop
+    from seerattention.train.loop import Loop
 
 #: Without a terminal a line is printed this many times in a run, and no bar.
 LINES = 12

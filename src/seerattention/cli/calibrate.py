@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from seerattention.evals.calibration import Outcome
+    from seerattention.calibration.search import Outcome
     from seerattention.policies import Policy
 
 
@@ -47,11 +47,11 @@ def run(
     """
     from rich.console import Console
 
+    from seerattention.calibration.search import Target, calibrate
     from seerattention.cli._base import base_of_gates
-    from seerattention.distill import read_tokens
-    from seerattention.evals.calibration import Target, calibrate
-    from seerattention.evals.figures import require_matplotlib
-    from seerattention.models import load_gates, save_calibration, save_gates
+    from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
+    from seerattention.measure.plot import require_matplotlib
+    from seerattention.train import read_tokens
 
     target = Target(density, recall, _share(max_ppl_increase))
     if plot is not None:
@@ -104,7 +104,7 @@ def _share(text: str) -> float | None:
 def _check_place(gates: Path, out: Path | None) -> None:
     """Refuse before any work what could not be saved."""
     from seerattention.files import staged
-    from seerattention.models._checkpoint import WEIGHTS, check_replaceable
+    from seerattention.hosts.transformers.checkpoint import WEIGHTS, check_replaceable
 
     if out is not None:
         check_replaceable(out)
@@ -145,7 +145,7 @@ def _phases(bar: Progress, console: Console) -> Callable[[str, int], Callable[[]
 
 
 def _draw(outcome: Outcome, picture: Path) -> None:
-    from seerattention.evals.figures import draw_calibration
+    from seerattention.demo.figures import draw_calibration
     from seerattention.files import staged
 
     with staged(picture.parent) as folder:

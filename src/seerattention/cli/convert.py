@@ -28,7 +28,7 @@ def run(
     """Write published gates as safetensors, precision kept. Code in the source is refused, never run."""
     from rich.console import Console
 
-    from seerattention.models import load_gates, save_gates
+    from seerattention.hosts.transformers import load_gates, save_gates
     from seerattention.policies import parse
 
     chosen = str(parse(policy)) if policy else None

@@ -11,8 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from seerattention.evals.demo import Demo, Method
-    from seerattention.models import Gates
+    from seerattention.demo.run import Demo, Method
+    from seerattention.hosts.transformers import Gates
 
 #: Tokens per sequence of the live distillation, and the bounds of its number of steps.
 LIVE_TOKENS, FEWEST_STEPS, MOST_STEPS = 2048, 20, 200
@@ -32,13 +32,15 @@ def run(
 
     from rich.console import Console
 
-    from seerattention.evals import bundled, figures
-    from seerattention.evals.demo import Demo, Plan, methods
-    from seerattention.evals.versions import versions
+    from seerattention.demo import figures
+    from seerattention.demo.run import Demo, Plan, methods
     from seerattention.files import staged
+    from seerattention.measure import bundled
+    from seerattention.measure.plot import require_matplotlib
+    from seerattention.measure.versions import versions
     from seerattention.policies import TopK
 
-    figures.require_matplotlib()
+    require_matplotlib()
     plan = Plan()
     if longest < (least := min(plan.lengths)):
         raise ValueError(f"--longest must be at least {least}, got {longest}")
@@ -90,10 +92,10 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
     import torch
 
     from seerattention.cli._progress import show
-    from seerattention.distill import DistillConfig, Distiller, TextWindows
-    from seerattention.evals.demo import LiveBatches
-    from seerattention.evals.needle import NeedleTask
-    from seerattention.models import new_gates
+    from seerattention.demo.run import LiveBatches
+    from seerattention.hosts.transformers import new_gates
+    from seerattention.measure.needle import NeedleTask
+    from seerattention.train import DistillConfig, Distiller, TextWindows
 
     if not seconds:
         return None

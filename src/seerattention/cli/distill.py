@@ -87,10 +87,10 @@ def run(
     from transformers import AutoTokenizer
 
     from seerattention.cli._progress import show
-    from seerattention.distill import DistillConfig, Distiller
-    from seerattention.distill._loop import make_accelerator
-    from seerattention.models import new_gates
+    from seerattention.hosts.transformers import new_gates
     from seerattention.policies import parse
+    from seerattention.train import DistillConfig, Distiller
+    from seerattention.train.loop import make_accelerator
 
     parse(policy)
     settings = gate_settings(gate)
@@ -160,7 +160,7 @@ class Source:
 
     def read(self, tokenizer: Any, least: int) -> tuple[Any, list[np.ndarray], str]:
         """Return batches, held-out windows and a line about both."""
-        from seerattention.distill import Packs, TextWindows, dataset_documents, read_tokens, text_documents
+        from seerattention.train import Packs, TextWindows, dataset_documents, read_tokens, text_documents
 
         if self.length < least:
             raise ValueError(f"--length {self.length} is below 4 blocks, {least} tokens; give a longer one")
@@ -206,7 +206,7 @@ class Source:
         return batches, list(held[: windows * self.length].reshape(windows, -1)), f"{size}; held out: {said}"
 
     def _given(self, tokenizer: Any) -> np.ndarray:
-        from seerattention.distill import read_tokens
+        from seerattention.train import read_tokens
 
         return read_tokens(self.heldout, tokenizer) if self.heldout else np.empty(0, np.int64)
 
@@ -271,10 +271,10 @@ def _report(trainer: Any, tokenizer: Any, held: list[np.ndarray], about: str) ->
     if trainer.sharded:
         report["skipped"] = "perplexity and needles: the base is sharded; measure them on one process"
         return report
-    from seerattention.evals.needle import NeedleTask
-    from seerattention.evals.perplexity import perplexity
-    from seerattention.evals.retrieval import retrieval
-    from seerattention.models import attach, detach
+    from seerattention.hosts.transformers import attach, detach
+    from seerattention.measure.needle import NeedleTask
+    from seerattention.measure.perplexity import perplexity
+    from seerattention.measure.retrieval import retrieval
 
     tokens, length, model = np.concatenate(held), len(held[0]), trainer.model
     documents: list[Any] = []
@@ -337,8 +337,8 @@ def _finish(
     """Save the gates and the report, and push them where asked."""
     from huggingface_hub import HfApi
 
-    from seerattention.models import save_gates
-    from seerattention.models._checkpoint import RESULTS
+    from seerattention.hosts.transformers import save_gates
+    from seerattention.hosts.transformers.checkpoint import RESULTS
 
     save_gates(gates, folder, policy=policy)
     with staged(folder) as temporary:

@@ -121,12 +121,12 @@ def run(
     from transformers import AutoTokenizer
 
     from seerattention.cli._progress import show
-    from seerattention.distill._loop import make_accelerator
-    from seerattention.finetune import FinetuneConfig, Finetuner
-    from seerattention.finetune.save import GATES
-    from seerattention.models import load_gates, new_gates
-    from seerattention.models._checkpoint import check_replaceable
+    from seerattention.hosts.transformers import load_gates, new_gates
+    from seerattention.hosts.transformers.checkpoint import check_replaceable
     from seerattention.policies import parse
+    from seerattention.train import FinetuneConfig, Finetuner
+    from seerattention.train.loop import make_accelerator
+    from seerattention.train.save import GATES
 
     least, most = _densities(density)
     policy = policy or f"top_k:{least:g},sink_blocks=1"
@@ -208,7 +208,7 @@ class _Start:
         import torch
         from transformers import AutoConfig
 
-        from seerattention.finetune import checkpoint_layers, extend_context, prepare
+        from seerattention.train import checkpoint_layers, extend_context, prepare
 
         config = AutoConfig.from_pretrained(self.model)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -274,8 +274,8 @@ def _finish(
     policy: str,
 ) -> None:
     """Save the model and its gates, and measure them, dense beside sparse."""
-    from seerattention.finetune import save_finetuned
-    from seerattention.finetune.save import GATES, MODEL
+    from seerattention.train import save_finetuned
+    from seerattention.train.save import GATES, MODEL
 
     folder = save_finetuned(
         tuner, out, policy=policy, tokenizer=tokenizer, rebuild=lambda: start.load("cpu")[1]
@@ -293,8 +293,8 @@ def _finish(
 
 def _report(tuner: Any, held: list[np.ndarray], about: str, densities: list[float]) -> dict[str, Any]:
     """Measure perplexity on held-out text, dense beside sparse."""
-    from seerattention.evals.perplexity import perplexity
-    from seerattention.models import attach, detach
+    from seerattention.hosts.transformers import attach, detach
+    from seerattention.measure.perplexity import perplexity
 
     tokens, length, model = np.concatenate(held), len(held[0]), tuner.model
     model.eval()
@@ -323,7 +323,7 @@ def _print_report(console: Any, report: dict[str, Any]) -> None:
 
 
 def _keep(report: dict[str, Any], folder: Path) -> None:
-    from seerattention.models._checkpoint import RESULTS
+    from seerattention.hosts.transformers.checkpoint import RESULTS
 
     with staged(folder) as temporary:
         (temporary / RESULTS).write_text(json.dumps(report, indent=2) + "\n")

@@ -37,8 +37,8 @@ def support() -> list[Support]:
     from seerattention.ops import score_blocks as scores
     from seerattention.ops import select_blocks as chosen
     from seerattention.ops import summarise_blocks as summaries
-    from seerattention.ops._dispatch import explain
     from seerattention.ops.block_sparse_attention._options import Options
+    from seerattention.ops.dispatch import explain
     from seerattention.ops.pooled_attention._options import PoolOptions
     from seerattention.policies import TopK
     from seerattention.selection import BlockSelection
@@ -75,8 +75,8 @@ def support() -> list[Support]:
 
 def markdown() -> str:
     """Return the support of this installation as Markdown, for the README."""
-    from seerattention.models import families, refused
-    from seerattention.models._support import features
+    from seerattention.hosts.transformers import families, refused
+    from seerattention.hosts.transformers.support import features
     from seerattention.policies import forms
 
     by_backend: dict[tuple[str, str], list[Support]] = {}
@@ -112,7 +112,7 @@ def crossover_lines() -> list[str]:
     """Return, for the devices at hand, where prefill is dense because that is faster."""
     import torch
 
-    from seerattention.models._crossover import crossover
+    from seerattention.crossover import crossover
 
     lines = []
     for kind in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
@@ -141,7 +141,7 @@ def layer_report(model: str) -> list[tuple[str, str]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from seerattention.models._family import attention_layers, family_of, full_attention_layers
+    from seerattention.hosts.transformers.family import attention_layers, family_of, full_attention_layers
 
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
@@ -177,9 +177,9 @@ def run(
     from rich.table import Table
 
     from seerattention.baselines import names
-    from seerattention.evals.versions import versions
-    from seerattention.models import families, refused
-    from seerattention.models._support import features
+    from seerattention.hosts.transformers import families, refused
+    from seerattention.hosts.transformers.support import features
+    from seerattention.measure.versions import versions
     from seerattention.policies import forms
 
     console = Console()

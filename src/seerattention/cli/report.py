@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from seerattention.models import Gates
+    from seerattention.hosts.transformers import Gates
     from seerattention.policies import Policy
 
 #: Densities that the explorer offers where none is asked for.
@@ -100,10 +100,10 @@ def _explore(
     from rich.progress import Progress
 
     from seerattention.cli._base import base_of_gates
-    from seerattention.evals import bundled
     from seerattention.evals.config import BUNDLED
     from seerattention.evals.report import explore
-    from seerattention.models import load_gates
+    from seerattention.hosts.transformers import load_gates
+    from seerattention.measure import bundled
 
     loaded = bundled.load_teacher_gates() if source == BUNDLED else load_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
@@ -157,9 +157,9 @@ def _policies(gates: Gates, densities: list[float]) -> list[Policy]:
 
 def _window(text: list[Path], tokenizer: Any, tokens: int, needles: bool) -> tuple[np.ndarray, str]:
     """Return the tokens whose maps are shown, and what they are."""
-    from seerattention.distill import read_tokens
-    from seerattention.evals import bundled
-    from seerattention.evals.needle import NeedleTask
+    from seerattention.measure import bundled
+    from seerattention.measure.needle import NeedleTask
+    from seerattention.train import read_tokens
 
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")

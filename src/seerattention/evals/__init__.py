@@ -1,1 +1,1 @@
-"""What a sparse model is worth: perplexity, needles, recall and time, dense always beside sparse."""
+"""Tasks with answers, methods side by side, dense first; resumable, with a summary and a page."""

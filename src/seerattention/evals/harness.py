@@ -18,16 +18,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from seerattention import baselines
-from seerattention.distill.data import text_documents
-from seerattention.evals import bundled, tasks
+from seerattention.evals import tasks
 from seerattention.evals.config import BUNDLED, SAVED, EvalConfig, Method, TaskPlan
-from seerattention.evals.observe import Watch
 from seerattention.evals.records import Record, RecordFile
 from seerattention.evals.tasks import Sample, Source, Task, share_found
 from seerattention.evals.tasks._base import generate
-from seerattention.evals.versions import versions
 from seerattention.gate import Scorer
-from seerattention.models import Gates, attach, base_checksum, detach, load_gates
+from seerattention.hosts.transformers import Gates, attach, base_checksum, detach, load_gates
+from seerattention.measure import bundled
+from seerattention.measure.observe import Watch
+from seerattention.measure.versions import versions
+from seerattention.train.data import text_documents
 
 #: A prompt that falls short of its length by more than this share was cut.
 SHORTEST = 0.9

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from seerattention.evals import bundled
 from seerattention.evals.config import BUNDLED, POLICY
-from seerattention.evals.observe import Watch
-from seerattention.models import Gates, attach, load_gates, usage
+from seerattention.hosts.transformers import Gates, attach, load_gates, usage
+from seerattention.measure import bundled
+from seerattention.measure.observe import Watch
 from seerattention.policies import parse
 
 try:

@@ -12,10 +12,10 @@ from statistics import fmean, median
 from typing import Any
 
 from seerattention.evals.harness import Cell, Evaluation
-from seerattention.evals.intervals import mean_interval, newcombe, wilson
 from seerattention.evals.records import Record
-from seerattention.evals.versions import versions
 from seerattention.files import staged
+from seerattention.measure.intervals import mean_interval, newcombe, wilson
+from seerattention.measure.versions import versions
 
 #: What a table says about itself.
 NOTE = (

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seerattention.policies._base import Policy as Policy
-from seerattention.policies._base import Rule as Rule
+from seerattention.policies.base import Policy as Policy
+from seerattention.policies.base import Rule as Rule
 from seerattention.policies.calibrated import Calibrated as Calibrated
 from seerattention.policies.calibrated import Calibration as Calibration
 from seerattention.policies.threshold import Threshold as Threshold

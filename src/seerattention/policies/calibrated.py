@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from seerattention.policies._base import Policy, Rule
+from seerattention.policies.base import Policy, Rule
 
 #: What a text is calibrated for: a fraction of blocks read, a share of attention mass kept, or the most
 #: that perplexity may rise.

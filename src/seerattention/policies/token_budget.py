@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from seerattention.policies._base import Policy, Rule, top_blocks
+from seerattention.policies.base import Policy, Rule, top_blocks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from seerattention.policies._base import Policy, Rule, softmax
+from seerattention.policies.base import Policy, Rule, softmax
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops._shapes import Shape
+from seerattention.ops.shapes import Shape
 from seerattention.selection import BlockSelection, causal_blocks, num_blocks, own_blocks
 
 

@@ -5,8 +5,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from seerattention.evals import bundled
 from seerattention.evals.tasks import Source
+from seerattention.measure import bundled
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

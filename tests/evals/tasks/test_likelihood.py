@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from seerattention.evals import bundled, tasks
+from seerattention.evals import tasks
 from seerattention.evals.tasks import Source
+from seerattention.measure import bundled
 
 
 def test_windows_take_turns_between_documents_and_never_overlap(byte_source) -> None:

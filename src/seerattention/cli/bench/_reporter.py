@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressReporter:
-    """A `seerattention.evals.speed.prefill.Reporter` on a console; a context that ends the bar.
+    """A `seerattention.bench.prefill.Reporter` on a console; a context that ends the bar.
 
     Args:
         console: Where to show it.

@@ -33,12 +33,12 @@ def run(
     from rich.console import Console
     from rich.table import Table
 
+    from seerattention.bench.crossover import WORTHWHILE, entry_of, merged
+    from seerattention.bench.plan import DEFAULTS, Plan
+    from seerattention.bench.prefill import measure
     from seerattention.cli.bench._reporter import ProgressReporter
-    from seerattention.evals.speed.crossover import WORTHWHILE, entry_of, merged
-    from seerattention.evals.speed.plan import DEFAULTS, Plan
-    from seerattention.evals.speed.prefill import measure
+    from seerattention.crossover import read_table
     from seerattention.files import staged
-    from seerattention.models._crossover import read_table
 
     console = Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

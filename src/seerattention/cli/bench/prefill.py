@@ -53,12 +53,12 @@ def run(
     import torch
     from rich.console import Console
 
+    from seerattention.bench.plan import DEFAULTS, Plan
+    from seerattention.bench.prefill import measure
+    from seerattention.bench.roofline import draw_roofline
     from seerattention.cli.bench._reporter import ProgressReporter
-    from seerattention.evals.figures import require_matplotlib
-    from seerattention.evals.speed.plan import DEFAULTS, Plan
-    from seerattention.evals.speed.prefill import measure
-    from seerattention.evals.speed.roofline import draw_roofline
     from seerattention.files import staged
+    from seerattention.measure.plot import require_matplotlib
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given: dict[str, Any] = {

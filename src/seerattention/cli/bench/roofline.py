@@ -16,9 +16,9 @@ def run(
     ] = None,
 ) -> None:
     """Draw the rate over selected work against density under the device's ceilings; needs matplotlib."""
-    from seerattention.evals.figures import require_matplotlib
-    from seerattention.evals.speed.roofline import draw_roofline
+    from seerattention.bench.roofline import draw_roofline
     from seerattention.files import staged
+    from seerattention.measure.plot import require_matplotlib
 
     require_matplotlib()
     measured = json.loads(report.read_text())

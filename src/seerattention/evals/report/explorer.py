@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.evals.perplexity import hidden_states
-from seerattention.models import AttentionCall, Gates, attach, detach, intercept
+from seerattention.hosts.transformers import AttentionCall, Gates, attach, detach, intercept
+from seerattention.measure.perplexity import hidden_states
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import Calibrated, Policy, TopK, select
 from seerattention.selection import causal_blocks, num_blocks, own_blocks

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.evals.tasks._scoring import share_found
-from seerattention.models import cache_argument
+from seerattention.hosts.transformers import cache_argument
 
 #: Stands for the question while a chat template is written around it.
 _MARK = "\N{REPLACEMENT CHARACTER}question\N{REPLACEMENT CHARACTER}"

@@ -13,7 +13,6 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from seerattention.evals.needle import COLOURS, THINGS
 from seerattention.evals.tasks._base import (
     Generated,
     Sample,
@@ -24,6 +23,7 @@ from seerattention.evals.tasks._base import (
     room_for,
     wrap,
 )
+from seerattention.measure.needle import COLOURS, THINGS
 
 Haystack = Literal["text", "noise", "needles"]
 

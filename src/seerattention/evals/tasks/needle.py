@@ -1,4 +1,4 @@
-"""Numbers hidden in a text in the words the bundled teacher knows: `seerattention.evals.needle`.
+"""Numbers hidden in a text in the words the bundled teacher knows: `seerattention.measure.needle`.
 
 All questions of a document are answered in one pass, by the most likely next token at every digit given
 the ones before: what greedy decoding would say where it is right so far. Documents are those of the demo, by
@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from seerattention.evals.needle import NeedleDocument, NeedleTask
-from seerattention.evals.retrieval import predictions
 from seerattention.evals.tasks._base import Outcome, Sample, Source
+from seerattention.measure.needle import NeedleDocument, NeedleTask
+from seerattention.measure.retrieval import predictions
 
 
 @dataclass(frozen=True)

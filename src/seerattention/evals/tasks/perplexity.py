@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from seerattention.evals.perplexity import next_token_losses
 from seerattention.evals.tasks._base import Outcome, Sample, Source
+from seerattention.measure.perplexity import next_token_losses
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from seerattention.ops._dispatch import check_qkv, choose, load_backends
 from seerattention.ops.block_sparse_attention import _gradient
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.dispatch import check_qkv, choose, load_backends
 from seerattention.selection import BlockSelection, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)

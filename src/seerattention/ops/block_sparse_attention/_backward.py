@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops._copies import copied, line
 from seerattention.ops.block_sparse_attention._backward_columns import count_kernel, join_kernel, keys_kernel
 from seerattention.ops.block_sparse_attention._backward_rows import queries_kernel, rows_kernel
 from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.copies import copied, line
 from seerattention.selection import BlockSelection, num_blocks
 
 #: By bytes per element and padded head dimension. Registers and shared memory of each: docs/kernels.md.

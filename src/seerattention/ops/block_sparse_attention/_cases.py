@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from seerattention.ops._shapes import Shape
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.shapes import Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from seerattention.ops._dispatch import check_qkv, choose, load_backends
+from seerattention.ops.dispatch import check_qkv, choose, load_backends
 from seerattention.ops.pooled_attention._options import PoolOptions, read_lengths
 
 BACKENDS = load_backends(__name__, __path__)

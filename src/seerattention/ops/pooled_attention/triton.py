@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from seerattention.ops._copies import copied
-from seerattention.ops._precision import DTYPES
 from seerattention.ops.block_sparse_attention._triton_kernel import triton
+from seerattention.ops.copies import copied
 from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.pooled_attention._triton_kernel import pooled_kernel
+from seerattention.ops.precision import DTYPES
 from seerattention.selection import num_blocks
 
 #: Whether the kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when this file was imported).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seerattention.ops._dispatch import choose, load_backends
+from seerattention.ops.dispatch import choose, load_backends
 
 BACKENDS = load_backends(__name__, __path__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seerattention.ops._dispatch import choose, load_backends
+from seerattention.ops.dispatch import choose, load_backends
 from seerattention.policies import Policy
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from seerattention.ops._shapes import Shape
+from seerattention.ops.shapes import Shape
 
 
 @dataclass(frozen=True, kw_only=True)

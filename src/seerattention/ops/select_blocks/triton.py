@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops._precision import DTYPES, products
+from seerattention.ops.precision import DTYPES, products
 from seerattention.policies import Policy
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection, num_blocks

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops._precision import DTYPES, products
+from seerattention.ops.precision import DTYPES, products
 from seerattention.selection import num_blocks
 
 try:

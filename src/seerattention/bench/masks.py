@@ -1,0 +1,186 @@
+"""Selections of a given density to time kernels on: random, a band, and a trained gate's.
+
+All are built on the device head by head, since ``[Hq, N, N]`` scores at 256k tokens would take 2 GB.
+Every row reads its own block and the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from seerattention.ops.shapes import Shape
+from seerattention.policies import TopK, select
+from seerattention.selection import BlockSelection, causal_blocks, num_blocks, own_blocks
+
+#: What ``--mask`` may name.
+MASKS = ("random", "gate", "band")
+
+#: How far a repeated passage's scores move, in standard deviations of the head's scores.
+PASSAGE_SPREAD = 0.5
+
+
+def full(shape: Shape, device: str) -> BlockSelection:
+    """Select everything, with one list per head as the other masks have."""
+    valid = causal_blocks(shape.queries, shape.keys, shape.block_size, device)
+    return _per_head(shape, lambda head: valid)
+
+
+def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSelection:
+    """Select each earlier block with probability ``density``, per query head."""
+    sizes = shape.queries, shape.keys, shape.block_size, device
+    valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+    own[:, 0] = True
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def one(head: int) -> Tensor:
+        draws = torch.rand(valid.shape, generator=generator, device=device)
+        return ((draws < density) & valid) | own
+
+    return _per_head(shape, one)
+
+
+def band(shape: Shape, density: float, device: str) -> BlockSelection:
+    """Select the first block and the latest ones, as many as ``TopK(density)`` would take."""
+    sizes = shape.queries, shape.keys, shape.block_size, device
+    own, valid = own_blocks(*sizes), causal_blocks(*sizes)
+    count = TopK(density).blocks(valid.shape[1])
+    mask = TopK(density, sink_blocks=1, local_blocks=count).always(own, valid)
+    return _per_head(shape, lambda head: mask)
+
+
+def gate(shape: Shape, density: float, device: str, scores: Tensor) -> BlockSelection:
+    """Select by top-k over a trained gate's scores, laid out for this length.
+
+    Args:
+        shape: The sizes; square block sizes that are a power of two times the scores' blocks.
+        density: As in ``TopK``.
+        device: Where to build it.
+        scores: fp32 ``[groups, heads per group, N0, N0]`` of blocks of 64 tokens, from `teacher_scores`.
+
+    Returns:
+        The selection, ``[1, Hq, Nq, Nk]``.
+    """
+    blocks = num_blocks(shape.keys, shape.block_size[1])
+    policy = TopK(density, sink_blocks=1)
+    group = shape.heads // shape.kv_heads
+    coarse = _coarser(scores.to(device), shape.block_size[1] // 64)
+    chosen = pick_heads(coarse.shape[0], coarse.shape[1], shape.kv_heads, group)
+
+    def one(head: int) -> Tensor:
+        at, inside = chosen[head]
+        longer = lay_out(coarse[at, inside], blocks, seed=at)[None, None]
+        sizes = {"num_queries": shape.queries, "num_keys": shape.keys, "block_size": shape.block_size}
+        return select(policy, longer, **sizes).to_mask()[0, 0]
+
+    return _per_head(shape, one)
+
+
+def pick_heads(groups: int, per_group: int, wanted_groups: int, wanted_heads: int) -> list[tuple[int, int]]:
+    """Return which (group, head) of the trained model stands for each query head wanted.
+
+    Groups are spread over the layers. Where a group has fewer heads than wanted, heads of the next
+    group, mostly of the same layer, follow.
+    """
+    found = []
+    for i in range(wanted_groups):
+        first = i * groups // wanted_groups if wanted_groups <= groups else i % groups
+        for j in range(wanted_heads):
+            found.append(((first + j // per_group) % groups, j % per_group))
+    return found
+
+
+def lay_out(scores: Tensor, blocks: int, seed: int) -> Tensor:
+    """Lay out block scores ``[N0, N0]`` for a longer sequence of ``blocks`` blocks.
+
+    What is near keeps its place relative to the diagonal and the first block stays the first, both at
+    their own size. What is far repeats the lower left quarter of the map, the scores of late queries
+    for early keys, passage after passage; each repetition is raised or lowered by a random amount that
+    the heads of a group share. Enlarging the map instead would make every block a square of equal
+    blocks, and neighbouring rows would share far more than they do.
+
+    Args:
+        scores: fp32 ``[N0, N0]``, before softmax.
+        blocks: Blocks wanted; up to ``N0`` the map is cut.
+        seed: Of the passages' amounts.
+
+    Returns:
+        fp32 ``[blocks, blocks]``; acausal entries mean nothing.
+    """
+    known = scores.shape[0]
+    if blocks <= known:
+        return scores[:blocks, :blocks]
+    half = known // 2
+    row = torch.arange(blocks, device=scores.device)[:, None]
+    column = torch.arange(blocks, device=scores.device)[None]
+    distance = row - column
+    source_row = torch.where(row < known, row, half + (row - known) % half)
+    far = 1 + (column - 1) % (half - 1)
+    source_column = torch.where(distance < half, source_row - distance, far)
+    source_column = torch.where(row < known, column, source_column)
+    source_column = torch.where(column == 0, 0, source_column).clamp(0, known - 1)
+    generator = torch.Generator().manual_seed(seed)
+    passages = blocks // (half - 1) + 1
+    amounts = torch.randn(passages, passages, generator=generator).to(scores.device)
+    causal = scores[torch.ones_like(scores, dtype=torch.bool).tril()]
+    passage = ((row - known) // half).clamp(min=0), (column - 1).clamp(min=0) // (half - 1)
+    moved = PASSAGE_SPREAD * causal[causal.isfinite()].std() * amounts[passage]
+    repeated = (distance >= half) & (row >= known) & (column > 0)
+    return scores[source_row, source_column] + torch.where(repeated, moved, 0.0)
+
+
+def _coarser(scores: Tensor, factor: int) -> Tensor:
+    """Reduce scores to blocks ``factor`` times as large: a block is as good as its best part."""
+    if factor <= 1:
+        return scores
+    size = scores.shape[-1] // factor * factor
+    # Acausal parts of a block on the diagonal were never trained.
+    tail = scores.masked_fill(~torch.ones_like(scores[0, 0], dtype=torch.bool).tril(), float("-inf"))
+    tail = tail[..., :size, :size].unflatten(-1, (-1, factor)).amax(-1)
+    return tail.unflatten(-2, (-1, factor)).amax(-2)
+
+
+def _per_head(shape: Shape, mask: Callable[[int], Tensor]) -> BlockSelection:
+    """Build a selection from one bool ``[Nq, Nk]`` mask per query head."""
+    heads = [
+        BlockSelection.from_mask(mask(head)[None, None], shape.block_size, check=False)
+        for head in range(shape.heads)
+    ]
+    _, _, nq, nk = heads[0].shape
+    return BlockSelection(
+        torch.cat([one.bits for one in heads], 1), (1, shape.heads, nq, nk), shape.block_size
+    )
+
+
+@torch.inference_mode()
+def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
+    """Return the bundled gates' scores on the bundled text, one group of heads per (layer, KV head).
+
+    Args:
+        device: Where to run the bundled teacher.
+        tokens: Length of the text; 64 tokens make a block.
+
+    Returns:
+        fp32 ``[layers * Hk, G, N0, N0]``, before softmax.
+    """
+    from seerattention.hosts.transformers import AttentionCall, intercept
+    from seerattention.measure import bundled
+
+    model, tokenizer = bundled.load_teacher()
+    # pyright takes the argument for self (transformers' `to` is decorated).
+    model.to(device)  # type: ignore[arg-type]
+    gates = bundled.load_teacher_gates().to(device)
+    gates.use_rotary_of(model)
+    by_layer, found = dict(gates.items()), []
+
+    def handler(call: AttentionCall) -> Tensor:
+        scores = by_layer[call.layer](call.q_nope, call.k_nope, positions=call.positions)
+        found.append(scores[0].unflatten(0, (call.k.shape[1], -1)))
+        return call.dense()
+
+    ids = torch.from_numpy(bundled.text_tokens(tokenizer)[1][:tokens].copy())[None].to(device)
+    with intercept(model, handler):
+        model.get_decoder()(ids, use_cache=False)
+    return torch.cat(found)

@@ -1,0 +1,160 @@
+"""What reading each block gains each head, in sampled rows of true attention maps.
+
+A window of text is run densely. Of sampled rows of query blocks this keeps what the gate says of every
+block, the attention mass in it, and its *gain*: how much nearer it brings a sparse output to the dense one,
+read after those that its gate puts before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from seerattention.hosts.transformers import AttentionCall, Gates, intercept
+from seerattention.measure.perplexity import hidden_states
+from seerattention.policies import Policy
+from seerattention.selection import causal_blocks, num_blocks, own_blocks
+
+#: Rows of query blocks per window whose maps are kept.
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What was seen in sampled rows, for all heads of all layers in turn, ``A``; ``S`` rows of all windows.
+
+    Attributes:
+        layers: Layer indices.
+        block_size: Tokens per (query block, KV block).
+        rows: int64 ``[S]``, the query block of each row in its window.
+        log_share: fp32 ``[A, S, N]``, logarithm of the gate's softmax; -inf where acausal.
+        mass: fp32 ``[A, S, N]``, share of the attention of the row's queries; rows sum to 1.
+        gain: fp32 ``[A, S, N]``, by how much reading a block lowers the squared difference of the sparse
+            output from the dense one, its queries' mean, relative to the mean squared output of the layer.
+            Read before it are those that ``knobs`` always reads, whose gain is 0, and those whose share is
+            larger.
+        knobs: A policy whose sink and local blocks and dense last rows are read besides.
+    """
+
+    layers: list[int]
+    block_size: tuple[int, int]
+    rows: Tensor
+    log_share: Tensor
+    mass: Tensor
+    gain: Tensor
+    knobs: Policy
+
+
+@torch.inference_mode()
+def record(
+    model: PreTrainedModel,
+    gates: Gates,
+    windows: list[np.ndarray],
+    knobs: Policy,
+    step: Callable[[], None] | None = None,
+) -> Maps:
+    """Run windows of text densely and return the maps of sampled rows.
+
+    Args:
+        model: The base model, nothing attached.
+        gates: Its gates.
+        windows: int ``[T]`` each, all of one length.
+        knobs: A policy with the sink and local blocks and dense last rows to use.
+        step: Called after every layer of every window.
+
+    Raises:
+        FloatingPointError: If the gates' scores or the attention are not finite.
+    """
+    by_layer = dict(gates.items())
+    block = gates.config.block_size
+    blocks = num_blocks(len(windows[0]), block)
+    rows = torch.linspace(0, blocks - 1, min(ROWS, blocks)).round().long()
+    sizes = blocks * block, blocks * block, (block, block)
+    # Of shorter texts other rows are the last, so that none is dense here.
+    always = replace(knobs, dense_last_rows=0).always(own_blocks(*sizes), causal_blocks(*sizes))[rows]
+    seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in by_layer}
+
+    def handler(call: AttentionCall) -> Tensor:
+        gate = by_layer[call.layer]
+        valid = causal_blocks(call.q.shape[2], call.q.shape[2], gate.block_size, call.q.device)
+        scores = gate(call.q_nope, call.k_nope, positions=call.positions)[0].float()
+        share = torch.log_softmax(scores.masked_fill(~valid, -math.inf), -1)[:, rows.to(scores.device)]
+        mass, gain = _true_rows(call, rows, block, share, always.to(share.device))
+        if not bool(torch.isfinite(gain).all()) or bool(share.isnan().any()):
+            raise FloatingPointError(
+                f"the scores or the attention of layer {call.layer} are NaN or infinite; check the gates, "
+                "and load the model in float32 or bfloat16"
+            )
+        seen[call.layer].append((share.cpu(), mass.cpu(), gain.cpu()))
+        if step is not None:
+            step()
+        return call.dense()
+
+    with intercept(model, handler):
+        for window in windows:
+            hidden_states(model, window)
+    share, mass, gain = (
+        torch.cat([torch.cat([w[i] for w in seen[layer]], 1) for layer in by_layer]) for i in range(3)
+    )
+    return Maps(list(by_layer), (block, block), rows.repeat(len(windows)), share, mass, gain, knobs)
+
+
+def _true_rows(
+    call: AttentionCall, rows: Tensor, block: int, share: Tensor, always: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mass and gain of the blocks of some rows, fp32 ``[H, S, N]``.
+
+    Args:
+        call: The layer's call.
+        rows: int64 ``[S]``, query blocks.
+        block: Tokens per block.
+        share: ``[H, S, N]``, what blocks are read by, the largest first.
+        always: bool ``[S, N]``, the blocks read before all others.
+    """
+    heads = share.shape[0]
+    tokens = call.k.shape[2]
+    blocks = num_blocks(tokens, block)
+    groups = call.q.shape[1] // call.k.shape[1]
+    mass = torch.zeros(call.q.shape[1], len(rows), blocks, device=call.q.device)
+    gain, output = torch.zeros_like(mass), torch.zeros((), device=call.q.device)
+    orders = share.masked_fill(always, math.inf).repeat_interleave(call.q.shape[1] // heads, 0)
+    for at, row in enumerate(rows.tolist()):
+        first, end = row * block, min((row + 1) * block, tokens)
+        position = torch.arange(first, end, device=call.q.device)
+        acausal = torch.arange(end, device=call.q.device) > position[:, None]
+        for h in range(call.k.shape[1]):
+            part = slice(h * groups, (h + 1) * groups)
+            k, v = call.k[0, h, :end].float(), call.v[0, h, :end].float()
+            scores = call.q[0, part, first:end].float() @ k.mT * call.scale
+            if call.softcap is not None:
+                scores = call.softcap * torch.tanh(scores / call.softcap)
+            scores = scores.masked_fill(acausal, -math.inf)
+            pad = -end % block
+            weights = torch.nn.functional.pad(scores.softmax(-1), (0, pad)).unflatten(-1, (-1, block))
+            values = torch.nn.functional.pad(v, (0, 0, 0, pad)).unflatten(0, (-1, block))
+            in_block = weights.sum(-1)
+            mass[part, at, : row + 1] = in_block.mean(1)
+            order = orders[part, at, : row + 1].argsort(-1, descending=True)
+            places = order[:, None].expand_as(in_block)
+            parts = torch.einsum("gqjt,jtd->gqjd", weights, values)
+            parts = parts.gather(2, places[..., None].expand_as(parts)).cumsum(2)
+            read = in_block.gather(2, places).cumsum(2)[..., None]
+            if call.sinks is not None:
+                # A sink takes part of the weights that all keys share.
+                keys = torch.sigmoid(scores.logsumexp(-1) - call.sinks[part, None].float())[..., None, None]
+                parts, read = parts * keys, read * keys + 1 - keys
+            # The output with the first, the first two, ... and all blocks in this order.
+            outs = parts / read.clamp_min(torch.finfo(read.dtype).tiny)
+            error = (outs - outs[:, :, -1:]).pow(2).sum(-1).mean(1)
+            start = int(always[at].sum())
+            gain[part, at].scatter_(1, order[:, start:], error[:, start - 1 : -1] - error[:, start:])
+            output += outs[:, :, -1].pow(2).sum(-1).mean(1).sum() / len(rows)
+    gain /= output.clamp_min(torch.finfo(gain.dtype).tiny)
+    # Gates with one score per KV head choose for all heads of a group.
+    return mass.unflatten(0, (heads, -1)).mean(1), gain.unflatten(0, (heads, -1)).sum(1)

@@ -1,0 +1,108 @@
+"""Where dense attention is faster than choosing blocks and reading few: a table per device, measured.
+
+``seerattention bench crossover`` writes an entry of ``data/crossover.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seerattention.device import capability, device_name
+
+TABLE = Path(__file__).parent / "data" / "crossover.json"
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """What was measured on one device.
+
+    Attributes:
+        device: Its name, None for a guess.
+        dense_below: Tokens of a sequence below which dense attention is faster.
+        densest: Pairs of a length and the density up to which sparse attention is faster there,
+            selection included, ascending in length.
+        cudnn_from: Tokens from which cuDNN's dense attention pays for planning each new length; None
+            where it does not.
+        asked: The device that this stands for, where another one was measured.
+    """
+
+    device: str | None
+    dense_below: int
+    densest: tuple[tuple[int, float], ...] = ()
+    cudnn_from: int | None = None
+    asked: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the numbers come from, for messages."""
+        if self.device is None:
+            return "a guess, not measured on this kind of device"
+        return f"measured on {self.device}" + (f", the nearest known to {self.asked}" if self.asked else "")
+
+    def densest_at(self, tokens: int) -> float:
+        """Return the density up to which sparse attention is faster, between lengths by interpolation."""
+        if not self.densest:
+            return 1.0
+        lengths = [length for length, _ in self.densest]
+        after = next((i for i, length in enumerate(lengths) if length >= tokens), len(lengths) - 1)
+        before = max(0, after - 1) if lengths[after] > tokens else after
+        (low, at_low), (high, at_high) = self.densest[before], self.densest[after]
+        share = 0.0 if low == high else math.log(tokens / low) / math.log(high / low)
+        return at_low + max(0.0, min(1.0, share)) * (at_high - at_low)
+
+
+def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
+    """Return the entries of a table, none if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def nearest(
+    entries: list[dict[str, Any]], device_type: str, name: str, capability: str | None = None
+) -> Crossover:
+    """Return what is known about a device, or about the one of its type that is most like it.
+
+    Args:
+        entries: From `read_table`.
+        device_type: ``cpu`` or ``cuda``.
+        name: The device's name.
+        capability: A GPU's compute capability, e.g. ``"9.0"``: GPUs of one are alike whatever their names.
+
+    Returns:
+        Its entry; without any of its type one that never chooses dense attention.
+    """
+    known = [e for e in entries if e["device_type"] == device_type]
+    if not known:
+        return Crossover(None, 0)
+
+    def likeness(entry: dict[str, Any]) -> tuple[float, ...]:
+        apart = abs(float(entry.get("capability") or 0) - float(capability or 0))
+        return entry["device"] == name, -apart, SequenceMatcher(None, entry["device"] or "", name).ratio()
+
+    entry = max(known, key=likeness)
+    return Crossover(
+        device=entry["device"],
+        dense_below=entry["dense_below"],
+        densest=tuple((r["tokens"], r["densest"]) for r in entry["rows"]),
+        cudnn_from=entry.get("cudnn_from"),
+        asked=name if entry["device"] not in (None, name) else None,
+    )
+
+
+@functools.cache
+def crossover(device_type: str) -> Crossover:
+    """Return what is known about the device of a type at hand."""
+    return nearest(read_table(), device_type, device_name(device_type), capability(device_type))
+
+
+@torch.compiler.assume_constant_result
+def cudnn_from() -> int | None:
+    """Tokens from which cuDNN computes dense attention on the GPU at hand; a constant to the compiler."""
+    return crossover("cuda").cudnn_from

@@ -1,0 +1,1 @@
+"""The whole method in minutes without a GPU: gates distilled live, compared, drawn."""

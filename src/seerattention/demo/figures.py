@@ -1,0 +1,206 @@
+"""The demo's pictures. Needs matplotlib, the extra ``plot``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from seerattention.calibration.search import Outcome
+from seerattention.hosts.transformers import AttentionCall, Gates, intercept
+from seerattention.measure.plot import COLOURS, pyplot
+from seerattention.ops.pooled_attention import pooled_map
+from seerattention.policies import TopK, select
+
+
+@torch.inference_mode()
+def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: TopK) -> list[dict[str, Any]]:
+    """Return, for the clearest and the most mixed heads, the true map, the gate's and the selection.
+
+    Args:
+        model: The base model, nothing attached.
+        gates: Its gates.
+        tokens: int ``[T]``.
+        policy: What to select by.
+
+    Returns:
+        Four heads, each ``{"layer", "head", "true", "gate", "selected"}`` with ``[Nq, Nk]`` arrays.
+    """
+    by_layer = dict(gates.items())
+    found: list[dict[str, Any]] = []
+
+    def handler(call: AttentionCall) -> torch.Tensor:
+        gate = by_layer[call.layer]
+        true = pooled_map(call.q, call.k, gate.block_size, scale=call.scale)
+        scores = gate(call.q_nope, call.k_nope, positions=call.positions)
+        length = call.q.shape[2]
+        chosen = select(
+            policy, scores, num_queries=length, num_keys=length, block_size=gate.block_size
+        ).to_mask()
+        valid = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        share = torch.softmax(scores.masked_fill(~valid, float("-inf")), -1)
+        # Entropy tells sharp heads from diffuse ones.
+        spread = -torch.special.xlogy(true, true).sum(-1).mean(-1)[0]
+        # A gate may have one score per KV head, for all query heads of its group.
+        group = true.shape[1] // scores.shape[1]
+        for head in range(true.shape[1]):
+            found.append(
+                {
+                    "layer": call.layer,
+                    "head": head,
+                    "spread": float(spread[head]),
+                    "true": true[0, head].numpy(),
+                    "gate": share[0, head // group].numpy(),
+                    "selected": chosen[0, head // group].numpy(),
+                }
+            )
+        return call.dense()
+
+    with intercept(model, handler):
+        ids = torch.from_numpy(np.ascontiguousarray(tokens))[None]
+        model.get_decoder()(ids, use_cache=False)
+    found.sort(key=lambda f: f["spread"])
+    picks = np.linspace(0, len(found) - 1, 4).round().astype(int)
+    return [found[i] for i in picks]
+
+
+def draw_maps(maps: list[dict[str, Any]], path: Path) -> None:
+    """Draw true map, gate and selection of several heads side by side."""
+    plt = pyplot()
+    figure, axes = plt.subplots(len(maps), 3, figsize=(9, 2.9 * len(maps)), constrained_layout=True)
+    titles = ("true map (block maximum)", "what the gate predicts", "blocks read")
+    for row, found in zip(axes, maps, strict=True):
+        n = found["true"].shape[0]
+        acausal = np.triu(np.ones((n, n), dtype=bool), 1)
+        low = np.log10(1e-4)
+        for axis, key in zip(row, ("true", "gate", "selected"), strict=True):
+            values = found[key].astype(float)
+            if key != "selected":
+                values = np.log10(np.maximum(values, 1e-4))
+            image = np.ma.masked_array(values, acausal)
+            limits = (0, 1) if key == "selected" else (low, 0)
+            colours = "Blues" if key == "selected" else "magma"
+            drawn = axis.imshow(image, cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            axis.set_xticks([0, n - 1], ["0", str(n - 1)])
+            axis.set_yticks([0, n - 1], ["0", str(n - 1)])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        row[0].set_ylabel(f"layer {found['layer']}, head {found['head']}\nquery block")
+        bar = figure.colorbar(drawn if key != "selected" else row[1].images[0], ax=row[:2], shrink=0.8)
+        bar.set_ticks([-4, -3, -2, -1, 0], labels=["1e-4", "1e-3", "0.01", "0.1", "1"])
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    for axis in axes[-1]:
+        axis.set_xlabel("KV block")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw needle accuracy and perplexity against measured density."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    dense = rows[0]
+    for axis, key, label in (
+        (left, "needle", "needles found (no dense last rows)"),
+        (right, "perplexity", "perplexity"),
+    ):
+        axis.axhline(dense[key], color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
+        gate = sorted((r for r in rows if r["method"] == "SeerAttention"), key=lambda r: r["density"])
+        axis.plot(
+            [r["density"] for r in gate],
+            [r[key] for r in gate],
+            "o-",
+            color=COLOURS["gate"],
+            label="SeerAttention",
+        )
+        markers = iter("sv^DPX*")
+        for row in rows[1:]:
+            if row["method"] == "SeerAttention":
+                continue
+            colour = COLOURS["live" if "live" in row["method"] else "other"]
+            axis.plot(row["density"], row[key], next(markers), color=colour, label=row["method"])
+        axis.set_xlabel("density: fraction of blocks read (measured)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.set_xlim(left=0)
+    left.set_ylim(-0.03, 1.05)
+    # Methods far above the others would flatten the picture.
+    right.set_ylim(top=max(r["perplexity"] for r in rows if r["method"] != "random") * 1.01)
+    left.legend(fontsize=8)
+    figure.suptitle(f"Quality against density, {dense['tokens']} tokens")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_time(lengths: list[dict[str, Any]], path: Path) -> None:
+    """Draw prefill and attention time against length, dense and sparse."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    tokens = [r["tokens"] for r in lengths]
+    for axis, what, title in (
+        (axes[0], "prefill", "whole model"),
+        (axes[1], "attention", "attention of one layer"),
+    ):
+        for kind, colour in (("dense", COLOURS["dense"]), ("sparse", COLOURS["gate"])):
+            axis.plot(tokens, [r[f"{kind}_{what}_s"] for r in lengths], "o-", color=colour, label=kind)
+        for row in lengths:
+            axis.annotate(
+                f"{row[f'{what}_speedup']:.1f}x",
+                (row["tokens"], row[f"sparse_{what}_s"]),
+                textcoords="offset points",
+                xytext=(0, -14),
+                ha="center",
+                fontsize=8,
+                color=COLOURS["gate"],
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.margins(y=0.12)
+        axis.set_xticks(tokens, [f"{t // 1024}k" for t in tokens])
+        axis.minorticks_off()
+        axis.set_xlabel("tokens")
+        axis.set_ylabel("seconds")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"Prefill time, dense against {lengths[-1]['density']:.0%} density")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_calibration(outcome: Outcome, path: Path) -> None:
+    """Draw what more or less density would give, and how a calibrated policy shares it among heads."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    tokens, row = outcome.policy.calibration.tokens, outcome.rows[-1]
+    left.plot(
+        [p["density"] for p in outcome.curve],
+        [p["recall"] for p in outcome.curve],
+        "o-",
+        color=COLOURS["gate"],
+        label="best thresholds, from the true maps",
+    )
+    rise = row["perplexity"] / row["dense_perplexity"] - 1
+    chosen = f"calibrated, measured: perplexity {rise:+.1%}"
+    left.plot(row["density"], row["recall"], "*", markersize=14, color=COLOURS["live"], label=chosen)
+    left.set_xlabel("density: fraction of blocks read")
+    left.set_ylabel("recall: share of attention kept")
+    left.grid(alpha=0.3)
+    left.set_xlim(left=0)
+    left.legend(fontsize=8)
+    heads = np.array(outcome.head_densities)
+    image = right.imshow(
+        heads, cmap="Blues", vmin=0, vmax=heads.max(), interpolation="nearest", aspect="auto"
+    )
+    layers = sorted(outcome.policy.calibration.laws)
+    right.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    right.set_xlabel("head")
+    right.set_ylabel("layer")
+    figure.colorbar(image, ax=right, label="density of the head")
+    figure.suptitle(f"Calibrated at {tokens:,} tokens")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

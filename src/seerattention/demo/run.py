@@ -1,0 +1,302 @@
+"""The demo's measurements: one small teacher, every method, quality and time in one run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from seerattention import baselines
+from seerattention.attention import select_blocks
+from seerattention.gate import Scorer
+from seerattention.hosts.transformers import (
+    LOGIT_ROWS,
+    AttentionCall,
+    Gates,
+    attach,
+    cache_argument,
+    detach,
+    logits_of,
+    set_policy,
+)
+from seerattention.measure.needle import NeedleDocument, NeedleTask
+from seerattention.measure.observe import Watch
+from seerattention.measure.timing import interleaved
+from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.policies import TopK
+from seerattention.selection import BlockSelection
+from seerattention.train import TextWindows
+
+#: Query-block rows at the end that the published code computes densely.
+DENSE_LAST_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo measures.
+
+    Attributes:
+        tokens: Length of every document and window.
+        windows: Windows of text for perplexity.
+        documents: Needle documents, eight questions each.
+        recall_rows: Sampled queries per layer for the recall of attention mass.
+        lengths: Lengths of the time curve.
+        density: Density of the time curve.
+    """
+
+    tokens: int = 8192
+    windows: int = 2
+    documents: int = 3
+    recall_rows: int = 16
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    density: float = 0.1
+
+
+@dataclass
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        name: What the row is called.
+        scorer: Ranks the blocks; None for dense attention.
+        density: Fraction of blocks asked for.
+    """
+
+    name: str
+    scorer: Gates | Scorer | None
+    density: float = 1.0
+
+    @property
+    def policy(self) -> TopK:
+        """The policy that every sparse method uses: top-k, with the first block always read."""
+        return TopK(self.density, sink_blocks=1)
+
+
+def methods(gates: Gates, live: Gates | None) -> list[Method]:
+    """Return the demo's rows: dense first, then the gates, then what else there is at 10 %."""
+    rows = [Method("dense", None)]
+    rows += [Method("SeerAttention", gates, d) for d in (0.2, 0.1, 0.05)]
+    if live is not None:
+        rows.append(Method("SeerAttention, live gates", live, 0.1))
+    others = {
+        "oracle": "oracle (true map)",
+        "streaming": "sink + local",
+        "meanpool": "mean-pool",
+        "random": "random",
+    }
+    return rows + [Method(title, baselines.create(name), 0.1) for name, title in others.items()]
+
+
+@dataclass(frozen=True)
+class LiveBatches:
+    """What the gates are distilled on while one watches: windows of the text, half of them with needles.
+
+    Attributes:
+        task: Makes the needle documents.
+        windows: Makes the plain ones.
+    """
+
+    task: NeedleTask
+    windows: TextWindows
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Return the sequence of a step, int64 ``[1, length]``."""
+        if step % 2:
+            return self.windows(step)
+        # Seeds far from those of the evaluation's documents.
+        return self.task.make(self.windows.length, 10**6 + step, questions="spread").tokens[None]
+
+
+@dataclass
+class Demo:
+    """The teacher, the text it never saw, and what is measured on them.
+
+    Attributes:
+        model: The teacher.
+        tokenizer: Its tokenizer.
+        text: Tokens for evaluation.
+        plan: How much to measure.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: np.ndarray
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        need = max(self.plan.tokens * self.plan.windows, *self.plan.lengths)
+        if len(self.text) < need:
+            raise ValueError(f"the demo needs {need} tokens of text, got {len(self.text)}")
+        task = NeedleTask(self.tokenizer, self.text)
+        self.documents = [task.make(self.plan.tokens, seed) for seed in range(self.plan.documents)]
+
+    @property
+    def questions(self) -> int:
+        """Questions asked of every method."""
+        return sum(len(d.answers) for d in self.documents)
+
+    def measure(self, method: Method, dense_seconds: float | None) -> dict[str, Any]:
+        """Measure one method and return its row of ``report.json``.
+
+        Args:
+            method: What to measure.
+            dense_seconds: Prefill time of dense attention in the same run; None when measuring it.
+        """
+        reading, recalling = Watch(), Watch(self.plan.recall_rows)
+        if method.scorer is not None:
+            attach(self.model, method.scorer, method.policy, min_tokens=0, observe=reading)
+        try:
+            perplexity, seconds = self._perplexity()
+            if method.scorer is not None:
+                attach(self.model, method.scorer, method.policy, min_tokens=0, observe=recalling)
+            found, found_dense_last = self._needles(method)
+        finally:
+            if method.scorer is not None:
+                detach(self.model)
+        return {
+            "method": method.name,
+            "density": reading.density,
+            "tokens": self.plan.tokens,
+            "perplexity": perplexity,
+            "needle": found,
+            "needle_dense_last": found_dense_last,
+            "recall": recalling.recall,
+            "prefill_s": seconds,
+            "speedup": 1.0 if dense_seconds is None else dense_seconds / seconds,
+        }
+
+    @torch.inference_mode()
+    def _perplexity(self) -> tuple[float, float]:
+        """Return perplexity over the windows and the median seconds of their prefill."""
+        losses, seconds = [], []
+        for i in range(self.plan.windows):
+            tokens = self._ids(self.text[i * self.plan.tokens : (i + 1) * self.plan.tokens])
+            start = time.perf_counter()
+            hidden = self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[0]
+            logits_of(self.model, hidden[-1:])
+            seconds.append(time.perf_counter() - start)
+            for part, target in zip(
+                hidden[:-1].split(LOGIT_ROWS), tokens[0, 1:].split(LOGIT_ROWS), strict=True
+            ):
+                losses.append(F.cross_entropy(logits_of(self.model, part).float(), target, reduction="none"))
+        return math.exp(float(torch.cat(losses).double().mean())), median(seconds)
+
+    @torch.inference_mode()
+    def _needles(self, method: Method) -> tuple[float, float]:
+        """Return the share of answers found without and with dense last rows.
+
+        The second differs in the last rows only, so the KV cache of the first pass is cut back by
+        them and only they are computed again.
+        """
+        found = found_dense_last = 0
+        for document in self.documents:
+            cache = DynamicCache(config=self.model.config)
+            cached = cache_argument(self.model, cache)
+            tokens = self._ids(document.tokens)
+            hidden = self.model.get_decoder()(tokens, **cached, use_cache=True)
+            found += self._answers(document, hidden.last_hidden_state[0])
+            if method.scorer is None:
+                continue
+            rows = DENSE_LAST_ROWS * 64
+            cache.crop(-rows)
+            set_policy(self.model, TopK(method.density, sink_blocks=1, dense_last_rows=DENSE_LAST_ROWS))
+            last = self.model.get_decoder()(tokens[:, -rows:], **cached, use_cache=True)
+            both = torch.cat([hidden.last_hidden_state[0, :-rows], last.last_hidden_state[0]])
+            found_dense_last += self._answers(document, both)
+            set_policy(self.model, method.policy)
+        if method.scorer is None:
+            found_dense_last = found
+        return found / self.questions, found_dense_last / self.questions
+
+    def _answers(self, document: NeedleDocument, hidden: Tensor) -> int:
+        where = torch.from_numpy(document.query_positions).to(hidden.device)
+        return document.correct(logits_of(self.model, hidden[where]).argmax(-1).cpu().numpy())
+
+    def _ids(self, tokens: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.model.device)[None]
+
+    def curve(self, gates: Gates, done: Callable[[int], None] = lambda length: None) -> list[dict[str, Any]]:
+        """Time dense against sparse over the lengths, the model's prefill and one layer's attention.
+
+        Args:
+            gates: The gates to use, at the plan's density.
+            done: Called with each length that is finished.
+
+        Returns:
+            One row per length, times in seconds.
+        """
+        rows = []
+        for length in self.plan.lengths:
+            rows.append(self._time(gates, length))
+            done(length)
+        return rows
+
+    @torch.inference_mode()
+    def _time(self, gates: Gates, length: int) -> dict[str, Any]:
+        tokens = self._ids(self.text[:length])
+        policy = TopK(self.plan.density, sink_blocks=1)
+        middle = self.model.config.num_hidden_layers // 2
+        kept: list[tuple[AttentionCall, BlockSelection]] = []
+        watch = Watch()
+
+        def observe(layer: int, call: AttentionCall, selection: BlockSelection) -> None:
+            watch(layer, call, selection)
+            if layer == middle:
+                kept.append((call, selection))
+
+        def prefill() -> None:
+            logits_of(self.model, self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[:, -1])
+
+        def sparse_prefill() -> None:
+            attach(self.model, gates, policy, min_tokens=0, observe=observe, check_base=False)
+            try:
+                prefill()
+            finally:
+                detach(self.model)
+
+        # Short runs are repeated and warmed up; long ones are as steady without.
+        repeats, warmup = (3, 1) if length <= 4096 else (1, 0)
+        models = {"dense": prefill, "sparse": sparse_prefill}
+        model_s = _medians(interleaved(models, repeats=repeats, warmup=warmup))
+        call, selection = kept[-1]
+        gate = dict(gates.items())[middle]
+
+        def dense_attention() -> Tensor:
+            return F.scaled_dot_product_attention(call.q, call.k, call.v, is_causal=True, enable_gqa=True)
+
+        def choose() -> BlockSelection:
+            k_blocks = gate.compress(call.k_nope, positions=call.positions)
+            return select_blocks(
+                call.q_nope, k_blocks, gate, policy, positions=call.positions, num_keys=length
+            )
+
+        parts = {
+            "dense": dense_attention,
+            "sparse": lambda: block_sparse_attention(call.q, call.k, call.v, selection),
+            "select": choose,
+        }
+        layer_s = _medians(interleaved(parts, repeats=repeats, warmup=warmup))
+        return {
+            "tokens": length,
+            "density": watch.density,
+            "dense_prefill_s": model_s["dense"],
+            "sparse_prefill_s": model_s["sparse"],
+            "prefill_speedup": model_s["dense"] / model_s["sparse"],
+            "dense_attention_s": layer_s["dense"],
+            "sparse_attention_s": layer_s["sparse"],
+            "selection_s": layer_s["select"],
+            "attention_speedup": layer_s["dense"] / layer_s["sparse"],
+        }
+
+
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(values) for name, values in seconds.items()}

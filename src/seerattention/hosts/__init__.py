@@ -1,0 +1,1 @@
+"""What knows a framework, and only that framework; one folder each."""

@@ -1,0 +1,283 @@
+"""Gates on disk: a folder with ``gates.safetensors`` and ``config.json``, written all or nothing.
+
+Calibrated gates have ``calibration.json`` too, which names the weights that it is for.
+
+`load_gates` reads the published layout too; `_published` has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from seerattention.files import staged
+from seerattention.gate import GateConfig
+from seerattention.hosts.transformers.attach import active_gates
+from seerattention.hosts.transformers.base import BaseInfo
+from seerattention.hosts.transformers.gates import KEY, Gates, check_weights
+from seerattention.hosts.transformers.published import PUBLISHED_WEIGHTS, is_published, read_published
+from seerattention.policies import Calibrated, Calibration, Policy, parse
+
+WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+#: What a distillation measured, beside the gates.
+RESULTS = "results.json"
+#: Thresholds of the policy ``calibrated``.
+CALIBRATION = "calibration.json"
+FORMAT = 1
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Write a folder all or nothing: yields a temporary one that replaces ``folder`` on success.
+
+    Raises:
+        OSError: If the parent folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise OSError(f"cannot write {folder} ({error}); choose a folder that can be written") from error
+    try:
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.replace(temporary / "old")
+        try:
+            new.replace(folder)
+        except OSError:
+            if (temporary / "old").exists():
+                (temporary / "old").replace(folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy | str | None = None) -> None:
+    """Write gates, their configuration and their base model's identity.
+
+    Args:
+        gates: The gates, or a model that uses some: then with the policy it uses.
+        folder: Where to; gates already there are replaced once everything is written.
+        policy: The policy to use them with by default. Their calibration is written whichever it is.
+
+    Raises:
+        FileExistsError: If something other than gates is there.
+        OSError: If the folder cannot be written.
+        TypeError: If the model uses something other than gates.
+        ValueError: If the policy's text is not understood, a weight is not finite, or nothing is attached.
+    """
+    gates, policy = gates_of(gates, policy)
+    calibration = policy.calibration if isinstance(policy, Calibrated) else gates.calibration
+    policy = parse(policy, calibration) if isinstance(policy, str) else policy
+    text = str(policy) if policy else gates.policy
+    weights = {
+        KEY.format(index, name): value.detach().cpu().contiguous()
+        for index, gate in gates.items()
+        for name, value in gate.state_dict().items()
+    }
+    for key, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{key} holds NaN or infinity; train the gates again from a state that is finite"
+            )
+    config = {
+        "format": FORMAT,
+        "gate": gates.config.to_dict(),
+        "layers": [index for index, _ in gates.items()],
+        "base_model": gates.base.to_dict(),
+        "policy": text,
+    }
+    check_replaceable(Path(folder))
+    with atomic_folder(folder) as temporary:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if calibration is not None:
+            _write_calibration(temporary, calibration, _sha256(temporary / WEIGHTS))
+
+
+def save_calibration(folder: str | Path, policy: Calibrated) -> None:
+    """Make a policy the one that saved gates are used with by default; their weights stay as they are.
+
+    Args:
+        folder: What `save_gates` wrote.
+        policy: Its calibration is for these gates.
+
+    Raises:
+        FileNotFoundError: If there are no gates in the folder.
+        OSError: If the folder cannot be written.
+    """
+    path = Path(folder)
+    _require(path, WEIGHTS)
+    config = {**json.loads((path / CONFIG).read_text(encoding="utf-8")), "policy": str(policy)}
+    # The configuration, which asks for the calibration, comes last.
+    with staged(path) as temporary:
+        _write_calibration(temporary, policy.calibration, _sha256(path / WEIGHTS))
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_calibration(folder: Path, calibration: Calibration, weights: str) -> None:
+    data = {"format": FORMAT, "gates_sha256": weights, **calibration.to_dict()}
+    (folder / CALIBRATION).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _read_calibration(path: Path, layers: list[int], heads: int) -> Calibration | None:
+    """Read the calibration beside gates, if there is one."""
+    file = path / CALIBRATION
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError(f"this version reads format {FORMAT}")
+        if data.pop("gates_sha256") != _sha256(path / WEIGHTS):
+            raise ValueError(f"it is for other weights than those in {WEIGHTS}")
+        calibration = Calibration.from_dict(data)
+        if sorted(calibration.laws) != sorted(layers):
+            raise ValueError(f"it is for layers {sorted(calibration.laws)}, the gates are for {layers}")
+        if any(len(laws) != heads for laws in calibration.laws.values()):
+            raise ValueError(f"it needs a law for each of {heads} heads in every layer")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or not of these gates ({error}); calibrate the gates again, or delete the "
+            f"file and choose another policy in {CONFIG}"
+        ) from error
+    return calibration
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def gates_of(
+    gates: Gates | nn.Module, policy: Policy | str | None = None
+) -> tuple[Gates, Policy | str | None]:
+    """Return gates, or those that a model uses and their policy."""
+    if isinstance(gates, Gates):
+        return gates, policy
+    scorers, current = active_gates(gates)
+    if not isinstance(scorers, Gates):
+        raise TypeError(f"this model uses {scorers!r}, which is not gates and has no weights to save")
+    return scorers, policy or current
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost.
+
+    Raises:
+        FileExistsError: If something other than gates is there.
+    """
+    if folder.is_dir():
+        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS, CALIBRATION})
+    else:
+        other = [folder.name] if folder.exists() else []
+    if other:
+        raise FileExistsError(
+            f"{folder} holds other files than gates ({', '.join(other[:3])}); choose a new or empty folder"
+        )
+
+
+def _local_folder(folder: str | Path) -> Path:
+    """Return the folder itself, or where the hub client put the repository of that name."""
+    path = Path(folder)
+    if path.exists() or isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
+        return path
+    try:
+        return Path(
+            snapshot_download(folder, allow_patterns=[WEIGHTS, CONFIG, CALIBRATION, PUBLISHED_WEIGHTS])
+        )
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {folder}, and it cannot be had from the hub ({reason}); check the name"
+        ) from error
+
+
+def load_gates(folder: str | Path) -> Gates:
+    """Read gates from a folder or a hub id.
+
+    Args:
+        folder: What `save_gates` wrote, or gates in the published layout (``config.json`` and
+            ``attn_gate_weights.pth``), here or on the hub.
+
+    Returns:
+        The gates on the CPU, in the precision they were saved in.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or keys or shapes are not those of its configuration. Code in
+            a published file is refused unexecuted.
+    """
+    path = _local_folder(folder)
+    _require(path, CONFIG)
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return read_published(path, config) if is_published(config) else _read(path, config)
+
+
+def _require(path: Path, name: str) -> None:
+    if not (path / name).is_file():
+        raise FileNotFoundError(
+            f"{path} holds no {name}; give a folder written by save_gates, or a hub id of one"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path / CONFIG} is damaged ({type(error).__name__}: {error}); save or download the gates again"
+    )
+
+
+def _read(path: Path, config: Any) -> Gates:
+    """Read what `save_gates` wrote, its configuration already read."""
+    _require(path, WEIGHTS)
+    try:
+        if config["format"] != FORMAT:
+            raise ValueError(f"format {config['format']!r}, this version reads {FORMAT}")
+        gate_config = GateConfig.from_dict(config["gate"])
+        base = BaseInfo(**config["base_model"])
+        layers = [int(i) for i in config["layers"]]
+        heads = gate_config.num_kv_heads if gate_config.per_kv_head else gate_config.num_heads
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    calibration = _read_calibration(path, layers, heads)
+    try:
+        policy = config["policy"] and str(parse(config["policy"], calibration))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    try:
+        weights = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
+        ) from error
+    gates = Gates(gate_config, base, layers, policy, calibration)
+    shapes = {
+        KEY.format(i, name): tuple(value.shape)
+        for i, gate in gates.items()
+        for name, value in gate.state_dict().items()
+    }
+    check_weights(path / WEIGHTS, weights, shapes)
+    for index, gate in gates.items():
+        gate.to(next(iter(weights.values())).dtype)
+        gate.load_state_dict({n: weights[KEY.format(index, n)] for n in gate.state_dict()})
+    return gates

@@ -1,0 +1,110 @@
+"""A model's gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.hosts.transformers.base import BaseInfo, device_of
+from seerattention.hosts.transformers.family import family_of, full_attention_layers
+from seerattention.hosts.transformers.rotary import model_rotary, no_rotation
+from seerattention.policies import Calibration
+
+#: Key of a gate's parameter in a file: layer and the parameter's name.
+KEY = "model.layers.{}.self_attn.attn_gate.{}"
+
+
+def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights whose keys or shapes are not exactly those expected.
+
+    Args:
+        file: Where they were read, for the message.
+        weights: Tensors by key.
+        shapes: The shape of every key that must be there.
+
+    Raises:
+        ValueError: If a key is missing, extra or misshapen.
+    """
+    for what, keys in (("missing", set(shapes) - set(weights)), ("extra", set(weights) - set(shapes))):
+        if keys:
+            raise ValueError(
+                f"{file} has {len(keys)} {what} gate keys, the first is {min(keys)}; "
+                "save or download the gates again"
+            )
+    for key, shape in shapes.items():
+        if tuple(weights[key].shape) != tuple(shape):
+            raise ValueError(
+                f"{key} in {file} is {list(weights[key].shape)}, its configuration needs {list(shape)}; "
+                "save or download the gates again"
+            )
+
+
+class Gates(nn.Module):
+    """One gate per full-attention layer, all of one configuration.
+
+    Args:
+        config: The gates' design.
+        base: The model they belong to.
+        layers: Layer indices that have a gate.
+        policy: Text form of the policy they were saved with, if any.
+        calibration: What the policy ``calibrated`` means for them, if they were calibrated.
+    """
+
+    def __init__(
+        self,
+        config: GateConfig,
+        base: BaseInfo,
+        layers: list[int],
+        policy: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base
+        self.policy = policy
+        self.calibration = calibration
+        self.layers = nn.ModuleDict({str(i): AttnGate(config) for i in layers})
+
+    def items(self) -> Iterator[tuple[int, AttnGate]]:
+        """Iterate over (layer index, gate)."""
+        for index, gate in self.layers.items():
+            assert isinstance(gate, AttnGate)
+            yield int(index), gate
+
+    def use_rotary_of(self, model: PreTrainedModel) -> None:
+        """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included."""
+        if not self.config.rope:
+            return
+        family, config = family_of(model), model.config.get_text_config()
+        rotary = model_rotary(model, self.config.dim, self.config.rope_pairs)
+        for index, gate in self.items():
+            turns = not hasattr(family, "rotates") or family.rotates(config, index)
+            gate.use_rotary(rotary if turns else no_rotation(self.config.dim))
+
+
+def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
+    """Make untrained gates for a model.
+
+    Args:
+        model: The base model.
+        settings: Fields of `GateConfig` other than the model's shape.
+
+    Returns:
+        Gates in fp32 on the device of the first such layer, for every layer with full attention.
+
+    Raises:
+        NotImplementedError: If the model's family has no file.
+        ValueError: If a setting does not fit, or no layer has full attention.
+    """
+    family_of(model)
+    layers = list(full_attention_layers(model))
+    base = BaseInfo.of(model)
+    shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
+    gates = Gates(GateConfig.from_dict({**shape, **settings}), base, layers)
+    gates.use_rotary_of(model)
+    return gates.to(device_of(next(iter(full_attention_layers(model).values()))))

@@ -1,0 +1,153 @@
+"""Gates on the Hugging Face hub, with a card that says what they are and how to use them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from torch import nn
+
+from seerattention.hosts.transformers.checkpoint import gates_of, save_gates
+from seerattention.hosts.transformers.gates import Gates
+from seerattention.policies import Policy
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def push_to_hub(
+    gates: Gates | nn.Module,
+    repo_id: str,
+    *,
+    policy: Policy | str | None = None,
+    data: str | None = None,
+    recipe: Mapping[str, Any] | str | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+    license: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Upload gates and a card generated for them; `load_gates` reads them from there.
+
+    Args:
+        gates: The gates, or a model that uses some.
+        repo_id: ``owner/name``; made if it is not there.
+        policy: The policy to use them with by default.
+        data: See `model_card`, as for ``recipe`` and ``results``.
+        recipe: How they were trained.
+        results: What was measured.
+        license: The gates' licence, a name that the hub knows.
+        private: Whether a new repository is private.
+        token: The hub's access token; default the one saved by ``hf auth login``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        TypeError: If the model uses something other than gates.
+        ValueError: If ``repo_id`` is no hub id, the rows of ``results`` have different columns, or
+            `save_gates` refuses the gates.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
+    found, chosen = gates_of(gates, policy)
+    card = model_card(
+        found, repo_id, policy=chosen, data=data, recipe=recipe, results=results, license=license
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "gates"
+        save_gates(found, folder, policy=chosen)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        message = f"Gates for {found.base.name or 'an unnamed model'}"
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    return str(commit.commit_url)
+
+
+def model_card(
+    gates: Gates,
+    repo_id: str,
+    *,
+    policy: Policy | str | None = None,
+    data: str | None = None,
+    recipe: Mapping[str, Any] | str | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+    license: str | None = None,
+) -> str:
+    """Write the card of gates: base model, design, data, recipe, results, use.
+
+    Args:
+        gates: The gates.
+        repo_id: Where they will be, for the lines that load them.
+        policy: The policy to use them with by default; else the one saved with them.
+        data: What they were trained on, in words.
+        recipe: How: settings by name, or words.
+        results: Rows of what was measured, all with the same columns; numbers are printed as they are.
+        license: Their licence, a name that the hub knows.
+
+    Returns:
+        Markdown with the hub's metadata at its head.
+
+    Raises:
+        ValueError: If the rows of ``results`` have different columns.
+    """
+    base, chosen = gates.base, str(policy or gates.policy or "")
+    named = base.name if HUB_ID.fullmatch(base.name) else None
+    head = ModelCardData(
+        base_model=named,
+        library_name="seerattention",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=["seerattention", "sparse-attention", "long-context"],
+    )
+    parameters = sum(p.numel() for p in gates.parameters())
+    c = gates.config
+    sections = {
+        "Base model": f"`{base.name or 'unnamed'}` ({base.model_type}, {base.num_layers} layers, "
+        f"{base.num_heads} query and {base.num_kv_heads} KV heads of {base.head_dim}); fingerprint of its "
+        f"attention weights: {f'`{base.fingerprint}`' if base.fingerprint else 'not known'}.",
+        "Design": f"{len(gates.layers)} gates, {parameters:,} parameters in all; blocks of {c.block_size} "
+        f"tokens, queries pooled by {', '.join(c.q_pool)} over {c.q_sub} tokens, keys by "
+        f"{', '.join(c.k_pool)} over {c.k_sub}.",
+        "Data": data or "Not recorded.",
+        "Recipe": _settings(recipe),
+        "Results": _table(results),
+        "Use": _use(named or base.name or "the/base-model", repo_id, chosen),
+    }
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n# Gates for {base.name or 'a model'}\n\n{text}\n"))
+
+
+def _settings(recipe: Mapping[str, Any] | str | None) -> str:
+    if not recipe:
+        return "Not recorded."
+    if isinstance(recipe, str):
+        return recipe
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in recipe.items())])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "None recorded: measure them on your own prompts before you rely on these gates."
+    columns = list(rows[0])
+    for row in rows:
+        if list(row) != columns:
+            raise ValueError(f"all results must have the columns {columns}, one has {list(row)}")
+    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _use(base: str, repo_id: str, policy: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM
+from seerattention import attach, load_gates
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+attach(model, load_gates("{repo_id}"), "{policy or "top_k:0.1"}")
+```
+
+Long prompts are then prefilled sparsely; `seerattention.detach(model)` leaves the model as it was."""

@@ -1,0 +1,160 @@
+"""The model's own rotary code: for gates, and to rotate cached keys back."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seerattention.gate import Rotary
+from seerattention.hosts.transformers.base import head_dim_of
+from seerattention.hosts.transformers.family import family_of
+from seerattention.hosts.transformers.support import LONGROPE
+
+
+def no_rotation(dim: int) -> Rotary:
+    """Return angles of zero, for the gates of layers without a rotary embedding."""
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos = torch.ones(*positions.shape, dim, device=positions.device)
+        return cos, torch.zeros_like(cos)
+
+    return rotary
+
+
+def _rotary_module(model: PreTrainedModel) -> nn.Module | None:
+    # A vision tower of the same model may have one of its own.
+    modules = model.get_decoder().named_modules()
+    return next((m for n, m in modules if n.endswith("rotary_emb")), None)
+
+
+def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
+    """Return what a rotary module with frequencies per kind of layer must be told: the kind with gates."""
+    return () if hasattr(rotary, "inv_freq") else ("full_attention",)
+
+
+def _frequencies(rotary: nn.Module) -> int:
+    """Return how many pairs of values a rotary module turns."""
+    return rotary.get_buffer("_".join((*_kind_of_layer(rotary), "inv_freq"))).shape[-1]
+
+
+def head_order(model: PreTrainedModel) -> Tensor | None:
+    """Return the order of a head's values in which gates see q and k (`Family.order`), or None for as is."""
+    family, rotary = family_of(model), _rotary_module(model)
+    if rotary is None or not hasattr(family, "order"):
+        return None
+    head_dim = head_dim_of(model.config.get_text_config())
+    order = family.order(head_dim, 2 * _frequencies(rotary))
+    return None if order == list(range(head_dim)) else torch.tensor(order)
+
+
+def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Rotary:
+    """Return the model's rotary code as a function of positions, for vectors of ``dim`` values.
+
+    Where the model rotates only part of a head, the other values' angles are zero; `head_order` puts
+    them where they belong.
+
+    Args:
+        model: The model.
+        dim: Values of a vector.
+        pairs: Which rotations vectors shorter than a head get, see `GateConfig`.
+
+    Raises:
+        NotImplementedError: If the model has no rotary module, or rotates only part of a head and its
+            family does not say which.
+    """
+    found = _rotary_module(model)
+    if found is None:
+        raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
+    config = model.config.get_text_config()
+    width = head_dim_of(config) if pairs == "slowest" else dim
+    if dim > width or width != head_dim_of(config):
+        width = dim
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            raise NotImplementedError(
+                f"longrope has a factor for every pair of a head's values, so gate_dim must be "
+                f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
+            )
+        narrower = copy.deepcopy(config)
+        narrower.head_dim = dim
+        found = type(found)(narrower).to(model.device)  # type: ignore[call-arg]
+    turned = _frequencies(found)
+    if 2 * turned != width and not hasattr(family_of(model), "order"):
+        raise NotImplementedError(
+            f"{type(model).__name__} rotates {2 * turned} of {width} values of a head, and its family's file "
+            "defines no order() for that; use GateConfig(rope=False)"
+        )
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        # Some modules return every angle twice, others once.
+        # In a model over several devices the module may be on another one than the gate.
+        angles = found(like, positions, *_kind_of_layer(found))
+        cos, sin = (x[..., :turned].to(positions.device) for x in angles)
+        still = width // 2 - turned
+        cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
+        # The fastest come first.
+        cos, sin = cos[..., (width - dim) // 2 :], sin[..., (width - dim) // 2 :]
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+    return rotary
+
+
+class KeysBeforeRope:
+    """Rotates cached keys back to what gates read.
+
+    Args:
+        model: A transformers model of a supported family.
+
+    Attributes:
+        why_not: Why that is impossible for this model, in a few words, or None.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config.get_text_config()
+        self.rotates = getattr(family_of(model), "rotates", None)
+        self.order = head_order(model)
+        self.rotary: Rotary | None = None
+        self.why_not = _why_not_back(model)
+        if self.why_not is None:
+            try:
+                self.rotary = model_rotary(model, head_dim_of(self.config))
+            except NotImplementedError as error:
+                # Gates that do not rotate may be attached all the same.
+                self.why_not = str(error)
+
+    def __call__(self, layer: int, k: Tensor, positions: Tensor) -> Tensor:
+        """Rotate back.
+
+        Args:
+            layer: Layer index.
+            k: Keys after the rotary embedding, ``[B, Hk, T, D]``.
+            positions: int64 ``[B, T]``, at which the model rotated them.
+
+        Returns:
+            The keys before it, in the order of values in which gates see them.
+        """
+        assert self.rotary is not None
+        if self.order is not None:
+            k = k[..., self.order.to(k.device)]
+        if self.rotates is not None and not self.rotates(self.config, layer):
+            return k
+        cos, sin = (x.unsqueeze(1) for x in self.rotary(positions))
+        exact = k.to(cos.dtype)
+        first, second = exact.chunk(2, -1)
+        back = exact * cos + torch.cat((second, -first), -1) * sin
+        # Scaled RoPE may stretch keys while it turns them.
+        return (back / (cos.square() + sin.square())).to(k.dtype)
+
+
+def _why_not_back(model: PreTrainedModel) -> str | None:
+    """Return why keys cannot be rotated back from their positions alone, or None."""
+    settings = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    settings = settings.get("full_attention", settings)
+    kind = settings.get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        return f"RoPE is of type {kind}, and {LONGROPE}"
+    return None

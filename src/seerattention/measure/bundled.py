@@ -1,0 +1,62 @@
+"""What ships with the package: a small teacher, gates for it, and a text it never saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from seerattention.hosts.transformers import Gates, load_gates
+
+DATA = Path(__file__).parents[1] / "data"
+TEACHER = DATA / "teacher"
+GATES = DATA / "teacher-gates"
+TEXT = DATA / "text" / "the-enchanted-april.txt"
+
+#: The name of the bundled model, in its configuration and in its gates.
+TEACHER_NAME = "seerattention/teacher"
+
+#: Tokens at the start of the text that live distillation may train on; the rest is for evaluation.
+TRAINING_TOKENS = 24576
+
+
+def _present(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; reinstall the package, it carries this as data")
+    return path
+
+
+def load_teacher(
+    dtype: torch.dtype = torch.float32, folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the bundled teacher, in evaluation mode on the CPU, and its tokenizer.
+
+    Args:
+        dtype: Of the weights.
+        folder: Another teacher of the recipe; default the bundled one.
+
+    Raises:
+        FileNotFoundError: If the package was installed without its data.
+    """
+    folder = _present(folder or TEACHER)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # The folder's place on this machine is not the model's name.
+    model.config._name_or_path = TEACHER_NAME
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def load_teacher_gates() -> Gates:
+    """Return the gates distilled for the bundled teacher.
+
+    Raises:
+        FileNotFoundError: If the package was installed without its data.
+    """
+    return load_gates(_present(GATES)).float()
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bundled text as tokens: a part for live distillation, and the rest for evaluation."""
+    tokens = np.array(tokenizer.encode(_present(TEXT).read_text(encoding="utf-8"), add_special_tokens=False))
+    return tokens[:TRAINING_TOKENS], tokens[TRAINING_TOKENS:]

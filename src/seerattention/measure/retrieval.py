@@ -1,0 +1,30 @@
+"""Needle retrieval: whether a model still finds numbers hidden in a long text."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from seerattention.hosts.transformers import logits_of
+from seerattention.measure.needle import NeedleDocument
+from seerattention.measure.perplexity import hidden_states
+
+
+@torch.inference_mode()
+def predictions(model: PreTrainedModel, document: NeedleDocument) -> np.ndarray:
+    """Return the most likely next token at each of a document's ``query_positions``, int64, in one pass."""
+    hidden = hidden_states(model, document.tokens)
+    where = torch.from_numpy(document.query_positions).to(hidden.device)
+    return np.asarray(logits_of(model, hidden[where]).argmax(-1).cpu())
+
+
+def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
+    """Return the fraction of all answers that the model predicts right in every digit.
+
+    Args:
+        model: A causal language model, with or without gates attached.
+        documents: From `NeedleTask.make`, each run in one pass.
+    """
+    correct = sum(document.correct(predictions(model, document)) for document in documents)
+    return correct / sum(len(d.answers) for d in documents)

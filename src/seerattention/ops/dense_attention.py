@@ -1,0 +1,123 @@
+"""Dense causal attention, for what is not sparse: windows, soft-caps, sinks, and torch's own kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seerattention.crossover import cudnn_from
+
+#: Kernels of dense attention in the order in which `cudnn_first` takes them.
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+#: Query tokens per slice where causal attention with more keys than queries needs an explicit mask.
+MASKED_ROWS = 512
+
+#: Bytes of scores that dense attention with a soft-cap or sinks holds at once.
+EXPLICIT_BYTES = 2**28
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the last ``Tq`` of ``Tk`` tokens, each seeing the ``window`` latest keys.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``.
+        k: ``[B, Hk, Tk, D]``.
+        v: ``[B, Hk, Tk, D]``.
+        scale: Softmax scale.
+        window: Keys that a query sees, its own included; default all.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; default as they are.
+        sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only.
+
+    Returns:
+        ``[B, Hq, Tq, D]``.
+    """
+    past = k.shape[2] - q.shape[2]
+    if window is not None and window >= k.shape[2]:
+        window = None
+    gqa = q.shape[1] != k.shape[1]
+    plain = softcap is None and sinks is None
+    if plain and window is None and (past == 0 or q.shape[2] == 1):
+        causal = q.shape[2] > 1
+        if q.is_cuda and causal and (least := cudnn_from()) is not None and q.shape[2] >= least:
+            return cudnn_first(q, k, v, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    outs = []
+    step = MASKED_ROWS if plain else _explicit_rows(q, k)
+    for start in range(0, q.shape[2], step):
+        part = q[:, :, start : start + step]
+        first = past + start
+        end = first + part.shape[2]
+        begin = 0 if window is None else max(0, first - window + 1)
+        rows = torch.arange(first, end, device=q.device)[:, None]
+        columns = torch.arange(begin, end, device=q.device)[None]
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
+        keys, values = k[:, :, begin:end], v[:, :, begin:end]
+        if plain:
+            out = F.scaled_dot_product_attention(
+                part, keys, values, attn_mask=mask, scale=scale, enable_gqa=gqa
+            )
+        else:
+            out = _explicit(part, keys, values, mask, scale, softcap, sinks)
+        outs.append(out)
+    return torch.cat(outs, 2)
+
+
+def _explicit_rows(q: Tensor, k: Tensor) -> int:
+    """Return how many query tokens' scores `_explicit` may hold at once."""
+    row_bytes = 4 * q.shape[0] * q.shape[1] * k.shape[2]
+    return max(1, min(MASKED_ROWS, EXPLICIT_BYTES // row_bytes))
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention by its scores, for what torch's kernels lack: soft-capped scores and sinks."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.unflatten(1, (k.shape[1], -1)) @ k.mT.unsqueeze(2)).to(exact) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf")).flatten(1, 2)
+    if sinks is None:
+        shares = scores.softmax(-1)
+    else:
+        column = sinks.to(exact)[:, None, None].expand(*scores.shape[:-1], 1)
+        shares = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    shares = shares.to(v.dtype).unflatten(1, (k.shape[1], -1))
+    return (shares @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def cudnn_first(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Causal attention of whole sequences by cuDNN where it can, else in torch's usual order.
+
+    torch prefers FA2 even on GPUs where cuDNN is much faster (docs/kernels.md), since cuDNN plans every
+    new length anew: worth it for long prompts, not for decoding steps.
+    """
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )

@@ -1,0 +1,25 @@
+"""Teach gates, alone or together with their model: one loop, one checkpoint, one data path.
+
+`Distiller` teaches gates the frozen model's own attention: the target comes from `pooled_attention` inside
+the forward pass, and an objective compares it with the gate's scores layer by layer, so that memory does not
+grow with depth. `Finetuner` trains the model through its gates, and the gates with it: the loss is the
+language model's, through block-sparse attention, plus the gates' own. docs/method.md maps symbols to code.
+"""
+
+from seerattention.train.config import FinetuneConfig as FinetuneConfig
+from seerattention.train.config import JointStep as JointStep
+from seerattention.train.data import Packed as Packed
+from seerattention.train.data import Packs as Packs
+from seerattention.train.data import TextWindows as TextWindows
+from seerattention.train.data import dataset_documents as dataset_documents
+from seerattention.train.data import read_tokens as read_tokens
+from seerattention.train.data import text_documents as text_documents
+from seerattention.train.distiller import DistillConfig as DistillConfig
+from seerattention.train.distiller import Distiller as Distiller
+from seerattention.train.distiller import Step as Step
+from seerattention.train.finetuner import Finetuner as Finetuner
+from seerattention.train.prepare import checkpoint_layers as checkpoint_layers
+from seerattention.train.prepare import extend_context as extend_context
+from seerattention.train.prepare import prepare as prepare
+from seerattention.train.save import save_finetuned as save_finetuned
+from seerattention.train.target import target_recall as target_recall

@@ -1,0 +1,52 @@
+"""What gates minimise, one file per objective, found by its name.
+
+A file defines ``create(**options) -> Objective``. docs/method.md compares them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Objective(Protocol):
+    """Compares a gate's scores with the attention map it should predict."""
+
+    def __call__(
+        self, target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
+    ) -> Tensor:
+        """Return a scalar to minimise.
+
+        Args:
+            target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
+            scores: fp32 ``[B, H, N, N]`` from `AttnGate`, before softmax.
+            block_size: Tokens per (query block, KV block).
+            num_tokens: Tokens of the sequence.
+
+        Raises:
+            ValueError: If target and scores differ in shape.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """Return the names of all objectives."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def create(name: str, **options: Any) -> Objective:
+    """Make an objective.
+
+    Args:
+        name: One of `names`.
+        options: What the objective's file takes.
+
+    Raises:
+        ValueError: If there is no such objective.
+    """
+    if name not in names():
+        raise ValueError(f"unknown objective {name!r}; there are {', '.join(names())}")
+    return importlib.import_module(f"seerattention.train.objectives.{name}").create(**options)

@@ -1,0 +1,54 @@
+"""KL: the divergence from the target to the gate's softmax over blocks, every row alike.
+
+Source: SeerAttention, section 3.2 (arXiv 2410.13276); the skipped rows, the published code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seerattention.train.target import counted_rows
+
+
+@dataclass(frozen=True)
+class KL:
+    """The mean divergence per row, in nats.
+
+    Attributes:
+        power: The target is raised to this power first, rows divided by their sums again; above 1 the
+            blocks with the most attention count more.
+    """
+
+    power: float = 1.0
+
+    def __call__(
+        self, target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
+    ) -> Tensor:
+        """Return the mean over rows; see `Objective`."""
+        target, scores, valid = counted_rows(target, scores, block_size, num_tokens)
+        if self.power != 1:
+            target = target**self.power
+            target = target / target.sum(-1, keepdim=True)
+        return divergence(target, scores, valid).mean()
+
+
+def divergence(target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+    """Return each row's KL divergence from ``target`` to the softmax of ``scores`` over ``valid``.
+
+    Args:
+        target: fp32 ``[B, H, R, N]``, zero outside ``valid``.
+        scores: fp32 ``[B, H, R, N]``.
+        valid: bool ``[R, N]``, some in every row.
+
+    Returns:
+        fp32 ``[B, H, R]``, in nats; of a target whose rows do not sum to 1, its rows' sums times as much.
+    """
+    predicted = torch.log_softmax(scores.masked_fill(~valid, float("-inf")), dim=-1)
+    # 0 * log(0) is 0 in both terms; masked places would give 0 * -inf = nan.
+    return (torch.special.xlogy(target, target) - target * predicted.masked_fill(~valid, 0)).sum(-1)
+
+
+create = KL

@@ -1,0 +1,204 @@
+"""Calibration: how blocks are shared among heads, what targets hold, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from seerattention.calibration import search as calibration
+from seerattention.calibration.gains import Maps
+from seerattention.calibration.search import Target, calibrate, fit, measure
+from seerattention.hosts import transformers as host
+from seerattention.measure import bundled
+from seerattention.policies import Calibrated, TopK
+
+KNOBS = TopK(1.0, sink_blocks=1)
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model, tokenizer = bundled.load_teacher()
+    return model, bundled.load_teacher_gates(), bundled.text_tokens(tokenizer)[1]
+
+
+def synthetic(heads=3, windows=2, blocks=64, seed=0):
+    """Maps of heads from sharp to diffuse, whose gates see the truth through some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (heads, windows * blocks, blocks)
+    rows = torch.arange(blocks).repeat(windows)
+    acausal = torch.arange(blocks) > rows[:, None]
+    sharp = torch.linspace(0.7, 3, heads)[:, None, None]
+    truth = sharp * torch.randn(shape, generator=generator)
+    share = (truth + 0.3 * torch.randn(shape, generator=generator)).masked_fill(acausal, -math.inf)
+    mass = truth.masked_fill(acausal, -math.inf).softmax(-1)
+    return Maps([0], (BLOCK, BLOCK), rows, share.log_softmax(-1), mass, mass.pow(2), KNOBS)
+
+
+def chosen(policy, maps, blocks, law_at=None):
+    """Density and recall of a policy on maps, block by block; or of its thresholds for another length."""
+    read = held = rows = valid = 0
+    limits = policy.at(0, law_at).log_limits(blocks, torch.arange(1, blocks + 1))
+    for s, row in enumerate(maps.rows.tolist()):
+        if row >= blocks:
+            continue
+        for h in range(maps.mass.shape[0]):
+            taken = maps.log_share[h, s, : row + 1] > limits[h, row]
+            taken[[0, row]] = True
+            read, held = read + int(taken.sum()), held + float(maps.mass[h, s, : row + 1][taken].sum())
+            rows, valid = rows + 1, valid + row + 1
+    return read / valid, held / rows
+
+
+@pytest.mark.parametrize("blocks", [32, 64])
+def test_density_and_recall_are_met_on_other_maps_of_the_same_kind(blocks):
+    maps, others = synthetic(), synthetic(seed=1)
+    density = Calibrated(fit(maps, Target(density=0.3)), sink_blocks=1)
+    assert chosen(density, others, blocks)[0] == pytest.approx(0.3, rel=0.1)
+    recall = Calibrated(fit(maps, Target(recall=0.8)), sink_blocks=1)
+    assert chosen(recall, others, blocks)[1] == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize(("target", "which"), [(Target(density=0.3), 0), (Target(recall=0.8), 1)])
+def test_the_law_carries_to_twice_the_length_where_fixed_thresholds_do_not(target, which):
+    maps, longer = synthetic(), synthetic(windows=1, blocks=128, seed=1)
+    policy = Calibrated(fit(maps, target), sink_blocks=1)
+    error = abs(chosen(policy, longer, 128)[which] - target.value)
+    fixed = abs(chosen(policy, longer, 128, law_at=64)[which] - target.value)
+    assert error < 0.03
+    assert fixed > 2 * error
+
+
+def test_no_exchange_between_heads_gains():
+    length = calibration._Length(synthetic(), 64)
+    counts = length.spend(length.fraction, 0.2)
+    assert length.fraction(counts) >= 0.2
+    assert len(set(counts.tolist())) == 3, "heads as different as these share unequally"
+    index = torch.arange(3)
+    best = length.gained[index, counts].sum()
+    for give in range(3):
+        for take in range(3):
+            for many in (1, 10, 100):
+                moved = counts.clone()
+                moved[give] -= many
+                moved[take] += many
+                if give != take and moved.min() >= 0:
+                    assert length.gained[index, moved].sum() <= best + 1e-9
+
+
+def test_limits_and_counts_are_inverse():
+    length = calibration._Length(synthetic(), 32)
+    for fraction in (0.0, 0.1, 0.5, 0.95):
+        counts = length.spend(length.fraction, fraction)
+        assert length.counts(length.limits(counts)).equal(counts)
+
+
+def test_targets():
+    assert Target(recall=0.9).name == "recall"
+    for wrong in ({}, {"density": 0.1, "recall": 0.9}):
+        with pytest.raises(ValueError, match="exactly one of density, recall and ppl_increase"):
+            Target(**wrong)
+    for wrong in ({"density": 0.0}, {"recall": 1.0}, {"ppl_increase": -0.01}, {"density": float("nan")}):
+        with pytest.raises(ValueError, match="must be between 0 and 1"):
+            Target(**wrong)
+
+
+def test_out_of_reach_says_what_is_reachable():
+    maps = synthetic()
+    always = (2 * 64 - 1) / (64 * 65 / 2)
+    with pytest.raises(
+        ValueError, match=rf"out of reach at 1,024 tokens: .* {always:.1%} of all; ask for at"
+    ):
+        fit(maps, Target(density=0.03))
+    with pytest.raises(ValueError, match=r"recall 1.0% needs no thresholds at 1,024 tokens: .* keep \d"):
+        fit(maps, Target(recall=0.01))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"length": 2048, "windows": 40},
+            r"the text has 51,780 tokens, 40 windows of 2,048 need 81,920; give",
+        ),
+        ({"length": 65536, "windows": 2}, "past the model's limit of 32768 tokens"),
+        ({"length": 1000}, "multiple of the gates' block of 64 tokens"),
+        ({"length": 512}, "at least 16 of them, 1024, got 512"),
+        ({"windows": 1}, "windows must be at least 2"),
+        ({"length": 1024, "target": Target(density=0.2)}, r"out of reach at 1,024 tokens: .* 22.8% of all"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_runs(teacher, monkeypatch, settings, message):
+    model, gates, text = teacher
+    monkeypatch.setattr(calibration, "record", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, gates, text, **{"target": Target(density=0.3), **settings})
+
+
+def test_gates_of_another_model_are_refused_before_the_model_runs(teacher, monkeypatch):
+    model, gates, text = teacher
+    other = host.Gates(gates.config, bundled.load_teacher_gates().base, [0, 1])
+    monkeypatch.setattr(calibration, "record", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="these gates are for layers"):
+        calibrate(model, other, text, Target(density=0.3), length=1024, windows=2)
+    assert not host.attached(model)
+
+
+def test_gates_that_are_not_finite_are_refused(teacher):
+    model, _, text = teacher
+    gates = bundled.load_teacher_gates()
+    with torch.no_grad():
+        next(iter(dict(gates.items())[3].parameters())).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="attention of layer 3 are NaN or infinite; check the gates"):
+        calibrate(model, gates, text, Target(density=0.4), length=1024, windows=2)
+
+
+def test_a_perplexity_out_of_reach_says_the_best(teacher, monkeypatch):
+    model, gates, text = teacher
+    rises = iter([1.5])
+    dense = calibration.perplexity(model, text[1024:2048], window=1024, windows=1)
+
+    def measured(*_):
+        return {"density": 0.9, "recall": 1.0, "perplexity": dense * next(rises)}
+
+    monkeypatch.setattr(calibration, "measure", measured)
+    with pytest.raises(
+        ValueError, match=r"increase of 1.0% is out of reach: at a density of 90% it is 50.0%"
+    ):
+        calibrate(model, gates, text, Target(ppl_increase=0.01), length=1024, windows=2)
+
+
+def test_the_least_density_within_a_perplexity_is_found(teacher, monkeypatch):
+    model, gates, text = teacher
+    dense = calibration.perplexity(model, text[1024:2048], window=1024, windows=1)
+
+    def measured(_model, _gates, policy, _windows):
+        rise = 0.01 * 0.5 / policy.calibration.density
+        return {"density": policy.calibration.density, "recall": 1.0, "perplexity": dense * (1 + rise)}
+
+    monkeypatch.setattr(calibration, "measure", measured)
+    found = calibrate(model, gates, text, Target(ppl_increase=0.01), length=1024, windows=2)
+    assert found.policy.calibration.density == pytest.approx(0.5, rel=0.03)
+    assert found.policy.calibration.density >= 0.5
+    assert (found.policy.calibration.target, found.policy.calibration.value) == ("ppl_increase", 0.01)
+
+
+def test_measured_on_text_that_was_not_fitted_to(teacher):
+    model, gates, text = teacher
+    found = calibrate(model, gates, text, Target(recall=0.9), length=2048, windows=2)
+    half, whole = found.rows
+    assert (half["tokens"], whole["tokens"]) == (1024, 2048)
+    for row in found.rows:
+        assert row["recall"] == pytest.approx(0.9, abs=0.02)
+        assert row["density"] < 0.8
+    assert half["density"] > whole["density"], "a longer text needs a smaller part"
+    again = measure(model, gates, found.policy, [text[2048:4096]])
+    assert again == {name: whole[name] for name in again}
+    assert f"reads {whole['density']:.1%} of the blocks at 2,048 tokens" in found.recommendation()
+    heads = np.array(found.head_densities)
+    assert heads.shape == (8, 6)
+    assert heads.max() - heads.min() > 0.2
+    recalls = [point["recall"] for point in found.curve]
+    assert recalls == sorted(recalls)
+    assert not host.attached(model)

@@ -1,0 +1,343 @@
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seerattention.hosts.transformers import base_checksum, new_gates
+from seerattention.policies import TopK, select
+from seerattention.train import DistillConfig, Distiller, TextWindows
+
+SMALL = {"block_size": 16, "q_sub_block": 8, "k_sub_block": 8}
+
+
+def gates_of(model, **settings):
+    torch.manual_seed(1)
+    return new_gates(model, **{**SMALL, **settings})
+
+
+def state_of(gates):
+    return {name: value.clone() for name, value in gates.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_loss_falls_the_recall_rises_and_the_base_is_untouched(model, text):
+    before = base_checksum(model)
+    gates = gates_of(model, init="random")
+    config = DistillConfig(steps=100, lr=1e-2)
+    steps = list(Distiller(model, gates, TextWindows(text, 256), config).run())
+    assert [s.step for s in steps] == list(range(1, 101))
+    assert np.mean([s.loss for s in steps[-10:]]) < 0.85 * np.mean([s.loss for s in steps[:10]])
+    assert np.mean([s.recall for s in steps[-10:]]) > np.mean([s.recall for s in steps[:10]])
+    assert base_checksum(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    assert "attn_gate" not in str(model)
+
+
+def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
+    """Layer by layer is an order of computation, not another gradient."""
+    from seerattention.hosts.transformers import intercept
+    from seerattention.ops.pooled_attention import pooled_attention
+    from seerattention.train.objectives.kl import KL
+
+    batch = TextWindows(text, 256)
+    gates = gates_of(model)
+    trainer = Distiller(model, gates, batch, DistillConfig(steps=1, objective="kl"))
+    trainer._accumulate(torch.from_numpy(batch(0)))
+    mine = {n: p.grad.clone() for n, p in gates.named_parameters()}
+    gates.zero_grad()
+    losses, by_layer = [], dict(gates.items())
+
+    def collect(call):
+        out, target = pooled_attention(call.q, call.k, call.v, (16, 16), backend="reference")
+        with torch.enable_grad():
+            losses.append(KL()(target, by_layer[call.layer](call.q_nope, call.k_nope), (16, 16), 256))
+        return out
+
+    with torch.no_grad(), intercept(model, collect):
+        model.get_decoder()(torch.from_numpy(batch(0)), use_cache=False)
+    sum(losses).backward()
+    for name, parameter in gates.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert float((parameter.grad - mine[name]).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
+
+
+def test_gates_with_one_score_per_kv_head_learn_too(model, text):
+    gates = gates_of(model, per_kv_head=True)
+    steps = list(Distiller(model, gates, TextWindows(text, 256), DistillConfig(steps=30, lr=5e-3)).run())
+    assert np.mean([s.loss for s in steps[-5:]]) < np.mean([s.loss for s in steps[:5]])
+
+
+def test_memory_does_not_grow_with_depth(model, text, monkeypatch):
+    """Of all layers' score tensors, at most one layer's is alive at a time."""
+    import weakref
+
+    from seerattention.train import layer
+
+    gates = gates_of(model)
+    alive, most = [], 0
+
+    original = layer.gate_scores
+
+    def remember(*args):
+        nonlocal most
+        output = original(*args)
+        alive.append(weakref.ref(output))
+        most = max(most, sum(r() is not None for r in alive))
+        return output
+
+    monkeypatch.setattr(layer, "gate_scores", remember)
+    list(Distiller(model, gates, TextWindows(text, 256), DistillConfig(steps=3)).run())
+    assert len(alive) == 6
+    # The previous call's tensor dies when the handler's frame is left, before the next layer's is made.
+    assert most == 1
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = DistillConfig(steps=100, lr=1.0, warmup=0.1)
+    rates = [config.learning_rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.001
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"save_every": 0}, {"recall_density": 0.0}]
+)
+def test_settings_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DistillConfig(**wrong)
+
+
+def test_a_stopped_run_continues_exactly(model, text, tmp_path):
+    config = DistillConfig(steps=12, save_every=4)
+    straight = gates_of(model)
+    expected = [(s.loss, s.recall) for s in Distiller(model, straight, TextWindows(text, 128), config).run()]
+
+    stopped = gates_of(model)
+    for step in Distiller(model, stopped, TextWindows(text, 128), config, out=tmp_path).run():
+        if step.step == 6:
+            break
+    resumed = gates_of(model)
+    trainer = Distiller(model, resumed, TextWindows(text, 128), config, out=tmp_path)
+    assert trainer.done == 4
+    list(trainer.run())
+    assert same(state_of(resumed), state_of(straight))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [(r["loss"], r["recall"]) for r in rows] == expected
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import numpy as np, torch
+torch.set_num_threads(1)
+from transformers import LlamaForCausalLM
+from seerattention.train import DistillConfig, Distiller, TextWindows
+from seerattention.hosts.transformers import new_gates
+model = LlamaForCausalLM.from_pretrained({base!r}).eval()
+torch.manual_seed(1)
+gates = new_gates(model, block_size=16, q_sub_block=8, k_sub_block=8)
+text = np.load({text!r})
+config = DistillConfig(steps=60, save_every=3)
+trainer = Distiller(model, gates, TextWindows(text, 128), config, out=Path({out!r}))
+print("from", trainer.done, flush=True)
+for step in trainer.run():
+    print(step.step, flush=True)
+"""
+
+
+def test_a_killed_run_continues_bit_for_bit(model, text, tmp_path, capsys):
+    """SIGKILL at random moments, then run to the end: the same gates as without."""
+    base, words = tmp_path / "base", tmp_path / "text.npy"
+    model.save_pretrained(base)
+    np.save(words, text)
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+
+    def script(name):
+        return KILLED.format(folder=str(tmp_path), base=str(base), text=str(words), out=str(tmp_path / name))
+
+    for kill in range(2):
+        with subprocess.Popen(
+            [sys.executable, "-c", script("killed")], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        ) as run:
+            assert run.stdout is not None
+            first = run.stdout.readline().split()
+            assert first[:1] == ["from"], f"seed {seed}"
+            assert (int(first[1]) > 0) == (kill > 0), f"seed {seed}: did not start from a checkpoint"
+            last = int(first[1]) + rng.randrange(4, 20)
+            while int(run.stdout.readline()) < last:
+                pass
+            time.sleep(rng.random() * 0.05)
+            os.kill(run.pid, signal.SIGKILL)
+            run.stdout.read()
+            code = run.wait()
+        assert code == -signal.SIGKILL, f"seed {seed}"
+    capsys.readouterr()
+    exec(script("killed"), {})
+    assert not capsys.readouterr().out.startswith("from 0"), f"seed {seed}"
+    exec(script("straight"), {})
+    assert capsys.readouterr().out.startswith("from 0")
+    results = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("straight", "killed")]
+    assert same(*results), f"seed {seed}"
+
+
+def test_checkpoints_of_another_run_are_refused(model, text, tmp_path):
+    config = DistillConfig(steps=2, save_every=1)
+    list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
+    with pytest.raises(ValueError, match="another run, config differ"):
+        Distiller(
+            model, gates_of(model), TextWindows(text, 128), DistillConfig(steps=3, save_every=1), out=tmp_path
+        )
+    with pytest.raises(ValueError, match="another run, text differ"):
+        Distiller(model, gates_of(model), TextWindows(text[::-1], 128), config, out=tmp_path)
+    with pytest.raises(ValueError, match="another run, gate differ"):
+        Distiller(model, gates_of(model, k_sub_block=16), TextWindows(text, 128), config, out=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_a_damaged_checkpoint_is_refused_with_the_remedy(model, text, tmp_path, damage):
+    config = DistillConfig(steps=1)
+    list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"x" * 100, "empty": b""}[damage])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_gates_change(model, text, tmp_path):
+    gates = gates_of(model)
+    config = DistillConfig(steps=10, save_every=1)
+    trainer = Distiller(model, gates, TextWindows(text, 128), config, out=tmp_path)
+    run = trainer.run()
+    next(run)
+    good, saved = state_of(gates), (tmp_path / "checkpoint.safetensors").read_bytes()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 2 has loss nan.*last good one"):
+        next(run)
+    assert same(state_of(gates), good)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(model, text, tmp_path, monkeypatch):
+    from seerattention.train import loop as module
+
+    config = DistillConfig(steps=4, save_every=1)
+    run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()
+    next(run)
+    saved = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        next(run)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
+    # No half file is left; tensorboard's folder is there where it is installed.
+    left = {p.name for p in tmp_path.iterdir()} - {"tensorboard"}
+    assert left == {"checkpoint.safetensors", "metrics.jsonl", "run.json"}
+
+
+def test_trained_gates_choose_better_than_untrained_ones(model, text):
+    """What is learned carries over to text that was not trained on."""
+    from seerattention.hosts.transformers import intercept
+    from seerattention.ops.pooled_attention import pooled_attention
+    from seerattention.train import target_recall
+
+    def recall(gates):
+        found, by_layer = [], dict(gates.items())
+
+        def look(call):
+            out, target = pooled_attention(call.q, call.k, call.v, (16, 16))
+            scores = by_layer[call.layer](call.q_nope, call.k_nope)
+            found.append(target_recall(target, scores, (16, 16), 512, 0.2))
+            assert select(TopK(0.2), scores, num_queries=512, num_keys=512, block_size=(16, 16))
+            return out
+
+        with torch.no_grad(), intercept(model, look):
+            model.get_decoder()(torch.from_numpy(text[-512:])[None], use_cache=False)
+        return np.mean(found)
+
+    gates = gates_of(model, init="random")
+    before = recall(gates)
+    config = DistillConfig(steps=60, lr=5e-3)
+    list(Distiller(model, gates, TextWindows(text[:-512], 512), config).run())
+    assert recall(gates) > before
+
+
+def test_documents_of_a_pack_learn_as_each_would_alone(model, text):
+    """Attention, blocks and positions restart at each document; the shortest is not learned from."""
+    from seerattention.train import Packed
+
+    lengths = (150, 40, 66)
+    tokens = text[:256][None]
+    gates = gates_of(model)
+    trainer = Distiller(model, gates, lambda step: Packed(tokens, (lengths,)), DistillConfig(steps=1))
+    values = trainer._accumulate(Packed(tokens, (lengths,)))
+    mine = {n: p.grad.clone() for n, p in gates.named_parameters()}
+    expected, total = {}, torch.zeros(2)
+    for start, length in ((0, 150), (190, 66)):
+        gates.zero_grad()
+        share = length / 216
+        total += share * trainer._accumulate(tokens[:, start : start + length])
+        for name, p in gates.named_parameters():
+            expected[name] = expected.get(name, 0) + share * p.grad
+    assert values.tolist() == pytest.approx(total.tolist(), rel=1e-5)
+    for name, gradient in expected.items():
+        eps = 256 * torch.finfo(torch.float32).eps
+        assert float((gradient - mine[name]).abs().max()) <= eps * gradient.abs().max()
+
+
+def test_training_stops_on_a_plateau_and_the_best_gates_are_kept(model, text):
+    gates = gates_of(model)
+    config = DistillConfig(steps=50, lr=1e-12, eval_every=2, patience=2)
+    trainer = Distiller(model, gates, TextWindows(text, 128), config, heldout=[text[:256]])
+    recalls = iter([0.5, 0.7, 0.6, 0.7])
+    trainer.heldout_recall = lambda densities: [next(recalls)]
+    states = [state_of(gates) for _ in trainer.run()]
+    assert len(states) == 8
+    assert same(state_of(gates), states[3])
+
+
+def test_patience_without_heldout_text_is_refused(model, text):
+    with pytest.raises(ValueError, match="give held-out text"):
+        Distiller(model, gates_of(model), TextWindows(text, 128), DistillConfig(patience=1))
+
+
+def test_sequences_that_do_not_split_evenly_are_refused(model, text):
+    trainer = Distiller(model, gates_of(model), TextWindows(text, 128, 3), DistillConfig(grad_accum=2))
+    with pytest.raises(ValueError, match="3 sequences per step cannot be split evenly over 1 processes"):
+        next(trainer.run())
+
+
+def test_the_log_has_the_base_checksum_before_and_after_and_a_changed_base_is_an_error(model, text, tmp_path):
+    config = DistillConfig(steps=2)
+    run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()
+    next(run)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+    with pytest.raises(RuntimeError, match="weights changed during training"):
+        list(run)
+    log = json.loads((tmp_path / "run.json").read_text())
+    assert log["base_checksum_before"] != log["base_checksum_after"] == base_checksum(model)

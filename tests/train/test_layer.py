@@ -1,0 +1,110 @@
+"""Slices are an order of computation: scores and gradients stay those of the gate called once."""
+
+import pytest
+import torch
+
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.score_blocks import reference
+from seerattention.ops.summarise_blocks import reference as summarise
+from seerattention.testing.memory import LargestTensor
+from seerattention.train import layer, objectives, target_recall
+
+
+def inputs(tokens):
+    torch.manual_seed(0)
+    return torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 250])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"per_kv_head": True},
+        {"k_sub_block": None, "q_sub_block": None},
+        {"q_pool": ("max",), "k_pool": ("avg", "min"), "qk_norm": True},
+    ],
+)
+def test_sliced_scores_and_gradients_equal_the_gates_own(tokens, settings, monkeypatch):
+    monkeypatch.setattr(reference, "SLICE_BYTES", 1)
+    q, k = inputs(tokens)
+    torch.manual_seed(1)
+    gate = AttnGate(
+        GateConfig(4, 2, 16, **{"block_size": 16, "q_sub_block": 8, "k_sub_block": 8, **settings})
+    )
+    expected, sliced = gate(q, k), layer.gate_scores(gate, q, k, torch.arange(tokens))
+    causal = torch.ones(expected.shape[2:], dtype=torch.bool).tril()
+    eps = 64 * torch.finfo(torch.float32).eps
+    assert (expected - sliced)[:, :, causal].abs().max() <= eps * expected.abs().max()
+    assert sliced.isfinite().all()
+    found = []
+    for scores in (expected, sliced):
+        gate.zero_grad()
+        scores.masked_fill(~causal, float("-inf")).logsumexp(-1).sum().backward()
+        found.append([p.grad.clone() for p in gate.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= eps * a.abs().max()
+
+
+def test_pools_are_the_largest_that_is_kept(monkeypatch):
+    """What the backward pass keeps is a map of blocks, never one of sub-blocks."""
+    monkeypatch.setattr(reference, "SLICE_BYTES", 1)
+    q, k = inputs(256)
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=16, q_sub_block=2, k_sub_block=2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        layer.gate_scores(gate, q, k, torch.arange(256))
+    assert max(kept) == q.numel() // 2 * 3
+    assert max(kept) < 2 * 4 * 128 * 128
+
+
+def test_no_copy_of_all_tokens_is_made():
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=64, q_sub_block=32, k_sub_block=32))
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, heads, 4096, 16).bfloat16() for heads in (4, 2))
+    with LargestTensor() as largest:
+        layer.gate_scores(gate, q, k, torch.arange(4096)).sum().backward()
+    # Views of q itself count as well.
+    assert largest.bytes <= q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_pooled_once(dtype, monkeypatch):
+    """Tokens get no gradient: their pools are constants, and backward does not make them again."""
+    pooled = []
+    run = summarise.run
+    monkeypatch.setattr(summarise, "run", lambda x, *a, **b: pooled.append(x.shape[1]) or run(x, *a, **b))
+    q, k = (x.to(dtype) for x in inputs(250))
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
+    layer.gate_scores(gate, q, k, torch.arange(250)).sum().backward()
+    assert pooled == [4, 2]
+    assert all(p.grad.any() for p in gate.parameters())
+
+
+def test_recall_on_all_rows_is_target_recall():
+    q, k = inputs(250)
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
+    _, target = pooled_attention(q, k, torch.randn_like(k), (16, 16))
+    scores = gate(q, k).detach()
+    found = layer.sampled_recall(target, scores, (16, 16), 250, (0.2, 0.5))
+    for density, value in zip((0.2, 0.5), found.tolist(), strict=True):
+        assert value == pytest.approx(target_recall(target, scores, (16, 16), 250, density), rel=1e-6)
+
+
+def test_learning_reads_nothing_back_and_weights_the_gradient():
+    q, k = inputs(250)
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
+    _, target = pooled_attention(q, k, torch.randn_like(k), (16, 16))
+    objective = objectives.create("kl")
+    values, scores = layer.learn(gate, q, k, target, objective, 0.25, 0.2)
+    assert not scores.requires_grad
+    assert scores.shape == target.shape
+    loss = objective(target, gate(q, k), (16, 16), 250)
+    assert float(values[0]) == pytest.approx(float(loss.detach()) / 4, rel=1e-5)
+    mine = gate.linear_k.weight.grad.clone()
+    gate.zero_grad()
+    loss.backward()
+    reference = gate.linear_k.weight.grad / 4
+    eps = 64 * torch.finfo(torch.float32).eps
+    assert (mine - reference).abs().max() <= eps * reference.abs().max()
