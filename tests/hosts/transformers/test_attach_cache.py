@@ -455,6 +455,6 @@ def test_a_model_that_takes_no_cache_is_refused(tiny):
 
 
 def test_the_oldest_transformers_is_named():
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     floor = re.search(r'"transformers>=(\d+\.\d+)', project)
     assert f"versions {floor[1]} to" in CACHE
