@@ -96,7 +96,7 @@ def test_without_gradients_the_same_scores() -> None:
     case = BY_NAME["no-groups"]
     q, k, gradient = case.normal()
     with torch.no_grad():
-        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, backend="triton")
+        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, **case.geometry, backend="triton")
     assert torch.equal(scores, run(case, "triton", q, k, gradient)[0])
 
 
@@ -107,7 +107,7 @@ def test_one_side_alone_learns() -> None:
     for place in range(2):
         given = [q.clone(), k.clone()]
         given[place].requires_grad_()
-        score_blocks(*given, case.sub_blocks, scale=0.5, backend="triton").backward(gradient)
+        score_blocks(*given, case.sub_blocks, scale=0.5, **case.geometry, backend="triton").backward(gradient)
         assert torch.equal(given[place].grad, both[place])
         assert given[1 - place].grad is None
 
