@@ -14,9 +14,9 @@ from seerattention import Threshold, TokenBudget, TopK, TopP
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.cases import summarise_blocks as summaries
+from seerattention.ops.cases.select_blocks import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_blocks._cases import CASES, EIGHT, SIXTEEN, Case
-from seerattention.ops.summarise_blocks import _cases as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Calibrated, Calibration, Policy
 from seerattention.rows import Rows

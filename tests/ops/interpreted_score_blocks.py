@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from seerattention.ops import language
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
 from seerattention.testing.packed import check_packed_scores
 
@@ -114,7 +115,7 @@ def test_one_side_alone_learns() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float64}, "must be float16, bfloat16 or float32"),
+        ({"dtype": torch.float64}, "it computes float16, bfloat16 and float32, not float64"),
         ({"dtype": torch.bfloat16}, "wrongly"),
         ({"dim": 129}, "up to 512 bytes"),
         ({"scale": -1.0}, "the scale must be positive, not -1.0"),
@@ -137,9 +138,9 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "run", fail)
     x = torch.randn(1, 1, 8, 16)
     score_blocks(x, x, (2, 2))
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+    monkeypatch.setattr(language, "triton", None)
+    with pytest.raises(NotImplementedError, match="triton is not installed"):
         score_blocks(x, x, (2, 2), backend="triton")
-    monkeypatch.setattr(kernel, "triton", None)
-    with pytest.raises(NotImplementedError, match="the package triton is not installed"):
+    monkeypatch.setattr(language, "INTERPRETED", False)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
         score_blocks(x, x, (2, 2), backend="triton")

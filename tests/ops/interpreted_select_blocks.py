@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from seerattention import baselines
+from seerattention.ops import language
+from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
-from seerattention.ops.select_blocks._cases import CASES, Case
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
@@ -313,7 +314,7 @@ def test_a_baseline_runs_in_torch() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 or float32, not torch.float64"),
+        ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 and float32, not float64"),
         ({"k_blocks": torch.zeros(1, 1, 63, 16).bfloat16()}, "interpreter multiplies bfloat16"),
         ({"k_blocks": torch.zeros(1, 1, 63, 257)}, "up to 512 bytes"),
         (
@@ -332,11 +333,11 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(CASES[0]) | {"policy": TopK(0.3)}
     monkeypatch.setattr(kernel, "run", None)
     select_blocks(**args)
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+    monkeypatch.setattr(language, "triton", None)
+    with pytest.raises(NotImplementedError, match="triton is not installed"):
         select_blocks(**args, backend="triton")
-    monkeypatch.setattr(kernel, "triton", None)
-    with pytest.raises(NotImplementedError, match="the package triton is not installed"):
+    monkeypatch.setattr(language, "INTERPRETED", False)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
         select_blocks(**args, backend="triton")
 
 
@@ -367,7 +368,7 @@ def test_chunks_cover_all_rows_within_the_buffer() -> None:
         rows = [row for start, stop in reversed(chunks) for row in range(start, stop)]
         assert rows == list(range(len(widths)))
         for start, stop in chunks:
-            assert stop - start == 1 or (stop - start) * kernel._padded(widths[stop - 1]) <= scores
+            assert stop - start == 1 or (stop - start) * kernel._stride(widths[stop - 1]) <= scores
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ import pytest
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
+from seerattention.ops.select_blocks import triton as choosing
+from seerattention.ops.summarise_blocks import triton as summarising
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -79,6 +81,50 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     # GPUs with less shared memory than Hopper have 99 KiB of it.
     assert made.metadata.shared <= 99 * 1024
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (dtype == "bf16" or name == "score")
+
+
+def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]) -> Any:
+    """Compile a kernel for Hopper; torch's memory begins at multiples of 16 bytes."""
+    names = kernel.arg_names
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
+    source = ASTSource(kernel, **typed(kernel, constants, types), attrs=aligned)
+    return triton.compile(source, target=HOPPER, options=options)
+
+
+@compiles
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dim", [96, 128])
+def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None:
+    options = dict(choosing.LAUNCH["narrow"])
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
+    constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
+    constants |= choosing._widths(dim, "tf32x3")
+    types = {"queries": "*bf16", "keys": "*bf16", "scores": "*fp32", "sequences": "*i32", "scale": "fp32"}
+    made = compiled(choosing._score, constants, types, launch)
+    assert made.metadata.shared <= 99 * 1024
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}
+    types |= {"value": "fp32", "row_exponent": "fp32"}
+    for kind in range(len(choosing.KINDS)):
+        constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512}
+        if not packed and kind:
+            constants["values"] = None
+        compiled(choosing._choose, constants, types, {"num_warps": 1})
+
+
+@compiles
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
+    options = summarising._options(4, 256, projects=True)
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    constants = {"HEADS": 32, "GROUPS": 1, "D": 128, "E": 96, "D_PAD": 64, "E_PAD": 64, "SIZE": 4}
+    constants |= {"MAX": 0, "MIN": 1, "AVG": 2, "PRECISION": "tf32x3", "norm": None} | options
+    constants |= {} if packed else {"edges": None}
+    types = dict.fromkeys(("x", "weight", "out"), "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
+    made = compiled(summarising._summarise, constants, types | {"edges": "*i32", "eps": "fp32"}, launch)
+    assert made.metadata.shared <= 99 * 1024
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.ops.select_blocks._cases import Case
+from seerattention.ops.cases.select_blocks import Case
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import OneSequence, Rows, num_blocks
 from seerattention.selection import BlockSelection

@@ -5,27 +5,15 @@ so that whatever belongs to a block pair lies in the same place of every tile: m
 the winning pair, are taken register by register.
 """
 
-# Kernels are in Triton's language, which a type checker of Python does not know.
-# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
-from typing import Any
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # so that `unsupported` can say it
-    triton = tl = None
+from seerattention.ops.language import jit, tl
 
 
-def _jit(*plain: str) -> Any:
-    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
-    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
-
-
-@_jit("query_subs", "key_subs", "rows", "columns", "past")
+@jit("query_subs", "key_subs", "rows", "columns", "past")
 def score(
     queries,
     keys,
@@ -94,7 +82,7 @@ def score(
             tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=kept)
 
 
-@_jit("query_subs", "key_subs", "rows", "columns", "past")
+@jit("query_subs", "key_subs", "rows", "columns", "past")
 def back_to_queries(
     gradient,
     winners,
@@ -144,7 +132,7 @@ def back_to_queries(
     _store(out + head * query_subs * E, total, row * SUBS_Q + sub_q, query_subs, unit, scale, E)
 
 
-@_jit("query_subs", "key_subs", "rows", "columns", "past")
+@jit("query_subs", "key_subs", "rows", "columns", "past")
 def back_to_keys(
     gradient,
     winners,
@@ -206,7 +194,7 @@ def back_to_keys(
     _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
 
 
-@_jit()
+@jit
 def _add_product(a, b, total, scale):
     """Return ``total + a @ b``; in fp32 a sum per product and then their sum.
 
@@ -221,13 +209,13 @@ def _add_product(a, b, total, scale):
     return total
 
 
-@_jit()
+@jit
 def _last(row, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """Return the KV block of a row's last query, or one after the last KV block."""
     return (row * BLOCK_Q + (BLOCK_Q - 1) + past) // BLOCK_K
 
 
-@_jit()
+@jit
 def _weights(gradient, winners, row, column, rows, columns, last, CAUSAL: tl.constexpr):
     """Load gradients and winning pairs of the block pairs that two index tiles span; 0 elsewhere."""
     given = (row < rows) & (column < columns)
@@ -238,7 +226,7 @@ def _weights(gradient, winners, row, column, rows, columns, last, CAUSAL: tl.con
     return weight, tl.load(winners + at, mask=given, other=0).to(tl.int32)
 
 
-@_jit()
+@jit
 def _store(out, total, sub, subs, unit, scale, E: tl.constexpr):
     """Write the gradients of the sub-blocks that there are."""
     e = tl.arange(0, total.shape[1])
@@ -247,6 +235,3 @@ def _store(out, total, sub, subs, unit, scale, E: tl.constexpr):
         total *= tl.load(unit)
     kept = (sub < subs)[:, None] & (e < E)[None, :]
     tl.store(out + sub[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=kept)
-
-
-INTERPRETED = triton is not None and not isinstance(score, triton.JITFunction)

@@ -6,9 +6,8 @@ at a time, finds where the policy's rule ends by bisection on the bits of its fl
 taken.
 """
 
-# Kernels are in Triton's language, which a type checker of Python does not know.
-# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
@@ -21,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import DTYPES, products
+from seerattention.ops.language import (
+    jit,
+    padded,
+    power_of_two,
+    products,
+    tl,
+    unsupported_dtype,
+    unsupported_here,
+)
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # so that `unsupported` can say it
-    triton = tl = None
 
 #: Launch settings of the score kernel: query blocks and KV blocks of a tile, summaries per query block held
 #: in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256 bytes;
@@ -58,11 +59,7 @@ KINDS = ("share", "count", "mass")
 
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    if triton is None:
-        return ["the package triton is not installed"]
-    reasons = []
-    if q.device.type == "cpu" and not INTERPRETED:
-        reasons.append("it needs a GPU")
+    reasons = unsupported_here(q) + unsupported_dtype(k_blocks.dtype)
     if getattr(scorer, "sub_blocks", None) is None:
         reasons.append(f"{type(scorer).__name__} does not say that its scores are products (sub_blocks)")
     if rows.is_packed and rows.lengths is None:
@@ -74,10 +71,6 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, row
         reasons.append(f"the policy {policy.name} always reads blocks of its own")
     if blocks > MAX_BLOCKS:
         reasons.append(f"it takes rows of at most {MAX_BLOCKS} blocks, not {blocks}")
-    if k_blocks.dtype not in DTYPES:
-        reasons.append(f"summaries must be float16, bfloat16 or float32, not {k_blocks.dtype}")
-    if INTERPRETED and k_blocks.dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if k_blocks.shape[-1] * k_blocks.element_size() > 512:
         reasons.append("it takes summaries of up to 512 bytes")
     return reasons
@@ -183,12 +176,12 @@ def choose_rows(
     # A packed sequence may see more in an earlier row than the ones that have later rows.
     widths = list(accumulate(widths, max))
     chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), options["ROWS"]))
-    space = max((stop - start) * _padded(widths[stop - 1]) for start, stop in chunks)
+    space = max((stop - start) * _stride(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             width = widths[stop - 1]
-            tiles = triton.cdiv(stop - start, options["ROWS"]) * triton.cdiv(width, options["COLUMNS"])
+            tiles = num_blocks(stop - start, options["ROWS"]) * num_blocks(width, options["COLUMNS"])
             _score[batch * heads, tiles](
                 queries,
                 keys,
@@ -199,7 +192,7 @@ def choose_rows(
                 start,
                 stop,
                 width,
-                _padded(width),
+                _stride(width),
                 (first * block_q + past),
                 scale,
                 HEADS=heads,
@@ -213,14 +206,14 @@ def choose_rows(
                 PRECISION=products(keys),
                 **options,
             )
-            wide = max(WORD, triton.next_power_of_2(width))
+            wide = max(WORD, power_of_two(width))
             _choose[batch * heads, stop - start](
                 scores,
                 bits,
                 sequences,
                 first + start,
                 stop - start,
-                _padded(width),
+                _stride(width),
                 bits.shape[2],
                 bits.shape[3],
                 tokens,
@@ -290,9 +283,9 @@ def _widths(dim: int, precision: str) -> dict[str, int]:
 
     Not where three products make one of fp32: added to what is there already they lose digits.
     """
-    whole = max(16, triton.next_power_of_2(dim))
+    whole = padded(dim)
     low = whole // 2
-    rest = max(16, triton.next_power_of_2(dim - low))
+    rest = padded(dim - low)
     if precision == "tf32x3" or low < 16 or low + rest == whole:
         return {"E_LOW": whole, "E_REST": 0}
     return {"E_LOW": low, "E_REST": rest}
@@ -302,7 +295,7 @@ def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, in
     """Rows ``start <= row < stop`` whose scores are at most ``scores`` per head, the last rows first."""
     stop = len(widths)
     while stop:
-        rows = max(1, scores // _padded(widths[stop - 1]))
+        rows = max(1, scores // _stride(widths[stop - 1]))
         # Whole tiles, as long as there is room for one.
         rows = rows // tile * tile or rows
         start = max(0, stop - rows)
@@ -310,7 +303,7 @@ def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, in
         stop = start
 
 
-def _padded(width: int) -> int:
+def _stride(width: int) -> int:
     """Distance between rows of scores: rows begin at the edge of a cache line."""
     return num_blocks(width, WORD) * WORD
 
@@ -319,12 +312,7 @@ choose_op = torch.library.custom_op("seerattention::choose_rows", choose_rows, m
 choose_op.register_fake(lambda *_: None)
 
 
-def _jit(*plain: str) -> Any:
-    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
-    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
-
-
-@_jit("query_subs", "key_subs", "start", "stop", "width", "past")
+@jit("query_subs", "key_subs", "start", "stop", "width", "past")
 def _score(
     queries,
     keys,
@@ -402,7 +390,7 @@ def _score(
         tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
 
 
-@_jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
+@jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
 def _choose(
     scores,
     bits,
@@ -469,7 +457,7 @@ def _choose(
     tl.store(bits + row_of_bits * words + word, packed, mask=word < words)
 
 
-@_jit()
+@jit
 def _order(score):
     """Unsigned integers in the order of the scores, -0 and 0 alike."""
     image = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
@@ -478,7 +466,7 @@ def _order(score):
     return (image ^ flip).to(tl.uint32, bitcast=True)
 
 
-@_jit()
+@jit
 def _best(key, weight, tied: tl.constexpr, limit, free):
     """Take free blocks from the largest key down while those before weigh less than ``limit``.
 
@@ -497,6 +485,3 @@ def _best(key, weight, tied: tl.constexpr, limit, free):
     if tied == 0.0:
         earlier *= found.to(tl.float32, bitcast=True)
     return (key > found) | ((tie > 0) & (before + earlier < limit))
-
-
-INTERPRETED = triton is not None and not isinstance(_score, triton.JITFunction)
