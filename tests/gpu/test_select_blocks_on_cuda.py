@@ -85,7 +85,7 @@ def test_summaries_within_the_error_budget(case: summaries.Case, dtype: torch.dt
 
 def _cpu_inputs() -> Any:
     """The inputs of the CPU's test of the same op."""
-    path = Path(__file__).parents[1] / "ops" / "interpreted_summarise_blocks.py"
+    path = Path(__file__).parents[1] / "ops" / "summarise_blocks" / "interpreted_triton.py"
     spec = importlib.util.spec_from_file_location("summarise_inputs", path)
     assert spec is not None
     assert spec.loader is not None

@@ -130,9 +130,9 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
 @pytest.mark.parametrize(
     "files",
     [
-        ("block_sparse_attention/interpreted_triton", "interpreted_summarise_blocks"),
-        ("block_sparse_attention/interpreted_gradients", "interpreted_select_blocks"),
-        ("pooled_attention/interpreted_triton", "interpreted_score_blocks"),
+        ("block_sparse_attention/interpreted_triton", "summarise_blocks/interpreted_triton"),
+        ("block_sparse_attention/interpreted_gradients", "select_blocks/interpreted_triton"),
+        ("pooled_attention/interpreted_triton", "score_blocks/interpreted_triton"),
     ],
     ids=" ".join,
 )
