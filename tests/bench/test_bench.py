@@ -17,6 +17,7 @@ from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.block_sparse_attention.reference import token_mask
 from seerattention.ops.shapes import Shape
 from seerattention.policies import TopK
+from seerattention.rows import Rows
 from seerattention.selection import causal_blocks
 from seerattention.testing.inputs import random_qkv, random_selection
 
@@ -106,7 +107,7 @@ def test_larger_blocks_take_their_best_part():
 def test_pairs_are_counted_exactly(tokens):
     sizes = shape(tokens)
     selection = random_selection(sizes, density=0.4)
-    expected = int(token_mask(selection, 4, tokens, tokens).sum())
+    expected = int(token_mask(selection, 4, Rows.last(tokens, tokens)).sum())
     assert causal_pairs(selection, tokens) == expected
 
 
