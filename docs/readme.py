@@ -151,8 +151,9 @@ def times() -> str:
     return table(
         "tokens: {tokens:,} | model dense s: {dense_prefill_s:.2f} | "
         "model sparse s: {sparse_prefill_s:.2f} | speedup: {prefill_speedup:.2f}x | "
-        "one layer's attention dense ms: {dense_attention_ms:.0f} | sparse ms: {sparse_attention_ms:.0f} | selecting blocks ms: {selection_ms:.0f} | "
-        "attention speedup: {attention_speedup:.1f}x | with selecting: {with:.1f}x",
+        "one layer's attention dense ms: {dense_attention_ms:.0f} | sparse ms: {sparse_attention_ms:.0f} | "
+        "selecting blocks ms: {selection_ms:.0f} | attention speedup: {attention_speedup:.1f}x | "
+        "with selecting: {with:.1f}x",
         rows,
     )
 
@@ -196,7 +197,7 @@ def table_of_all() -> str:
         "measured on both cards was the same.",
         table(
             "method: {name} | blocks asked: {asked} | "
-            + " | ".join(f"{n // 1024}k, read, perplexity, needles: {{at{n}}}" for n in lengths),
+            + " | ".join(f"{n // 1024}k (read, perplexity, needles): {{at{n}}}" for n in lengths),
             (line(*key) for key in dict.fromkeys((m, a) for _, _, m, a in rows)),
         ),
         FORMER,
