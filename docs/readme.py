@@ -219,9 +219,14 @@ def backward() -> str:
             "peak MB: {peak_mb:?}",
             (r | {"times": f"{r['speedup']:.2f}x" if r["speedup"] else ""} for r in report["rows"]),
         ),
-        f"{sweep['date']}, {machine(sweep)}:",
-        table("part, 32k: {part} | launch: `{launch}` | ms: {ms:.3f}", sweep["sweep"]),
     )
+
+
+def backward_sweep() -> str:
+    """Return the launches of the backward that were tried."""
+    report = read("h100", "block_sparse_backward_sweep.json")
+    launches = table("part, 32k: {part} | launch: `{launch}` | ms: {ms:.3f}", report["sweep"])
+    return parts(f"{report['date']}, {machine(report)}:", launches)
 
 
 def measured_with(report: Report) -> str:
@@ -547,6 +552,7 @@ PAGES = {
         "bench": bench, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
         "backward": backward,
     },
+    "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
     "docs/method.md": {
         "gates-path": lambda: gates("path"), "gates-objectives": lambda: gates("objectives"),
         "gates-narrow": lambda: gates("narrow"), "gates-final": lambda: gates_final("llama"),
