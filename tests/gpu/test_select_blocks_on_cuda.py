@@ -141,7 +141,7 @@ def test_limits_of_each_head(row_exponent: float) -> None:
     case = next(c for c in MIDDLING if c.name == "eight-8k")
     laws = {0: tuple((-1.0 - h / 2, 0.0, 0.0) for h in range(case.heads))}
     made = Calibration("recall", 0.9, 8192, case.block_size, row_exponent, None, laws)
-    policy = Calibrated(made, sink_blocks=1).at(0, None)
+    policy = Calibrated(made, sink_blocks=1).at(0)
     args = arguments(case, torch.bfloat16)
     certain = Certain.of(policy=policy, **args)
     assert certain.share > 0.98

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seerattention.policies.base import Policy as Policy
 from seerattention.policies.base import Rule as Rule
+from seerattention.policies.base import rule_of as rule_of
 from seerattention.policies.calibrated import Calibrated as Calibrated
 from seerattention.policies.calibrated import Calibration as Calibration
 from seerattention.policies.threshold import Threshold as Threshold
@@ -67,10 +68,10 @@ def parse(text: str, calibration: Calibration | None = None) -> Policy:
         )
     for knob in knobs:
         key, equals, number = knob.strip().partition("=")
-        if key not in kind.knobs() or not equals:
+        if key not in kind.KNOBS or not equals:
             raise ValueError(
                 f"unknown knob {knob!r} in policy {text!r}; the knobs are "
-                f"{', '.join(f'{k}=<blocks>' for k in kind.knobs())}"
+                f"{', '.join(f'{k}=<blocks>' for k in kind.KNOBS)}"
             )
         arguments[key] = _number(text, key, number)
     return kind(**arguments)
@@ -105,8 +106,8 @@ def select(
         block_size: Tokens per (query block, KV block).
 
     Returns:
-        The selection. Every row holds the query's own block; sink and local blocks and dense last
-        rows come on top of what the policy chose.
+        The selection. Every row holds the query's own block, sink and local blocks, which count towards a
+        number of blocks and come on top of other choices; dense last rows hold everything.
 
     Raises:
         ValueError: If the scores do not fit the lengths.
@@ -118,5 +119,5 @@ def select(
             f"and {num_keys} keys in blocks of {block_size}, got {list(scores.shape)}"
         )
     own = own_blocks(num_queries, num_keys, block_size, scores.device)
-    mask = policy.choose(scores, valid, block_size[1]) | policy.always(own, valid)
-    return BlockSelection.from_mask(mask & valid, block_size, check=False)
+    mask = policy.read(scores, own, valid, block_size[1])
+    return BlockSelection.from_mask(mask, block_size, check=False)

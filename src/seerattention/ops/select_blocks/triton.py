@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.precision import DTYPES, products
-from seerattention.policies import Policy
+from seerattention.policies import Policy, rule_of
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection, num_blocks
 
@@ -64,8 +64,10 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num
     if getattr(scorer, "sub_blocks", None) is None:
         reasons.append(f"{type(scorer).__name__} does not say that its scores are products (sub_blocks)")
     blocks = num_blocks(num_keys, scorer.block_size[1])
-    if policy.rule(blocks, scorer.block_size[1]) is None:
+    if rule_of(policy, blocks, scorer.block_size[1]) is None:
         reasons.append(f"the policy {policy.name} gives no rule")
+    if type(policy).always is not Policy.always:
+        reasons.append(f"the policy {policy.name} always reads blocks of its own")
     if blocks > MAX_BLOCKS:
         reasons.append(f"it takes rows of at most {MAX_BLOCKS} blocks, not {blocks}")
     if k_blocks.dtype not in DTYPES:
@@ -85,7 +87,7 @@ def run(
     batch, _, tokens, _ = q.shape
     block_q, block_k = scorer.block_size
     rows, columns = num_blocks(tokens, block_q), num_blocks(num_keys, block_k)
-    rule = policy.rule(columns, block_k)
+    rule = rule_of(policy, columns, block_k)
     assert rule is not None
     values = _on_device(rule.per_head, q.device) if rule.per_head else None
     launch = choose_op if torch.compiler.is_compiling() else choose_rows
@@ -96,11 +98,7 @@ def run(
     for first in range(0, rows, step):
         part = slice(first * block_q, min(tokens, (first + step) * block_q))
         queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part])
-        if values is not None and len(values) != queries.shape[1]:
-            raise ValueError(
-                f"the policy {policy.name} has limits for {len(values)} heads, the scores have "
-                f"{queries.shape[1]}; calibrate these gates"
-            )
+        rule.check_heads(queries.shape[1])
         if bits is None:
             shape = (batch, queries.shape[1], rows, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
@@ -364,8 +362,12 @@ def _choose(
     valid = block <= last
     at = scores + (head * rows + tl.program_id(1)) * stride
     score = tl.load(at + block, mask=valid, other=float("-inf"))
+    always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if KIND == 1:
-        taken = _best(_order(score), tl.where(valid, 1.0, 0.0), 1.0, value, valid)
+        # Those read anyway are the first of the count.
+        free = valid & (always == 0)
+        room = value - tl.sum(always.to(tl.float32), 0)
+        taken = _best(_order(score), tl.where(free, 1.0, 0.0), 1.0, room, free)
     else:
         share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
         share /= tl.sum(share, 0)
@@ -377,8 +379,7 @@ def _choose(
         else:
             # Bits of floats >= 0 are in the floats' order.
             taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
-    taken |= (block < sink) | (block > own - local) | (row >= dense_from)
-    taken &= valid
+    taken = (taken | always) & valid
     place = tl.arange(0, 32)[None, :]
     packed = tl.sum(tl.reshape(taken.to(tl.int32), [WIDTH // 32, 32]) << place, 1)
     word = tl.arange(0, WIDTH // 32)
@@ -395,8 +396,8 @@ def _order(score):
 
 
 @_jit()
-def _best(key, weight, tied: tl.constexpr, limit, valid):
-    """Take blocks from the largest key down while those before weigh less than ``limit``.
+def _best(key, weight, tied: tl.constexpr, limit, free):
+    """Take free blocks from the largest key down while those before weigh less than ``limit``.
 
     ``tied`` is the weight of every block of a tie, 0 where it is the key itself, as a float.
     """
@@ -408,7 +409,7 @@ def _best(key, weight, tied: tl.constexpr, limit, valid):
         before = tl.sum(tl.where(key > (found | (bit - 1)), weight, 0.0), 0)
         found = tl.where(before >= limit, found | bit, found)
     before = tl.sum(tl.where(key > found, weight, 0.0), 0)
-    tie = ((key == found) & valid).to(tl.int32)
+    tie = ((key == found) & free).to(tl.int32)
     earlier = (tl.cumsum(tie, 0) - tie).to(tl.float32)
     if tied == 0.0:
         earlier *= found.to(tl.float32, bitcast=True)
