@@ -205,11 +205,8 @@ def table_of_all() -> str:
 
 
 def backward() -> str:
-    """Return forward and backward beside dense attention's, the parts alone, and the launches tried."""
-    report, sweep = (
-        read("h200", "block_sparse_backward.json"),
-        read("h100", "block_sparse_backward_sweep.json"),
-    )
+    """Return forward and backward beside dense attention's, and the parts alone."""
+    report = read("h200", "block_sparse_backward.json")
     return parts(
         f"{attention_of(report)}, blocks of {report['block']}, {report['density']:.0%} of the earlier blocks "
         "at random:",
