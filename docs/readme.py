@@ -9,6 +9,7 @@ import json
 import re
 import string
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,14 @@ def headline() -> str:
     cpu = read("cpu", "demo.json")["lengths"][-1]
     asked = {"backend": "hopper", "tokens": 32768, "block": 64, "mask": "gate", "asked": 0.1}
     (gpu,) = (r for r in read("h200", "prefill.json")["rows"] if asked.items() <= r.items())
-    return parts(
+    text = (
         f"Reading 10 % of the blocks of 32k tokens, the bundled model finds {by['gates']['needle']:.0%} of "
         f"the numbers hidden in a novel, where dense attention finds {by['dense']['needle']:.0%}; prefill is "
         f"{cpu['prefill_speedup']:.1f} times as fast on two CPU cores, and one layer's attention "
-        f"{gpu['speedup']:.1f} times as fast on an H200.",
+        f"{gpu['speedup']:.1f} times as fast on an H200."
+    )
+    return parts(
+        textwrap.fill(text, 118),
         table(
             "32,768 tokens: {name} | blocks read: {density:.1%} | perplexity: {perplexity:.2f} | "
             "needles found: {needle:.0%}",
