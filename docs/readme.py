@@ -23,10 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT / "src" / "seerattention" / "data"
 POLICY = "top_k:{density},sink_blocks=1"
 #: Under tables of selections by count that were measured before blocks read anyway counted.
-FORMER = (
-    "Measured at f9ee062 or before, where the own block came on top of the count; the density column is as "
-    "measured."
-)
+FORMER = "Measured at f9ee062 or before, where the own block came on top of the count."
+FORMER_DENSITY = f"{FORMER[:-1]}; the density column is as measured."
 #: The methods of the README's table, under the names they have there.
 HEADLINE = {
     "dense": "dense attention",
@@ -120,7 +118,7 @@ def headline() -> str:
             "needles found: {needle:.0%}",
             ({"name": name} | by[method] for method, name in HEADLINE.items()),
         ),
-        FORMER,
+        FORMER_DENSITY,
     )
 
 
@@ -142,7 +140,7 @@ def quality() -> str:
             "recall: {recall:.1%} | prefill s: {prefill_s:.2f} | speedup: {speedup:.2f}x",
             report["rows"],
         ),
-        FORMER,
+        FORMER_DENSITY,
     )
 
 
@@ -168,7 +166,7 @@ def lengths() -> str:
         "tokens: {tokens:,} | method: {method} | density: {density:.1%} | perplexity: {perplexity:.2f} | "
         "needles: {needle:.0%} of {questions}"
     )
-    return parts(table(columns, read("teacher-gates", "results.json", base=DATA)), FORMER)
+    return parts(table(columns, read("teacher-gates", "results.json", base=DATA)), FORMER_DENSITY)
 
 
 def table_of_all() -> str:
@@ -204,7 +202,7 @@ def table_of_all() -> str:
             + " | ".join(f"{n // 1024}k (read, perplexity, needles): {{at{n}}}" for n in lengths),
             (line(*key) for key in dict.fromkeys((m, a) for _, _, m, a in rows)),
         ),
-        FORMER,
+        FORMER_DENSITY,
     )
 
 
@@ -272,7 +270,7 @@ def gpu() -> str:
         measured_with(report),
         by_density(report),
         layers(report),
-        FORMER,
+        FORMER_DENSITY,
         table(
             "target: {what} | wanted: {sign} {bound} | reached: {reached:?~} | met: {word}",
             (
@@ -419,7 +417,7 @@ def calibrated_compared() -> str:
             "policy: {name} | density: {density:.2%} | recall: {recall:.1%} | perplexity: {perplexity:.2f}",
             rows,
         ),
-        FORMER,
+        FORMER_DENSITY,
         f"With other exponents of `n` than 0, for a density of 10 %: {', '.join(exponents)}.",
     )
 
@@ -463,8 +461,8 @@ def gates(name: str) -> str:
     return parts(
         f"{settings['batch']:,} tokens per step; `top_k`, the first and the own block forced, no dense last "
         f"rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per "
-        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a share of XAttention's "
-        "gap, and the needles found:",
+        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a fraction of "
+        "XAttention's gap, and the needles found:",
         table(
             "method: {method} | needle documents: {needles} | cost at 32k: {cost} | steps: {steps} | "
             + " | ".join(f"{n // 1024}k, {a:.0%}: {{at[{i}]}}" for i, (n, a) in enumerate(shown)),
@@ -498,7 +496,7 @@ def gates_final(name: str) -> str:
     return parts(
         f"{report['questions']} questions and {report['settings']['text_tokens']:,} tokens of held-out text "
         f"per cell, no dense last rows; lowest to highest of the gates' {len(seeds)} seeds, with the largest "
-        f"gap to the oracle as a share of XAttention's; {machine(report)}:",
+        f"gap to the oracle as a fraction of XAttention's; {machine(report)}:",
         table(
             "tokens: {n:,} | method: {name} | "
             + " | ".join(f"{a:.0%} of the blocks: {{at[{i}]}}" for i, a in enumerate(asked)),
