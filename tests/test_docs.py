@@ -1,5 +1,6 @@
 """What the documentation names exists."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -34,6 +35,16 @@ def test_every_name_in_the_documentation_exists(page):
     for name in re.findall(r"`(seerattention(?:\.\w+)+)`", page.read_text()):
         module, _, last = name.rpartition(".")
         assert hasattr(importlib.import_module(module), last) or importlib.import_module(name)
+
+
+@pages
+def test_every_import_in_the_documentation_works(page):
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("seerattention"):
+                module = importlib.import_module(node.module)
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, f"{page.name} imports {missing} from {node.module}"
 
 
 @pages
