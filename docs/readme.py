@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import string
 import sys
 import textwrap
@@ -531,13 +532,11 @@ def distill_step() -> str:
 
 def yarn() -> str:
     """Return the context extension: dense, with gates afterwards, jointly with them."""
-    sys.path.insert(0, str(ROOT / "experiments" / "yarn"))
-    from table import learning_rates
-    from table import table as extended
-
+    made = runpy.run_path(str(ROOT / "experiments" / "yarn" / "table.py"))
     folder = RESULTS / "h200" / "yarn"
     reports = [json.loads(path.read_text()) for path in folder.glob("lr-*.json")]
-    return parts(extended(read("lr-1e-3.json", base=folder)), learning_rates(reports), FORMER)
+    shown = made["table"](read("lr-1e-3.json", base=folder))
+    return parts(shown, made["learning_rates"](reports), FORMER)
 
 
 #: The generated parts of every page.
