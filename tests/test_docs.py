@@ -4,6 +4,8 @@ import ast
 import importlib
 import re
 import shlex
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,9 @@ def test_every_command_and_option_in_the_documentation_exists(page):
         assert name, f"{page.name} names the command {line!r}"
         asked = {word.split("=")[0] for word in words if word.startswith("--")}
         assert asked <= options(known[name]), f"{page.name}: {line!r} has {asked - options(known[name])}"
+        keys = getattr(sys.modules[known[name].callback.__module__], "keys", list)()
+        given = {word.split("=")[0] for before, word in pairwise(words) if before == "--set"}
+        assert given <= {key for key, *_ in keys}, f"{page.name}: {line!r} sets {given}"
     # Options by themselves are those of some command, or of a script here.
     scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     every = set().union(*map(options, known.values()))
