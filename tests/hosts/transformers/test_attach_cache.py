@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.hosts import transformers as host
-from seerattention.hosts.transformers.rotary import KeysBeforeRope
+from seerattention.hosts.transformers.rotary import Unrotate
 
 DECODING = "dense: decoding step"
 
@@ -340,7 +340,7 @@ def test_beams_then_a_continuation(tiny):
     for layer, summaries in ((i, cache.seerattention_summaries[i, None]) for i in (0, 1)):
         keys = cache.layers[layer].keys
         positions = torch.arange(keys.shape[2]).expand(3, -1)
-        back = KeysBeforeRope(case.model)(layer, keys, positions)
+        back = Unrotate(case.model)(layer, keys, positions)
         with torch.no_grad():
             expected = summaries.scorer.compress(back, positions=positions[0])
         tiny.assert_as_close(summaries.all(), expected, expected.double())

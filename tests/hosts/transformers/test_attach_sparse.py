@@ -1,11 +1,14 @@
 """Sparse prefill reads what the gate and the policy choose, computes no more, and says what it did."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
+from seerattention.hosts.transformers.attach import sparse_layer
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import parse, select
 from seerattention.selection import causal_blocks
@@ -96,15 +99,12 @@ def test_q_and_k_are_those_before_rope(tiny, kind):
 def test_unselected_keys_and_values_do_not_matter(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 100)
     host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
-    handler = model.__dict__["_seerattention_runtime"].handler
+    handler = sparse_layer(model)
     poisoned = []
 
     def poison(call):
-        out = handler(call)
         kept = []
-        handler.observe = lambda layer, call, selection: kept.append(selection)
-        handler(call)
-        handler.observe = None
+        out = replace(handler, observe=lambda layer, call, selection: kept.append(selection))(call)
         mask = kept[0].to_mask().unflatten(1, (2, 2)).any(2)
         # A query reads its own head's blocks only: poison what no head of the group reads in any row.
         unread = ~mask.any(2).repeat_interleave(16, -1)[..., :100]
