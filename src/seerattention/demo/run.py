@@ -23,6 +23,7 @@ from seerattention.hosts.transformers import (
     AttentionCall,
     Gates,
     attach,
+    cache_argument,
     detach,
     logits_of,
     set_policy,
@@ -199,15 +200,16 @@ class Demo:
         found = found_dense_last = 0
         for document in self.documents:
             cache = DynamicCache(config=self.model.config)
+            cached = cache_argument(self.model, cache)
             tokens = self._ids(document.tokens)
-            hidden = self.model.get_decoder()(tokens, past_key_values=cache, use_cache=True)
+            hidden = self.model.get_decoder()(tokens, **cached, use_cache=True)
             found += self._answers(document, hidden.last_hidden_state[0])
             if method.scorer is None:
                 continue
             rows = DENSE_LAST_ROWS * 64
             cache.crop(-rows)
             set_policy(self.model, TopK(method.density, sink_blocks=1, dense_last_rows=DENSE_LAST_ROWS))
-            last = self.model.get_decoder()(tokens[:, -rows:], past_key_values=cache, use_cache=True)
+            last = self.model.get_decoder()(tokens[:, -rows:], **cached, use_cache=True)
             both = torch.cat([hidden.last_hidden_state[0, :-rows], last.last_hidden_state[0]])
             found_dense_last += self._answers(document, both)
             set_policy(self.model, method.policy)

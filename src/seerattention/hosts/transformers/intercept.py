@@ -368,7 +368,8 @@ def _mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **input
     """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
     now = running()
     begun = now.part_of if isinstance(now, LayerCall) else now
-    if begun is not None and begun.switch is config.behind_seerattention.switch and begun.mode.handler is not None:
+    ours = begun is not None and begun.switch is config.behind_seerattention.switch
+    if ours and begun.mode.handler is not None:
         return None if attention_mask is None else attention_mask[:, -kv_length:]
     inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}
     function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation_internal)
