@@ -54,7 +54,7 @@ from seerattention.measure.perplexity import perplexity  # noqa: E402
 from seerattention.measure.retrieval import retrieval  # noqa: E402
 from seerattention.measure.versions import versions  # noqa: E402
 from seerattention.ops.pooled_attention import pooled_attention  # noqa: E402
-from seerattention.ops.score_blocks import reference  # noqa: E402
+from seerattention.ops.score_blocks import chunked  # noqa: E402
 from seerattention.train import DistillConfig, objectives, target_recall  # noqa: E402
 from seerattention.train.layer import gate_scores  # noqa: E402
 
@@ -225,7 +225,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         # Memory is plenty: fewer, larger products.
-        reference.SLICE_BYTES = 2**30
+        chunked.SLICE_BYTES = 2**30
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model, tokenizer = bundled.load_teacher(dtype, args.teacher)
     return model.to(args.device), tokenizer

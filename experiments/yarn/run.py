@@ -50,7 +50,7 @@ from seerattention.measure.perplexity import next_token_losses  # noqa: E402
 from seerattention.measure.retrieval import retrieval  # noqa: E402
 from seerattention.measure.versions import versions  # noqa: E402
 from seerattention.policies import parse  # noqa: E402
-from seerattention.selection import num_blocks  # noqa: E402
+from seerattention.rows import num_blocks  # noqa: E402
 from seerattention.train import (  # noqa: E402  # noqa: E402
     DistillConfig,
     Distiller,

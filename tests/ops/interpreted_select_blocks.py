@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from seerattention import AttnGate, GateConfig, baselines
+from seerattention import baselines
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
 from seerattention.ops.select_blocks._cases import CASES, Case
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
+from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
-from seerattention.testing.selections import Certain
+from seerattention.testing.selections import Certain, alone, arguments
 
 pytest.importorskip("triton")
 
@@ -51,37 +52,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def gate_of(case: Case) -> AttnGate:
-    torch.manual_seed(1)
-    config = GateConfig.published(**case.design) if case.published else GateConfig(**case.design)
-    gate = AttnGate(config)
-    for p in gate.parameters():
-        # Scores of a few units, so that rows are neither uniform nor a single block.
-        p.data.mul_(2 if not case.published else 60)
-    return gate
-
-
-def arguments(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    q, k, _ = random_qkv(case, dtype=dtype)
-    gate = gate_of(case).to(dtype)
-    positions = torch.arange(case.keys)
-    with torch.no_grad():
-        k_blocks = gate.compress(k, positions=positions)
-    return {
-        "q": q,
-        "k_blocks": k_blocks,
-        "scorer": gate,
-        "positions": positions[case.keys - case.queries :],
-        "num_keys": case.keys,
-    }
-
-
 def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> None:
     args = arguments(case, dtype)
     certain = Certain.of(policy=policy, **args)
     # A check that decides hardly anything would pass whatever happens.
     assert certain.share > 0.98
-    for backend in ("reference", "triton"):
+    for backend in ("reference", "composed", "triton"):
         selection = select_blocks(policy=policy, **args, backend=backend)
         certain.check(selection)
         assert selection.block_size == case.block_size
@@ -105,6 +81,52 @@ def test_half_precision() -> None:
     check(next(c for c in CASES if c.name == "later-chunk"), TopK(0.3), torch.float16)
 
 
+PACKED = [case for case in CASES if case.lengths]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "policy", [TopK(0.3), TopP(0.6), TopK(0.1, sink_blocks=1, dense_last_rows=2)], ids=str
+)
+@torch.no_grad()
+def test_packed_sequences_choose_as_alone(case: Case, policy: Policy) -> None:
+    args = arguments(case)
+    together = select_blocks(policy=policy, **args, backend="triton")
+    masks = [select_blocks(policy=policy, **own, backend="triton").to_mask() for _, own in alone(args)]
+    masks = [torch.nn.functional.pad(m, (0, together.shape[3] - m.shape[3])) for m in masks]
+    assert torch.equal(together.to_mask(), torch.cat(masks, 2))
+
+
+@torch.no_grad()
+def test_limits_of_each_head_in_packed_sequences() -> None:
+    # A law in the length: other limits for every sequence.
+    laws = {0: ((-0.5, -0.3, 0.0), (-1.0, -0.4, 0.0))}
+    policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0, None)
+    check(PACKED[0], policy)
+
+
+@torch.no_grad()
+def test_other_sequences_and_what_they_leave_are_not_read() -> None:
+    args = arguments(PACKED[0])
+    whole = select_blocks(policy=TopK(0.3), **args, backend="triton").bits
+    q, k_blocks, rows = args["q"].clone(), args["k_blocks"].clone(), args["rows"]
+    read, own = 5, torch.zeros(len(k_blocks), k_blocks.shape[2], dtype=torch.bool)
+    own[read, : -(-rows.lengths[read][1] // args["scorer"].tokens_per_summary)] = True
+    k_blocks.masked_fill_(~own[:, None, :, None], torch.nan)
+    one, (down, _) = next(x for x in rows.maps(args["scorer"].block_size) if x[0].index == read)
+    q[:, :, : one.queries.start] = q[:, :, one.queries.stop :] = torch.nan
+    poisoned = select_blocks(policy=TopK(0.3), **args | {"q": q, "k_blocks": k_blocks}, backend="triton").bits
+    assert torch.equal(whole[:, :, down], poisoned[:, :, down])
+
+
+def test_lengths_that_only_a_device_knows() -> None:
+    args = arguments(PACKED[0])
+    rows = args["rows"]
+    unknown = Rows.from_starts(rows.starts_q, rows.starts_k, rows.num_queries, rows.num_keys)
+    with pytest.raises(NotImplementedError, match="host does not know the lengths"):
+        select_blocks(policy=TopK(0.3), **args | {"rows": unknown}, backend="triton")
+
+
 # --- exact scores: ties are decided alike ---------------------------------------------------------------
 
 
@@ -116,11 +138,12 @@ class Given:
     sub_blocks: tuple[int, int] | None = (1, 1)
     scale: float = 1.0
     after_rope: ClassVar[bool] = True
+    tokens_per_summary: ClassVar[int] = 4
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         return k[:, :, ::4].contiguous()
 
-    def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         return q[:, :, ::4]
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
@@ -141,14 +164,13 @@ def test_ties_go_to_the_lower_block(policy: Policy, levels: int) -> None:
     k[..., 0] = torch.randint(0, levels, (1, 2, 60)) - levels // 2
     args = {
         "k_blocks": scorer.compress(k, positions=torch.arange(60)),
-        "positions": torch.arange(60),
-        "num_keys": 60,
     }
     masks = [
         select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-        for name in ("reference", "triton")
+        for name in ("reference", "composed", "triton")
     ]
-    assert torch.equal(*masks)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 1.0])
@@ -156,7 +178,7 @@ def test_mass_of_ties(mass: float) -> None:
     # Four blocks of equal share 1/4, a power of two: exact in every order.
     scorer = Given()
     q, k = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
-    args: dict[str, Any] = {"positions": torch.arange(16), "num_keys": 16}
+    args: dict[str, Any] = {}
     args["k_blocks"] = scorer.compress(k, positions=torch.arange(16))
     taken = select_blocks(q, scorer=scorer, policy=TopP(mass), **args, backend="triton").to_mask()
     assert taken[0, 0, 3, :3].tolist() == [j / 4 < mass for j in range(3)]
@@ -166,14 +188,15 @@ def test_extreme_scores() -> None:
     scorer = Given(block_size=(4, 4))
     q, k = torch.ones(1, 1, 64, 16), torch.zeros(1, 1, 64, 16)
     k[0, 0, ::4, 0] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, 3e38, -3e38] * 2)
-    args: dict[str, Any] = {"positions": torch.arange(64), "num_keys": 64}
+    args: dict[str, Any] = {}
     args["k_blocks"] = scorer.compress(k, positions=torch.arange(64))
     for policy in (TopK(0.2), TopK(0.4), TokenBudget(24)):
         masks = [
             select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-            for name in ("reference", "triton")
+            for name in ("reference", "composed", "triton")
         ]
-        assert torch.equal(*masks), policy
+        assert torch.equal(masks[0], masks[1]), policy
+        assert torch.equal(masks[0], masks[2]), policy
 
 
 # --- what the kernel cannot do -------------------------------------------------------------------------
@@ -222,7 +245,7 @@ def test_a_baseline_runs_in_torch() -> None:
     q, k, _ = random_qkv(CASES[4])
     positions = torch.arange(1000)
     k_blocks = scorer.compress(k, positions=positions)
-    args: dict[str, Any] = {"positions": positions, "num_keys": 1000}
+    args: dict[str, Any] = {"positions": positions}
     with pytest.raises(NotImplementedError, match="Quest does not say that its scores are products"):
         select_blocks(q, k_blocks, scorer, TopK(0.3), **args, backend="triton")
     select_blocks(q, k_blocks, scorer, TopK(0.3), **args)
@@ -234,7 +257,10 @@ def test_a_baseline_runs_in_torch() -> None:
         ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 or float32, not torch.float64"),
         ({"k_blocks": torch.zeros(1, 1, 63, 16).bfloat16()}, "interpreter multiplies bfloat16"),
         ({"k_blocks": torch.zeros(1, 1, 63, 257)}, "up to 512 bytes"),
-        ({"num_keys": 64 * 32768 + 1}, "rows of at most 32768 blocks, not 32769"),
+        (
+            {"rows": Rows.last(1000, 64 * 32768 + 1), "k_blocks": torch.zeros(1, 1, 4 * 32768 + 1, 16)},
+            "rows of at most 32768 blocks, not 32769",
+        ),
     ],
 )
 def test_reasons_why_not(change: dict[str, Any], reason: str) -> None:
@@ -255,10 +281,17 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         select_blocks(**args, backend="triton")
 
 
-def test_lengths_that_do_not_fit() -> None:
-    args = arguments(CASES[4]) | {"num_keys": 999}
-    with pytest.raises(ValueError, match="1 <= Tq <= Tk, got Tq=1000 and Tk=999"):
-        select_blocks(policy=TopK(0.3), **args)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Rows.last(999, 1000), "q has 1000 tokens, rows have 999"),
+        (Rows.last(1000, 1009), r"must be \[1, H, 64, E\] for q \[1, ...\] and the 1009 keys of rows, got"),
+        (Rows.packed([(400, 400), (600, 600)]), r"must be \[2, H, 38, E\] .* 600 keys of the longest seq"),
+    ],
+)
+def test_lengths_that_do_not_fit(rows: Rows, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_blocks(policy=TopK(0.3), **arguments(CASES[4]) | {"rows": rows})
 
 
 # --- memory, launches, compilation -----------------------------------------------------------------------

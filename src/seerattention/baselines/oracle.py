@@ -24,6 +24,7 @@ class Oracle:
 
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
+    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep the keys themselves."""

@@ -29,6 +29,7 @@ class OracleMass:
 
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
+    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep the keys themselves."""

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from seerattention.hosts.transformers import AttentionCall, Gates, intercept
 from seerattention.measure.perplexity import hidden_states
 from seerattention.policies import Policy
-from seerattention.selection import causal_blocks, num_blocks, own_blocks
+from seerattention.rows import Rows, num_blocks
+from seerattention.selection import causal_blocks
 
 #: Rows of query blocks per window whose maps are kept.
 ROWS = 64
@@ -75,9 +76,9 @@ def record(
     block = gates.config.block_size
     blocks = num_blocks(len(windows[0]), block)
     rows = torch.linspace(0, blocks - 1, min(ROWS, blocks)).round().long()
-    sizes = blocks * block, blocks * block, (block, block)
+    whole, size = Rows.last(blocks * block, blocks * block), (block, block)
     # Of shorter texts other rows are the last, so that none is dense here.
-    always = replace(knobs, dense_last_rows=0).always(own_blocks(*sizes), causal_blocks(*sizes))[rows]
+    always = replace(knobs, dense_last_rows=0).always(whole.own(size), whole.causal(size))[rows]
     seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in by_layer}
 
     def handler(call: AttentionCall) -> Tensor:

@@ -14,6 +14,7 @@ from seerattention.hosts.transformers import AttentionCall, Gates, intercept
 from seerattention.measure.plot import COLOURS, pyplot
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
+from seerattention.rows import Rows
 
 
 @torch.inference_mode()
@@ -37,9 +38,7 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
         true = pooled_map(call.q, call.k, gate.block_size, scale=call.scale)
         scores = gate(call.q_nope, call.k_nope, positions=call.positions)
         length = call.q.shape[2]
-        chosen = select(
-            policy, scores, num_queries=length, num_keys=length, block_size=gate.block_size
-        ).to_mask()
+        chosen = select(policy, scores, rows=Rows.last(length, length), block_size=gate.block_size).to_mask()
         valid = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
         share = torch.softmax(scores.masked_fill(~valid, float("-inf")), -1)
         # Entropy tells sharp heads from diffuse ones.

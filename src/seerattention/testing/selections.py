@@ -6,6 +6,7 @@ the row's limit, and nowhere else. The bound comes from the sizes of the factors
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.select_blocks._cases import Case
 from seerattention.policies import Policy, Rule
-from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+from seerattention.rows import OneSequence, Rows, num_blocks
+from seerattention.selection import BlockSelection
+from seerattention.testing.inputs import random_qkv
 
 EPS = torch.finfo(torch.float32).eps
+
+
+@torch.no_grad()
+def arguments(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    """Return what `select_blocks` is called with, but for the policy: a gate, and what it summarises."""
+    q, k, _ = random_qkv(case, dtype=dtype, device=device)
+    # As a model hands them over: heads after tokens in memory.
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    torch.manual_seed(1)
+    config = GateConfig.published(**case.design) if case.published else GateConfig(**case.design)
+    gate = AttnGate(config).to(device, dtype)
+    for p in gate.parameters():
+        # Scores of a few units, so that rows are neither uniform nor a single block.
+        p.mul_(60 if case.published else 2)
+    args = {"q": q, "scorer": gate}
+    if not case.lengths:
+        k_blocks = gate.compress(k, positions=torch.arange(case.keys, device=device))
+        return args | {"k_blocks": k_blocks, "rows": Rows.last(case.queries, case.keys)}
+    rows = Rows.packed(case.lengths, device)
+    positions = torch.cat([torch.arange(keys, device=device) for _, keys in case.lengths])
+    k_blocks = gate.compress(k, positions=positions, rows=rows)
+    return args | {"k_blocks": rows.rectangle(k_blocks, case.keys, gate.tokens_per_summary), "rows": rows}
+
+
+def alone(args: dict[str, Any]) -> Iterator[tuple[OneSequence, dict[str, Any]]]:
+    """Iterate over the packed sequences of a call of `select_blocks`, each with a call of its own."""
+    rows, size = args["rows"], args["scorer"].tokens_per_summary
+    for one in rows.sequences():
+        k_blocks = args["k_blocks"][one.index, None, :, : num_blocks(one.rows.num_keys, size)]
+        yield one, args | {"q": args["q"][:, :, one.queries], "k_blocks": k_blocks, "rows": one.rows}
 
 
 @dataclass(frozen=True)
@@ -38,25 +73,24 @@ class Certain:
         policy: Policy,
         q: Tensor,
         k_blocks: Tensor,
-        *,
-        positions: Tensor,
-        num_keys: int,
+        rows: Rows,
     ) -> Certain:
         """Decide from the scores in fp64 of the summaries that backends get.
 
         Args:
             scorer: A `ProductScorer`.
             policy: One with a rule.
-            q: ``[B, Hq, Tq, D]``.
+            q: ``[B, Hq, Tq, D]``, or packed sequences.
             k_blocks: Summaries of all keys.
-            positions: int64 ``[Tq]`` or ``[B, Tq]``.
-            num_keys: Key tokens.
+            rows: Where the queries lie among the keys.
         """
-        sizes = q.shape[2], num_keys, scorer.block_size
-        valid, own = causal_blocks(*sizes, q.device), own_blocks(*sizes, q.device)
+        if rows.is_packed:
+            args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows}
+            return cls._of_packed(policy, args)
+        valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
         rule = policy.rule(valid.shape[1], scorer.block_size[1])
         assert rule is not None
-        queries = scorer.summarise_queries(q, positions=positions)
+        queries = scorer.summarise_queries(q, positions=rows.positions(q.device))
         taken, left = [], []
         # One head at a time: fp64 scores of all of them are large.
         for h in range(queries.shape[1]):
@@ -67,6 +101,16 @@ class Certain:
             left.append(never)
         always = policy.always(own, valid)
         return cls((torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid)
+
+    @classmethod
+    def _of_packed(cls, policy: Policy, args: dict[str, Any]) -> Certain:
+        """Decide for every sequence alone."""
+        columns = args["rows"].num_blocks(args["scorer"].block_size)[1]
+        found = [cls.of(policy=policy, **own) for _, own in alone(args)]
+        return cls(
+            torch.cat([F.pad(x.taken, (0, columns - x.taken.shape[3])) for x in found], 2),
+            torch.cat([F.pad(x.left, (0, columns - x.left.shape[3]), value=True) for x in found], 2),
+        )
 
     @property
     def share(self) -> float:

@@ -16,7 +16,7 @@ from seerattention.hosts.transformers import AttentionCall, Gates, attach, detac
 from seerattention.measure.perplexity import hidden_states
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import Calibrated, Policy, TopK, select
-from seerattention.selection import causal_blocks, num_blocks, own_blocks
+from seerattention.rows import Rows, num_blocks
 
 #: The least share that a map tells from nothing.
 FLOOR = 1e-4
@@ -146,7 +146,8 @@ def _heads(call: AttentionCall, gate: Any, policies: list[Policy]) -> list[dict[
     options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
     true = pooled_map(call.q, call.k, block, **options)[0]
     scores = gate(call.q_nope, call.k_nope, positions=call.positions).float()
-    valid = causal_blocks(length, length, block, scores.device)
+    rows = Rows.last(length, length)
+    valid = rows.causal(block, scores.device)
     share = torch.softmax(scores.masked_fill(~valid, -math.inf), -1)[0]
     mass = block_mass(call, block[0])
     if not bool(torch.isfinite(share).all()) or not bool(torch.isfinite(mass).all()):
@@ -158,9 +159,9 @@ def _heads(call: AttentionCall, gate: Any, policies: list[Policy]) -> list[dict[
     chosen = []
     for policy in policies:
         policy = policy.at(call.layer, None)
-        selection = select(policy, scores, num_queries=length, num_keys=length, block_size=block)
+        selection = select(policy, scores, rows=rows, block_size=block)
         read = selection.to_mask()[0].repeat_interleave(group, 0)
-        always = policy.always(own_blocks(length, length, block, valid.device), valid)
+        always = policy.always(rows.own(block, valid.device), valid)
         chosen.append((read, block_states(read, true, always, valid)))
     pairs = valid.cpu().numpy()
     causal = int(valid.sum())

@@ -37,6 +37,15 @@ def _case(name: str, queries: int, keys: int | None = None, **options: Any) -> C
     return Case(name=name, queries=queries, keys=keys or queries, **sizes)
 
 
+def _packed(name: str, lengths: tuple[tuple[int, int], ...], **options: Any) -> Case:
+    queries, keys = (sum(one) for one in zip(*lengths, strict=True))
+    return _case(name, queries, keys, lengths=lengths, **options)
+
+
+#: Of blocks of 16 tokens: less than one, one, a token more, odd ones, a later piece, none, a decoded token.
+ODD = ((1, 1), (15, 15), (16, 16), (17, 17), (63, 63), (20, 75), (0, 40), (40, 40), (1, 33))
+
+
 def _llama(name: str, tokens: int, **options: Any) -> Case:
     return _case(name, tokens, heads=32, kv_heads=8, head_dim=128, large=True, **options)
 
@@ -60,6 +69,9 @@ CASES = (
     _case("small-blocks", 150, block_size=(8, 8), gate=WHOLE),
     _case("not-a-power-of-two", 300, head_dim=40, gate={**WHOLE, "gate_dim": 24, "qk_norm": True}),
     _case("in-two-parts", 300, head_dim=64, gate={**SIXTEEN, "gate_dim": 48}),
+    _packed("packed", ODD, block_size=(16, 16), gate={"q_sub_block": 4, "k_sub_block": 8}),
+    _packed("packed-whole", ODD[3:7], block_size=(16, 16), gate=WHOLE, heads=4, kv_heads=2),
+    _packed("packed-per-kv-head", ODD[4:], block_size=(16, 16), gate={**WHOLE, "per_kv_head": True}),
     _llama("published-32k", 32768, published=True),
     _llama("published-128k", 131072, published=True),
     _llama("sixteen-32k", 32768, gate=SIXTEEN),
