@@ -14,10 +14,10 @@ from torch import Tensor
 from seerattention.attention import seer_attention
 from seerattention.crossover import Crossover, crossover
 from seerattention.engine.call import AttentionCall, Unrotate
-from seerattention.engine.summaries import Growing
+from seerattention.engine.summaries import Growing, summarised
 from seerattention.engine.when import why_dense
 from seerattention.policies import Policy, TokenBudget
-from seerattention.rows import num_blocks
+from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection
 
@@ -76,7 +76,7 @@ class SparseLayer:
             if new:
                 rows.setdefault(why[row], []).append(row)
         if len(rows) == 1:
-            return self._compute(call, scorer, *rows, read)
+            return self._compute(call, scorer, next(iter(rows)), read)
         outs = {}
         for reason, some in rows.items():
             part = call.part(some)
@@ -101,6 +101,7 @@ class SparseLayer:
             self._policy_of(call, scorer),
             q_scored=call.q if scorer.after_rope else call.q_nope,
             k_blocks=_compressed(call, scorer) if read is None else read(),
+            rows=call.rows,
             positions=call.positions,
             scale=call.scale,
             softcap=call.softcap,
@@ -137,4 +138,7 @@ def _rows(read: Callable[[], Tensor], some: list[int]) -> Tensor:
 
 def _compressed(call: AttentionCall, scorer: Scorer) -> Tensor:
     """Summarise all keys after RoPE."""
-    return scorer.compress(call.k, positions=torch.arange(call.k.shape[2], device=call.k.device))
+    if not call.rows.is_packed:
+        return scorer.compress(call.k, positions=torch.arange(call.k.shape[2], device=call.k.device))
+    rows = Rows.packed([(keys, keys) for _, keys in call.rows.known], call.k.device)
+    return summarised(scorer, call.k, rows, rows.positions())

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.engine.call import AttentionCall, Unrotate
 from seerattention.engine.when import DECODING, decodes
+from seerattention.rows import Rows
 from seerattention.scorer import Scorer
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -130,6 +132,11 @@ class Kept:
         return self.scorer.block_size[1]
 
     @property
+    def per_block(self) -> int:
+        """Summaries per block."""
+        return self.block // self.scorer.tokens_per_summary
+
+    @property
     def whole(self) -> list[int]:
         """Finished blocks per row."""
         return [n // self.block for n in self.tokens]
@@ -197,7 +204,7 @@ class Kept:
             positions = self._positions([n * block for n in whole], most * block)
             made = self.scorer.compress(joined[:, :, : most * block], positions=positions)
             if finished is not None:
-                made = _behind(finished, [n * (made.shape[2] // most) for n in whole], made)
+                made = _behind(finished, [n * self.per_block for n in whole], made)
             finished = made
         ends = [n // block * block for n in totals]
         width = max(n % block for n in totals)
@@ -209,18 +216,19 @@ class Kept:
     def read(self) -> Tensor:
         """Return the summaries of all blocks, the last one of the tokens it has so far."""
         rest, whole = self.rest, self.whole
-        per_block = 0 if self.finished is None else self.finished.shape[2] // self.sums.shape[2]
-        have = [n * per_block for n in whole]
+        have = [n * self.per_block for n in whole]
         if not any(rest):
             assert self.finished is not None
             return self.finished[:, :, : max(have)]
-        begins = [n * self.block for n in whole]
         if len(set(rest)) == 1:
-            last = self.scorer.compress(
-                self.tail[:, :, : rest[0]], positions=self._positions(begins, rest[0])
-            )
+            positions = self._positions([n * self.block for n in whole], rest[0])
+            last = self.scorer.compress(self.tail[:, :, : rest[0]], positions=positions)
         else:
-            raise NotImplementedError
+            row = torch.tensor([i for i, n in enumerate(rest) for _ in range(n)], device=self.tail.device)
+            column = torch.tensor([j for n in rest for j in range(n)], device=self.tail.device)
+            positions = torch.tensor([n * self.block for n in whole], device=row.device)[row] + column
+            tails = self.tail.transpose(0, 1)[:, row, column][None]
+            last = summarised(self.scorer, tails, Rows.packed([(n, n) for n in rest], row.device), positions)
         return last if self.finished is None else _behind(self.finished, have, last)
 
     def _positions(self, begins: list[int], count: int) -> Tensor:
@@ -229,6 +237,27 @@ class Kept:
         if len(set(begins)) == 1:
             return numbers + begins[0]
         return torch.tensor(begins, device=numbers.device)[:, None] + numbers
+
+
+def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+    """Summarise the keys of packed sequences.
+
+    Args:
+        scorer: Summarises them, all at once if it can.
+        k: ``[1, Hk, T, D]``.
+        rows: The sequences; their queries are their keys.
+        positions: int64 ``[T]``, each token's position in its sequence.
+
+    Returns:
+        ``[S, H, longest, E]``, finite where a sequence has ended.
+    """
+    size = scorer.tokens_per_summary
+    if getattr(scorer, "sub_blocks", None) is not None:
+        made = scorer.compress(k, positions=positions, rows=rows)
+    else:
+        places = [place for place in rows.places(rows.num_keys) if place.stop > place.start]
+        made = torch.cat([scorer.compress(k[:, :, one], positions=positions[one]) for one in places], 2)
+    return rows.rectangle(made, rows.num_keys, size)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -150,8 +150,11 @@ def test_pieces_select_like_one_shot(tiny, kind, pieces, padding):
                 padded_mask = torch.nn.functional.pad(
                     selection.to_mask(), (0, one.shape[3] - selection.shape[3])
                 )
-                for row in (0, 1) if call.slot is None else (call.slot,):
-                    rows[row].append(padded_mask[row if call.slot is None else 0])
+                if call.rows.is_packed:
+                    lines = [down for _, (down, _) in call.rows.maps((16, 16))]
+                    padded_mask = torch.cat([padded_mask[:, :, down] for down in lines])
+                for row in (0, 1):
+                    rows[row].append(padded_mask[row])
         assert torch.equal(torch.stack([torch.cat(r, 1) for r in rows]), one)
         assert one.sum() < causal_blocks(length, length, (16, 16)).sum() * one[..., 0, 0].numel()
     gold = tiny.make(kind).double()

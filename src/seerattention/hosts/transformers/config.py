@@ -60,7 +60,8 @@ class View:
 
     @_attn_implementation.setter
     def _attn_implementation(self, name: str | dict[str, Any] | None) -> None:
-        self.behind_seerattention.own._attn_implementation = name
+        own: Any = self.behind_seerattention.own
+        own._attn_implementation = name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreTrainedConfig:
         behind = self.behind_seerattention

@@ -173,13 +173,14 @@ class Runtime:
     switch: Switch
     taps: list[Taps]
     hooks: list[Any] = field(default_factory=list)
-    views: list[tuple[nn.Module, View]] = field(default_factory=list)
+    views: list[tuple[Any, View]] = field(default_factory=list)
     owner: Any = None
 
     def connect(self) -> None:
         """Hook the model's modules and take over its attention."""
         decoder, made = self.model.get_decoder(), {}
-        for module in (decoder, *(taps.attention for taps in self.taps)):
+        modules: list[Any] = [decoder, *(taps.attention for taps in self.taps)]
+        for module in modules:
             config = module.config
             made.setdefault(id(config), view(config, self.switch, decoder))
             module.config = made[id(config)]
@@ -226,7 +227,8 @@ class Runtime:
         """Stand in for a method of the model; on a GPU it would quietly take another attention function."""
         if self.switch.mode.handler is not None:
             raise NotImplementedError(CONTINUOUS)
-        manager: Any = type(self.model).init_continuous_batching(self.model, *args, **kwargs)
+        kind: Any = type(self.model)
+        manager = kind.init_continuous_batching(self.model, *args, **kwargs)
         # It computes in a thread of its own, which is to be dense as well.
         loop = manager._run_generation_loop
         manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
@@ -367,9 +369,8 @@ def _attend(
 def _mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **inputs: Any) -> Any:
     """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
     now = running()
-    begun = now.part_of if isinstance(now, LayerCall) else now
-    ours = begun is not None and begun.switch is config.behind_seerattention.switch
-    if ours and begun.mode.handler is not None:
+    begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.behind_seerattention.switch
+    if begun is not None and begun.switch is switch and begun.mode.handler is not None:
         return None if attention_mask is None else attention_mask[:, -kv_length:]
     inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}
     function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation_internal)

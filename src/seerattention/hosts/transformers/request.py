@@ -133,7 +133,7 @@ class LayerCall:
         k: Before RoPE.
     """
 
-    taps: object
+    taps: Any
     part_of: Pass
     given: dict[str, Any]
     q: Tensor | None = None
