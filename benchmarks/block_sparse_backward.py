@@ -1,8 +1,8 @@
 """Time forward and backward of block-sparse attention on a GPU, beside dense attention's in the same run.
 
-python benchmarks/block_sparse_backward.py --out benchmarks/results/<device>/block_sparse_backward.json
-python benchmarks/block_sparse_backward.py --tokens 32768 --sweep
-python benchmarks/block_sparse_backward.py --tokens 32768 --set keys.stages=3 queries.block_n=32
+python benchmarks/block_sparsebackward.py --out benchmarks/results/<device>/block_sparsebackward.json
+python benchmarks/block_sparsebackward.py --tokens 32768 --sweep
+python benchmarks/block_sparsebackward.py --tokens 32768 --set keys.stages=3 queries.block_n=32
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from seerattention import BlockSelection, block_sparse_attention
 from seerattention.files import staged
 from seerattention.measure.timing import interleaved
 from seerattention.measure.versions import versions
-from seerattention.ops.block_sparse_attention import BACKENDS, ORDER, _backward
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._launch import Launch
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
+from seerattention.ops.block_sparse_attention.kernels import backward
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.selection import causal_blocks
 from seerattention.testing.gradients import by_name, check_gradients
@@ -38,7 +39,7 @@ from seerattention.testing.inputs import random_qkv, random_selection
 SWEEP = {
     "queries": [
         Launch(64, 64, 4, 2, 2),
-        Launch(64, 64, 4, 2, 2, copies=False),
+        Launch(64, 64, 4, 2, 2, tma=False),
         Launch(64, 64, 4, 3, 1),
         Launch(64, 32, 4, 3, 2),
         Launch(64, 32, 4, 4, 2),
@@ -46,7 +47,7 @@ SWEEP = {
     ],
     "keys": [
         Launch(64, 64, 4, 2, 2, 255),
-        Launch(64, 64, 4, 2, 2, 255, copies=False),
+        Launch(64, 64, 4, 2, 2, 255, tma=False),
         Launch(64, 64, 4, 3, 1, 255),
         Launch(32, 64, 4, 2, 2, 255),
         Launch(32, 64, 4, 3, 2, 255),
@@ -55,8 +56,8 @@ SWEEP = {
         Launch(64, 64, 8, 3, 1, 255),
     ],
 }
-#: Where a part's launches stand; the first is what runs where the copy engine does.
-TABLES = {"queries": (_backward.QUERIES,), "keys": (_backward.KEYS, _backward.KEYS_TIGHT)}
+#: Where a part's launches stand; the first is what runs with TMA.
+TABLES = {"queries": (backward.QUERIES,), "keys": (backward.KEYS, backward.KEYS_TIGHT)}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class Work:
         mask[..., 0] = True
         self.selection = BlockSelection.from_mask(mask.cuda(), (block, block))
         self.density = self.selection.density(causal_blocks(tokens, tokens, (block, block), "cuda"))
-        self.options = Options(scale=dim**-0.5)
+        self.options = Options.of(self.q, self.k)
 
     def both(self, attend: Callable[[], Tensor]) -> Callable[[], object]:
         """Return forward and backward of a function."""
@@ -120,12 +121,12 @@ class Work:
         with torch.no_grad():
             q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
             out, lse = block_sparse_attention(q, k, v, self.selection, return_lse=True)
-            shift, delta = _backward.rows(self.grad, torch.zeros_like(lse), out, lse)
+            shift, delta = backward.rows(self.grad, torch.zeros_like(lse), out, lse)
         rest = self.grad, q, k, v, shift, delta, self.selection, self.options
         return {
-            "rows": lambda: _backward.rows(self.grad, torch.zeros_like(lse), out, lse),
-            "queries": lambda: _backward.queries(*rest),
-            "keys": lambda: _backward.keys(*rest),
+            "rows": lambda: backward.rows(self.grad, torch.zeros_like(lse), out, lse),
+            "queries": lambda: backward.queries(*rest),
+            "keys": lambda: backward.keys(*rest),
         }
 
     def backends(self) -> list[str]:
@@ -196,7 +197,7 @@ def override(dim: int, dtype: torch.dtype, settings: list[str]) -> None:
         part, _, field = name.partition(".")
         if part not in TABLES or field not in asdict(TABLES[part][0][key]):
             raise ValueError(f"{text!r} names no setting; e.g. keys.stages=3 is one")
-        new = bool(int(value)) if field == "copies" else int(value)
+        new = bool(int(value)) if field == "tma" else int(value)
         use(part, key, replace(TABLES[part][0][key], **{field: new}))
 
 

@@ -24,17 +24,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seerattention.files import staged
 from seerattention.measure.timing import interleaved
 from seerattention.measure.versions import versions
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_attention, pooled_map
 from seerattention.ops.pooled_attention import triton as kernel
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.shapes import Shape
 from seerattention.testing.inputs import random_qkv
 
 #: Tried by ``--sweep``. Each takes seconds to compile; registers and shared memory: docs/kernels.md.
 SWEEP = [
-    *(kernel.Launch(128, 64, 8, stages, 1, direct) for stages in (2, 3, 4) for direct in (False, True)),
-    *(kernel.Launch(128, 128, 8, 2, 1, direct) for direct in (False, True)),
-    *(kernel.Launch(64, 64, 4, stages, 2, direct) for stages in (2, 3) for direct in (False, True)),
+    *(Launch(128, 64, 8, stages, 1, direct=direct) for stages in (2, 3, 4) for direct in (False, True)),
+    *(Launch(128, 128, 8, 2, 1, direct=direct) for direct in (False, True)),
+    *(Launch(64, 64, 4, stages, 2, direct=direct) for stages in (2, 3) for direct in (False, True)),
 ]
 
 
@@ -61,7 +62,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def variants(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name."""
-    hopper = BACKENDS["hopper"].unsupported(q, k, v, (block, block), PoolOptions(scale=1.0))
+    hopper = BACKENDS["hopper"].unsupported(q, k, v, (block, block), PoolOptions.of(q, k))
     fastest = {} if hopper else {
         f"output and map {block} x {block}, hopper": lambda: pooled_attention(
             q, k, v, (block, block), backend="hopper"
@@ -115,7 +116,7 @@ def sweep(shape: Shape, block: int, dtype: torch.dtype, rounds: int) -> None:
     key = dtype.itemsize, max(64, 1 << (shape.head_dim - 1).bit_length())
     timed: dict[str, Callable[[], object]] = {"dense cudnn": lambda: dense(q, k, v)}
 
-    def under(launch: kernel.Launch) -> Callable[[], object]:
+    def under(launch: Launch) -> Callable[[], object]:
         def run() -> object:
             kernel.LAUNCHES[key] = launch
             return pooled_attention(q, k, v, (block, block), backend="triton")

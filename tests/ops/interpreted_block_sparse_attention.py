@@ -15,8 +15,9 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.language import INTERPRETED
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -45,7 +46,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 
 def test_this_is_the_interpreter() -> None:
-    assert backend.INTERPRETED
+    assert INTERPRETED
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -78,19 +79,17 @@ def test_unread_keys_and_values_are_never_read(name: str) -> None:
 def test_no_sequence_reads_its_neighbours() -> None:
     case = BY_NAME["packed"]
     q, k, v, selection = inputs(case)
-    out = backend.run(q, k, v, selection, case.options())
-    assert isinstance(out, Tensor)
+    out, _ = backend.run(q, k, v, selection, case.options())
     # The second sequence, of one token, lies behind 130 and before 193 keys.
     k[:, :, 131:], v[:, :, 131:] = torch.nan, torch.nan
-    first = backend.run(q, k, v, selection, case.options())
-    assert isinstance(first, Tensor)
+    first, _ = backend.run(q, k, v, selection, case.options())
     assert torch.equal(first[:, :, :131], out[:, :, :131])
     assert first[:, :, 131:].isnan().all()
 
 
 def test_runs_are_alike_bit_for_bit() -> None:
     q, k, v, selection = inputs(BY_NAME["kv-selection"], torch.float16)
-    options = Options(scale=0.125, return_lse=True)
+    options = Options.of(q, k, return_lse=True)
     for one, other in zip(*(backend.run(q, k, v, selection, options) for _ in range(2)), strict=True):
         assert torch.equal(one, other)
 
@@ -111,25 +110,25 @@ def test_scales_that_are_not_positive(scale: float) -> None:
 
 def test_strides_do_not_matter() -> None:
     q, k, v, selection = inputs(TINY)
-    options = Options(scale=0.2)
+    options = Options.of(q, k)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     wide = torch.cat([v, v], -1)[..., :32]
-    expected = backend.run(q, k, v, selection, options)
-    out = backend.run(*strided, wide, selection, options)
-    assert isinstance(out, Tensor)
+    expected, _ = backend.run(q, k, v, selection, options)
+    out, _ = backend.run(*strided, wide, selection, options)
     assert out.stride() == strided[0].stride()
     assert torch.equal(out, expected)
 
 
 def test_bits_that_no_selection_may_have_are_ignored() -> None:
     q, k, v, selection = inputs(TINY)
-    options = Options(scale=0.2)
+    options = Options.of(q, k)
     bits = selection.bits.clone()
     # Columns past Nk, and blocks after the row's queries.
     bits |= ~0 << 7
     bits[:, :, 0] |= 0b1100000
     dirty = replace(selection, bits=bits)
-    assert torch.equal(backend.run(q, k, v, dirty, options), backend.run(q, k, v, selection, options))
+    expected, _ = backend.run(q, k, v, selection, options)
+    assert torch.equal(backend.run(q, k, v, dirty, options)[0], expected)
 
 
 def test_a_query_that_sees_nothing_gets_zeros() -> None:
@@ -137,8 +136,9 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     q, k, v = random_qkv(shape)
     mask = torch.tensor([[0, 1], [1, 1]]).bool()[None, None]
     selection = BlockSelection.from_mask(mask, (16, 16))
-    out, lse = backend.run(q, k, v, selection, Options(scale=0.2, return_lse=True))
+    out, lse = backend.run(q, k, v, selection, Options.of(q, k, return_lse=True))
     assert (out[:, :, :16] == 0).all()
+    assert lse is not None
     assert (lse[:, :, :16] == -torch.inf).all()
     assert out[:, :, 16:].isfinite().all()
 
@@ -162,7 +162,7 @@ def test_compiled_without_a_break() -> None:
 
 def test_reasons_why_not() -> None:
     q, k, v, selection = inputs(TINY)
-    options = Options(scale=0.2)
+    options = Options.of(q, k)
     assert backend.unsupported(q, k, v, selection, options) == []
 
     def why(x: Tensor, s: BlockSelection = selection) -> list[str]:

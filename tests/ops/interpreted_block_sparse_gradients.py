@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.ops import copies
-from seerattention.ops.block_sparse_attention import _backward
-from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops import tma
+from seerattention.ops.block_sparse_attention.kernels import backward
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.language import INTERPRETED
 from seerattention.ops.shapes import Shape
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -40,7 +39,7 @@ CASES = {
 
 
 def test_this_is_the_interpreter() -> None:
-    assert backend.INTERPRETED
+    assert INTERPRETED
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,15 +53,15 @@ def test_half_precision(name: str) -> None:
 
 
 @pytest.mark.parametrize("block_size", [(16, 16), (24, 16)])
-def test_tiles_by_the_copy_engine(block_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_by_tma(block_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
     def described(launch: object, rows: int, *tensors: Tensor) -> list[object]:
         made.append(rows)
         shape = [1, 1, rows, 32]
-        return [copies._describe(x, list(x.shape), list(x.stride()), shape) for x in tensors]
+        return [tma.describe(x, list(x.shape), list(x.stride()), shape) for x in tensors]
 
-    monkeypatch.setattr(_backward, "_copied", described)
+    monkeypatch.setattr(backward, "_tiles", described)
     gradients.check_gradients(gradients.by_name("triton"), replace(TINY, head_dim=24, block_size=block_size))
     # Rows that are no whole tiles keep their queries' addresses.
     assert len(made) == (4 if block_size[0] == 16 else 2)
@@ -70,21 +69,21 @@ def test_tiles_by_the_copy_engine(block_size: tuple[int, int], monkeypatch: pyte
 
 def test_split_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every row reads the first block: its column is many times longer than a program's share.
-    monkeypatch.setattr(_backward, "FEWEST", 1)
+    monkeypatch.setattr(backward, "FEWEST", 1)
     case = replace(TINY, queries=74, keys=74, density=0.0)
     call = gradients.Call.of(case)
     mask = call.selection.to_mask()
     mask[..., 0] = True
     call = replace(call, selection=BlockSelection.from_mask(mask, case.block_size))
     plans: list[Tensor] = []
-    made = _backward._plan
+    made = backward.split_columns
 
     def watched(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
         owner, plan = made(counts, programs)
         plans.append(plan)
         return owner, plan
 
-    monkeypatch.setattr(_backward, "_plan", watched)
+    monkeypatch.setattr(backward, "split_columns", watched)
     found = call.gradients(gradients.by_name("triton"))
     for name, budget in call.budgets().items():
         budget.check(found[name])
@@ -93,7 +92,7 @@ def test_split_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scale_that_is_not_positive() -> None:
     call = gradients.Call.of(replace(TINY, queries=7))
-    call = replace(call, options=Options(scale=-0.3))
+    call = replace(call, options=replace(call.options, scale=-0.3))
     found = call.gradients(gradients.by_name("triton"))
     for name, budget in call.budgets().items():
         budget.check(found[name])

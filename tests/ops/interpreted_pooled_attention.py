@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from seerattention import pooled_attention
+from seerattention.ops.cases.pooled_attention import CASES, PoolCase
+from seerattention.ops.language import INTERPRETED
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import reference
 from seerattention.ops.pooled_attention import triton as backend
-from seerattention.ops.pooled_attention._cases import CASES, PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 
@@ -33,14 +35,14 @@ TINY = PoolCase(name="tiny", heads=4, kv_heads=2, queries=37, keys=110, head_dim
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles, several steps and several chunks at the sizes that an interpreter computes."""
-    launch = backend.Launch(64, 64, 4, 2, 1)
+    launch = Launch(64, 64, 4, 2, 1)
     monkeypatch.setattr(backend, "LAUNCHES", dict.fromkeys(backend.LAUNCHES, launch))
     monkeypatch.setattr(backend, "CHUNK_CELLS", 4 * 64)
     return
 
 
 def test_this_is_the_interpreter() -> None:
-    assert backend.INTERPRETED
+    assert INTERPRETED
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -70,7 +72,7 @@ def test_blocks(block_q: int, block_k: int) -> None:
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(128, 16), (16, 128)])
 def test_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
-    launch = backend.Launch(block_m, block_n, 4, 2, 1)
+    launch = Launch(block_m, block_n, 4, 2, 1)
     monkeypatch.setattr(backend, "LAUNCHES", dict.fromkeys(backend.LAUNCHES, launch))
     for block_size, per_kv_head in (((32, 32), True), ((128, 64), False)):
         case = replace(TINY, queries=70, block_size=block_size, per_kv_head=per_kv_head)
@@ -97,9 +99,9 @@ def test_no_sequence_reads_its_neighbours() -> None:
 @a_nan_is_planted
 def test_later_keys_are_not_read() -> None:
     q, k, v = random_qkv(replace(TINY, queries=110))
-    clean = backend.run(q, k, v, (16, 16), PoolOptions(scale=0.2))
+    clean = backend.run(q, k, v, (16, 16), PoolOptions.of(q, k))
     k[:, :, 64:], v[:, :, 64:] = torch.nan, torch.nan
-    out, target, _ = backend.run(q, k, v, (16, 16), PoolOptions(scale=0.2))
+    out, target, _ = backend.run(q, k, v, (16, 16), PoolOptions.of(q, k))
     assert out is not None
     assert clean[0] is not None
     assert torch.equal(out[:, :, :64], clean[0][:, :, :64])
@@ -109,8 +111,8 @@ def test_later_keys_are_not_read() -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales_that_are_not_positive(scale: float) -> None:
     q, k, v = random_qkv(TINY)
-    out, target = pooled_attention(q, k, v, (16, 16), scale=scale, backend="triton")
-    expected = reference.run(q, k, v, (16, 16), PoolOptions(scale=scale))
+    out, target, _ = pooled_attention(q, k, v, (16, 16), scale=scale, backend="triton")
+    expected = reference.run(q, k, v, (16, 16), PoolOptions.of(q, k, scale=scale))
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(target, expected[1])
 
@@ -119,8 +121,8 @@ def test_strides_do_not_matter() -> None:
     q, k, v = random_qkv(TINY)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     wide = torch.cat([v, v], -1)[..., :32]
-    expected = backend.run(q, k, v, (16, 16), PoolOptions(scale=0.2))
-    out, target, _ = backend.run(*strided, wide, (16, 16), PoolOptions(scale=0.2))
+    expected = backend.run(q, k, v, (16, 16), PoolOptions.of(q, k))
+    out, target, _ = backend.run(*strided, wide, (16, 16), PoolOptions.of(q, k))
     assert out is not None
     assert expected[0] is not None
     assert torch.equal(out, expected[0])
@@ -144,7 +146,7 @@ def test_compiled_without_a_break() -> None:
 
 def test_reasons_why_not() -> None:
     q, k, v = random_qkv(TINY)
-    options = PoolOptions(scale=0.2)
+    options = PoolOptions.of(q, k)
     assert backend.unsupported(q, k, v, (16, 16), options) == []
 
     def why(x: Tensor, block_size: tuple[int, int] = (16, 16)) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
 from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
+from seerattention.testing.packed import check_packed_scores
 
 pytest.importorskip("triton")
 
@@ -61,6 +62,10 @@ def test_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
             return run(case, "reference", q, k, gradient)[i]
 
         Budget.of(reference, q, k).check(mine)
+
+
+def test_packed_sequences_are_those_alone() -> None:
+    check_packed_scores("triton")
 
 
 def test_gradients_below_the_range_of_fp16() -> None:

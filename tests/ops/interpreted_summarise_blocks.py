@@ -8,16 +8,16 @@ from torch import Tensor
 
 from seerattention.ops.summarise_blocks import BACKENDS, summarise_blocks
 from seerattention.ops.summarise_blocks._cases import CASES, Case
+from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
 
 pytest.importorskip("triton")
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
-    blocks = -(-case.tokens // case.size)
     width = len(case.pools) * case.width
     weight = torch.randn(case.heads_out, width, case.dim) / width**0.5 if case.heads_out else None
-    angle = torch.rand(case.batch, blocks, case.dim) * 6
+    angle = torch.rand(case.batch, case.blocks, case.dim) * 6
     given: dict[str, Any] = {
         # Heads after tokens in memory, as a model's own projections leave them.
         "x": torch.randn(case.batch, case.tokens, case.heads, case.width).transpose(1, 2),
@@ -26,7 +26,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     }
     given = {n: None if t is None else t.to(device, dtype) for n, t in given.items()}
     turns = (angle.cos().to(device), angle.sin().to(device)) if case.rope else None
-    return given | {"rotary": turns}
+    return given | {"rotary": turns, "rows": case.rows}
 
 
 def budget(case: Case, given: dict[str, Any]) -> Budget:
@@ -74,6 +74,40 @@ def test_unused_tokens_cannot_reach_a_summary() -> None:
     whole = summarise_blocks(x, 8, ("avg",), backend="triton")
     part = summarise_blocks(x[:, :, :35], 8, ("avg",), backend="triton")
     assert torch.equal(whole[:, :, :4], part[:, :, :4])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["packed", "packed-pools"])
+def test_packed_sequences_are_those_alone(name: str, backend: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    given = inputs(case)
+    x, rows, turns = given.pop("x"), given.pop("rows"), given.pop("rotary")
+    options = {"size": case.size, "pools": case.pools, "backend": backend} | given
+    whole = summarise_blocks(x, rows=rows, rotary=turns, **options)
+    for tokens, blocks in zip(rows.places(case.tokens), rows.places(case.tokens, case.size), strict=True):
+        if tokens.start == tokens.stop:
+            continue
+        own = None if turns is None else tuple(t[:, blocks] for t in turns)
+        alone = summarise_blocks(x[:, :, tokens], rotary=own, **options)
+        # Where a row lies in a product may change how numpy, the interpreter's, sums it up.
+        exact = backend == "reference" or case.heads_out == 0
+        torch.testing.assert_close(whole[:, :, blocks], alone, rtol=0, atol=0 if exact else 1e-5)
+        poisoned = torch.full_like(x, torch.nan)
+        poisoned[:, :, tokens] = x[:, :, tokens]
+        poisoned = summarise_blocks(poisoned, rows=rows, rotary=turns, **options)
+        assert torch.equal(poisoned[:, :, blocks], whole[:, :, blocks])
+
+
+def test_what_packed_sequences_cannot_be() -> None:
+    rows = Rows.packed([(8, 8), (8, 8)])
+    with pytest.raises(ValueError, match="20 tokens are neither the 16 queries nor the 16 keys"):
+        summarise_blocks(torch.randn(1, 1, 20, 16), 8, ("avg",), rows=rows)
+    with pytest.raises(ValueError, match="lie in one batch entry, x has 2"):
+        summarise_blocks(torch.randn(2, 1, 16, 16), 8, ("avg",), rows=rows)
+    unknown = Rows.from_starts(rows.starts_q, rows.starts_k, 16, 16)
+    with pytest.raises(NotImplementedError, match="host does not know the lengths"):
+        summarise_blocks(torch.randn(1, 1, 16, 16), 8, ("avg",), rows=unknown, backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import BACKENDS, gather, reference
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
 from seerattention.testing import conformance
@@ -21,7 +21,6 @@ from seerattention.testing.memory import LargestTensor
 SMALL = [case for case in CASES if not case.large]
 #: Those that run on a CPU without a compiler or an interpreter.
 EAGER = {name: BACKENDS[name] for name in ("gather", "reference")}
-OPTIONS = Options(scale=0.125)
 by_backend = pytest.mark.parametrize("backend", EAGER.values(), ids=EAGER)
 by_case = pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
 
@@ -58,7 +57,7 @@ def test_full_selection_is_sdpa(backend: ModuleType) -> None:
 
     q, k, v = random_qkv(shape)
     full = BlockSelection.full(Rows.last(777, 777), (64, 64))
-    Budget.of(dense, q, k, v).check(backend.run(q, k, v, full, Options(scale=64**-0.5)))
+    Budget.of(dense, q, k, v).check(backend.run(q, k, v, full, Options.of(q, k))[0])
 
 
 @by_backend
@@ -69,8 +68,9 @@ def test_strides_do_not_matter(backend: ModuleType) -> None:
     # As models hand them over: [B, T, H, D] transposed, v a slice of something wider.
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     wide = torch.cat([v, v], -1)[..., :64]
-    out = backend.run(q, k, v, selection, Options(scale=0.125))
-    assert torch.equal(backend.run(*strided, wide, selection, Options(scale=0.125)), out)
+    options = Options.of(q, k)
+    out, _ = backend.run(q, k, v, selection, options)
+    assert torch.equal(backend.run(*strided, wide, selection, options)[0], out)
 
 
 @by_backend
@@ -80,18 +80,19 @@ def test_infinite_unread_keys(backend: ModuleType) -> None:
     selection = random_selection(case, density=0.3, heads=1)
     unread = ~selection.to_mask()[0, 0].any(0).repeat_interleave(64)[: case.keys]
     assert unread.any()
-    clean = backend.run(q, k, v, selection, Options(scale=0.125))
+    options = Options.of(q, k)
+    clean, _ = backend.run(q, k, v, selection, options)
     k[:, :, unread], v[:, :, unread] = torch.inf, -torch.inf
-    assert torch.equal(backend.run(q, k, v, selection, Options(scale=0.125)), clean)
+    assert torch.equal(backend.run(q, k, v, selection, options)[0], clean)
 
 
 def test_gather_rows_do_not_see_nan_that_only_others_read() -> None:
     shape = Shape(name="", heads=4, kv_heads=2, queries=500, keys=500, head_dim=64)
     q, k, v = random_qkv(shape)
     selection = random_selection(shape, density=0.3)
-    clean = gather.run(q, k, v, selection, Options(scale=0.125))
+    clean, _ = gather.run(q, k, v, selection, Options.of(q, k))
     k[:, :, 128:192], v[:, :, 128:192] = torch.nan, torch.nan
-    poisoned = gather.run(q, k, v, selection, Options(scale=0.125))
+    poisoned, _ = gather.run(q, k, v, selection, Options.of(q, k))
     reads = selection.to_mask()[..., 2].repeat_interleave(64, -1)[..., :500]
     assert torch.equal(poisoned[~reads], clean[~reads])
     assert poisoned[reads].isnan().all()
@@ -110,11 +111,11 @@ def test_gather_needs_no_dense_map(block_size: tuple[int, int]) -> None:
     q, k, v = random_qkv(shape)
     selection = random_selection(shape, density=0.1)
     with LargestTensor() as largest:
-        gather.run(q, k, v, selection, Options(scale=0.125))
+        gather.run(q, k, v, selection, Options.of(q, k))
     # Nothing larger than the stated working memory, or one row that alone exceeds it.
     assert 0 < largest.bytes <= gather.WORK_BYTES
     with LargestTensor() as largest:
-        reference.run(q, k, v, selection, Options(scale=0.125))
+        reference.run(q, k, v, selection, Options.of(q, k))
     assert largest.bytes >= 4 * 4096 * 4096
 
 
@@ -151,9 +152,9 @@ def test_public_function_chooses_gather() -> None:
     q, k, v = random_qkv(case)
     selection = random_selection(case, density=0.3)
     out = block_sparse_attention(q, k, v, selection)
-    assert torch.equal(out, gather.run(q, k, v, selection, Options(scale=64**-0.5)))
+    assert torch.equal(out, gather.run(q, k, v, selection, Options.of(q, k))[0])
     scaled = block_sparse_attention(q, k, v, selection, scale=0.5)
-    assert torch.equal(scaled, gather.run(q, k, v, selection, Options(scale=0.5)))
+    assert torch.equal(scaled, gather.run(q, k, v, selection, Options.of(q, k, scale=0.5))[0])
     assert torch.equal(block_sparse_attention(q, k, v, selection, scale=0.5, backend="gather"), scaled)
 
 
@@ -195,6 +196,7 @@ def test_reference_options_by_the_formula() -> None:
     options = case.options(return_lse=True)
     out, lse = reference.run(q, k, v, full, options)
     assert options.sinks is not None
+    assert lse is not None
     for head in range(case.heads):
         for i in (0, 40, 89):
             scores = (k[0, head, : i + 1] @ q[0, head, i]) * options.scale
@@ -208,24 +210,27 @@ def test_packed_sequences_are_computed_one_by_one() -> None:
     case = next(c for c in OPTION_CASES if c.name == "packed")
     q, k, v = random_qkv(case)
     selection = random_selection(case, density=0.3)
-    options = case.options()
-    out = block_sparse_attention(
-        q,
-        k,
-        v,
-        selection,
-        cu_seqlens_q=options.cu_seqlens_q,
-        cu_seqlens_k=options.cu_seqlens_k,
-        backend="reference",
-    )
+    out = block_sparse_attention(q, k, v, selection, rows=case.rows(), backend="reference")
     start_q = start_k = row = 0
     for queries, keys in case.lengths:
         end_q, end_k, rows = start_q + queries, start_k + keys, -(-queries // 64)
         if queries:
             mask = selection.to_mask()[:, :, row : row + rows, : -(-keys // 64)]
-            one_k, one_v = (x[:, :, start_k:end_k] for x in (k, v))
-            alone = gather.run(
-                q[:, :, start_q:end_q], one_k, one_v, BlockSelection.from_mask(mask, (64, 64)), OPTIONS
+            one_q, one_k, one_v = q[:, :, start_q:end_q], k[:, :, start_k:end_k], v[:, :, start_k:end_k]
+            chosen = BlockSelection.from_mask(mask, (64, 64))
+            torch.testing.assert_close(
+                out[:, :, start_q:end_q], block_sparse_attention(one_q, one_k, one_v, chosen)
             )
-            torch.testing.assert_close(out[:, :, start_q:end_q], alone)
         start_q, start_k, row = end_q, end_k, row + rows
+
+
+@pytest.mark.parametrize("backend", EAGER)
+def test_a_shard_of_a_prompt_sees_no_later_keys(backend: str) -> None:
+    case = next(case for case in SMALL if case.name == "later-chunk")
+    q, k, v = random_qkv(case)
+    selection = random_selection(case, density=0.3)
+    expected = block_sparse_attention(q, k, v, selection, backend=backend)
+    nothing = torch.full((1, 2, 100, 64), torch.nan)
+    k, v = torch.cat([k, nothing], 2), torch.cat([v, nothing], 2)
+    rows = Rows.at(case.keys - case.queries, case.queries)
+    assert torch.equal(block_sparse_attention(q, k, v, selection, rows=rows, backend=backend), expected)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import gather, hopper, triton
-from seerattention.ops.block_sparse_attention._backward import FEWEST, _plan
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.block_sparse_attention.kernels.backward import FEWEST, split_columns
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
 from seerattention.testing import gradients
@@ -98,11 +98,8 @@ def test_gradients_of_gradients_are_refused() -> None:
 
 def test_packed_sequences_without_a_backward_are_refused() -> None:
     q, k, v = (x.requires_grad_() for x in random_qkv(TINY))
-    starts = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([0, 110], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="gather: it takes no packed sequences"):
-        block_sparse_attention(
-            q, k, v, random_selection(TINY, density=0.4), cu_seqlens_q=starts[0], cu_seqlens_k=starts[1]
-        )
+        block_sparse_attention(q, k, v, random_selection(TINY, density=0.4), rows=Rows.packed([(20, 110)]))
 
 
 def test_compiled_without_a_break() -> None:
@@ -160,7 +157,7 @@ def test_the_plan_covers_every_column_within_its_workspace(programs: int) -> Non
         torch.tensor([100_000, *range(300)], dtype=torch.int32),
         torch.randint(0, 5000, (999,), generator=generator, dtype=torch.int32),
     ):
-        owner, plan = _plan(counts, programs)
+        owner, plan = split_columns(counts, programs)
         first, parts, slot = plan[:-2].view(3, -1)
         items, limit = plan[-2:].tolist()
         assert items == parts.sum() <= len(owner)

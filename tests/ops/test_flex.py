@@ -9,8 +9,8 @@ import torch
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import flex
-from seerattention.ops.block_sparse_attention._cases import CASES
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import CASES
+from seerattention.ops.options import Options
 from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
@@ -18,7 +18,6 @@ from seerattention.testing.inputs import random_qkv
 # torch's own import of its compiler uses what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
-OPTIONS = Options(scale=0.125)
 CASE = {case.name: case for case in CASES}
 
 
@@ -50,22 +49,22 @@ def test_a_new_length_is_not_a_new_compilation() -> None:
 
 def test_reasons_why_not() -> None:
     q, k, v = random_qkv(CASE["one-block"])
-    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
-    assert flex.unsupported(q, k, v, full, OPTIONS) == []
+    full, options = BlockSelection.full(Rows.last(64, 64), (64, 64)), Options.of(q, k)
+    assert flex.unsupported(q, k, v, full, options) == []
     double = [x.double() for x in (q, k, v)]
-    assert flex.unsupported(*double, full, OPTIONS) == ["it has no float64 kernel"]
+    assert flex.unsupported(*double, full, options) == ["it has no float64 kernel"]
     leaf = q.clone().requires_grad_()
-    assert flex.unsupported(leaf, k, v, full, OPTIONS) == ["it has no backward on a CPU"]
-    asked = replace(OPTIONS, softcap=1.0, sinks=torch.zeros(4), return_lse=True)
+    assert flex.unsupported(leaf, k, v, full, options) == ["it has no backward on a CPU"]
+    asked = replace(options, softcap=1.0, sinks=torch.zeros(4), return_lse=True)
     assert flex.unsupported(q, k, v, full, asked) == [
         "it takes no softcap",
         "it takes no sinks",
         "it takes no return_lse",
     ]
     with torch.no_grad():
-        assert flex.unsupported(q.clone().requires_grad_(), k, v, full, OPTIONS) == []
+        assert flex.unsupported(q.clone().requires_grad_(), k, v, full, options) == []
     meta = [x.to("meta") for x in (q, k, v)]
-    assert flex.unsupported(*meta, full, OPTIONS) == ["it runs on cpu and cuda, not on meta"]
+    assert flex.unsupported(*meta, full, options) == ["it runs on cpu and cuda, not on meta"]
     with pytest.raises(NotImplementedError, match="flex: it has no float64 kernel"):
         block_sparse_attention(q.double(), k.double(), v.double(), full, backend="flex")
 
@@ -74,5 +73,5 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     q, k, v = random_qkv(CASE["one-block"])
     full = BlockSelection.full(Rows.last(64, 64), (64, 64))
-    (reason,) = flex.unsupported(q, k, v, full, OPTIONS)
+    (reason,) = flex.unsupported(q, k, v, full, Options.of(q, k))
     assert reason == "on a CPU it is compiled by a C++ compiler, and none is on the PATH"

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from seerattention import pooled_attention
+from seerattention.ops.cases.pooled_attention import CASES, PoolCase
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, chunked, pooled_map
-from seerattention.ops.pooled_attention._cases import CASES, PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.shapes import Shape
+from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.memory import LargestTensor
@@ -33,7 +34,7 @@ def test_conforms(backend: ModuleType, case: PoolCase, dtype: torch.dtype) -> No
 @by_backend
 def test_future_blocks_have_no_share(backend: ModuleType) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
-    _, target, _ = backend.run(q, k, v, (64, 64), PoolOptions(scale=0.125))
+    _, target, _ = backend.run(q, k, v, (64, 64), PoolOptions.of(q, k))
     assert (target.triu(1) == 0).all()
     assert (target.diagonal(dim1=2, dim2=3) > 0).all()
 
@@ -41,9 +42,9 @@ def test_future_blocks_have_no_share(backend: ModuleType) -> None:
 @by_backend
 def test_later_chunk_is_the_end_of_the_whole(backend: ModuleType) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
-    options = PoolOptions(scale=0.125)
-    out, target, _ = backend.run(q, k, v, (64, 64), options)
-    late_out, late_target, _ = backend.run(q[:, :, 128:], k, v, (64, 64), options)
+    out, target, _ = backend.run(q, k, v, (64, 64), PoolOptions.of(q, k))
+    late = q[:, :, 128:]
+    late_out, late_target, _ = backend.run(late, k, v, (64, 64), PoolOptions.of(late, k))
     torch.testing.assert_close(late_out, out[:, :, 128:])
     torch.testing.assert_close(late_target, target[:, :, 2:])
 
@@ -62,18 +63,19 @@ def test_chunked_stays_within_its_budget(block_size: tuple[int, int], queries: i
     shape = Shape(name="", heads=2, kv_heads=kv_heads, queries=queries, keys=4096, head_dim=64)
     q, k, v = random_qkv(shape)
     with LargestTensor() as largest:
-        chunked.run(q, k, v, block_size, PoolOptions(scale=0.125))
+        chunked.run(q, k, v, block_size, PoolOptions.of(q, k))
     assert 4 * 4096 * 4096 > chunked.WORK_BYTES >= largest.bytes > chunked.WORK_BYTES // 2
 
 
 def test_public_functions() -> None:
     shape = Shape(name="", heads=4, kv_heads=2, queries=100, keys=130, head_dim=64)
     q, k, v = (x.requires_grad_() for x in random_qkv(shape))
-    out, target = pooled_attention(q, k, v, (64, 64))
+    out, target, _ = pooled_attention(q, k, v, (64, 64))
     assert not out.requires_grad
     assert not target.requires_grad
     assert torch.equal(pooled_map(q, k, (64, 64)), target)
-    options = PoolOptions(scale=64**-0.5, return_lse=True)
+    assert pooled_attention(q, k, v, (64, 64)).lse is None
+    options = PoolOptions.of(q, k, return_lse=True)
     expected = chunked.run(q.detach(), k.detach(), v.detach(), (64, 64), options)
     for result in ((out, target), pooled_attention(q, k, v, (64, 64), return_lse=True)):
         for one, other in zip(result, expected, strict=False):
@@ -111,10 +113,9 @@ def test_options_reach_the_backend(name: str) -> None:
         "softcap": options.softcap,
         "sinks": options.sinks,
         "per_kv_head": options.per_kv_head,
-        "cu_seqlens_q": options.cu_seqlens_q,
-        "cu_seqlens_k": options.cu_seqlens_k,
+        "rows": options.rows,
     }
-    out, target = pooled_attention(q, k, v, case.block_size, **given)
+    out, target, _ = pooled_attention(q, k, v, case.block_size, **given)
     expected = chunked.run(q, k, v, case.block_size, options)
     assert expected[0] is not None
     assert torch.equal(out, expected[0])
@@ -132,7 +133,7 @@ def test_packed_sequences_are_as_if_alone(backend: ModuleType) -> None:
         if queries == 0:
             continue
         one = q[:, :, start_q : start_q + queries], *(x[:, :, start_k : start_k + keys] for x in (k, v))
-        options = replace(case.options(return_lse=True), cu_seqlens_q=None, cu_seqlens_k=None, lengths=())
+        options = replace(case.options(return_lse=True), rows=Rows.last(queries, keys))
         alone, its_map, its_lse = backend.run(*one, case.block_size, options)
         rows, columns = its_map.shape[2:]
         torch.testing.assert_close(out[:, :, start_q : start_q + queries], alone)
@@ -146,36 +147,38 @@ def test_packed_sequences_are_as_if_alone(backend: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("starts_q", "starts_k", "message"),
     [
-        ([1, 10], [0, 10], "cu_seqlens_q must start with 0 and end with the 10 tokens of q, got 1 to 10"),
-        ([0, 10], [0, 9], "cu_seqlens_k must start with 0 and end with the 10 tokens of k, got 0 to 9"),
+        ([1, 10], [0, 10], "starts_q must start with 0 and end with the 10 tokens, got 1 to 10"),
+        ([0, 10], [0, 9], "starts_k must start with 0 and end with the 10 tokens, got 0 to 9"),
         ([0, 6, 10], [0, 4, 10], "sequence 0 has 6 queries and 4 keys; it needs 0 <= queries <= keys"),
     ],
 )
 def test_lengths_must_fit(starts_q: list[int], starts_k: list[int], message: str) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
-    starts: dict[str, Any] = {
-        "cu_seqlens_q": torch.tensor(starts_q).int(),
-        "cu_seqlens_k": torch.tensor(starts_k).int(),
-    }
+    rows = Rows.from_starts(torch.tensor(starts_q).int(), torch.tensor(starts_k).int(), 10, 10)
     with pytest.raises(ValueError, match=message):
-        pooled_attention(q, k, v, (4, 4), **starts)
+        pooled_attention(q, k, v, (4, 4), rows=rows)
 
 
-def test_half_of_the_lengths_is_refused() -> None:
-    q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=10, keys=10, head_dim=8))
-    with pytest.raises(ValueError, match="packed sequences need both cu_seqlens, got only cu_seqlens_q"):
-        pooled_attention(q, k, v, (4, 4), cu_seqlens_q=torch.tensor([0, 10]).int())
+@by_backend
+def test_a_shard_of_a_prompt_sees_no_later_keys(backend: ModuleType) -> None:
+    case = BY_NAME["later-chunk"]
+    q, k, v = random_qkv(case)
+    expected = pooled_attention(q, k, v, (64, 64), backend=backend.__name__.split(".")[-1])
+    nothing = torch.full((1, 2, 100, 64), torch.nan)
+    k, v = torch.cat([k, nothing], 2), torch.cat([v, nothing], 2)
+    rows = Rows.at(case.keys - case.queries, case.queries)
+    found = pooled_attention(q, k, v, (64, 64), rows=rows, backend=backend.__name__.split(".")[-1])
+    assert torch.equal(found.out, expected.out)
+    assert torch.equal(found.target, expected.target)
 
 
 def test_the_hopper_backend_says_why_not() -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
-    backend, options = BACKENDS["hopper"], PoolOptions(scale=0.125)
+    backend, options = BACKENDS["hopper"], PoolOptions.of(q, k)
     assert "it needs a Hopper GPU" in backend.unsupported(q, k, v, (64, 64), options)
     assert backend.unsupported(q, k, None, (64, 64), options) == [
         "it computes the output, for which it needs v"
     ]
     refused = backend.unsupported(q, k, v, (64, 32), options)
     assert "blocks must be multiples of 64 tokens, got (64, 32)" in refused
-    assert "it has no softcap" in backend.unsupported(
-        q, k, v, (64, 64), PoolOptions(scale=0.125, softcap=1.0)
-    )
+    assert "it has no softcap" in backend.unsupported(q, k, v, (64, 64), PoolOptions.of(q, k, softcap=1.0))

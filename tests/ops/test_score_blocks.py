@@ -12,6 +12,7 @@ from seerattention.ops.score_blocks import chunked, score_blocks
 from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.rows import Rows
 from seerattention.testing.memory import LargestTensor
+from seerattention.testing.packed import check_packed_scores
 
 SMALL = [case for case in CASES if not case.large]
 by_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -77,6 +78,23 @@ def test_slices_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
         for a, b in zip(found[0], other, strict=True):
             # Slices add up the gradients of keys in another order.
             assert (a - b).abs().max() <= 16 * torch.finfo(a.dtype).eps * max(1.0, float(a.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_packed_sequences_are_those_alone(backend: str) -> None:
+    check_packed_scores(backend)
+
+
+@by_case
+def test_reference_and_slices_are_one(case: Case) -> None:
+    q, k, gradient = case.whole()
+    q, k = q.requires_grad_(), k.requires_grad_()
+    found = []
+    for backend in ("reference", "chunked"):
+        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, **case.geometry, backend=backend)
+        found.append((scores.detach(), *torch.autograd.grad(scores, (q, k), gradient)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("per_kv_head", [False, True])

@@ -13,9 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seerattention import BlockSelection, block_sparse_attention
+from seerattention.ops import language
 from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, launch_of
+from seerattention.ops.options import Options
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
@@ -31,7 +32,7 @@ compiles = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
 
 
-def typed(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
+def typed(kernel: Any, constants: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ASTSource`: everything that is no constant and has no type is a whole number."""
     names = kernel.arg_names
     kinds = dict.fromkeys(names, "i32") | types | dict.fromkeys(constants, "constexpr")
@@ -46,14 +47,15 @@ def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, dire
     constants = {
         "HEADS": 32, "KV_HEADS": 8, "PER_KV_HEAD": per_kv_head, "D": dim, "BLOCK_D": dim,
         "BLOCK_Q": 1 if per_kv_head else 64, "BLOCK_K": 64, "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n, "CHUNK": 32, "DIRECT": direct, "COPIES": True, "HAS_V": True,
+        "BLOCK_N": launch.block_n, "CHUNK": 32, "DIRECT": direct, "TMA": True, "HAS_V": True,
         "SOFTCAP": False, "SINKS": False, "LSE": False, "SEQUENCES": 0, "STAGES": launch.stages,
     }  # fmt: skip
     tile = f"tensordesc<bf16[1, 1, {launch.block_n}, {dim}]>"
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    types: dict[str, Any] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("map_ptr", "lse_ptr", "scratch_ptr", "sinks_ptr"), "*fp32")
-    types |= dict.fromkeys(("counter_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")
+    types |= dict.fromkeys(("counter_ptr", "starts_q_ptr", "starts_k_ptr"), "*i32")
     types |= {"k_desc": tile, "v_desc": tile, "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), ("i32",) * 3)
     source = ASTSource(pooled.pooled_kernel, **typed(pooled.pooled_kernel, constants, types))
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     made = triton.compile(source, target=HOPPER, options=options)
@@ -72,6 +74,7 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     constants = dict(scoring.LAUNCH[kind]["score" if name == "score" else "back"])
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
+    constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
     constants |= {"KEEP": True, "PRECISION": "tf32x3"} if name == "score" else {"unit": None}
     names = kernel.arg_names
     types = {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
@@ -113,11 +116,11 @@ def test_a_cpu_is_refused() -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "triton", None)
+    monkeypatch.setattr(language, "triton", None)
     full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     with FakeTensorMode():
         q = torch.empty(1, 1, 64, 64, device="cuda")
-    assert backend.unsupported(q, q, q, full, Options(scale=1.0)) == [
+    assert backend.unsupported(q, q, q, full, Options.of(q, q)) == [
         "triton is not installed; `pip install triton` brings it"
     ]
 
@@ -126,7 +129,8 @@ def test_the_file_can_be_imported_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "from seerattention.ops import block_sparse_attention as op\n"
-        "assert op.triton.triton is None\n"
+        "from seerattention.ops import language\n"
+        "assert language.triton is None\n"
         "print(op.ORDER)"
     )
     env = os.environ | {"PYTHONPATH": str(Path(backend.__file__).parents[3])}

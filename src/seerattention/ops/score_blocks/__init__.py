@@ -12,7 +12,7 @@ from seerattention.rows import Rows, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; on a CPU not Triton, which would be its interpreter.
+#: What ``auto`` tries, in order.
 ORDER = ("triton", "chunked")
 
 
@@ -57,10 +57,9 @@ def score_blocks(
     Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks are this project's (docs/method.md).
     """
     _check(queries, keys, sub_blocks, rows, block_size)
-    order = ORDER if queries.device.type != "cpu" else ("chunked",)
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     options = {"sub_blocks": sub_blocks, "scale": scale, "rows": rows, "block_size": block_size}
-    run = choose(BACKENDS, order, backend, queries=queries, keys=keys, **options).run
+    run = choose(BACKENDS, ORDER, backend, queries=queries, keys=keys, **options).run
     if rows is None or not rows.is_packed:
         return run(queries, keys, **options)
     size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))

@@ -104,6 +104,21 @@ class Case:
         return found
 
 
+#: Of blocks of 16 tokens: one token, a token more than a block, no queries, a later piece, an odd length.
+PACKED = ((1, 1), (17, 17), (0, 40), (20, 75), (63, 63))
+
+
+def packed(
+    dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Rows, dict[str, Any], Tensor, Tensor]:
+    """Return rows of `PACKED`, the other options, and summaries of 4 and 8 tokens in whole numbers."""
+    rows, draw = Rows.packed(PACKED, device), torch.Generator().manual_seed(0)
+    summaries = rows.places(rows.num_queries, 4)[-1].stop
+    q = torch.randint(-2, 3, (1, 4, summaries, 16), generator=draw).to(device, dtype)
+    k = torch.randint(-2, 3, (len(PACKED), 2, 10, 16), generator=draw).to(device, dtype)
+    return rows, {"sub_blocks": (4, 2), "block_size": (16, 16)}, q, k
+
+
 def _llama(name: str, tokens: int) -> Case:
     subs = tokens // 8
     return Case(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seerattention.ops.precision import DTYPES, products
+from seerattention.ops.language import DTYPES, products
 from seerattention.ops.score_blocks import _triton_kernel as kernels
 from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score, triton
 from seerattention.rows import Rows, num_blocks

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.precision import DTYPES, products
+from seerattention.ops.language import DTYPES, products
 from seerattention.policies import Policy, Rule
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seerattention.rows import Rows, num_blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -21,6 +23,7 @@ class Case:
         batch: Sequences.
         norm: With an RMS norm.
         rope: With a rotation.
+        lengths: Tokens of sequences packed behind one another, which add up to ``tokens``; empty for none.
     """
 
     name: str
@@ -34,6 +37,17 @@ class Case:
     batch: int = 1
     norm: bool = False
     rope: bool = True
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> Rows | None:
+        """Where packed sequences lie."""
+        return Rows.packed([(n, n) for n in self.lengths]) if self.lengths else None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all sequences, ``N``."""
+        return sum(num_blocks(n, self.size) for n in self.lengths or (self.tokens,))
 
 
 CASES = (
@@ -56,5 +70,7 @@ CASES = (
     Case(name="narrow", tokens=130, dim=16, width=64),
     Case(name="wide", tokens=130, width=128, dim=128),
     Case(name="not-a-power-of-two", tokens=130, width=80, dim=96, norm=True),
+    Case(name="packed", tokens=152, lengths=(1, 7, 8, 0, 9, 63, 64), norm=True),
+    Case(name="packed-pools", tokens=75, size=16, lengths=(40, 35), heads_out=0, rope=False),
     Case(name="odd-dimension", tokens=130, width=33, dim=21, rope=False, norm=True),
 )

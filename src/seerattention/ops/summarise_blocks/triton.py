@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.precision import DTYPES, products
+from seerattention.ops.language import DTYPES, products
 from seerattention.rows import Rows, num_blocks
 
 try:

@@ -1,45 +1,16 @@
-"""The backward's device functions that go column by column; `_backward.py` beside this file starts them."""
+"""The backward's device functions that go column by column; `backward.py` beside this file starts them."""
 
 # Triton reads annotations such as `tl.constexpr`, whose module may be missing.
 # pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention._backward_rows import (
-    _add_product,
-    _copy_tiles,
-    _load_tile,
-    _score,
-    _shares,
-    _store_tile,
-)
-from seerattention.ops.block_sparse_attention._triton_kernel import _LENGTHS, _jit, _sequence_of, tl
-
-_COLUMN_LENGTHS = [*_LENGTHS, "units", "padded"]
+from seerattention.ops.block_sparse_attention.kernels.backward_rows import add_product, copy_tiles, shares
+from seerattention.ops.block_sparse_attention.kernels.forward import LENGTHS
+from seerattention.ops.language import jit, load_tile, score, sequence_of, store_tile, tl
 
 
-@_jit
-def _column_of(column, cu_q_ptr, cu_k_ptr, num_queries, num_keys, sequences,
-               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEQUENCES: tl.constexpr):  # fmt: skip
-    """Find the packed sequence of a KV block.
-
-    Returns the block's number there, the sequence's starts and lengths, and its first row of the bits.
-    """
-    start_q, start_k, len_q, len_k, first_row = 0, 0, num_queries, num_keys, 0
-    if SEQUENCES > 0:
-        column, start_k, len_k, start_q, len_q = _sequence_of(
-            column, cu_k_ptr, cu_q_ptr, sequences, BLOCK_K, SEQUENCES
-        )
-        s = tl.arange(0, SEQUENCES)
-        queries = tl.load(cu_q_ptr + s + 1, mask=s < sequences, other=0)
-        queries -= tl.load(cu_q_ptr + s, mask=s < sequences, other=0)
-        ends = tl.load(cu_k_ptr + s + 1, mask=s < sequences, other=0)
-        rows = (queries + BLOCK_Q - 1) // BLOCK_Q
-        first_row = tl.sum(tl.where((ends <= start_k) & (s < sequences), rows, 0), 0)
-    return column, start_q, len_q, start_k, len_k, first_row
-
-
-@_jit
+@jit
 def _readers(
     bits_ptr,
     list_ptr,
@@ -82,12 +53,12 @@ def _readers(
     return count
 
 
-@_jit(do_not_specialize=_LENGTHS)
+@jit(*LENGTHS)
 def count_kernel(
     bits_ptr,
     counts_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
+    starts_q_ptr,
+    starts_k_ptr,
     stride_bits_b,
     stride_bits_h,
     stride_bits_row,
@@ -105,9 +76,10 @@ def count_kernel(
     """Count what reads one KV block of one KV head."""
     unit = tl.program_id(0)
     kv_head = (unit // columns % KV_HEADS).to(tl.int64)
-    block, _, len_q, _, len_k, first_row = _column_of(
-        unit % columns, cu_q_ptr, cu_k_ptr, num_queries, num_keys, sequences, BLOCK_Q, BLOCK_K, SEQUENCES
-    )
+    block, first_row, _, len_q, _, len_k = sequence_of(
+        unit % columns, starts_k_ptr, (starts_q_ptr, starts_k_ptr, sequences), num_queries, num_keys,
+        BLOCK_K, BLOCK_Q, SEQUENCES,
+    )  # fmt: skip
     bits_ptr += (unit // columns // KV_HEADS).to(tl.int64) * stride_bits_b
     bits_ptr += tl.cast(first_row, tl.int64) * stride_bits_row
     count = _readers(
@@ -117,7 +89,7 @@ def count_kernel(
     tl.store(counts_ptr + unit, count)
 
 
-@_jit(do_not_specialize=_COLUMN_LENGTHS)
+@jit(*LENGTHS, "units", "padded")
 def keys_kernel(  # noqa: PLR0915
     q_ptr,
     k_ptr,
@@ -137,26 +109,14 @@ def keys_kernel(  # noqa: PLR0915
     owner_ptr,
     plan_ptr,
     partial_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    stride_dvb,
-    stride_dvh,
-    stride_dvt,
+    starts_q_ptr,
+    starts_k_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dk_strides,
+    dv_strides,
     stride_bits_b,
     stride_bits_h,
     stride_bits_row,
@@ -181,7 +141,7 @@ def keys_kernel(  # noqa: PLR0915
     SOFTCAP: tl.constexpr,
     SEQUENCES: tl.constexpr,
     STAGES: tl.constexpr,
-    COPIES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Take parts of KV tiles from the plan, and write their gradients, or their share of them."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -198,24 +158,15 @@ def keys_kernel(  # noqa: PLR0915
         column, tile = unit // TILES, unit % TILES
         first_head, batch = column // columns % KV_HEADS * GROUP, column // columns // KV_HEADS
         kv_head, b = (column // columns % KV_HEADS).to(tl.int64), batch.to(tl.int64)
-        block, start_q, len_q, start_k, len_k, first_row = _column_of(
-            column % columns,
-            cu_q_ptr,
-            cu_k_ptr,
-            num_queries,
-            num_keys,
-            sequences,
-            BLOCK_Q,
-            BLOCK_K,
-            SEQUENCES,
-        )
+        block, first_row, start_q, len_q, start_k, len_k = sequence_of(
+            column % columns, starts_k_ptr, (starts_q_ptr, starts_k_ptr, sequences), num_queries, num_keys,
+            BLOCK_K, BLOCK_Q, SEQUENCES,
+        )  # fmt: skip
         first_key = block * BLOCK_K + tile * BLOCK_N
-        k_head, v_head = (
-            k_ptr + b * stride_kb + kv_head * stride_kh,
-            v_ptr + b * stride_vb + kv_head * stride_vh,
-        )
-        k = _load_tile(k_head, stride_kt, start_k + first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
-        v = _load_tile(v_head, stride_vt, start_k + first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
+        k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1]
+        v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1]
+        k = load_tile(k_head, k_strides[2], start_k + first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
+        v = load_tile(v_head, v_strides[2], start_k + first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
         bits_head = bits_ptr + b * stride_bits_b + tl.cast(first_row, tl.int64) * stride_bits_row
         # Nobody may still read the list of the item before.
@@ -230,8 +181,8 @@ def keys_kernel(  # noqa: PLR0915
         places, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-        q_group = q_ptr + b * stride_qb + kv_head * GROUP * stride_qh
-        grad_group = grad_ptr + b * stride_gb + kv_head * GROUP * stride_gh
+        q_group = q_ptr + b * q_strides[0] + kv_head * GROUP * q_strides[1]
+        grad_group = grad_ptr + b * grad_strides[0] + kv_head * GROUP * grad_strides[1]
         shift_group = shift_ptr + (b * HEADS + first_head) * padded + start_q
         delta_group = delta_ptr + (b * HEADS + first_head) * padded + start_q
         # The list is read one step ahead, so that the loads of queries never wait for it.
@@ -241,19 +192,17 @@ def keys_kernel(  # noqa: PLR0915
             first = row * BLOCK_Q + i % STEPS * BLOCK_M
             inside = tl.minimum(tl.minimum(first + BLOCK_M, (row + 1) * BLOCK_Q), len_q) - first
             entry = tl.load(list_ptr + (i + 1) // STEPS)
-            if COPIES:
-                q, grad = _copy_tiles(
+            if TMA:
+                q, grad = copy_tiles(
                     q_desc, grad_desc, batch, first_head + member, start_q + first, BLOCK_M, BLOCK_D
                 )
             else:
-                q_head, grad_head = (
-                    q_group + member.to(tl.int64) * stride_qh,
-                    grad_group + member.to(tl.int64) * stride_gh,
-                )
-                q = _load_tile(q_head, stride_qt, start_q + first, inside, BLOCK_M, D, BLOCK_D)
-                grad = _load_tile(grad_head, stride_gt, start_q + first, inside, BLOCK_M, D, BLOCK_D)
+                q_head = q_group + member.to(tl.int64) * q_strides[1]
+                grad_head = grad_group + member.to(tl.int64) * grad_strides[1]
+                q = load_tile(q_head, q_strides[2], start_q + first, inside, BLOCK_M, D, BLOCK_D)
+                grad = load_tile(grad_head, grad_strides[2], start_q + first, inside, BLOCK_M, D, BLOCK_D)
             at = member * padded + first + places
-            if COPIES:
+            if TMA:
                 place = (batch * HEADS + first_head + member) * padded + first
                 shift = shift_desc.load([place])
             else:
@@ -262,50 +211,46 @@ def keys_kernel(  # noqa: PLR0915
                 # Operands of fp32 products lie in registers, where these two would stay: they are read
                 # again, from a place that the compiler does not know to be the same.
                 again = start_k + first_key + (row >> 24)
-                k = _load_tile(k_head, stride_kt, again, len_k - first_key, BLOCK_N, D, BLOCK_D)
-                v = _load_tile(v_head, stride_vt, again, len_k - first_key, BLOCK_N, D, BLOCK_D)
+                k = load_tile(k_head, k_strides[2], again, len_k - first_key, BLOCK_N, D, BLOCK_D)
+                v = load_tile(v_head, v_strides[2], again, len_k - first_key, BLOCK_N, D, BLOCK_D)
             # Keys lie along the rows: the second products then take these as they leave the first.
-            p, slope = _shares(
-                _score(k, q, scale, BLOCK_D), shift[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32
+            p, slope = shares(
+                score(k, tl.trans(q), scale), shift[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32
             )
             first_query = len_k - len_q + first
             if first_key + BLOCK_N > first_query + 1:
                 p = tl.where((first_key + keys)[:, None] > (first_query + places)[None, :], 0.0, p)
-            dv = _add_product(dv, p, grad, scale)
-            if COPIES:
+            dv = add_product(dv, p, grad, scale)
+            if TMA:
                 delta = delta_desc.load([place])
             else:
                 delta = tl.load(delta_group + at, mask=places < inside, other=0.0)
-            ds = p * (_score(v, grad, scale, BLOCK_D) - delta[None, :]) * slope
-            dk = _add_product(dk, ds, q, scale)
+            ds = p * (score(v, tl.trans(grad), scale) - delta[None, :]) * slope
+            dk = add_product(dk, ds, q, scale)
         dk *= scale
         if parts == 1:
-            dk_head = dk_ptr + b * stride_dkb + kv_head * stride_dkh
-            dv_head = dv_ptr + b * stride_dvb + kv_head * stride_dvh
-            _store_tile(dk_head, stride_dkt, start_k + first_key, len_k - first_key, dk, D)
-            _store_tile(dv_head, stride_dvt, start_k + first_key, len_k - first_key, dv, D)
+            dk_head = dk_ptr + b * dk_strides[0] + kv_head * dk_strides[1]
+            dv_head = dv_ptr + b * dv_strides[0] + kv_head * dv_strides[1]
+            store_tile(dk_head, dk_strides[2], start_k + first_key, len_k - first_key, dk, D)
+            store_tile(dv_head, dv_strides[2], start_k + first_key, len_k - first_key, dv, D)
         else:
             slot = tl.load(plan_ptr + 2 * units + unit) + item - tl.load(plan_ptr + unit)
             tile_ptr = partial_ptr + slot.to(tl.int64) * (2 * BLOCK_N * BLOCK_D)
-            _store_tile(tile_ptr, BLOCK_D, 0, BLOCK_N, dk, BLOCK_D)
-            _store_tile(tile_ptr, BLOCK_D, BLOCK_N, BLOCK_N, dv, BLOCK_D)
+            store_tile(tile_ptr, BLOCK_D, 0, BLOCK_N, dk, BLOCK_D)
+            store_tile(tile_ptr, BLOCK_D, BLOCK_N, BLOCK_N, dv, BLOCK_D)
         item = next_item
 
 
-@_jit(do_not_specialize=_COLUMN_LENGTHS)
+@jit(*LENGTHS, "units", "padded")
 def join_kernel(
     dk_ptr,
     dv_ptr,
     plan_ptr,
     partial_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    stride_dvb,
-    stride_dvh,
-    stride_dvt,
+    starts_q_ptr,
+    starts_k_ptr,
+    dk_strides,
+    dv_strides,
     units,
     columns,
     num_queries,
@@ -326,27 +271,20 @@ def join_kernel(
     if parts > 1:
         column, tile = unit // TILES, unit % TILES
         kv_head, b = (column // columns % KV_HEADS).to(tl.int64), (column // columns // KV_HEADS).to(tl.int64)
-        block, _, _, start_k, len_k, _ = _column_of(
-            column % columns,
-            cu_q_ptr,
-            cu_k_ptr,
-            num_queries,
-            num_keys,
-            sequences,
-            BLOCK_Q,
-            BLOCK_K,
-            SEQUENCES,
-        )
+        block, _, _, _, start_k, len_k = sequence_of(
+            column % columns, starts_k_ptr, (starts_q_ptr, starts_k_ptr, sequences), num_queries, num_keys,
+            BLOCK_K, BLOCK_Q, SEQUENCES,
+        )  # fmt: skip
         first_key = block * BLOCK_K + tile * BLOCK_N
         slot = tl.load(plan_ptr + 2 * units + unit)
         tile_ptr = partial_ptr + slot.to(tl.int64) * (2 * BLOCK_N * BLOCK_D)
         dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         for _ in range(0, parts):
-            dk += _load_tile(tile_ptr, BLOCK_D, 0, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_D)
-            dv += _load_tile(tile_ptr, BLOCK_D, BLOCK_N, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_D)
+            dk += load_tile(tile_ptr, BLOCK_D, 0, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_D)
+            dv += load_tile(tile_ptr, BLOCK_D, BLOCK_N, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_D)
             tile_ptr += 2 * BLOCK_N * BLOCK_D
-        dk_head = dk_ptr + b * stride_dkb + kv_head * stride_dkh
-        dv_head = dv_ptr + b * stride_dvb + kv_head * stride_dvh
-        _store_tile(dk_head, stride_dkt, start_k + first_key, len_k - first_key, dk, D)
-        _store_tile(dv_head, stride_dvt, start_k + first_key, len_k - first_key, dv, D)
+        dk_head = dk_ptr + b * dk_strides[0] + kv_head * dk_strides[1]
+        dv_head = dv_ptr + b * dv_strides[0] + kv_head * dv_strides[1]
+        store_tile(dk_head, dk_strides[2], start_k + first_key, len_k - first_key, dk, D)
+        store_tile(dv_head, dv_strides[2], start_k + first_key, len_k - first_key, dv, D)

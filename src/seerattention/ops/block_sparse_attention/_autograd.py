@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
 
@@ -22,7 +23,7 @@ def wanted(*inputs: Tensor | None) -> bool:
 
 def run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return what the backend's ``run`` does, differentiable once in q, k, v and sinks.
 
     Args:
@@ -33,40 +34,22 @@ def run(
         selection: The blocks to read.
         options: The options.
     """
-    out, lse = _attend(
-        q,
-        k,
-        v,
-        selection.bits,
-        list(selection.block_size),
-        selection.shape[3],
-        options.scale,
-        options.softcap,
-        options.sinks,
-        options.cu_seqlens_q,
-        options.cu_seqlens_k,
-        backend,
-    )
-    return (out, lse) if options.return_lse else out
+    return _attend(
+        q, k, v, selection.bits, list(selection.block_size), selection.shape[3], options.scale,
+        options.softcap, options.sinks, **options.starts, backend=backend,
+    )  # fmt: skip
 
 
 def _call(
-    bits: Tensor, block_size: list[int], columns: int, scale: float, softcap: float | None,
-    sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, backend: str,
-) -> tuple[Any, BlockSelection, Options]:  # fmt: skip
+    q: Tensor, k: Tensor, bits: Tensor, block_size: list[int], columns: int, scale: float,
+    softcap: float | None, sinks: Tensor | None, starts_q: Tensor | None, starts_k: Tensor | None,
+) -> tuple[BlockSelection, Options]:  # fmt: skip
     """Put together again what an operator cannot take."""
     block_q, block_k = block_size
     batch, heads, rows = bits.shape[:3]
     selection = BlockSelection(bits, (batch, heads, rows, columns), (block_q, block_k))
-    options = Options(
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=True,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
-    return importlib.import_module(backend), selection, options
+    where = Rows(q.shape[2], k.shape[2], starts_q, starts_k)
+    return selection, Options(rows=where, scale=scale, softcap=softcap, sinks=sinks, return_lse=True)
 
 
 @torch.library.custom_op("seerattention::block_sparse_attention", mutates_args=())
@@ -80,13 +63,12 @@ def _attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    rest = bits, block_size, columns, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, backend
-    module, selection, options = _call(*rest)
-    out, lse = module.run(q, k, v, selection, options)
+    selection, options = _call(q, k, bits, block_size, columns, scale, softcap, sinks, starts_q, starts_k)
+    out, lse = importlib.import_module(backend).run(q, k, v, selection, options)
     # A compiler is told one layout, whatever the backend's is.
     return out.contiguous(), lse.contiguous()
 
@@ -112,12 +94,12 @@ def _differentiate(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rest = bits, block_size, columns, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, backend
-    module, selection, options = _call(*rest)
+    selection, options = _call(q, k, bits, block_size, columns, scale, softcap, sinks, starts_q, starts_k)
+    module = importlib.import_module(backend)
     dq, dk, dv, delta = module.backward(grad, grad_lse, q, k, v, out, lse, selection, options)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)

@@ -1,45 +1,26 @@
-"""Named calls of `pooled_attention`, for its tests and its benchmarks."""
+"""Named calls of `pooled_attention`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from seerattention.ops.pooled_attention._options import PoolOptions
-from seerattention.ops.shapes import Shape
+from seerattention.ops.cases import AttentionCase
+from seerattention.ops.options import PoolOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolCase(Shape):
+class PoolCase(AttentionCase):
     """A shape, and what else is asked for.
 
     Attributes:
         per_kv_head: Whether the heads of a group share one map.
-        softcap: Limit of the scores.
-        sinks: Whether every head has a sink logit.
     """
 
     per_kv_head: bool = False
-    softcap: float | None = None
-    sinks: bool = False
 
     def options(self, device: str = "cpu", *, return_lse: bool = False) -> PoolOptions:
         """Return the options of the case, its tensors on a device."""
-        starts: list[torch.Tensor | None] = [None, None]
-        if self.lengths:
-            ends = torch.tensor([(0, 0), *self.lengths]).cumsum(0).to(device, torch.int32)
-            starts = [ends[:, 0].contiguous(), ends[:, 1].contiguous()]
-        return PoolOptions(
-            scale=self.head_dim**-0.5,
-            softcap=self.softcap,
-            sinks=torch.linspace(-1, 2, self.heads, device=device) if self.sinks else None,
-            return_lse=return_lse,
-            cu_seqlens_q=starts[0],
-            cu_seqlens_k=starts[1],
-            per_kv_head=self.per_kv_head,
-            lengths=self.lengths,
-        )
+        return PoolOptions(per_kv_head=self.per_kv_head, **self.asked(device, return_lse))
 
 
 CASES = (

@@ -1,45 +1,28 @@
-"""Named calls of `block_sparse_attention`, for its tests and its benchmarks."""
+"""Named calls of `block_sparse_attention`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.shapes import Shape
+from seerattention.ops.cases import AttentionCase
+from seerattention.ops.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(Shape):
+class Case(AttentionCase):
     """A shape with a selection on it, and what else is asked for.
 
     Attributes:
         density: Fraction of the earlier blocks that are selected.
         selection_heads: Heads of the selection; default one per query head.
-        softcap: Limit of the scores.
-        sinks: Whether every head has a sink logit.
     """
 
     density: float = 0.3
     selection_heads: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
 
     def options(self, device: str = "cpu", *, return_lse: bool = False) -> Options:
         """Return the options of the case, its tensors on a device."""
-        starts: list[torch.Tensor | None] = [None, None]
-        if self.lengths:
-            ends = torch.tensor([(0, 0), *self.lengths]).cumsum(0).to(device, torch.int32)
-            starts = [ends[:, 0].contiguous(), ends[:, 1].contiguous()]
-        return Options(
-            scale=self.head_dim**-0.5,
-            softcap=self.softcap,
-            sinks=torch.linspace(-1, 2, self.heads, device=device) if self.sinks else None,
-            return_lse=return_lse,
-            cu_seqlens_q=starts[0],
-            cu_seqlens_k=starts[1],
-        )
+        return Options(**self.asked(device, return_lse))
 
 
 CASES = (

@@ -1,4 +1,4 @@
-"""Descriptions of tensors to the copy engine of Hopper GPUs and later."""
+"""Tiles described to TMA, by which Hopper GPUs and later copy into shared memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def copied(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | None:
-    """Describe tiles of tensors to the copy engine; None where there is none or it cannot serve.
+def tiles(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | None:
+    """Describe tiles of tensors; None where there is no TMA or it cannot serve.
 
     Args:
         rows: Tokens per tile.
@@ -29,21 +29,22 @@ def copied(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | N
         steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
         if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
             return None
-        described.append(_describe(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
+        described.append(describe(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
     return described
 
 
 def line(numbers: int, x: Tensor) -> object:
-    """Describe pieces of a contiguous tensor, as if it had one dimension, to the copy engine.
+    """Describe pieces of a contiguous tensor, as if it had one dimension.
 
     Args:
         numbers: Length of a piece, a power of two of at least 16 bytes.
         x: The tensor.
     """
-    return _describe(x, [x.numel()], [1], [numbers])
+    return describe(x, [x.numel()], [1], [numbers])
 
 
-def _describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
+def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
+    """Describe blocks of a tensor, which is seen with the shape and strides given."""
     # Only backends that found Triton come here.
     tools = importlib.import_module("triton.tools.tensor_descriptor")
     return tools.TensorDescriptor(x, shape, strides, block)

@@ -8,17 +8,21 @@ for bit. Design and floor: docs/kernels.md.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._backward_columns import count_kernel, join_kernel, keys_kernel
-from seerattention.ops.block_sparse_attention._backward_rows import queries_kernel, rows_kernel
-from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.copies import copied, line
+from seerattention.ops.block_sparse_attention.kernels.backward_columns import (
+    count_kernel,
+    join_kernel,
+    keys_kernel,
+)
+from seerattention.ops.block_sparse_attention.kernels.backward_rows import queries_kernel, rows_kernel
+from seerattention.ops.language import padded, power_of_two
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import Options
+from seerattention.ops.tma import line, tiles
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
 
@@ -28,19 +32,19 @@ QUERIES = {
     (2, 128): Launch(64, 64, 4, 2, 2),
     (2, 256): Launch(64, 32, 8, 2, 1),
     # fp32 products run outside the tensor cores, hold their operands in registers, and never wait for loads.
-    (4, 64): Launch(32, 32, 8, 2, 2, copies=False),
-    (4, 128): Launch(32, 32, 8, 2, 1, copies=False),
-    (4, 256): Launch(16, 16, 8, 2, 1, copies=False),
+    (4, 64): Launch(32, 32, 8, 2, 2, tma=False),
+    (4, 128): Launch(32, 32, 8, 2, 1, tma=False),
+    (4, 256): Launch(16, 16, 8, 2, 1, tma=False),
 }
 KEYS = {
     (2, 64): Launch(64, 64, 4, 3, 2, 255),
     (2, 128): Launch(32, 64, 4, 4, 2, 255),
     (2, 256): Launch(16, 64, 8, 2, 1, 255),
-    (4, 64): Launch(32, 32, 8, 2, 1, copies=False),
-    (4, 128): Launch(16, 32, 8, 2, 1, 255, copies=False),
-    (4, 256): Launch(16, 16, 16, 2, 1, 128, copies=False),
+    (4, 64): Launch(32, 32, 8, 2, 1, tma=False),
+    (4, 128): Launch(16, 32, 8, 2, 1, 255, tma=False),
+    (4, 256): Launch(16, 16, 16, 2, 1, 128, tma=False),
 }
-#: The same where registers are short: without the copy engine, whose work takes some, or with a softcap.
+#: The same where registers are short: without TMA, whose work takes some, or with a softcap.
 KEYS_TIGHT = KEYS | {
     (2, 64): Launch(32, 64, 4, 2, 2, 255),
     (2, 128): Launch(32, 64, 4, 2, 2, 255),
@@ -90,24 +94,24 @@ def rows(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
     Heads are padded to whole tiles, so that a tile's numbers can be copied as they lie.
     """
     batch, heads, num_queries, dim = out.shape
-    padded = num_blocks(num_queries, TILE) * TILE
-    shift, delta = (lse.new_empty(batch, heads, padded) for _ in range(2))
-    tiles = num_blocks(padded, ROWS)
-    rows_kernel[(batch * heads * tiles,)](
+    length = num_blocks(num_queries, TILE) * TILE
+    shift, delta = (lse.new_empty(batch, heads, length) for _ in range(2))
+    steps = length // ROWS
+    rows_kernel[(batch * heads * steps,)](
         out,
         grad,
         lse,
         grad_lse,
         delta,
         shift,
-        *out.stride()[:3],
-        *grad.stride()[:3],
+        out.stride()[:3],
+        grad.stride()[:3],
         num_queries,
-        padded,
-        tiles,
+        length,
+        steps,
         HEADS=heads,
         D=dim,
-        BLOCK_D=_padded(dim),
+        BLOCK_D=padded(dim),
         TILE=ROWS,
         EXACT=out.dtype == torch.float32,
     )
@@ -134,13 +138,13 @@ def queries(
     scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     # A tile of keys may reach into the next sequence, whose values are none of this one's business.
-    copies = None if options.packed else _copied(launch, launch.block_n, k, v)
+    described = None if options.packed else _tiles(launch, launch.block_n, k, v)
     queries_kernel[(programs,)](
         q,
         k,
         v,
         grad,
-        *(copies or (k, v)),
+        *(described or (k, v)),
         dq,
         shift,
         delta,
@@ -148,8 +152,8 @@ def queries(
         scratch,
         counter,
         *_starts(options, counter),
-        *(s for x in (q, k, v, grad, dq) for s in x.stride()[:3]),
-        *_bit_strides(bits),
+        *(x.stride()[:3] for x in (q, k, v, grad, dq)),
+        *bit_strides(bits),
         items,
         bits.shape[2],
         selection.shape[3],
@@ -158,7 +162,7 @@ def queries(
         k.shape[2],
         *_numbers(options),
         BIT_HEADS=bits.shape[1],
-        COPIES=copies is not None,
+        TMA=described is not None,
         **_constants(q, k, selection, options, launch),
     )
     return dq
@@ -179,8 +183,8 @@ def keys(
     launch = _launch_of(KEYS_TIGHT if tight else KEYS, q, selection.block_size)
     # A tile of queries must not reach into another row.
     whole = not options.packed and selection.block_size[0] % launch.block_m == 0
-    copies = _copied(launch, launch.block_m, q, grad) if whole else None
-    if copies is None:
+    described = _tiles(launch, launch.block_m, q, grad) if whole else None
+    if described is None:
         launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     bits = selection.bits
@@ -189,28 +193,27 @@ def keys(
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     starts = _starts(options, counter)
     columns = num_blocks(k.shape[2], selection.block_size[1])
-    if options.cu_seqlens_k is not None:
-        # Every sequence ends in at most one short block.
-        columns += len(options.cu_seqlens_k) - 2
+    # Every sequence ends in at most one short block.
+    columns += max(0, options.sequences - 1)
     constants = _constants(q, k, selection, options, launch)
     counts = _count(q, k, selection, options, columns, starts, constants)
     counts = counts.repeat_interleave(selection.block_size[1] // launch.block_n)
-    owner, plan = _plan(counts, programs)
+    owner, plan = split_columns(counts, programs)
     length = group * bits.shape[2] + 1
     scratch = torch.empty(programs * length, dtype=torch.int32, device=q.device)
     # A column that is split has more entries than a part may have: no more than 4 parts per program.
     partial = torch.empty(
-        8 * programs * launch.block_n * _padded(q.shape[3]), dtype=torch.float32, device=q.device
+        8 * programs * launch.block_n * padded(q.shape[3]), dtype=torch.float32, device=q.device
     )
     sizes = len(counts), columns, q.shape[2]
-    strides = *dk.stride()[:3], *dv.stride()[:3]
+    strides = dk.stride()[:3], dv.stride()[:3]
     keys_kernel[(min(programs, len(owner)),)](
         q,
         k,
         v,
         grad,
-        *(copies or (q, grad)),
-        *(line(launch.block_m, x) if copies else x for x in (shift, delta)),
+        *(described or (q, grad)),
+        *(line(launch.block_m, x) if described else x for x in (shift, delta)),
         dk,
         dv,
         shift,
@@ -222,16 +225,16 @@ def keys(
         plan,
         partial,
         *starts,
-        *(s for x in (q, k, v, grad) for s in x.stride()[:3]),
+        *(x.stride()[:3] for x in (q, k, v, grad)),
         *strides,
-        *_bit_strides(bits),
+        *bit_strides(bits),
         length,
         *sizes,
         shift.shape[2],
         k.shape[2],
         *_numbers(options),
         BIT_HEADS=bits.shape[1],
-        COPIES=copies is not None,
+        TMA=described is not None,
         **constants,
     )
     kept = ("KV_HEADS", "D", "BLOCK_D", "BLOCK_Q", "BLOCK_K", "BLOCK_N", "SEQUENCES")
@@ -266,7 +269,7 @@ def _count(
         bits,
         counts,
         *starts,
-        *_bit_strides(bits),
+        *bit_strides(bits),
         columns,
         q.shape[2],
         k.shape[2],
@@ -279,7 +282,7 @@ def _count(
     return counts
 
 
-def _plan(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+def split_columns(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
     """Split columns so that no part is more than half of what a program gets, without asking the device.
 
     Args:
@@ -304,52 +307,40 @@ def _plan(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
 
 
 def _launch_of(launches: dict[tuple[int, int], Launch], x: Tensor, block_size: tuple[int, int]) -> Launch:
-    launch = launches[x.element_size(), max(64, power_of_two(x.shape[3]))]
-    # A product needs 16 rows at least.
-    block_m = min(launch.block_m, max(16, power_of_two(block_size[0])))
-    return replace(launch, block_m=block_m, block_n=min(launch.block_n, block_size[1]))
+    return launches[x.element_size(), max(64, power_of_two(x.shape[3]))].within(*block_size)
 
 
-def _copied(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
-    """Describe tiles to the copy engine, if that is to bring them."""
-    return copied(rows, _padded(tensors[0].shape[3]), *tensors) if launch.copies else None
-
-
-def _padded(dim: int) -> int:
-    return max(power_of_two(dim), 16)
+def _tiles(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
+    """Describe tiles to TMA, if that is to bring them."""
+    return tiles(rows, padded(tensors[0].shape[3]), *tensors) if launch.tma else None
 
 
 def _starts(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
     """Return where sequences start; a tensor that is not used still needs a pointer."""
-    if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
-        return unused, unused
-    return options.cu_seqlens_q, options.cu_seqlens_k
+    starts = options.rows.starts_q, options.rows.starts_k
+    return unused if starts[0] is None else starts[0], unused if starts[1] is None else starts[1]
 
 
-def _bit_strides(bits: Tensor) -> tuple[int, int, int]:
+def bit_strides(bits: Tensor) -> tuple[int, int, int]:
+    """Return a selection's strides but for the words of a row; batch entries may share one selection."""
     return bits.stride(0) if bits.shape[0] > 1 else 0, bits.stride(1), bits.stride(2)
 
 
 def _numbers(options: Options) -> tuple[int, float, float]:
-    sequences = 0 if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
-    return sequences, options.scale, 0.0 if options.softcap is None else options.softcap
+    return options.sequences, options.scale, 0.0 if options.softcap is None else options.softcap
 
 
 def _constants(
     q: Tensor, k: Tensor, selection: BlockSelection, options: Options, launch: Launch
 ) -> dict[str, Any]:
-    sequences = _numbers(options)[0]
     return {
         "HEADS": q.shape[1],
         "KV_HEADS": k.shape[1],
         "D": q.shape[3],
-        "BLOCK_D": _padded(q.shape[3]),
+        "BLOCK_D": padded(q.shape[3]),
         "BLOCK_Q": selection.block_size[0],
         "BLOCK_K": selection.block_size[1],
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
         "SOFTCAP": options.softcap is not None,
-        "SEQUENCES": power_of_two(sequences) if sequences else 0,
-        "STAGES": launch.stages,
-        **launch.options(),
+        "SEQUENCES": power_of_two(options.sequences) if options.sequences else 0,
+        **launch.constants(),
     }
