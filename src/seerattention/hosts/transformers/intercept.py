@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from seerattention.engine.call import AttentionCall, Given, Handler
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.base import head_dim_of
-from seerattention.hosts.transformers.config import NAME, View, view
+from seerattention.hosts.transformers.config import NAME, view
 from seerattention.hosts.transformers.family import Family, Tap, attention_layers, family_of
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Pass, Switch, running
 from seerattention.hosts.transformers.rotary import head_order
@@ -165,7 +165,6 @@ class Runtime:
         switch: Says what computes its attention.
         taps: One per attention layer.
         hooks: Other hooks.
-        views: The modules that attend, with the configuration that each has meanwhile.
         owner: What `attach` keeps here; None while only `intercept` is there.
     """
 
@@ -173,22 +172,15 @@ class Runtime:
     switch: Switch
     taps: list[Taps]
     hooks: list[Any] = field(default_factory=list)
-    views: list[tuple[Any, View]] = field(default_factory=list)
     owner: Any = None
 
     def connect(self) -> None:
         """Hook the model's modules and take over its attention."""
-        decoder, made = self.model.get_decoder(), {}
-        modules: list[Any] = [decoder, *(taps.attention for taps in self.taps)]
-        for module in modules:
-            config = module.config
-            made.setdefault(id(config), view(config, self.switch, decoder))
-            module.config = made[id(config)]
-            self.views.append((module, module.config))
+        self.show()
         for taps in self.taps:
             taps.connect()
         # The decoder, because it can be called without its head.
-        self.hooks = [decoder.register_forward_pre_hook(self.before, with_kwargs=True)]
+        self.hooks = [self.model.get_decoder().register_forward_pre_hook(self.before, with_kwargs=True)]
         self.model.__dict__["create_masks_for_generate"] = self.masks_for_generate
         self.model.__dict__["init_continuous_batching"] = self.continuous_batching
 
@@ -198,11 +190,22 @@ class Runtime:
             taps.disconnect()
         for hook in self.hooks:
             hook.remove()
-        for module, config in self.views:
-            if module.config is config:
-                module.config = config.behind_seerattention.own
+        for module in self._attending():
+            if getattr(module.config, "seerattention_switch", None) is self.switch:
+                module.config = module.config.seerattention_own
         for name in ("create_masks_for_generate", "init_continuous_batching"):
             del self.model.__dict__[name]
+
+    def show(self) -> None:
+        """Give the modules that attend a view of their configuration; in copies they have none at first."""
+        views: dict[int, Any] = {}
+        for module in self._attending():
+            if getattr(module.config, "seerattention_switch", None) is not self.switch:
+                module.config = views.setdefault(id(module.config), view(module.config, self.switch))
+
+    def _attending(self) -> list[Any]:
+        """Return the modules that look up what attends."""
+        return [self.model.get_decoder(), *(taps.attention for taps in self.taps)]
 
     @torch.compiler.disable(reason=FULLGRAPH)
     def before(
@@ -211,6 +214,7 @@ class Runtime:
         """Forward pre-hook of the decoder: begin a pass."""
         begun = Pass(self.switch)
         if begun.mode.handler is not None:
+            self.show()
             _refuse(decoder, args, kwargs)
             for taps in self.taps:
                 taps.follow()
@@ -295,7 +299,7 @@ def _attention_forward(
     name = config._attn_implementation_internal
     eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     function = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
-    with config.behind_seerattention.switch.within(handler=None, stands_in=True):
+    with config.seerattention_switch.within(handler=None, stands_in=True):
         return function(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -369,7 +373,7 @@ def _attend(
 def _mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **inputs: Any) -> Any:
     """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
     now = running()
-    begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.behind_seerattention.switch
+    begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.seerattention_switch
     if begun is not None and begun.switch is switch and begun.mode.handler is not None:
         return None if attention_mask is None else attention_mask[:, -kv_length:]
     inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -50,9 +49,9 @@ class Switch:
         self.guests = 0
         self.lock = threading.Lock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+    def __reduce__(self) -> tuple[Any, ...]:
         # No request is inside a copy.
-        return Switch(copy.deepcopy(self.handler, memo))
+        return Switch, (self.handler,)
 
     @property
     def mode(self) -> Mode:
