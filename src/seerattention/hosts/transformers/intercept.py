@@ -344,6 +344,8 @@ def _attend(
         tensors = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
     new, total = query.shape[2], tensors.k.shape[2]
     padding = call.part_of.padding(mask, new, total, seen)
+    if padding is not None and not any(queries for queries, _ in padding.lengths):
+        return torch.zeros_like(query).transpose(1, 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sliding_window is not None:
         attend = dense_attention if padding is None else padding.dense
