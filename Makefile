@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PARALLEL := --numprocesses auto --dist worksteal
-ATTACHED := tests/models tests/policies tests/examples tests/evals/test_demo.py tests/evals/tasks \
-  tests/test_cache.py tests/test_extending.py
+ATTACHED := tests/hosts tests/engine tests/policies tests/examples tests/demo tests/evals/tasks \
+  tests/test_extending.py
 
 .PHONY: setup demo test test-oldest test-newest check gpu bench bench-gpu bench-cpu
 

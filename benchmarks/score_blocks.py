@@ -23,8 +23,8 @@ from torch import Tensor
 from seerattention.files import staged
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.measure.versions import versions
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.train import layer, objectives
 
 

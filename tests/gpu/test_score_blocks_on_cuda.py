@@ -9,8 +9,8 @@ from torch import Tensor
 from seerattention import AttnGate, GateConfig
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
 from seerattention.testing.packed import check_packed_scores
 from seerattention.testing.waiting import no_waiting

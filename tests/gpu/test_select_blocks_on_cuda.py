@@ -14,9 +14,9 @@ from seerattention import Threshold, TokenBudget, TopK, TopP
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.cases import summarise_blocks as summaries
+from seerattention.ops.cases.select_blocks import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_blocks._cases import CASES, EIGHT, SIXTEEN, Case
-from seerattention.ops.summarise_blocks import _cases as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Calibrated, Calibration, Policy
 from seerattention.rows import Rows
@@ -85,7 +85,7 @@ def test_summaries_within_the_error_budget(case: summaries.Case, dtype: torch.dt
 
 def _cpu_inputs() -> Any:
     """The inputs of the CPU's test of the same op."""
-    path = Path(__file__).parents[1] / "ops" / "interpreted_summarise_blocks.py"
+    path = Path(__file__).parents[1] / "ops" / "summarise_blocks" / "interpreted_triton.py"
     spec = importlib.util.spec_from_file_location("summarise_inputs", path)
     assert spec is not None
     assert spec.loader is not None
@@ -156,7 +156,7 @@ def test_limits_of_each_head(row_exponent: float) -> None:
     case = next(c for c in MIDDLING if c.name == "eight-8k")
     laws = {0: tuple((-1.0 - h / 2, 0.0, 0.0) for h in range(case.heads))}
     made = Calibration("recall", 0.9, 8192, case.block_size, row_exponent, None, laws)
-    policy = Calibrated(made, sink_blocks=1).at(0, None)
+    policy = Calibrated(made, sink_blocks=1).at(0)
     args = arguments(case, torch.bfloat16)
     certain = Certain.of(policy=policy, **args)
     assert certain.share > 0.98

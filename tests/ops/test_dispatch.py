@@ -57,6 +57,14 @@ def test_auto_takes_the_first_that_can() -> None:
     assert dispatch.explain(backends) == {"slow": [], "picky": ["not today"], "fast": []}
 
 
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = {"triton": fake(), "slow": fake()}
+    assert dispatch.choose(backends, ("triton", "slow"), "auto") is backends["triton"]
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    assert dispatch.choose(backends, ("triton", "slow"), "auto") is backends["slow"]
+    assert dispatch.choose(backends, ("triton", "slow"), "triton") is backends["triton"]
+
+
 def test_a_named_backend_never_falls_back() -> None:
     backends = {"picky": fake("not today", "nor tomorrow"), "able": fake()}
     with pytest.raises(NotImplementedError, match="picky: not today; nor tomorrow") as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from seerattention.crossover import Crossover, crossover
 from seerattention.engine.call import AttentionCall, Unrotate
 from seerattention.engine.summaries import Growing, summarised
 from seerattention.engine.when import why_dense
-from seerattention.policies import Policy, TokenBudget
+from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection
@@ -115,21 +115,11 @@ class SparseLayer:
 
     def _policy_of(self, call: AttentionCall, scorer: Scorer) -> Policy:
         """Return the policy, for a piece of a prompt of known length as it is for the whole prompt."""
-        block = scorer.block_size[1]
-        if call.prompt_tokens is None:
-            return self.policy.at(call.layer, None)
-        blocks = num_blocks(call.prompt_tokens, block)
-        policy = self.policy.at(call.layer, blocks)
-        rule = policy.rule(blocks, block)
-        last_rows = policy.dense_last_rows if call.rows.num_keys == call.prompt_tokens else 0
-        if rule is None or rule.kind != "count":
-            return replace(policy, dense_last_rows=last_rows)
-        return TokenBudget(
-            int(rule.value) * block,
-            sink_blocks=policy.sink_blocks,
-            local_blocks=policy.local_blocks,
-            dense_last_rows=last_rows,
-        )
+        policy, block, tokens = self.policy.at(call.layer), scorer.block_size[1], call.prompt_tokens
+        if tokens is None:
+            return policy
+        last = call.rows.num_keys == tokens
+        return policy.for_prompt(num_blocks(tokens, block), block, last_piece=last)
 
 
 def _rows(read: Callable[[], Tensor], some: list[int]) -> Tensor:

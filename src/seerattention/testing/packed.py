@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from seerattention.ops.cases.score_blocks import packed
 from seerattention.ops.score_blocks import score_blocks
-from seerattention.ops.score_blocks._cases import packed
 from seerattention.rows import num_blocks
 
 

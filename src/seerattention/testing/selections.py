@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.ops.select_blocks._cases import Case
-from seerattention.policies import Policy, Rule
+from seerattention.ops.cases.select_blocks import Case
+from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import OneSequence, Rows, num_blocks
 from seerattention.selection import BlockSelection
 from seerattention.testing.inputs import random_qkv
@@ -88,18 +88,18 @@ class Certain:
             args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows}
             return cls._of_packed(policy, args)
         valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
-        rule = policy.rule(valid.shape[1], scorer.block_size[1])
+        rule = rule_of(policy, valid.shape[1], scorer.block_size[1])
         assert rule is not None
+        always = policy.always(own, valid)
         queries = scorer.summarise_queries(q, positions=rows.positions(q.device))
         taken, left = [], []
         # One head at a time: fp64 scores of all of them are large.
         for h in range(queries.shape[1]):
             keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
             scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale)
-            sure, never = _decide(_of_head(rule, h), scores, slack, valid)
+            sure, never = _decide(_of_head(rule, h), scores, slack, valid, always)
             taken.append(sure)
             left.append(never)
-        always = policy.always(own, valid)
         return cls((torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid)
 
     @classmethod
@@ -153,8 +153,10 @@ def _of_head(rule: Rule, head: int) -> Rule:
     return replace(rule, value=rule.per_head[head]) if rule.per_head else rule
 
 
-def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mark the blocks taken and left out whatever the scores are within their slack."""
+def _decide(
+    rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor, always: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mark the blocks taken besides those always read, and left out, whatever the scores in their slack."""
     low = (scores - slack).masked_fill(~valid, float("-inf"))
     high = (scores + slack).masked_fill(~valid, float("-inf"))
     masked = scores.masked_fill(~valid, float("-inf"))
@@ -174,14 +176,15 @@ def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[T
         off = (limit.log().abs() + 8) * EPS if rule.row_exponent else 0.0
         return least > limit * (1 + off), most <= limit * (1 - off)
     if rule.kind == "count":
-        least = most = valid.double().expand_as(share)
-        rounding = 0.0
+        # Free blocks take what the others leave of the count.
+        least = most = (valid & ~always).double().expand_as(share)
+        bound, rounding = rule.value - always.sum(-1, keepdim=True), 0.0
     else:
-        rounding = blocks * EPS
+        bound, rounding = rule.value, blocks * EPS
     # Before a block come at most all that may be as large, and at least all that must be larger.
     before_most = _sum_where(high, most, low, strictly=False) - most
     before_least = _sum_where(low, least, high, strictly=True)
-    return before_most + rounding < rule.value, before_least - rounding >= rule.value
+    return before_most + rounding < bound, before_least - rounding >= bound
 
 
 def _sum_where(values: Tensor, weights: Tensor, limits: Tensor, *, strictly: bool) -> Tensor:

@@ -40,35 +40,35 @@ def run(
     )  # fmt: skip
 
 
+#: What the operators take besides tensors that have a gradient, as torch writes it.
+_REST = (
+    "Tensor bits, int[] block_size, int columns, float scale, float? softcap, Tensor? sinks, "
+    "Tensor? starts_q, Tensor? starts_k, str backend"
+)
+
+
 def _call(
     q: Tensor, k: Tensor, bits: Tensor, block_size: list[int], columns: int, scale: float,
     softcap: float | None, sinks: Tensor | None, starts_q: Tensor | None, starts_k: Tensor | None,
-) -> tuple[BlockSelection, Options]:  # fmt: skip
+    backend: str,
+) -> tuple[Any, BlockSelection, Options]:  # fmt: skip
     """Put together again what an operator cannot take."""
     block_q, block_k = block_size
     batch, heads, rows = bits.shape[:3]
     selection = BlockSelection(bits, (batch, heads, rows, columns), (block_q, block_k))
     where = Rows(q.shape[2], k.shape[2], starts_q, starts_k)
-    return selection, Options(rows=where, scale=scale, softcap=softcap, sinks=sinks, return_lse=True)
+    options = Options(rows=where, scale=scale, softcap=softcap, sinks=sinks, return_lse=True)
+    return importlib.import_module(backend), selection, options
 
 
-@torch.library.custom_op("seerattention::block_sparse_attention", mutates_args=())
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    block_size: list[int],
-    columns: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    selection, options = _call(q, k, bits, block_size, columns, scale, softcap, sinks, starts_q, starts_k)
-    out, lse = importlib.import_module(backend).run(q, k, v, selection, options)
+@torch.library.custom_op(
+    "seerattention::block_sparse_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor, Tensor)",
+)
+def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    module, selection, options = _call(q, k, *rest)
+    out, lse = module.run(q, k, v, selection, options)
     # A compiler is told one layout, whatever the backend's is.
     return out.contiguous(), lse.contiguous()
 
@@ -79,58 +79,43 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op("seerattention::block_sparse_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "seerattention::block_sparse_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _differentiate(
-    grad: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bits: Tensor,
-    block_size: list[int],
-    columns: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    backend: str,
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    selection, options = _call(q, k, bits, block_size, columns, scale, softcap, sinks, starts_q, starts_k)
-    module = importlib.import_module(backend)
+    module, selection, options = _call(q, k, *rest)
     dq, dk, dv, delta = module.backward(grad, grad_lse, q, k, v, out, lse, selection, options)
-    if sinks is None:
+    if options.sinks is None:
         return dq, dk, dv, q.new_empty(0)
     # A sink is a score like any other, whose value is zero.
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-    return dq, dk, dv, -(share * delta).sum((0, 2)).to(sinks.dtype)
+    share = torch.exp(options.sinks.to(lse.dtype)[:, None] - lse)
+    return dq, dk, dv, -(share * delta).sum((0, 2)).to(options.sinks.dtype)
 
 
 @_differentiate.register_fake
 def _(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bits: Tensor,
-    block_size: list[int], columns: int, scale: float, softcap: float | None, sinks: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = rest[5]
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bits, block_size, columns, scale, softcap, sinks, starts_q, starts_k, backend = inputs
+    q, k, v, bits, *settings, sinks, starts_q, starts_k, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, bits, sinks, starts_q, starts_k)
-    ctx.settings = block_size, columns, scale, softcap, backend
+    ctx.settings = settings
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, lse, bits, sinks, starts_q, starts_k = ctx.saved_tensors
-    block_size, columns, scale, softcap, backend = ctx.settings
-    dq, dk, dv, dsinks = _differentiate(
-        grad, grad_lse, q, k, v, out, lse, bits, block_size, columns, scale, softcap, sinks, starts_q,
-        starts_k, backend,
-    )  # fmt: skip
+    *inputs, bits, sinks, starts_q, starts_k = ctx.saved_tensors
+    rest = bits, *ctx.settings, sinks, starts_q, starts_k, ctx.backend
+    dq, dk, dv, dsinks = _differentiate(grad, grad_lse, *inputs, *rest)
     return dq, dk, dv, *(None,) * 5, None if sinks is None else dsinks, None, None, None
 
 

@@ -178,18 +178,8 @@ _operator = torch.library.custom_op("seerattention::block_sparse_hopper", _launc
 
 
 @_operator.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    sinks: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    return outputs(q, with_lse)
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return outputs(q, with_lse=rest[-1])
 
 
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.

@@ -76,8 +76,8 @@ def _step(
     k_ptrs = k_ptr + tl.cast(first_key, tl.int64) * stride_kt + (keys[None, :] * stride_kt + dims[:, None])
     v_ptrs = v_ptr + tl.cast(first_key, tl.int64) * stride_vt + (keys[:, None] * stride_vt + dims[None, :])
     if MASKED:
-        here = (keys < end_key - first_key)[None, :] & (dims < D)[:, None]
-        k = tl.load(k_ptrs, mask=here, other=0.0)
+        inside = keys < end_key - first_key
+        k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
     elif TMA:
         k = tl.reshape(k_desc.load([b, kv_head, start_k + first_key, 0]), [BLOCK_N, BLOCK_D]).T
     elif BLOCK_D == D:
@@ -105,7 +105,7 @@ def _step(
     p, fade, maximum, total = softmax_step(scores, largest, maximum, total, scale, exact, MASKED)
     if HAS_V:
         if MASKED:
-            v = load_tile(v_ptr, stride_vt, first_key, end_key - first_key, BLOCK_N, D, BLOCK_D)
+            v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
         elif TMA:
             v = tl.reshape(v_desc.load([b, kv_head, start_k + first_key, 0]), [BLOCK_N, BLOCK_D])
         elif BLOCK_D == D:

@@ -196,7 +196,21 @@ def keys(
     # Every sequence ends in at most one short block.
     columns += max(0, options.sequences - 1)
     constants = _constants(q, k, selection, options, launch)
-    counts = _count(q, k, selection, options, columns, starts, constants)
+    counts = torch.empty(q.shape[0] * k.shape[1] * columns, dtype=torch.int32, device=q.device)
+    count_kernel[(len(counts),)](
+        bits,
+        counts,
+        *starts,
+        *bit_strides(bits),
+        columns,
+        q.shape[2],
+        k.shape[2],
+        options.sequences,
+        KV_HEADS=k.shape[1],
+        GROUP=group,
+        SHARED=q.shape[1] // bits.shape[1],
+        **{name: constants[name] for name in ("BLOCK_Q", "BLOCK_K", "SEQUENCES")},
+    )
     counts = counts.repeat_interleave(selection.block_size[1] // launch.block_n)
     owner, plan = split_columns(counts, programs)
     length = group * bits.shape[2] + 1
@@ -247,39 +261,10 @@ def keys(
         *strides,
         *sizes,
         k.shape[2],
-        _numbers(options)[0],
+        options.sequences,
         **{n: constants[n] for n in kept},
     )
     return dk, dv
-
-
-def _count(
-    q: Tensor,
-    k: Tensor,
-    selection: BlockSelection,
-    options: Options,
-    columns: int,
-    starts: tuple[Tensor, Tensor],
-    constants: dict[str, Any],
-) -> Tensor:
-    """Count the rows, of all heads of a group, that read each KV block: int32 ``[B * Hk * columns]``."""
-    bits = selection.bits
-    counts = torch.empty(q.shape[0] * k.shape[1] * columns, dtype=torch.int32, device=q.device)
-    count_kernel[(len(counts),)](
-        bits,
-        counts,
-        *starts,
-        *bit_strides(bits),
-        columns,
-        q.shape[2],
-        k.shape[2],
-        _numbers(options)[0],
-        KV_HEADS=k.shape[1],
-        GROUP=q.shape[1] // k.shape[1],
-        SHARED=q.shape[1] // bits.shape[1],
-        **{name: constants[name] for name in ("BLOCK_Q", "BLOCK_K", "SEQUENCES")},
-    )
-    return counts
 
 
 def split_columns(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from seerattention import AttnGate, GateConfig, TopK, TopP, baselines, causal_bl
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.cases.select_blocks import CASES, ODD
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_blocks._cases import CASES, ODD
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
 from seerattention.testing.selections import alone, arguments

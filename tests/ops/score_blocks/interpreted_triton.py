@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from seerattention.ops import language
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
 from seerattention.testing.packed import check_packed_scores
 
@@ -95,7 +96,7 @@ def test_without_gradients_the_same_scores() -> None:
     case = BY_NAME["no-groups"]
     q, k, gradient = case.normal()
     with torch.no_grad():
-        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, backend="triton")
+        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, **case.geometry, backend="triton")
     assert torch.equal(scores, run(case, "triton", q, k, gradient)[0])
 
 
@@ -106,7 +107,7 @@ def test_one_side_alone_learns() -> None:
     for place in range(2):
         given = [q.clone(), k.clone()]
         given[place].requires_grad_()
-        score_blocks(*given, case.sub_blocks, scale=0.5, backend="triton").backward(gradient)
+        score_blocks(*given, case.sub_blocks, scale=0.5, **case.geometry, backend="triton").backward(gradient)
         assert torch.equal(given[place].grad, both[place])
         assert given[1 - place].grad is None
 
@@ -114,7 +115,7 @@ def test_one_side_alone_learns() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float64}, "must be float16, bfloat16 or float32"),
+        ({"dtype": torch.float64}, "it computes float16, bfloat16 and float32, not float64"),
         ({"dtype": torch.bfloat16}, "wrongly"),
         ({"dim": 129}, "up to 512 bytes"),
         ({"scale": -1.0}, "the scale must be positive, not -1.0"),
@@ -137,9 +138,9 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "run", fail)
     x = torch.randn(1, 1, 8, 16)
     score_blocks(x, x, (2, 2))
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+    monkeypatch.setattr(language, "triton", None)
+    with pytest.raises(NotImplementedError, match="triton is not installed"):
         score_blocks(x, x, (2, 2), backend="triton")
-    monkeypatch.setattr(kernel, "triton", None)
-    with pytest.raises(NotImplementedError, match="the package triton is not installed"):
+    monkeypatch.setattr(language, "INTERPRETED", False)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
         score_blocks(x, x, (2, 2), backend="triton")

@@ -1,4 +1,4 @@
-"""The backward's Triton kernels in Triton's interpreter, on a CPU; `test_triton.py` runs this file."""
+"""The backward's kernels in Triton's interpreter, on a CPU; `tests/ops/test_triton.py` runs this file."""
 
 from __future__ import annotations
 

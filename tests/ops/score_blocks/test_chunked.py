@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from seerattention import AttnGate, GateConfig
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import chunked, score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.rows import Rows
 from seerattention.testing.memory import LargestTensor
 from seerattention.testing.packed import check_packed_scores

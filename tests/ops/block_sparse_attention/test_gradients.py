@@ -1,4 +1,4 @@
-"""Gradients on a CPU; `interpreted_block_sparse_gradients.py` has the GPU's kernels."""
+"""Gradients on a CPU; `interpreted_gradients.py` has the GPU's kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of `pooled_attention` in Triton's interpreter; `test_triton.py` runs this file."""
+"""The kernel of `pooled_attention` in the interpreter; `tests/ops/test_triton.py` runs this file."""
 
 from __future__ import annotations
 

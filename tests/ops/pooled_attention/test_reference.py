@@ -15,7 +15,6 @@ from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
-from seerattention.testing.memory import LargestTensor
 
 SMALL = [case for case in CASES if not case.large]
 BY_NAME = {case.name: case for case in CASES}
@@ -47,24 +46,6 @@ def test_later_chunk_is_the_end_of_the_whole(backend: ModuleType) -> None:
     late_out, late_target, _ = backend.run(late, k, v, (64, 64), PoolOptions.of(late, k))
     torch.testing.assert_close(late_out, out[:, :, 128:])
     torch.testing.assert_close(late_target, target[:, :, 2:])
-
-
-@pytest.mark.parametrize("size", [1, 100_000, 3_000_000])
-def test_chunked_in_smaller_slices(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(chunked, "WORK_BYTES", size)
-    for case in SMALL:
-        conformance.check_pooled(chunked, case)
-
-
-@pytest.mark.parametrize("block_size", [(64, 64), (16, 16), (128, 64)])
-@pytest.mark.parametrize("queries", [4096, 1000])
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_chunked_stays_within_its_budget(block_size: tuple[int, int], queries: int, kv_heads: int) -> None:
-    shape = Shape(name="", heads=2, kv_heads=kv_heads, queries=queries, keys=4096, head_dim=64)
-    q, k, v = random_qkv(shape)
-    with LargestTensor() as largest:
-        chunked.run(q, k, v, block_size, PoolOptions.of(q, k))
-    assert 4 * 4096 * 4096 > chunked.WORK_BYTES >= largest.bytes > chunked.WORK_BYTES // 2
 
 
 def test_public_functions() -> None:
@@ -170,15 +151,3 @@ def test_a_shard_of_a_prompt_sees_no_later_keys(backend: ModuleType) -> None:
     found = pooled_attention(q, k, v, (64, 64), rows=rows, backend=backend.__name__.split(".")[-1])
     assert torch.equal(found.out, expected.out)
     assert torch.equal(found.target, expected.target)
-
-
-def test_the_hopper_backend_says_why_not() -> None:
-    q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64))
-    backend, options = BACKENDS["hopper"], PoolOptions.of(q, k)
-    assert "it needs a Hopper GPU" in backend.unsupported(q, k, v, (64, 64), options)
-    assert backend.unsupported(q, k, None, (64, 64), options) == [
-        "it computes the output, for which it needs v"
-    ]
-    refused = backend.unsupported(q, k, v, (64, 32), options)
-    assert "blocks must be multiples of 64 tokens, got (64, 32)" in refused
-    assert "it has no softcap" in backend.unsupported(q, k, v, (64, 64), PoolOptions.of(q, k, softcap=1.0))

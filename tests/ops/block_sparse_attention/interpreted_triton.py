@@ -1,6 +1,6 @@
 """The Triton kernel in Triton's interpreter, on a CPU.
 
-`test_triton.py` runs this file in a process of its own: the interpreter is chosen by an environment
+`tests/ops/test_triton.py` runs this file in a process of its own: the interpreter is chosen by an environment
 variable when the kernel's file is imported. On a GPU `tests/gpu` runs the compiled kernel.
 """
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from seerattention import baselines
+from seerattention.ops import language
+from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
-from seerattention.ops.select_blocks._cases import CASES, Case
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
@@ -31,15 +32,20 @@ POLICIES = [
     TokenBudget(1),
     Threshold(0.9, sink_blocks=1, local_blocks=3),
     TopK(0.1, sink_blocks=2, dense_last_rows=2),
+    TopK(0.05, sink_blocks=2, local_blocks=3),
+    TokenBudget(320, sink_blocks=2, local_blocks=2),
+    TokenBudget(320, local_blocks=99),
     TopP(0.1, local_blocks=99),
     # Of each of two heads, with the number of blocks a row sees; with its density, and without.
     Calibrated(
         Calibration("density", 0.3, 1000, (64, 64), -0.5, 0.3, {0: ((-1.0, -0.1, -0.4), (-0.2, -0.3, -0.5))}),
         sink_blocks=1,
-    ).at(0, None),
+    ).at(0),
     Calibrated(
         Calibration("recall", 0.9, 1000, (64, 64), 0.0, None, {0: ((-3.0, 0.0, 0.0), (-2.0, 0.0, 0.0))})
-    ).at(0, 40),
+    )
+    .at(0)
+    .for_prompt(40, 64, last_piece=True),
 ]
 
 
@@ -101,7 +107,7 @@ def test_packed_sequences_choose_as_alone(case: Case, policy: Policy) -> None:
 def test_limits_of_each_head_in_packed_sequences() -> None:
     # A law in the length: other limits for every sequence.
     laws = {0: ((-0.5, -0.3, 0.0), (-1.0, -0.4, 0.0))}
-    policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0, None)
+    policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0)
     check(PACKED[0], policy)
 
 
@@ -144,33 +150,74 @@ class Given:
         return k[:, :, ::4].contiguous()
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
-        return q[:, :, ::4]
+        return q[:, :, :: self.block_size[0]]
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
         return self.summarise_queries(q, positions=positions) @ k_blocks.mT
 
 
+def both(scorer: Given, q: Tensor, k: Tensor, policy: Policy) -> list[Tensor]:
+    """Masks of the reference and of the kernel; the queries are the last tokens."""
+    args: dict[str, Any] = {
+        "k_blocks": scorer.compress(k, positions=torch.arange(k.shape[2])),
+        "rows": Rows.last(q.shape[2], k.shape[2]),
+    }
+    plain, composed, kernels = (
+        select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
+        for name in ("reference", "composed", "triton")
+    )
+    assert torch.equal(plain, composed)
+    return [plain, kernels]
+
+
 @pytest.mark.parametrize(
     ("policy", "levels"),
-    [(TopK(0.1), 1), (TopK(0.5), 3), (TokenBudget(20), 3), (TokenBudget(4), 1), (Threshold(0.2), 3)],
+    [
+        (TopK(0.1), 1),
+        (TopK(0.5), 3),
+        (TokenBudget(20), 3),
+        (TokenBudget(4), 1),
+        (Threshold(0.2), 3),
+        (TokenBudget(20, sink_blocks=1), 3),
+        (TokenBudget(24, sink_blocks=2, local_blocks=2), 1),
+        (TokenBudget(12, sink_blocks=2, local_blocks=3), 3),
+        (TopK(0.5, sink_blocks=1, local_blocks=2, dense_last_rows=2), 3),
+    ],
     ids=str,
 )
 def test_ties_go_to_the_lower_block(policy: Policy, levels: int) -> None:
-    scorer = Given()
     q = torch.zeros(1, 2, 60, 16)
     q[..., 0] = 1
     q[:, 1, :, 0] = -1
     k = torch.zeros(1, 2, 60, 16)
     k[..., 0] = torch.randint(0, levels, (1, 2, 60)) - levels // 2
-    args = {
-        "k_blocks": scorer.compress(k, positions=torch.arange(60)),
-    }
-    masks = [
-        select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-        for name in ("reference", "composed", "triton")
-    ]
-    assert torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[0], masks[2])
+    assert torch.equal(*both(Given(), q, k, policy))
+
+
+@pytest.mark.parametrize(("queries", "block_q"), [(60, 4), (60, 16), (37, 8), (1, 4)])
+@pytest.mark.parametrize("count", [1, 4, 40])
+@pytest.mark.parametrize("knobs", [(0, 1, 0), (2, 3, 0), (1, 2, 2)])
+def test_a_count_holds_what_is_read_anyway(
+    queries: int, block_q: int, count: int, knobs: tuple[int, int, int]
+) -> None:
+    """Short rows, more read anyway than counted, and query blocks that span several KV blocks."""
+    scorer = Given(block_size=(block_q, 4))
+    q, k = torch.ones(1, 1, queries, 16), torch.zeros(1, 1, 60, 16)
+    k[..., 0] = torch.randint(0, 4, (1, 1, 60))
+    sinks, local, dense = knobs
+    policy = TokenBudget(4 * count, sink_blocks=sinks, local_blocks=local, dense_last_rows=dense)
+    masks = both(scorer, q, k, policy)
+    assert torch.equal(*masks)
+    for row, mask in enumerate(masks[0][0, 0]):
+        first = 60 - queries + row * block_q
+        last = min(first + block_q, 60) - 1
+        seen = set(range(last // 4 + 1))
+        forced = {*range(sinks), *range(max(0, first // 4 - local + 1), last // 4 + 1)} & seen
+        if row >= len(masks[0][0, 0]) - dense:
+            forced = seen
+        read = set(mask.nonzero()[:, 0].tolist())
+        assert forced <= read <= seen
+        assert len(read) == max(len(forced), min(count, len(seen)))
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 1.0])
@@ -188,15 +235,8 @@ def test_extreme_scores() -> None:
     scorer = Given(block_size=(4, 4))
     q, k = torch.ones(1, 1, 64, 16), torch.zeros(1, 1, 64, 16)
     k[0, 0, ::4, 0] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, 3e38, -3e38] * 2)
-    args: dict[str, Any] = {}
-    args["k_blocks"] = scorer.compress(k, positions=torch.arange(64))
     for policy in (TopK(0.2), TopK(0.4), TokenBudget(24)):
-        masks = [
-            select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-            for name in ("reference", "composed", "triton")
-        ]
-        assert torch.equal(masks[0], masks[1]), policy
-        assert torch.equal(masks[0], masks[2]), policy
+        assert torch.equal(*both(scorer, q, k, policy)), policy
 
 
 # --- what the kernel cannot do -------------------------------------------------------------------------
@@ -223,10 +263,29 @@ class Reversed(TopK):
         return super().choose(-scores, valid, block_tokens)
 
 
-@pytest.mark.parametrize("policy", [Odd(), Reversed(0.3)], ids=str)
-def test_a_policy_without_a_rule_runs_in_torch(policy: Policy) -> None:
+@dataclass(frozen=True)
+class SecondToo(TopK):
+    """Changes what is always read."""
+
+    name: ClassVar[str] = "second_too"
+
+    def always(self, own: Tensor, valid: Tensor) -> Tensor:
+        second = torch.arange(own.shape[1], device=own.device) == 1
+        return super().always(own, valid) | (second & valid)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (Odd(), "the policy odd gives no rule"),
+        (Reversed(0.3), "the policy reversed gives no rule"),
+        (SecondToo(0.3), "the policy second_too always reads blocks of its own"),
+    ],
+    ids=["odd", "reversed", "second_too"],
+)
+def test_a_policy_that_is_not_its_rule_runs_in_torch(policy: Policy, reason: str) -> None:
     args = arguments(CASES[4])
-    with pytest.raises(NotImplementedError, match=f"the policy {policy.name} gives no rule"):
+    with pytest.raises(NotImplementedError, match=reason):
         select_blocks(policy=policy, **args, backend="triton")
     plain = select_blocks(policy=policy, **args, backend="reference").to_mask()
     assert torch.equal(select_blocks(policy=policy, **args).to_mask(), plain)
@@ -237,7 +296,8 @@ def test_rules_by_example() -> None:
     assert TopK(0.75).rule(100, 64) == Rule("count", 50)
     assert TopP(0.9).rule(100, 64) == Rule("mass", 0.9)
     assert TokenBudget(100).rule(100, 64) == Rule("count", 1)
-    assert Calibrated(POLICIES[-1].calibration).rule(100, 64) is None  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="belong to a layer"):
+        Calibrated(POLICIES[-1].calibration).rule(100, 64)  # type: ignore[attr-defined]
 
 
 def test_a_baseline_runs_in_torch() -> None:
@@ -254,7 +314,7 @@ def test_a_baseline_runs_in_torch() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 or float32, not torch.float64"),
+        ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 and float32, not float64"),
         ({"k_blocks": torch.zeros(1, 1, 63, 16).bfloat16()}, "interpreter multiplies bfloat16"),
         ({"k_blocks": torch.zeros(1, 1, 63, 257)}, "up to 512 bytes"),
         (
@@ -273,11 +333,11 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(CASES[0]) | {"policy": TopK(0.3)}
     monkeypatch.setattr(kernel, "run", None)
     select_blocks(**args)
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+    monkeypatch.setattr(language, "triton", None)
+    with pytest.raises(NotImplementedError, match="triton is not installed"):
         select_blocks(**args, backend="triton")
-    monkeypatch.setattr(kernel, "triton", None)
-    with pytest.raises(NotImplementedError, match="the package triton is not installed"):
+    monkeypatch.setattr(language, "INTERPRETED", False)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
         select_blocks(**args, backend="triton")
 
 
@@ -308,7 +368,7 @@ def test_chunks_cover_all_rows_within_the_buffer() -> None:
         rows = [row for start, stop in reversed(chunks) for row in range(start, stop)]
         assert rows == list(range(len(widths)))
         for start, stop in chunks:
-            assert stop - start == 1 or (stop - start) * kernel._padded(widths[stop - 1]) <= scores
+            assert stop - start == 1 or (stop - start) * kernel._stride(widths[stop - 1]) <= scores
 
 
 @torch.no_grad()
