@@ -53,7 +53,7 @@ def test_as_many_calls_as_for_one_row(tiny, ops, of, side):
     model, gold = tiny.make(of), tiny.make(of).double()
     ids, inputs = padded(tiny, side)
     for one in (model, gold):
-        host.attach(one, tiny.gates_for(one), "top_k:0.3", min_tokens=0)
+        host.attach(one, tiny.gates_for(one), "threshold:0.2", min_tokens=0)
     batch = tiny.logits(model, ids, **inputs)
     for_batch = calls(ops)
     tiny.logits(model, ids[:1])
@@ -85,7 +85,7 @@ def test_decoding_and_dense_prefill_are_one_call(tiny, ops, of, side):
     counted = []
     dense = run(model, DynamicCache(config=model.config))
     exact = run(gold, DynamicCache(config=model.config))
-    host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=1000)
+    host.attach(model, tiny.gates_for(model), "threshold:0.2", min_tokens=1000)
     counted = []
     out = run(model, DynamicCache(config=model.config))
     layers = model.config.num_hidden_layers
@@ -102,7 +102,7 @@ def test_baselines(tiny, ops, name):
     ids, inputs = padded(tiny, "left")
     for one in (model, gold):
         scorer = baselines.create(name, block_size=(16, 16))
-        host.attach(one, scorer, "top_k:0.3", min_tokens=0)
+        host.attach(one, scorer, "threshold:0.2", min_tokens=0)
     batch = tiny.logits(model, ids, **inputs)
     assert calls(ops)["select_blocks"] == 2
     for row, real in enumerate(inputs["attention_mask"].bool()):
@@ -115,7 +115,7 @@ def test_short_rows_are_dense_in_one_call_long_ones_sparse_in_another(tiny, ops,
     model, gold = tiny.make(), tiny.make().double()
     ids, inputs = padded(tiny, side)
     for one in (model, gold):
-        host.attach(one, tiny.gates_for(one), "top_k:0.3", min_tokens=40)
+        host.attach(one, tiny.gates_for(one), "threshold:0.2", min_tokens=40)
     batch = tiny.logits(model, ids, **inputs)
     assert host.usage(model) == {"sparse": 2, "dense: fewer than 40 tokens": 2}
     counted = calls(ops)
@@ -157,7 +157,7 @@ def test_a_conversation_of_a_padded_batch(tiny, implementation):
 
 def test_rows_without_new_tokens_and_without_any(tiny):
     model, ids = tiny.make(), tiny.tokens(3, 64)
-    host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "threshold:0.2", min_tokens=0)
     mask = torch.ones(3, 64, dtype=torch.long)
     mask[1, 32:] = 0
     mask[2] = 0
@@ -168,7 +168,7 @@ def test_rows_without_new_tokens_and_without_any(tiny):
     ]
     alone = DynamicCache(config=model.config)
     gold = tiny.make().double()
-    host.attach(gold, tiny.gates_for(gold), "top_k:0.3", min_tokens=0)
+    host.attach(gold, tiny.gates_for(gold), "threshold:0.2", min_tokens=0)
     gold_cache = DynamicCache(config=model.config)
     for part, out in zip((ids[:1, :32], ids[:1, 32:]), outs, strict=True):
         expected = tiny.logits(model, part, cache=alone)
@@ -181,7 +181,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_rows(tiny):
     ids, inputs = padded(tiny, "left", (70, 33, 17))
     real, found = inputs["attention_mask"].bool(), []
     model = tiny.make().double()
-    host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "threshold:0.2", min_tokens=0)
     weight = model.model.layers[0].self_attn.k_proj.weight
     model(ids, **inputs).logits[real].square().sum().backward()
     found.append(weight.grad)

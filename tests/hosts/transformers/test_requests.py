@@ -16,7 +16,7 @@ from seerattention.hosts.transformers.request import LayerCall, Pass
 @pytest.fixture
 def model(tiny):
     model = tiny.make()
-    return host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=0)
+    return host.attach(model, tiny.gates_for(model), "top_k:0.7", min_tokens=0)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_threads_intercept_one_model(tiny, plain):
     model, ids = tiny.make(), tiny.tokens(1, 50)
     own = tiny.logits(model, ids)
     if not plain:
-        host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=0)
+        host.attach(model, tiny.gates_for(model), "top_k:0.7", min_tokens=0)
     before, both, seen = tiny.logits(model, ids), threading.Barrier(2), {}
 
     def serve(factor):
@@ -214,7 +214,7 @@ def gradient(model, loss):
 def test_layers_computed_again_are_those_of_their_pass(tiny, model, reentrant):
     """Activation checkpointing repeats layers in the backward pass, when the context may be another."""
     ids = tiny.tokens(1, 64)
-    host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=0, backend="reference")
+    host.attach(model, tiny.gates_for(model), "top_k:0.7", min_tokens=0, backend="reference")
     model.enable_input_require_grads()
     plain = {}
     for request in (sparse, dense, intercepted):
@@ -255,7 +255,7 @@ def test_models_of_one_configuration(tiny, order):
     gates = [tiny.gates_for(one) for one in models]
     sparse = []
     for one, its in zip(models, gates, strict=True):
-        host.attach(one, its, "top_k:0.3", min_tokens=0)
+        host.attach(one, its, "top_k:0.7", min_tokens=0)
         sparse.append(tiny.logits(one, ids))
         host.detach(one)
     on = set()
@@ -263,7 +263,7 @@ def test_models_of_one_configuration(tiny, order):
         if which in on:
             host.detach(models[which])
         else:
-            host.attach(models[which], gates[which], "top_k:0.3", min_tokens=0)
+            host.attach(models[which], gates[which], "top_k:0.7", min_tokens=0)
         on ^= {which}
         for i, one in enumerate(models):
             assert torch.equal(tiny.logits(one, ids), (sparse if i in on else plain)[i])
