@@ -18,7 +18,7 @@ from seerattention import (
     select_blocks,
 )
 from seerattention.baselines import create
-from seerattention.engine.summaries import KeySummaries
+from seerattention.engine.summaries import Kept
 from seerattention.gate import Scorer
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.shapes import Shape
@@ -98,15 +98,15 @@ def test_prompt_in_pieces_selects_as_at_once(pieces: tuple[int, ...], policy: Po
     k_blocks = GATE.compress(k, positions=positions)
     whole = select_blocks(q, k_blocks, GATE, policy, positions=positions).to_mask()
     assert 0.2 < whole.float().mean() < 0.5
-    summaries = KeySummaries(GATE)
+    summaries = Kept.nothing(k, GATE)
     end = 0
     for piece in pieces:
         start, end = end, end + piece
-        assert summaries.keep(k[:, :, :start]) == start
-        summaries.extend(k[:, :, start:end], k[:, :, start:end])
+        assert summaries.compared(k[:, :, :end], [start]).tokens == [start]
+        summaries = summaries.extended(k[:, :, start:end], k[:, :, start:end], [piece])
         part = select_blocks(
             q[:, :, start:end],
-            summaries.all(),
+            summaries.read(),
             GATE,
             policy,
             positions=positions[start:end],

@@ -2,28 +2,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig
-from seerattention.engine.summaries import KeySummaries
+from seerattention.engine.summaries import Kept
 
 GATE = AttnGate(GateConfig(num_heads=4, num_kv_heads=2, head_dim=16, block_size=32))
+FINER = AttnGate(GateConfig(num_heads=4, num_kv_heads=2, head_dim=16, block_size=32, k_sub_block=8))
 
 
-def keys(tokens: int, seed: int = 0) -> Tensor:
-    return torch.randn(1, 2, tokens, 16, generator=torch.Generator().manual_seed(seed))
+def keys(tokens: int, seed: int = 0, rows: int = 1) -> Tensor:
+    return torch.randn(rows, 2, tokens, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def fed(*pieces: int) -> tuple[KeySummaries, Tensor, Tensor]:
+def fed(*pieces: int) -> tuple[Kept, Tensor, Tensor]:
     """Summaries fed in pieces, the keys before and after the rotary embedding."""
     k, cached = keys(sum(pieces)), keys(sum(pieces), 1)
-    summaries, end = KeySummaries(GATE), 0
+    kept, end = Kept.nothing(cached, GATE), 0
     for piece in pieces:
         start, end = end, end + piece
-        assert summaries.keep(cached[:, :, :start]) == start
-        summaries.extend(k[:, :, start:end], cached[:, :, start:end])
-    assert summaries.tokens == end
-    return summaries, k, cached
+        assert kept.compared(cached[:, :, :end], [start]).tokens == [start]
+        kept = kept.extended(k[:, :, start:end], cached[:, :, start:end], [piece])
+    assert kept.tokens == [end]
+    return kept, k, cached
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -32,8 +35,8 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=4 * eps * float(expected.abs().max()))
 
 
-def at_once(k: Tensor) -> Tensor:
-    return GATE.compress(k, positions=torch.arange(k.shape[2]))
+def at_once(k: Tensor, gate: AttnGate = GATE) -> Tensor:
+    return gate.compress(k, positions=torch.arange(k.shape[2]))
 
 
 @pytest.mark.parametrize(
@@ -41,34 +44,35 @@ def at_once(k: Tensor) -> Tensor:
 )
 @torch.no_grad()
 def test_fed_in_pieces_is_fed_at_once(pieces: tuple[int, ...]) -> None:
-    summaries, k, _ = fed(*pieces)
-    assert_same(summaries.all(), at_once(k))
+    kept, k, _ = fed(*pieces)
+    assert_same(kept.read(), at_once(k))
 
 
 @torch.no_grad()
 def test_cropped_to_whole_blocks_goes_on() -> None:
-    for kept in (32, 64, 96):
-        summaries, k, cached = fed(100)
-        assert summaries.keep(cached[:, :, :kept]) == kept
-        assert summaries.tokens == kept
-        summaries.extend(k[:, :, kept:], cached[:, :, kept:])
-        assert_same(summaries.all(), at_once(k))
+    for left in (32, 64, 96):
+        kept, k, cached = fed(100)
+        kept = kept.compared(cached[:, :, :left], [left])
+        assert kept.tokens == [left]
+        kept = kept.extended(k[:, :, left:], cached[:, :, left:], [100 - left])
+        assert_same(kept.read(), at_once(k))
 
 
 @torch.no_grad()
 def test_cropped_inside_the_tail_goes_on() -> None:
-    summaries, k, cached = fed(100)
-    assert summaries.keep(cached[:, :, :98]) == 98
-    assert summaries.tokens == 98
-    assert_same(summaries.all(), at_once(k[:, :, :98]))
+    kept, k, cached = fed(100)
+    kept = kept.compared(cached[:, :, :98], [98])
+    assert kept.tokens == [98]
+    assert_same(kept.read(), at_once(k[:, :, :98]))
 
 
 @torch.no_grad()
 def test_cropped_inside_a_finished_block_keeps_those_before() -> None:
-    summaries, k, cached = fed(100)
-    assert summaries.keep(cached[:, :, :50]) == 32
-    summaries.extend(k[:, :, 32:], cached[:, :, 32:])
-    assert_same(summaries.all(), at_once(k))
+    kept, k, cached = fed(100)
+    kept = kept.compared(cached[:, :, :50], [50])
+    assert kept.tokens == [32]
+    kept = kept.extended(k[:, :, 32:], cached[:, :, 32:], [68])
+    assert_same(kept.read(), at_once(k))
 
 
 @torch.no_grad()
@@ -79,35 +83,119 @@ def test_foreign_keys_are_never_kept() -> None:
     foreign["first block"][:, :, 0] += 1
     foreign["tail"][:, :, 97] += 1
     foreign |= {"swapped": cached.flip(1), "longer": torch.cat([cached, keys(1)], 2)}
-    foreign |= {"two rows": cached.expand(2, -1, -1, -1), "another precision": cached.bfloat16()}
-    expected = [32, 0, 96, 0, 100, 0, 0]
+    expected = [32, 0, 96, 0, 100]
     for (name, other), tokens in zip(foreign.items(), expected, strict=True):
-        summaries, k, cached = fed(100)
-        assert summaries.keep(other) == tokens, name
-        assert summaries.tokens == tokens, name
+        kept, k, cached = fed(100)
+        kept = kept.compared(other, [other.shape[2]])
+        assert kept.tokens == [tokens], name
         if tokens:
-            assert_same(summaries.all(), at_once(k[:, :, :tokens]))
+            assert_same(kept.read(), at_once(k[:, :, :tokens]))
+    kept = fed(100)[0]
+    assert kept.fits(cached, GATE)
+    for other, gate in ((cached.expand(2, -1, -1, -1), GATE), (cached.bfloat16(), GATE), (cached, FINER)):
+        assert not kept.fits(other, gate)
 
 
 @torch.no_grad()
-def test_empty_cache_starts_anew() -> None:
-    summaries, _, cached = fed(100)
-    assert summaries.keep(cached[:, :, :0]) == 0
-    assert summaries.tokens == 0
+def test_nothing_cached_starts_anew() -> None:
+    kept, _, cached = fed(100)
+    kept = kept.compared(cached[:, :, :1], [0])
+    assert kept.tokens == [0]
     other = keys(70, 5)
-    summaries.extend(other, other)
-    assert_same(summaries.all(), at_once(other))
-
-
-def test_nothing_fed_keeps_nothing() -> None:
-    assert KeySummaries(GATE).keep(keys(0)) == 0
-    assert KeySummaries(GATE).keep(keys(32)) == 0
+    assert_same(kept.extended(other, other, [70]).read(), at_once(other))
+    assert Kept.nothing(other, GATE).compared(other, [70]).tokens == [0]
 
 
 @torch.no_grad()
 def test_long_prompts_are_not_kept_alive() -> None:
-    summaries, _, _ = fed(32 * 100 + 5)
-    kept = ((summaries.block_bits, 100, 8), (summaries.tail, 5, 4), (summaries.tail_bits, 5, 4))
-    for tensor, tokens, size in kept:
-        assert tensor is not None
+    kept, _, _ = fed(32 * 100 + 5)
+    for tensor, tokens, size in ((kept.sums, 100, 8), (kept.tail, 5, 4), (kept.tail_bits, 5, 4)):
         assert tensor.untyped_storage().nbytes() == size * 2 * tokens * 16
+
+
+@pytest.mark.parametrize("gate", [GATE, FINER], ids=["blocks", "sub-blocks"])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(100, 33, 5)],
+        [(64, 32, 96)],
+        [(40, 0, 7), (30, 90, 1), (1, 1, 1)],
+        [(1, 2, 3)] * 40,
+        [(32, 64, 0), (0, 0, 70), (5, 32, 27)],
+    ],
+)
+@torch.no_grad()
+def test_rows_of_different_lengths_are_those_alone(gate: AttnGate, pieces: list[tuple[int, ...]]) -> None:
+    totals = [sum(of_row) for of_row in zip(*pieces, strict=True)]
+    k, cached = keys(max(totals), rows=3), keys(max(totals), 1, rows=3)
+    kept, done = Kept.nothing(cached, gate), [0, 0, 0]
+    for new in pieces:
+        ends = [a + b for a, b in zip(done, new, strict=True)]
+        assert kept.compared(cached, done).tokens == done
+        part, part_cached = (torch.full((3, 2, max(new), 16), 9.0) for _ in range(2))
+        for row, (start, end) in enumerate(zip(done, ends, strict=True)):
+            part[row, :, : end - start] = k[row, :, start:end]
+            part_cached[row, :, : end - start] = cached[row, :, start:end]
+        kept, done = kept.extended(part, part_cached, list(new)), ends
+    assert kept.tokens == totals
+    together = kept.read()
+    assert together.isfinite().all()
+    for row, tokens in enumerate(totals):
+        alone = at_once(k[row : row + 1, :, :tokens], gate)
+        assert_same(together[row : row + 1, :, : alone.shape[2]], alone)
+    # One row lost its second block, one a token of its tail, one nothing.
+    cached[0, :, 40] += 1
+    cached[1, :, totals[1] - 1] += 1
+    left = kept.compared(cached, totals).tokens
+    assert left[0] == (32 if totals[0] > 40 else totals[0])
+    assert left[1:] == [(totals[1] - 1) // 32 * 32, totals[2]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans())
+def test_fed_in_pieces_equals_fed_at_once(pieces: list[int], sub_blocks: bool) -> None:
+    config = GateConfig(4, 2, 8, block_size=16, k_sub_block=8 if sub_blocks else None)
+    gate, length = AttnGate(config), sum(pieces)
+    k, cached = torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
+    kept, done = Kept.nothing(cached, gate), 0
+    with torch.no_grad():
+        at_once = gate.compress(k, positions=torch.arange(length))
+        exact = gate.double().compress(k.double(), positions=torch.arange(length))
+        gate.float()
+        for part, part_cached in zip(k.split(pieces, 2), cached.split(pieces, 2), strict=True):
+            assert kept.compared(cached, [done] * 2).tokens == [done] * 2
+            kept = kept.extended(part, part_cached, [part.shape[2]] * 2)
+            done += part.shape[2]
+        got = kept.read()
+    assert got.shape == at_once.shape
+    assert (got.double() - exact).abs().max() <= 2 * (at_once.double() - exact).abs().max() + 4 * torch.finfo(
+        torch.float32
+    ).eps * exact.abs().max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 69), st.integers(0, 1), st.integers(0, 7))
+def test_any_changed_bit_is_noticed(length: int, token: int, head: int, dim: int) -> None:
+    gate = AttnGate(GateConfig(4, 2, 8, block_size=16))
+    k, cached = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+    with torch.no_grad():
+        kept = Kept.nothing(cached, gate).extended(k, cached, [length])
+    changed, at = cached.clone(), token % length
+    place = (0, head, at, dim)
+    changed[place] = torch.nextafter(changed[place], torch.tensor(torch.inf))
+    # Everything before the block that it is in is kept, and nothing of that block.
+    assert kept.compared(cached, [length]).tokens == [length]
+    kept = kept.compared(changed, [length])
+    assert kept.tokens == [at // 16 * 16]
+    assert kept.compared(cached, [length]).tokens == [at // 16 * 16]
+
+
+def test_a_cut_inside_a_finished_block_keeps_the_blocks_before() -> None:
+    """Even where all cached keys are alike: the raw keys of that block are gone."""
+    cached = torch.ones(1, 2, 40, 8)
+    kept = Kept.nothing(cached, AttnGate(GateConfig(4, 2, 8, block_size=16)))
+    with torch.no_grad():
+        kept = kept.extended(torch.randn(1, 2, 40, 8), cached, [40])
+    for left, tokens in ((36, 36), (32, 32), (20, 16)):
+        kept = kept.compared(cached[:, :, :left], [left])
+        assert kept.tokens == [tokens]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seerattention import BlockSelection, causal_blocks
+from seerattention.engine.call import Given
 from seerattention.hosts.transformers import AttentionCall
 from seerattention.measure import perplexity as perplexity_module
 from seerattention.measure.needle import NeedleDocument
@@ -89,8 +90,8 @@ def test_retrieval_counts_answers_over_all_documents() -> None:
 
 def call_of(shape: Shape) -> AttentionCall:
     q, k, v = random_qkv(shape)
-    positions = torch.arange(shape.keys - shape.queries, shape.keys)
-    return AttentionCall(0, q, k, v, q, k[:, :, -shape.queries :], positions, 0.5)
+    given = Given(q, k, v, q, k[:, :, -shape.queries :])
+    return AttentionCall(0, given, Rows.last(shape.queries, shape.keys), 0.5)
 
 
 @pytest.mark.parametrize("queries", [300, 100])

@@ -1,57 +1,169 @@
-"""One call of an attention layer."""
+"""One call of an attention layer, of sequences that may be rows of a padded batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from seerattention.engine.padding import Padding
 from seerattention.ops.dense_attention import dense_attention
+from seerattention.rows import Rows
+from seerattention.scorer import Scorer
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """The inputs of one attention layer for sequences without padding.
+class Unrotate(Protocol):
+    """Rotates a host model's cached keys back to what scorers read.
 
     Attributes:
-        layer: Layer index.
-        q: After RoPE, ``[B, Hq, Tq, D]``: the last ``Tq`` of ``Tk`` tokens.
-        k: After RoPE, ``[B, Hk, Tk, D]``, earlier tokens from the KV cache included.
-        v: ``[B, Hk, Tk, D]``.
-        q_nope: Before RoPE, ``[B, Hq, Tq, D]``.
-        k_nope: Before RoPE, of the new tokens only, ``[B, Hk, Tq, D]``.
-        positions: int64 ``[Tq]``, counted from each sequence's first real token.
-        scale: Softmax scale.
-        slot: Which summaries belong to these sequences: a row of a padded batch, or None.
-        cache: The model's KV cache, or None.
-        softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them alone.
-        sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only, or None.
-        position_ids: int64 ``[B or 1, Tq]``, at which the model rotated the new tokens; None where the
-            earlier ones did not come right before them, or the model did not say.
+        why_not: Why that is impossible for this model, in a few words, or None.
     """
 
-    layer: int
+    why_not: str | None
+
+    def __call__(self, layer: int, k: Tensor, positions: Tensor) -> Tensor:
+        """Rotate keys ``[B, Hk, T, D]`` back that were rotated at positions int64 ``[B, T]``."""
+        ...
+
+
+class Summaries(Protocol):
+    """What is kept of the keys of one layer, for the sequences of a batch."""
+
+    def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
+        """Make the summaries those of all of a call's keys.
+
+        Returns:
+            Why a row of the batch has none, for each, or None where it has.
+        """
+        ...
+
+    def read(self) -> Tensor:
+        """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
+        ...
+
+
+class Given(NamedTuple):
+    """The tensors of an attention layer as its host has them, padding included.
+
+    Attributes:
+        q: Queries after RoPE, ``[B, Hq, Tq, D]``.
+        k: Keys after RoPE, ``[B, Hk, Tk, D]``, earlier tokens from the KV cache included.
+        v: ``[B, Hk, Tk, D]``.
+        q_nope: Queries before RoPE, ``[B, Hq, Tq, D]``.
+        k_nope: Keys before RoPE, of the new tokens only, ``[B, Hk, Tq, D]``.
+    """
+
     q: Tensor
     k: Tensor
     v: Tensor
     q_nope: Tensor
     k_nope: Tensor
-    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The inputs of one attention layer.
+
+    ``q``, ``k``, ``v``, ``q_nope`` and ``k_nope`` are of `Given`'s shapes, without padding: a padded batch's
+    sequences lie behind one another in one batch entry, as ``rows`` says.
+
+    Attributes:
+        layer: Layer index.
+        given: The host's tensors.
+        rows: Where the queries lie among the keys.
+        scale: Softmax scale.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them alone.
+        sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only, or None.
+        padding: Which of the given tokens are real, or None if all are.
+        summaries: What is kept of these sequences' keys in this layer, or None where nothing is kept.
+        position_ids: int64 ``[B or 1, Tq]``, at which the host rotated the new tokens, or None.
+        prompt_tokens: Where a prompt of known length is given in pieces, that length, tokens already cached
+            included: the pieces then select what they would in one.
+    """
+
+    layer: int
+    given: Given
+    rows: Rows
     scale: float
-    slot: int | None = None
-    cache: Any = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    padding: Padding | None = None
+    summaries: Summaries | None = None
     position_ids: Tensor | None = None
+    prompt_tokens: int | None = None
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Queries after RoPE."""
+        return self.given.q if self.padding is None else self.padding.queries.pack(self.given.q)
+
+    @cached_property
+    def k(self) -> Tensor:
+        """Keys after RoPE."""
+        return self.given.k if self.padding is None else self.padding.keys.pack(self.given.k)
+
+    @cached_property
+    def v(self) -> Tensor:
+        """Values."""
+        return self.given.v if self.padding is None else self.padding.keys.pack(self.given.v)
+
+    @cached_property
+    def q_nope(self) -> Tensor:
+        """Queries before RoPE."""
+        return self.given.q_nope if self.padding is None else self.padding.queries.pack(self.given.q_nope)
+
+    @cached_property
+    def k_nope(self) -> Tensor:
+        """Keys of the new tokens before RoPE."""
+        return self.given.k_nope if self.padding is None else self.padding.queries.pack(self.given.k_nope)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of every query in its sequence, int64 ``[Tq]``."""
+        return self.rows.positions(self.given.q.device)
+
+    @cached_property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(new tokens, all tokens) of every row of the batch."""
+        known = self.rows.known
+        return known if self.padding is not None else known * self.given.q.shape[0]
+
+    @cached_property
+    def first(self) -> Tensor | None:
+        """At which position the host rotated each row's first key, int64 ``[B]``; None if it did not say."""
+        if self.position_ids is None:
+            return None
+        if self.padding is not None:
+            return self.padding.first(self.position_ids)
+        return self.position_ids[:, 0].expand(self.given.k.shape[0]) - self.rows.first
+
+    def new_keys(self) -> tuple[Tensor, Tensor]:
+        """Return the new tokens' keys before and after RoPE, ``[B, Hk, Tq, D]``, rows begin at the left."""
+        after = self.given.k[:, :, -self.given.q.shape[2] :]
+        if self.padding is None:
+            return self.given.k_nope, after
+        return self.padding.queries.align(self.given.k_nope), self.padding.queries.align(after)
+
+    def all_keys(self) -> Tensor:
+        """Return the keys after RoPE, ``[B, Hk, Tk, D]``, every row from its beginning on."""
+        return self.given.k if self.padding is None else self.padding.keys.align(self.given.k)
+
+    def part(self, rows: list[int]) -> AttentionCall:
+        """Return the call of some rows of a padded batch, dense or sparse with keys that are summarised."""
+        assert self.padding is not None
+        given, padding = Given(*(x[rows] for x in self.given)), self.padding.part(rows)
+        return replace(self, given=given, padding=padding, rows=padding.rows)
 
     def dense(self) -> Tensor:
-        """Return what dense attention computes, ``[B, Hq, Tq, D]``."""
-        return dense_attention(
-            self.q, self.k, self.v, scale=self.scale, softcap=self.softcap, sinks=self.sinks
-        )
+        """Return what dense attention computes, of ``q``'s shape."""
+        options = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        if self.padding is None:
+            return dense_attention(*self.given[:3], **options)
+        return self.padding.queries.pack(self.padding.dense(*self.given[:3], **options))
 
 
-#: Computes the output ``[B, Hq, Tq, D]`` of an attention layer.
+#: Computes the output of an attention layer, of ``call.q``'s shape.
 Handler = Callable[[AttentionCall], Tensor]

@@ -3,141 +3,292 @@
 A KV cache holds keys after the rotary embedding; the gate reads them before. What is kept here is the
 summary of every finished block and the raw keys of the block still being filled. The cache can be
 cropped, copied, reordered or refilled by anyone, so every prefill first compares the cached keys with
-those that were summarised. Summaries that no longer belong are dropped, never used; whoever holds the
-model's rotary code can rotate the cached keys back and summarise them again.
+those that were summarised. Summaries that no longer belong are dropped, never used; the cached keys are
+rotated back by the host's code and summarised again.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seerattention.gate import Scorer
+from seerattention.engine.call import AttentionCall, Unrotate
+from seerattention.engine.when import DECODING, decodes
+from seerattention.rows import Rows
+from seerattention.scorer import Scorer
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+#: Tokens per slice in which cached keys are summarised again.
+REBUILD_TOKENS = 2**14
+
+#: How a row's reason begins whose cached keys cannot be summarised.
+_MISSING = "dense: cached keys have no summaries, and cannot be rotated back: "
+
+
+class Growing:
+    """Summaries that grow with a KV cache whose tensors grow. See `Summaries`."""
+
+    def __init__(self) -> None:
+        self.kept: Kept | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Growing:
+        # What is kept is replaced, never written to, so a copy of a KV cache may share it; and the scorer
+        # must stay the one that is attached.
+        return copy.copy(self)
+
+    def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
+        """Summarise a call's keys too, and cached keys that no summary belongs to."""
+        new, past = [n for n, _ in call.lengths], [total - n for n, total in call.lengths]
+        kept = self.kept
+        if kept is None or not kept.fits(call.given.k, scorer):
+            kept = Kept.nothing(call.given.k, scorer)
+        reasons: list[str | None] = [None] * len(new)
+        k, cached = call.new_keys()
+        if all(decodes(n, total, scorer) for n, total in call.lengths):
+            # Decoding reads no summaries, so comparing all keys at every step can wait for the next prefill,
+            # which also makes up for the tokens that are left out here.
+            if kept.tokens == past:
+                self.kept = kept.extended(k, cached, new)
+            return (DECODING,) * len(new)
+        if any(past):
+            keys = call.all_keys()
+            kept = kept.compared(keys, past)
+            if kept.tokens != past:
+                kept, reasons = _caught_up(kept, call, keys, past, unrotate)
+                new = [0 if reason else n for n, reason in zip(new, reasons, strict=True)]
+        else:
+            kept = kept.cut(past)
+        self.kept = kept.extended(k, cached, new)
+        return tuple(reasons)
+
+    def read(self) -> Tensor:
+        """Return the summaries of all blocks, the last one of the tokens it has so far."""
+        assert self.kept is not None
+        return self.kept.read()
+
+
+def _caught_up(
+    kept: Kept, call: AttentionCall, keys: Tensor, past: list[int], unrotate: Unrotate
+) -> tuple[Kept, list[str | None]]:
+    """Summarise the cached keys that have no summaries from what the cache holds of them, or say why not."""
+    reasons: list[str | None] = [None] * len(past)
+    for row, (have, tokens) in enumerate(zip(kept.tokens, past, strict=True)):
+        unknown = call.first is None or (call.padding is not None and call.padding.between[row])
+        why = "their positions are not known" if unknown else unrotate.why_not
+        if have < tokens and why is not None:
+            reasons[row] = _MISSING + why
+    kept = kept.cut([0 if reason else n for reason, n in zip(reasons, kept.tokens, strict=True)])
+    while any(
+        missing := [
+            0 if reason else min(tokens - have, REBUILD_TOKENS)
+            for have, tokens, reason in zip(kept.tokens, past, reasons, strict=True)
+        ]
+    ):
+        assert call.first is not None
+        begin = torch.tensor(kept.tokens, device=keys.device)[:, None]
+        part = _from(keys, kept.tokens, max(missing))
+        positions = begin + torch.arange(part.shape[2], device=keys.device)
+        back = unrotate(call.layer, part, call.first.to(keys.device)[:, None] + positions)
+        kept = kept.extended(back, part, missing)
+    return kept, reasons
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is known of the keys of a batch's rows so far; every row begins at the left.
+
+    Attributes:
+        scorer: Made the summaries.
+        tokens: Tokens summarised, per row.
+        finished: Summaries of whole blocks, ``[B, H, N, E]``, or None before there is one.
+        sums: int64 ``[B, Hk, blocks, D]``, the cached keys' bits, summed over each finished block, and
+        tail_bits: as they are, for the tail: what the KV cache must still hold for the summaries to be of
+            these keys. Not just a block's last key: in the first layer it depends on nothing but its own
+            token. Integer sums are exact in any order.
+        tail: Keys of the last, unfinished block as the scorer reads them, ``[B, Hk, t, D]``.
+    """
+
+    scorer: Scorer
+    tokens: list[int]
+    finished: Tensor | None
+    sums: Tensor
+    tail: Tensor
+    tail_bits: Tensor
+
+    @classmethod
+    def nothing(cls, keys: Tensor, scorer: Scorer) -> Kept:
+        """Return what is known of no token, for keys like ``[B, Hk, T, D]``."""
+        none = _bits(keys[:, :, :0])
+        return cls(scorer, [0] * keys.shape[0], None, none.long(), keys[:, :, :0], none)
+
+    @property
+    def block(self) -> int:
+        """Tokens per block."""
+        return self.scorer.block_size[1]
+
+    @property
+    def per_block(self) -> int:
+        """Summaries per block."""
+        return self.block // self.scorer.tokens_per_summary
+
+    @property
+    def whole(self) -> list[int]:
+        """Finished blocks per row."""
+        return [n // self.block for n in self.tokens]
+
+    @property
+    def rest(self) -> list[int]:
+        """Tokens of the unfinished block, per row."""
+        return [n % self.block for n in self.tokens]
+
+    def fits(self, keys: Tensor, scorer: Scorer) -> bool:
+        """Whether these are a scorer's summaries of as many rows, in the same precision."""
+        alike = keys.shape[0] == len(self.tokens) and _bits(keys[:, :, :0]).dtype == self.tail_bits.dtype
+        return alike and scorer is self.scorer
+
+    def cut(self, tokens: list[int]) -> Kept:
+        """Forget all but the first tokens of every row: whole blocks, or a part of the tail."""
+        return replace(self, tokens=tokens)
+
+    def compared(self, keys: Tensor, past: list[int]) -> Kept:
+        """Keep the summaries that are of these keys, per row up to the first block that is not.
+
+        Args:
+            keys: The keys as the KV cache holds them, ``[B, Hk, T, D]``.
+            past: How many of them are cached ones, per row.
+        """
+        block, most = self.block, max(self.whole)
+        bits, device = _bits(keys), keys.device
+        held = _block_sums(bits[:, :, : most * block], block)
+        alike = (held == self.sums[:, :, : held.shape[2]]).all(3).all(1)
+        whole = [min(have, p // block) for have, p in zip(self.whole, past, strict=True)]
+        alike &= torch.arange(alike.shape[1], device=device) < torch.tensor(whole, device=device)[:, None]
+        # The tail belongs to what comes before it.
+        rest = [
+            max(0, min(have % block, p - have // block * block))
+            for have, p in zip(self.tokens, past, strict=True)
+        ]
+        tail = _from(bits, [n * block for n in self.whole], max(rest))
+        same = (tail == self.tail_bits[:, :, : tail.shape[2]]).all(3).all(1)
+        same |= torch.arange(same.shape[1], device=device) >= torch.tensor(rest, device=device)[:, None]
+        # One wait for the device.
+        found = torch.stack((alike.int().cumprod(1).sum(1), same.all(1).long()), 1).tolist()
+        return self.cut(
+            [
+                kept * block + (tail if same and kept == have else 0)
+                for (kept, same), have, tail in zip(found, self.whole, rest, strict=True)
+            ]
+        )
+
+    def extended(self, k: Tensor, cached: Tensor, new: list[int]) -> Kept:
+        """Add keys of new tokens.
+
+        Args:
+            k: As the scorer reads them, ``[B, Hk, T, D]``.
+            cached: As the KV cache holds them, ``[B, Hk, T, D]``.
+            new: How many of them there are, per row.
+        """
+        block = self.block
+        joined = _behind(self.tail, self.rest, k)
+        bits = _behind(self.tail_bits, self.rest, _bits(cached))
+        totals = [a + b for a, b in zip(self.rest, new, strict=True)]
+        most = max(totals) // block
+        finished, whole = self.finished, self.whole
+        sums = _behind(self.sums, whole, _block_sums(bits[:, :, : most * block], block))
+        if most:
+            positions = self._positions([n * block for n in whole], most * block)
+            made = self.scorer.compress(joined[:, :, : most * block], positions=positions)
+            if finished is not None:
+                made = _behind(finished, [n * self.per_block for n in whole], made)
+            finished = made
+        ends = [n // block * block for n in totals]
+        width = max(n % block for n in totals)
+        # Copies, so that a short tail does not keep a long prompt's keys alive.
+        tail, tail_bits = (_from(x, ends, width).clone() for x in (joined, bits))
+        tokens = [a + b for a, b in zip(self.tokens, new, strict=True)]
+        return Kept(self.scorer, tokens, finished, sums, tail, tail_bits)
+
+    def read(self) -> Tensor:
+        """Return the summaries of all blocks, the last one of the tokens it has so far."""
+        rest, whole = self.rest, self.whole
+        have = [n * self.per_block for n in whole]
+        if not any(rest):
+            assert self.finished is not None
+            return self.finished[:, :, : max(have)]
+        if len(set(rest)) == 1:
+            positions = self._positions([n * self.block for n in whole], rest[0])
+            last = self.scorer.compress(self.tail[:, :, : rest[0]], positions=positions)
+        else:
+            row = torch.tensor([i for i, n in enumerate(rest) for _ in range(n)], device=self.tail.device)
+            column = torch.tensor([j for n in rest for j in range(n)], device=self.tail.device)
+            positions = torch.tensor([n * self.block for n in whole], device=row.device)[row] + column
+            tails = self.tail.transpose(0, 1)[:, row, column][None]
+            last = summarised(self.scorer, tails, Rows.packed([(n, n) for n in rest], row.device), positions)
+        return last if self.finished is None else _behind(self.finished, have, last)
+
+    def _positions(self, begins: list[int], count: int) -> Tensor:
+        """Return ``count`` positions from each row's beginning on, int64 ``[T]``, or ``[B, T]``."""
+        numbers = torch.arange(count, device=self.tail.device)
+        if len(set(begins)) == 1:
+            return numbers + begins[0]
+        return torch.tensor(begins, device=numbers.device)[:, None] + numbers
+
+
+def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+    """Summarise the keys of packed sequences.
+
+    Args:
+        scorer: Summarises them, all at once if it can.
+        k: ``[1, Hk, T, D]``.
+        rows: The sequences; their queries are their keys.
+        positions: int64 ``[T]``, each token's position in its sequence.
+
+    Returns:
+        ``[S, H, longest, E]``, finite where a sequence has ended.
+    """
+    size = scorer.tokens_per_summary
+    if getattr(scorer, "sub_blocks", None) is not None:
+        made = scorer.compress(k, positions=positions, rows=rows)
+    else:
+        places = [place for place in rows.places(rows.num_keys) if place.stop > place.start]
+        made = torch.cat([scorer.compress(k[:, :, one], positions=positions[one]) for one in places], 2)
+    return rows.rectangle(made, rows.num_keys, size)
 
 
 def _bits(x: Tensor) -> Tensor:
     return x.detach().view(_INTEGER[x.element_size()])
 
 
-class KeySummaries:
-    """Summaries of the keys of one layer, fed piece by piece.
+def _block_sums(bits: Tensor, block: int) -> Tensor:
+    """Sum bits ``[B, Hk, T, D]`` over every whole block, int64 ``[B, Hk, T // block, D]``."""
+    blocks = bits.shape[2] // block
+    return bits[:, :, : blocks * block].unflatten(2, (blocks, block)).sum(3, dtype=torch.int64)
 
-    Args:
-        scorer: Makes the summaries.
-    """
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-        self.block = scorer.block_size[1]
-        self.finished: Tensor | None = None
-        self.tail: Tensor | None = None
-        # The cached keys' bits, summed over each finished block, and as they are for the tail: what the
-        # KV cache must still hold for the summaries to be of these keys. Not just a block's last key: in
-        # the first layer it depends on nothing but its own token. Integer sums are exact in any order.
-        self.block_bits: Tensor | None = None
-        self.tail_bits: Tensor | None = None
+def _behind(first: Tensor, counts: list[int], second: Tensor) -> Tensor:
+    """Put every row of the second tensor behind the first so many columns of the first one's row."""
+    if len(set(counts)) == 1:
+        return torch.cat((first[:, :, : counts[0]], second), 2) if counts[0] else second
+    count = torch.tensor(counts, device=first.device)[:, None]
+    column = torch.arange(max(counts) + second.shape[2], device=first.device)
+    column = torch.where(column < count, column, first.shape[2] + column - count)
+    return _columns(torch.cat((first, second), 2), column)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> KeySummaries:
-        # Tensors here are replaced, never written to, so a copy of a KV cache may share them; and the
-        # scorer must stay the one that is attached.
-        return copy.copy(self)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens summarised so far."""
-        if self.block_bits is None or self.tail is None:
-            return 0
-        return self.block_bits.shape[2] * self.block + self.tail.shape[2]
+def _from(x: Tensor, begins: list[int], width: int) -> Tensor:
+    """Return up to so many columns of every row from its beginning on."""
+    if len(set(begins)) == 1:
+        return x[:, :, begins[0] : begins[0] + width]
+    begin = torch.tensor(begins, device=x.device)[:, None]
+    return _columns(x, begin + torch.arange(width, device=x.device))
 
-    def row(self, index: int) -> KeySummaries:
-        """Return the summaries of one sequence of the batch."""
-        one = copy.copy(self)
-        for name in ("finished", "tail", "block_bits", "tail_bits"):
-            value = getattr(self, name)
-            setattr(one, name, None if value is None else value[index : index + 1])
-        return one
 
-    def as_long_as(self, cached: Tensor) -> bool:
-        """Whether as many keys were summarised as are cached: cheap, and no proof that they are these.
-
-        Args:
-            cached: The keys of all earlier tokens as the KV cache holds them, ``[B, Hk, T, D]``.
-        """
-        return self.tokens == cached.shape[2] and (self.tail is None or self.tail.shape[0] == cached.shape[0])
-
-    def keep(self, cached: Tensor) -> int:
-        """Keep the summaries that are of ``cached``, up to the first block that is not, and drop the rest.
-
-        Args:
-            cached: The keys of all earlier tokens as the KV cache holds them, ``[B, Hk, T, D]``.
-
-        Returns:
-            How many of these tokens are summarised; the keys of the others must be given to `extend`.
-        """
-        if self.block_bits is None or self.tail is None or self.tail_bits is None:
-            return 0
-        bits = _bits(cached)
-        if self.tail_bits.shape[0] != bits.shape[0] or self.tail_bits.dtype != bits.dtype:
-            self._cut(0, 0)
-            return 0
-        have = self.block_bits.shape[2]
-        blocks = min(have, cached.shape[2] // self.block)
-        whole = blocks * self.block
-        alike = self._sums(bits[:, :, :whole]) == self.block_bits[:, :, :blocks]
-        kept = int(alike.all(3).all(1).all(0).int().cumprod(0).sum())
-        rest = min(self.tail.shape[2], cached.shape[2] - whole) if kept == have else 0
-        if not torch.equal(bits[:, :, whole : whole + rest], self.tail_bits[:, :, :rest]):
-            rest = 0
-        self._cut(kept, rest)
-        return kept * self.block + rest
-
-    def _cut(self, blocks: int, rest: int) -> None:
-        """Forget all but the first finished blocks and the first tokens of the tail."""
-        assert self.block_bits is not None
-        assert self.tail is not None
-        assert self.tail_bits is not None
-        if not blocks and not rest:
-            self.finished = self.tail = self.block_bits = self.tail_bits = None
-            return
-        if self.finished is not None:
-            per_block = self.finished.shape[2] // max(self.block_bits.shape[2], 1)
-            self.finished = self.finished[:, :, : blocks * per_block]
-        self.block_bits = self.block_bits[:, :, :blocks]
-        self.tail, self.tail_bits = self.tail[:, :, :rest], self.tail_bits[:, :, :rest]
-
-    def _sums(self, bits: Tensor) -> Tensor:
-        return bits.unflatten(2, (bits.shape[2] // self.block, self.block)).sum(3, dtype=torch.int64)
-
-    def extend(self, k: Tensor, cached: Tensor) -> None:
-        """Add the keys of new tokens.
-
-        Args:
-            k: New keys as the scorer reads them, ``[B, Hk, T, D]``.
-            cached: The same keys as the KV cache holds them, ``[B, Hk, T, D]``.
-        """
-        bits = _bits(cached)
-        start = self.tokens - (0 if self.tail is None else self.tail.shape[2])
-        if self.tail is not None and self.tail_bits is not None:
-            k, bits = torch.cat([self.tail, k], 2), torch.cat([self.tail_bits, bits], 2)
-        whole = k.shape[2] // self.block * self.block
-        sums = self._sums(bits[:, :, :whole])
-        self.block_bits = sums if self.block_bits is None else torch.cat([self.block_bits, sums], 2)
-        if whole:
-            positions = torch.arange(start, start + whole, device=k.device)
-            new = self.scorer.compress(k[:, :, :whole], positions=positions)
-            self.finished = new if self.finished is None else torch.cat([self.finished, new], 2)
-        # Copies, so that a short tail does not keep a long prompt's keys alive.
-        self.tail, self.tail_bits = k[:, :, whole:].clone(), bits[:, :, whole:].clone()
-
-    def all(self) -> Tensor:
-        """Return the summaries of every block, the last one of the tokens it has so far."""
-        parts = [] if self.finished is None else [self.finished]
-        if self.tail is not None and self.tail.shape[2]:
-            start = self.tokens - self.tail.shape[2]
-            positions = torch.arange(start, self.tokens, device=self.tail.device)
-            parts.append(self.scorer.compress(self.tail, positions=positions))
-        return torch.cat(parts, 2)
+def _columns(x: Tensor, column: Tensor) -> Tensor:
+    """Return of ``[B, H, T, D]`` the columns ``[B, W]``; past the end, the last one."""
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.transpose(1, 2)[row, column.clamp(max=x.shape[2] - 1)].transpose(1, 2)

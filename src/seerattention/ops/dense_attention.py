@@ -33,6 +33,7 @@ def dense_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of the last ``Tq`` of ``Tk`` tokens, each seeing the ``window`` latest keys.
 
@@ -44,19 +45,21 @@ def dense_attention(
         window: Keys that a query sees, its own included; default all.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; default as they are.
         sinks: ``[Hq]``, a logit per head that takes part in the softmax's denominator only.
+        positions: Of a padded batch: the position in its sequence of every query, int64 ``[B, Tq]``, and
+            of every key, ``[B, Tk]``; -1 where there is none.
 
     Returns:
-        ``[B, Hq, Tq, D]``.
+        ``[B, Hq, Tq, D]``, zeros where there is no query.
     """
     past = k.shape[2] - q.shape[2]
     if window is not None and window >= k.shape[2]:
         window = None
-    gqa = q.shape[1] != k.shape[1]
     plain = softcap is None and sinks is None
-    if plain and window is None and (past == 0 or q.shape[2] == 1):
+    if plain and window is None and positions is None and (past == 0 or q.shape[2] == 1):
         causal = q.shape[2] > 1
         if q.is_cuda and causal and (least := cudnn_from()) is not None and q.shape[2] >= least:
             return cudnn_first(q, k, v, scale=scale)
+        gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
     outs = []
     step = MASKED_ROWS if plain else _explicit_rows(q, k)
@@ -64,21 +67,43 @@ def dense_attention(
         part = q[:, :, start : start + step]
         first = past + start
         end = first + part.shape[2]
-        begin = 0 if window is None else max(0, first - window + 1)
-        rows = torch.arange(first, end, device=q.device)[:, None]
-        columns = torch.arange(begin, end, device=q.device)[None]
-        mask = columns <= rows
-        if window is not None:
-            mask &= columns > rows - window
+        if positions is None:
+            begin = 0 if window is None else max(0, first - window + 1)
+            rows = torch.arange(first, end, device=q.device)[None]
+            columns = torch.arange(begin, end, device=q.device)[None]
+        else:
+            begin, end = 0, k.shape[2]
+            rows, columns = positions[0][:, start : start + step], positions[1]
+        mask = _mask(rows, columns, window)
         keys, values = k[:, :, begin:end], v[:, :, begin:end]
         if plain:
-            out = F.scaled_dot_product_attention(
-                part, keys, values, attn_mask=mask, scale=scale, enable_gqa=gqa
-            )
+            out = _masked(part, keys, values, mask, scale)
         else:
             out = _explicit(part, keys, values, mask, scale, softcap, sinks)
-        outs.append(out)
+        outs.append(out if positions is None else out.masked_fill(rows[:, None, :, None] < 0, 0))
     return torch.cat(outs, 2)
+
+
+def _mask(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Return which keys queries see, bool ``[B, 1, Tq, Tk]``, from the positions ``[B, Tq]``, ``[B, Tk]``."""
+    rows, columns = rows[:, None, :, None], columns[:, None, None]
+    seen = (columns <= rows) & (columns >= 0)
+    if window is not None:
+        seen &= columns > rows - window
+    # A row of nothing would be a row of NaN.
+    return seen | (rows < 0)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention under a mask by torch's kernels."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1:
+        # The heads of a group as its rows: with a mask torch would copy the keys for every head.
+        out = F.scaled_dot_product_attention(
+            q.unflatten(1, (-1, groups)).flatten(2, 3), k, v, attn_mask=mask, scale=scale
+        )
+        return out.unflatten(2, (groups, 1)).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
 
 
 def _explicit_rows(q: Tensor, k: Tensor) -> int:
@@ -101,7 +126,7 @@ def _explicit(
     scores = (q.unflatten(1, (k.shape[1], -1)) @ k.mT.unsqueeze(2)).to(exact) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf")).flatten(1, 2)
+    scores = scores.flatten(1, 2).masked_fill(~mask, float("-inf"))
     if sinks is None:
         shares = scores.softmax(-1)
     else:

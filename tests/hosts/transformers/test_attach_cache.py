@@ -10,14 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
-from seerattention.engine.summaries import KeySummaries
-from seerattention.gate import AttnGate, GateConfig
 from seerattention.hosts import transformers as host
-from seerattention.hosts.transformers.rotary import KeysBeforeRope
+from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.transformers.support import CACHE
 
 DECODING = "dense: decoding step"
@@ -106,17 +102,17 @@ def test_cropped_and_refilled_with_another_text(tiny):
     other[:, 15::16] = ids[:, 15::16]
     cache = case.cache()
     case.feed(ids, cache)
-    old = cache.seerattention_summaries[0, None].all()
+    old = cache.seerattention_summaries[0].read()
     cache.crop(-64)
     with host.dense(case.model):
         tiny.logits(case.model, other, cache=cache)
     _, how = case.feed(end, cache)
     assert how == {"sparse"}
-    new = cache.seerattention_summaries[0, None].all()
+    new = cache.seerattention_summaries[0].read()
     # The first layer's keys depend on the tokens alone.
     fresh = case.cache()
     case.feed(torch.cat([other, end], 1), fresh)
-    expected = fresh.seerattention_summaries[0, None].all()
+    expected = fresh.seerattention_summaries[0].read()
     tiny.assert_as_close(new, expected, expected.double())
     assert (new[:, :, : old.shape[2]] - old).abs().max() > 0.1
 
@@ -193,7 +189,9 @@ def test_keys_are_rotated_back(tiny, kind, side):
         tiny.logits(model, ids, cache=cache, **inputs)
 
     def keep(call):
-        seen[call.layer, call.slot] = call.k_nope
+        rows = call.rows.places(call.rows.num_queries) if call.rows.is_packed else None
+        k = call.k_nope
+        seen[call.layer] = k.split(1) if rows is None else [k[:, :, row] for row in rows]
         return call.dense()
 
     with host.intercept(model, keep):
@@ -208,21 +206,19 @@ def test_keys_are_rotated_back(tiny, kind, side):
         assert list(used) == [
             "dense: cached keys have no summaries, and cannot be rotated back: their positions are not known"
         ]
-        assert all((layer, 1) not in cache.seerattention_summaries for layer, _ in seen)
+        assert all(one.kept.tokens == [88, 0] for one in cache.seerattention_summaries.values())
     else:
         assert used == {}
-    for (layer, slot), summaries in cache.seerattention_summaries.items():
-        if slot is None or (layer, slot) not in seen:
-            rows = {None: slice(0, 2), 0: slice(0, 1), 1: slice(1, 2)}[slot]
-            k_nope = seen[layer, None][rows]
-        else:
-            k_nope = seen[layer, slot]
-        whole = k_nope.shape[2] // 16 * 16
-        gate, positions = summaries.scorer, torch.arange(whole)
+    for layer, row in ((layer, row) for layer in seen for row in (0, 1)):
+        k_nope, summaries = seen[layer][row], cache.seerattention_summaries[layer]
+        whole = min(k_nope.shape[2], summaries.kept.tokens[row]) // 16 * 16
+        if not whole:
+            continue
+        gate, positions = summaries.kept.scorer, torch.arange(whole)
         with torch.no_grad():
             expected = gate.compress(k_nope[:, :, :whole], positions=positions)
             exact = copy.deepcopy(gate).double().compress(k_nope[:, :, :whole].double(), positions=positions)
-        got = summaries.all()[:, :, : expected.shape[2]]
+        got = summaries.read()[row : row + 1, :, : expected.shape[2]]
         # Rotating there and back rounds twice more than the comparison.
         assert (got - exact).abs().max() <= 2 * (expected - exact).abs().max() + 8 * torch.finfo(
             torch.float32
@@ -257,16 +253,16 @@ def test_other_gates_make_their_own_summaries(tiny):
     case, ids = Case(tiny), tiny.tokens(1, 64)
     cache = case.cache()
     case.feed(ids[:, :48], cache)
-    first = cache.seerattention_summaries[0, None]
+    first = cache.seerattention_summaries[0].read()
     other = host.new_gates(case.model, block_size=16, init="random")
     host.attach(case.model, other, case.policy, min_tokens=0)
     _, how = case.feed(ids[:, 48:], cache)
     assert how == {"sparse"}
-    second = cache.seerattention_summaries[0, None]
-    assert second.scorer is dict(other.items())[0]
+    second = cache.seerattention_summaries[0]
+    assert second.kept.scorer is dict(other.items())[0]
     # Four-token sub-blocks.
-    assert second.all().shape[2] == 64 // 4
-    assert not torch.equal(second.all()[:, :, :6], first.all()[:, :, :6])
+    assert second.read().shape[2] == 64 // 4
+    assert not torch.equal(second.read()[:, :, :6], first[:, :, :6])
 
 
 def test_copied_cache(tiny):
@@ -306,8 +302,8 @@ def test_decoded_tokens_are_summarised_too(tiny):
         assert how == {DECODING}
     _, how = case.feed(ids[:, 48:], cache)
     assert how == {"sparse"}
-    summaries = cache.seerattention_summaries[0, None]
-    gate = summaries.scorer
+    summaries = cache.seerattention_summaries[0]
+    gate = summaries.kept.scorer
     at_once = {}
 
     def keep(call):
@@ -317,7 +313,7 @@ def test_decoded_tokens_are_summarised_too(tiny):
     with host.intercept(case.model, keep):
         tiny.logits(case.model, ids)
     # The first layer's keys do not depend on how attention was computed.
-    tiny.assert_as_close(summaries.all(), at_once[0], at_once[0].double())
+    tiny.assert_as_close(summaries.read(), at_once[0], at_once[0].double())
 
 
 def test_static_cache_by_hand(tiny, kind):
@@ -341,64 +337,13 @@ def test_beams_then_a_continuation(tiny):
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     _, how = case.feed(end, cache)
     assert how == {"sparse"}
-    for layer, summaries in ((i, cache.seerattention_summaries[i, None]) for i in (0, 1)):
+    for layer, summaries in ((i, cache.seerattention_summaries[i]) for i in (0, 1)):
         keys = cache.layers[layer].keys
         positions = torch.arange(keys.shape[2]).expand(3, -1)
-        back = KeysBeforeRope(case.model)(layer, keys, positions)
+        back = Unrotate(case.model)(layer, keys, positions)
         with torch.no_grad():
-            expected = summaries.scorer.compress(back, positions=positions[0])
-        tiny.assert_as_close(summaries.all(), expected, expected.double())
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans())
-def test_fed_in_pieces_equals_fed_at_once(pieces, sub_blocks):
-    config = GateConfig(4, 2, 8, block_size=16, k_sub_block=8 if sub_blocks else None)
-    gate, length = AttnGate(config), sum(pieces)
-    k, cached = torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
-    summaries = KeySummaries(gate)
-    with torch.no_grad():
-        at_once = gate.compress(k, positions=torch.arange(length))
-        exact = gate.double().compress(k.double(), positions=torch.arange(length))
-        gate.float()
-        for part, part_cached in zip(k.split(pieces, 2), cached.split(pieces, 2), strict=True):
-            assert summaries.keep(cached[:, :, : summaries.tokens]) == summaries.tokens
-            summaries.extend(part, part_cached)
-        assert summaries.tokens == length
-        got = summaries.all()
-    assert got.shape == at_once.shape
-    assert (got.double() - exact).abs().max() <= 2 * (at_once.double() - exact).abs().max() + 4 * torch.finfo(
-        torch.float32
-    ).eps * exact.abs().max()
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 70), st.integers(0, 69), st.integers(0, 1), st.integers(0, 7))
-def test_any_changed_bit_is_noticed(length, token, head, dim):
-    gate = AttnGate(GateConfig(4, 2, 8, block_size=16))
-    k, cached = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
-    summaries = KeySummaries(gate)
-    with torch.no_grad():
-        summaries.extend(k, cached)
-    changed, at = cached.clone(), token % length
-    place = (0, head, at, dim)
-    changed[place] = torch.nextafter(changed[place], torch.tensor(torch.inf))
-    # Everything before the block that it is in is kept, and nothing of that block.
-    assert summaries.keep(cached) == length
-    assert summaries.keep(changed) == at // 16 * 16
-    assert summaries.keep(cached) == at // 16 * 16
-
-
-def test_a_cut_inside_a_finished_block_keeps_the_blocks_before(tiny):
-    """Even where all cached keys are alike: the raw keys of that block are gone."""
-    summaries = KeySummaries(AttnGate(GateConfig(4, 2, 8, block_size=16)))
-    cached = torch.ones(1, 2, 40, 8)
-    with torch.no_grad():
-        summaries.extend(torch.randn(1, 2, 40, 8), cached)
-    assert summaries.keep(cached[:, :, :36]) == 36
-    assert summaries.keep(cached[:, :, :32]) == 32
-    assert summaries.keep(cached[:, :, :20]) == 16
-    assert summaries.tokens == 16
+            expected = summaries.kept.scorer.compress(back, positions=positions[0])
+        tiny.assert_as_close(summaries.read(), expected, expected.double())
 
 
 def rename_cache(model, name):
@@ -426,7 +371,7 @@ def test_either_name_of_the_cache_is_taken(tiny, name):
             rename_cache(model, name)
         cache = StaticCache(config=model.config, max_cache_len=128)
         results.append([tiny.logits(model, part, cache) for part in tiny.tokens(1, 97).split((64, 32, 1), 1)])
-        assert cache.seerattention_summaries[0, None].tokens == 97
+        assert cache.seerattention_summaries[0].kept.tokens == [97]
     assert all(map(torch.equal, *results))
 
 

@@ -107,13 +107,11 @@ def test_padding_is_taken_off(tiny):
 
     with host.intercept(model, handler):
         tiny.logits(model, ids, attention_mask=mask)
-    assert [(c.layer, c.slot, c.q.shape[2], c.k_nope.shape[2]) for c in calls] == [
-        (0, 0, 13, 13),
-        (0, 1, 20, 20),
-        (1, 0, 13, 13),
-        (1, 1, 20, 20),
+    assert [(c.layer, c.rows.known, c.q.shape[2], c.k_nope.shape[2]) for c in calls] == [
+        (0, ((13, 13), (20, 20)), 33, 33),
+        (1, ((13, 13), (20, 20)), 33, 33),
     ]
-    assert torch.equal(calls[0].positions, torch.arange(13))
+    assert torch.equal(calls[0].positions, torch.cat((torch.arange(13), torch.arange(20))))
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])

@@ -1,11 +1,14 @@
 """Sparse prefill reads what the gate and the policy choose, computes no more, and says what it did."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
+from seerattention.hosts.transformers.attach import sparse_layer
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import parse, select
 from seerattention.rows import Rows
@@ -94,15 +97,12 @@ def test_q_and_k_are_those_before_rope(tiny, kind):
 def test_unselected_keys_and_values_do_not_matter(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 100)
     host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
-    handler = model.__dict__["_seerattention_runtime"].handler
+    handler = sparse_layer(model)
     poisoned = []
 
     def poison(call):
-        out = handler(call)
         kept = []
-        handler.observe = lambda layer, call, selection: kept.append(selection)
-        handler(call)
-        handler.observe = None
+        out = replace(handler, observe=lambda layer, call, selection: kept.append(selection))(call)
         mask = kept[0].to_mask().unflatten(1, (2, 2)).any(2)
         # A query reads its own head's blocks only: poison what no head of the group reads in any row.
         unread = ~mask.any(2).repeat_interleave(16, -1)[..., :100]
@@ -148,8 +148,11 @@ def test_pieces_select_like_one_shot(tiny, kind, pieces, padding):
                 padded_mask = torch.nn.functional.pad(
                     selection.to_mask(), (0, one.shape[3] - selection.shape[3])
                 )
-                for row in (0, 1) if call.slot is None else (call.slot,):
-                    rows[row].append(padded_mask[row if call.slot is None else 0])
+                if call.rows.is_packed:
+                    lines = [down for _, (down, _) in call.rows.maps((16, 16))]
+                    padded_mask = torch.cat([padded_mask[:, :, down] for down in lines])
+                for row in (0, 1):
+                    rows[row].append(padded_mask[row])
         assert torch.equal(torch.stack([torch.cat(r, 1) for r in rows]), one)
         assert one.sum() < causal_blocks(length, length, (16, 16)).sum() * one[..., 0, 0].numel()
     gold = tiny.make(kind).double()

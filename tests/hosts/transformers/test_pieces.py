@@ -5,9 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from seerattention.hosts import transformers as host
-from seerattention.hosts.transformers.attach import sparse_prefill
 from seerattention.hosts.transformers.pieces import piece_sizes
-from seerattention.policies import Policy, TopK, parse
+from seerattention.policies import Policy, TopK
 
 POLICIES = [
     "threshold:0.2",
@@ -180,5 +179,9 @@ def test_refusals(tiny):
     # A failure in the middle leaves nothing behind.
     with pytest.raises(IndexError):
         host.prefill(model, ids + tiny.vocab, cache, piece_tokens=32)
-    assert sparse_prefill(model).prompt_tokens is None
-    assert parse("top_k:0.8") == sparse_prefill(model).policy
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=65)
+    with pytest.raises(IndexError):
+        host.prefill(model, torch.cat([ids, ids + tiny.vocab], 1), cache, piece_tokens=32)
+    before = host.usage(model)
+    model(ids)
+    assert host.usage(model) == before | {"dense: fewer than 65 tokens": 2}

@@ -28,7 +28,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "packed"])
 def test_gather(name: str) -> None:
     gradients.check_gradients(gradients.by_name("gather"), BY_NAME[name])
 
@@ -94,12 +94,6 @@ def test_gradients_of_gradients_are_refused() -> None:
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once; use backend='reference'"):
         dq.sum().backward()
-
-
-def test_packed_sequences_without_a_backward_are_refused() -> None:
-    q, k, v = (x.requires_grad_() for x in random_qkv(TINY))
-    with pytest.raises(NotImplementedError, match="gather: it takes no packed sequences"):
-        block_sparse_attention(q, k, v, random_selection(TINY, density=0.4), rows=Rows.packed([(20, 110)]))
 
 
 def test_compiled_without_a_break() -> None:

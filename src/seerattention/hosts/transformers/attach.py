@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from seerattention.engine.layer import Observer, SparsePrefill
+from seerattention.engine.layer import Observer, SparseLayer
 from seerattention.gate import Scorer
 from seerattention.hosts.transformers.base import BaseInfo, device_of
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.gates import Gates
 from seerattention.hosts.transformers.intercept import (
-    connect,
-    disconnect,
+    Runtime,
     idle_runtime,
     install,
+    refuse_stand_in,
     runtime_of,
     uninstall,
     unwrapped,
 )
-from seerattention.hosts.transformers.rotary import KeysBeforeRope
+from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.transformers.support import PARALLEL, PREFIXES
 from seerattention.policies import Policy, parse
 
@@ -41,10 +41,9 @@ class _GateSet:
 
 
 @dataclass
-class _Attached:
+class _Owner:
     """What `attach` keeps on a model."""
 
-    handler: SparsePrefill
     sets: dict[str, _GateSet]
     active: str
 
@@ -103,13 +102,13 @@ def attach(
     family_of(base)
     _refuse(model, base)
     new = _checked(base, scorers, policy, check_base)
-    before_rope = KeysBeforeRope(base)
+    unrotate = Unrotate(base)
     if idle_runtime(base) is not None:
         detach(base)
-    handler = SparsePrefill({}, new.policy, before_rope, backend, min_tokens, observe)
-    owner = _Attached(handler, {name: new}, name)
-    install(base, handler).owner = owner
-    _activate(base, owner, name)
+    layer = SparseLayer({}, new.policy, unrotate, backend, min_tokens, observe)
+    runtime = install(base, layer)
+    runtime.owner = _Owner({name: new}, name)
+    _activate(base, runtime, name)
     return model
 
 
@@ -169,18 +168,18 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
         )
 
 
-def _activate(model: PreTrainedModel, owner: _Attached, name: str) -> None:
+def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
     """Make a set of gates the one that is used and that shows as ``self_attn.attn_gate``."""
-    owner.active = name
-    chosen, layers = owner.sets[name], full_attention_layers(model)
+    runtime.owner.active = name
+    chosen, layers = runtime.owner.sets[name], full_attention_layers(model)
     _remove_gates(layers)
-    owner.handler.policy = chosen.policy
-    if not isinstance(chosen.scorers, Gates):
-        owner.handler.scorers = dict.fromkeys(layers, chosen.scorers)
-        return
-    owner.handler.scorers = dict(chosen.scorers.items())
-    for index, gate in chosen.scorers.items():
-        layers[index].attn_gate = gate.to(device_of(layers[index]))
+    scorers = dict.fromkeys(layers, chosen.scorers)
+    if isinstance(chosen.scorers, Gates):
+        scorers = dict(chosen.scorers.items())
+        for index, gate in scorers.items():
+            layers[index].attn_gate = gate.to(device_of(layers[index]))
+    # Passes that began before end as they began.
+    runtime.switch.handler = replace(sparse_layer(model), scorers=scorers, policy=chosen.policy)
 
 
 def _remove_gates(layers: dict[int, nn.Module]) -> None:
@@ -196,7 +195,7 @@ def detach(model: Model) -> Model:
         ValueError: If nothing is attached, or inside `intercept` or `dense`.
     """
     base = unwrapped(model)
-    _owner(base)
+    _attached(base)
     idle_runtime(base)
     _remove_gates(full_attention_layers(base))
     uninstall(base)
@@ -225,11 +224,11 @@ def add_gates(
         ValueError: If nothing is attached, the name is taken, or the gates are for another model.
     """
     base = unwrapped(model)
-    owner = _owner(base)
-    if name in owner.sets:
+    sets = _attached(base).owner.sets
+    if name in sets:
         raise ValueError(f"there are gates named {name!r} already; choose another name")
     saved = scorers.policy if isinstance(scorers, Gates) else None
-    owner.sets[name] = _checked(base, scorers, policy or saved or owner.handler.policy, check_base)
+    sets[name] = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
 
 
 def set_gates(model: nn.Module, name: str) -> None:
@@ -241,10 +240,10 @@ def set_gates(model: nn.Module, name: str) -> None:
         ValueError: If nothing is attached or no gates have this name.
     """
     base = unwrapped(model)
-    owner = _owner(base)
-    if name not in owner.sets:
-        raise ValueError(f"there are no gates named {name!r}; there are {', '.join(map(repr, owner.sets))}")
-    _activate(base, owner, name)
+    runtime = _attached(base)
+    if name not in (sets := runtime.owner.sets):
+        raise ValueError(f"there are no gates named {name!r}; there are {', '.join(map(repr, sets))}")
+    _activate(base, runtime, name)
 
 
 def set_policy(model: nn.Module, policy: Policy | str) -> None:
@@ -254,9 +253,10 @@ def set_policy(model: nn.Module, policy: Policy | str) -> None:
         TypeError: If ``policy`` is of another type.
         ValueError: If nothing is attached or the text is not understood.
     """
-    owner = _owner(unwrapped(model))
-    current = owner.sets[owner.active]
-    current.policy = owner.handler.policy = _policy(policy, current.scorers)
+    runtime = _attached(unwrapped(model))
+    current = runtime.owner.sets[runtime.owner.active]
+    current.policy = _policy(policy, current.scorers)
+    runtime.switch.handler = replace(sparse_layer(model), policy=current.policy)
 
 
 def usage(model: nn.Module) -> dict[str, int]:
@@ -265,33 +265,24 @@ def usage(model: nn.Module) -> dict[str, int]:
     Raises:
         ValueError: If nothing is attached.
     """
-    return dict(_owner(unwrapped(model)).handler.usage)
+    return dict(sparse_layer(model).usage)
 
 
 @contextmanager
 def dense(model: Model) -> Iterator[Model]:
     """Give an attached model its own attention back while the context lasts: what `detach` would leave.
 
-    A KV cache filled inside may be used outside: what the gates need is made from the cached keys.
+    Requests of other threads stay sparse meanwhile. A KV cache filled inside may be used outside: what the
+    gates need is made from the cached keys.
 
     Raises:
         ValueError: If nothing is attached, or inside `intercept`.
     """
-    base = unwrapped(model)
-    _owner(base)
-    runtime = runtime_of(base)
-    assert runtime is not None
-    if runtime.paused:
+    switch = _attached(unwrapped(model)).switch
+    if switch.mode.handler is not None:
+        refuse_stand_in(switch)
+    with switch.within(handler=None, stands_in=True):
         yield model
-        return
-    idle_runtime(base)
-    disconnect(base, runtime)
-    runtime.paused = True
-    try:
-        yield model
-    finally:
-        runtime.paused = False
-        connect(base, runtime)
 
 
 def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy]:
@@ -300,21 +291,32 @@ def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy]:
     Raises:
         ValueError: If nothing is attached.
     """
-    owner = _owner(unwrapped(model))
-    return owner.sets[owner.active].scorers, owner.handler.policy
+    owner = _attached(unwrapped(model)).owner
+    return owner.sets[owner.active].scorers, owner.sets[owner.active].policy
 
 
-def sparse_prefill(model: nn.Module) -> SparsePrefill:
+def sparse_layer(model: nn.Module) -> SparseLayer:
     """Return what computes an attached model's attention.
 
     Raises:
         ValueError: If nothing is attached.
     """
-    return _owner(unwrapped(model)).handler
+    layer = _attached(unwrapped(model)).switch.handler
+    assert isinstance(layer, SparseLayer)
+    return layer
 
 
-def _owner(model: nn.Module) -> _Attached:
+def prompt_of(model: nn.Module, tokens: int) -> AbstractContextManager[None]:
+    """Tell an attached model the length of the prompt that this request gives it in pieces.
+
+    Raises:
+        ValueError: If nothing is attached.
+    """
+    return _attached(unwrapped(model)).switch.within(prompt_tokens=tokens)
+
+
+def _attached(model: nn.Module) -> Runtime:
     runtime = runtime_of(model)
     if runtime is None or runtime.owner is None:
         raise ValueError("nothing is attached to this model; call attach(model, gates, policy) first")
-    return runtime.owner
+    return runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,26 @@ class Tap:
     module: nn.Module
     columns: slice | None = None
     heads_first: bool = False
+
+
+#: Finds the taps of q and k in an attention module; a plain module is a `Tap` on all of its output.
+Taps = Callable[[nn.Module], tuple[nn.Module | Tap, nn.Module | Tap]]
+
+
+def outputs(q: str, k: str, *, heads_first: bool = False) -> Taps:
+    """Return the ``taps`` of families where the outputs of two modules are q and k before RoPE.
+
+    Args:
+        q: Name of the attention's module whose output is q.
+        k: Name of the one whose output is k.
+        heads_first: Whether these outputs are ``[B, H, T, D]``.
+    """
+
+    def taps(attention: nn.Module) -> tuple[Tap, Tap]:
+        found_q, found_k = (Tap(attention.get_submodule(name), heads_first=heads_first) for name in (q, k))
+        return found_q, found_k
+
+    return taps
 
 
 class Family(Protocol):

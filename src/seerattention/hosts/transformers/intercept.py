@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import inspect
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers import __version__ as host_version
-from transformers.masking_utils import flash_attention_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from seerattention.engine.call import AttentionCall, Handler
+from seerattention.engine.call import AttentionCall, Given, Handler
+from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.base import head_dim_of
+from seerattention.hosts.transformers.config import NAME, view
 from seerattention.hosts.transformers.family import Family, Tap, attention_layers, family_of
-from seerattention.hosts.transformers.padding import real_tokens
+from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Pass, Switch, running
 from seerattention.hosts.transformers.rotary import head_order
 from seerattention.hosts.transformers.support import CACHE, CONTINUOUS, DROPOUT, FULLGRAPH, MAPS, PACKED
 from seerattention.ops.dense_attention import dense_attention
+from seerattention.rows import Rows
 
-#: Name under which the attention function is registered with transformers.
-NAME = "seerattention"
+# Several threads may intercept one model; the last to leave takes the hooks off.
+_INSTALLING = threading.Lock()
 
 #: Keywords by which transformers hands over a KV cache: from 5.24 on, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -49,22 +57,30 @@ def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
     )
 
 
-class _Taps:
-    """What one attention module hands over during a call: q and k before RoPE, and its keywords."""
+class Taps:
+    """The hooks of one attention module, which hand over q and k before RoPE.
+
+    Bound methods are hooked, not closures: a deep copy of the model then has hooks of its own. What they
+    find they give to the `LayerCall` at hand; here nothing of a call is kept.
+    """
 
     def __init__(
-        self, runtime: Runtime, layer: int, attention: nn.Module, family: Family, order: Tensor | None
+        self,
+        switch: Switch,
+        layer: int,
+        attention: nn.Module,
+        family: Family,
+        head_dim: int,
+        order: Tensor | None,
     ) -> None:
-        self.runtime = runtime
+        self.switch = switch
         self.layer = layer
         self.attention = attention
+        self.head_dim = head_dim
         self.taps_of = family.taps
         self.order = order
         self.of_q, self.of_k = self._found()
         self.hooks: list[Any] = []
-        self.q: Tensor | None = None
-        self.k: Tensor | None = None
-        self.given: dict[str, Any] = {}
 
     def _found(self) -> tuple[Tap, Tap]:
         """Return where the family says q and k are."""
@@ -86,8 +102,6 @@ class _Taps:
             hook.remove()
         self.hooks = []
         self.attention.__dict__.pop("_seerattention_taps", None)
-        self.q = self.k = None
-        self.given = {}
 
     def follow(self) -> None:
         """Move the hooks where a module was replaced, as by an adapter that wraps it."""
@@ -97,21 +111,42 @@ class _Taps:
             self.of_q, self.of_k = of_q, of_k
             self.connect()
 
-    # Bound methods, not closures: a deep copy of the model then hands over to its own copy of the taps.
+    @torch.compiler.disable(reason=FULLGRAPH)
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook of the attention module: begin a call."""
+        # Layers that activation checkpointing computes again come with the pass that they were part of.
+        part_of: Pass = kwargs.get(KEYWORD) or Pass(self.switch)
+        if part_of.mode.handler is None:
+            return None
+        if self.switch.mode.handler is None:
+            raise RuntimeError(
+                "a sparse layer is computed again inside dense(model); leave dense(model) first"
+            )
+        call = LayerCall(self, part_of, kwargs)
+        return args, {**kwargs, KEYWORD: call}
+
+    @torch.compiler.disable(reason=FULLGRAPH)
     def keep_q(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the module whose output is q before RoPE."""
-        self.q = self._by_head(output, self.of_q)
+        call = running()
+        if isinstance(call, LayerCall) and call.taps is self:
+            call.q = self._by_head(output, self.of_q)
 
+    @torch.compiler.disable(reason=FULLGRAPH)
     def keep_k(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the module whose output is k before RoPE."""
-        self.k = self._by_head(output, self.of_k)
+        call = running()
+        if isinstance(call, LayerCall) and call.taps is self:
+            call.k = self._by_head(output, self.of_k)
 
     def _by_head(self, output: Tensor, tap: Tap) -> Tensor:
         """Return a tapped output as ``[B, H, T, D]``, its values in the order in which gates rotate them."""
         if tap.columns is not None:
             output = output[..., tap.columns]
         if output.dim() == 3:
-            output = output.unflatten(-1, (-1, self.runtime.head_dim))
+            output = output.unflatten(-1, (-1, self.head_dim))
         if not tap.heads_first:
             output = output.transpose(1, 2)
         if self.order is None:
@@ -120,47 +155,88 @@ class _Taps:
             self.order = self.order.to(output.device)
         return output[..., self.order]
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: remember its keywords."""
-        self.given = kwargs
-
-    def take(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return and forget q and k before RoPE and the keywords of this call."""
-        assert self.q is not None, "the family's taps did not run"
-        assert self.k is not None, "the family's taps did not run"
-        taken = self.q, self.k, self.given
-        self.q = self.k = None
-        self.given = {}
-        return taken
-
 
 @dataclass
 class Runtime:
     """What is attached to one model.
 
     Attributes:
-        handler: Computes its attention.
-        previous_attention: The implementation that it had before.
-        head_dim: Dimension of a head.
+        model: The model.
+        switch: Says what computes its attention.
         taps: One per attention layer.
         hooks: Other hooks.
-        owner: What `attach` keeps here; None while only a handler is there.
-        paused: Whether the model is for the moment as it was before.
+        owner: What `attach` keeps here; None while only `intercept` is there.
     """
 
-    handler: Handler
-    previous_attention: str | None
-    head_dim: int
-    taps: list[_Taps] = field(default_factory=list)
+    model: PreTrainedModel
+    switch: Switch
+    taps: list[Taps]
     hooks: list[Any] = field(default_factory=list)
     owner: Any = None
-    paused: bool = False
 
-    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the decoder."""
-        _refuse(decoder, args, kwargs)
+    def connect(self) -> None:
+        """Hook the model's modules and take over its attention."""
+        self.show()
         for taps in self.taps:
-            taps.follow()
+            taps.connect()
+        # The decoder, because it can be called without its head.
+        self.hooks = [self.model.get_decoder().register_forward_pre_hook(self.before, with_kwargs=True)]
+        self.model.__dict__["create_masks_for_generate"] = self.masks_for_generate
+        self.model.__dict__["init_continuous_batching"] = self.continuous_batching
+
+    def disconnect(self) -> None:
+        """Take the hooks off and give the model its own attention back."""
+        for taps in self.taps:
+            taps.disconnect()
+        for hook in self.hooks:
+            hook.remove()
+        for module in self._attending():
+            if getattr(module.config, "seerattention_switch", None) is self.switch:
+                module.config = module.config.seerattention_own
+        for name in ("create_masks_for_generate", "init_continuous_batching"):
+            del self.model.__dict__[name]
+
+    def show(self) -> None:
+        """Give the modules that attend a view of their configuration; in copies they have none at first."""
+        views: dict[int, Any] = {}
+        for module in self._attending():
+            if getattr(module.config, "seerattention_switch", None) is not self.switch:
+                module.config = views.setdefault(id(module.config), view(module.config, self.switch))
+
+    def _attending(self) -> list[Any]:
+        """Return the modules that look up what attends."""
+        return [self.model.get_decoder(), *(taps.attention for taps in self.taps)]
+
+    @torch.compiler.disable(reason=FULLGRAPH)
+    def before(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the decoder: begin a pass."""
+        begun = Pass(self.switch)
+        if begun.mode.handler is not None:
+            self.show()
+            _refuse(decoder, args, kwargs)
+            for taps in self.taps:
+                taps.follow()
+        return args, {**kwargs, KEYWORD: begun}
+
+    def masks_for_generate(self, *, attention_mask: Tensor | None, **inputs: Any) -> Any:
+        """Stand in for what makes masks ahead for static caches: ours marks padding only."""
+        if self.switch.mode.handler is not None:
+            return attention_mask
+        own = getattr(type(self.model), "create_masks_for_generate", create_masks_for_generate)
+        return own(attention_mask=attention_mask, **inputs)
+
+    def continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a method of the model; on a GPU it would quietly take another attention function."""
+        if self.switch.mode.handler is not None:
+            raise NotImplementedError(CONTINUOUS)
+        kind: Any = type(self.model)
+        manager = kind.init_continuous_batching(self.model, *args, **kwargs)
+        # It computes in a thread of its own, which is to be dense as well.
+        loop = manager._run_generation_loop
+        manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
+        return manager
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -179,15 +255,29 @@ def runtime_of(model: nn.Module) -> Runtime | None:
     return model.__dict__.get("_seerattention_runtime")
 
 
+def refuse_stand_in(switch: Switch) -> None:
+    """Refuse what cannot be done while something stands in for what is attached.
+
+    Raises:
+        ValueError: If the request that asks is inside ``dense`` or ``intercept``.
+    """
+    if switch.handler is not None and switch.mode.handler is None:
+        raise ValueError("this model is dense for the moment; leave dense(model) first")
+    if switch.handler is None or switch.mode.stands_in:
+        raise ValueError("this model's attention is intercepted; leave intercept(model, ...) first")
+
+
 def idle_runtime(model: nn.Module) -> Runtime | None:
-    """Return what is attached, refusing while something stands in for it."""
+    """Return what is attached, refusing while something stands in for it, here or for another request."""
     runtime = runtime_of(model)
     if runtime is None:
         return None
-    if runtime.paused:
-        raise ValueError("this model is dense for the moment; leave dense(model) first")
-    if runtime.owner is None or runtime.handler is not runtime.owner.handler:
-        raise ValueError("this model's attention is intercepted; leave intercept(model, ...) first")
+    refuse_stand_in(runtime.switch)
+    if runtime.switch.guests:
+        raise ValueError(
+            "a request of this model is inside dense, intercept or prefill; let it end before you change "
+            "what is attached"
+        )
     return runtime
 
 
@@ -198,24 +288,47 @@ def _attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
+    call = kwargs.pop(KEYWORD, None)
+    if isinstance(call, LayerCall):
+        return _attend(call, query, key, value, attention_mask, **kwargs), None
+    # Code that was compiled, or is computed again elsewhere, and modules that share our configuration.
+    config: Any = module.config
+    name = config._attn_implementation_internal
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    function = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+    with config.seerattention_switch.within(handler=None, stands_in=True):
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    call: LayerCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
+    **_: Any,
+) -> Tensor:
+    """Let the handler of a call compute its layer; windows are dense. Returns ``[B, Tq, Hq, D]``."""
     if dropout:
         raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    taps: _Taps = module.__dict__["_seerattention_taps"]
-    q_nope, k_nope, given = taps.take()
+    layer, handler, given = call.taps.layer, call.part_of.mode.handler, call.given
+    assert handler is not None
+    assert call.q is not None, "the family's taps did not run"
+    assert call.k is not None, "the family's taps did not run"
+    tensors = Given(query, key, value, call.q, call.k)
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    position_ids = given.get("position_ids")
-    if cache is None and key.shape[2] != k_nope.shape[2]:
+    if cache is None and key.shape[2] != call.k.shape[2]:
         raise RuntimeError(
-            f"layer {taps.layer} attends to {key.shape[2]} keys, {k_nope.shape[2]} of them new, and was "
+            f"layer {layer} attends to {key.shape[2]} keys, {call.k.shape[2]} of them new, and was "
             f"given no KV cache, only {', '.join(given)}, by transformers {host_version}; {CACHE}"
         )
     mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
@@ -223,39 +336,51 @@ def _attention_forward(
         # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention
         # functions, too, take what autocast says.
         half = torch.get_autocast_dtype(query.device.type)
-        query, key, value, q_nope, k_nope = (x.to(half) for x in (query, key, value, q_nope, k_nope))
-    if cache is not None and (seen := int(cache.get_seq_length(taps.layer))) < key.shape[2]:
+        tensors = Given(*(x.to(half) for x in tensors))
+    seen = None
+    if cache is not None and int(cache.get_seq_length(layer)) < key.shape[2]:
         # A static cache hands over its whole buffer.
-        key, value = key[:, :, :seen], value[:, :, :seen]
-        attention_mask = None if attention_mask is None else attention_mask[:, :seen]
+        seen = int(cache.get_seq_length(layer))
+        tensors = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
+    new, total = query.shape[2], tensors.k.shape[2]
+    padding = call.part_of.padding(mask, new, total, seen)
+    if padding is not None and not any(queries for queries, _ in padding.lengths):
+        return torch.zeros_like(query).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is not None:
+        attend = dense_attention if padding is None else padding.dense
+        out = attend(*tensors[:3], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+        return out.transpose(1, 2)
+    kept = {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
+    inputs = AttentionCall(
+        layer=layer,
+        given=tensors,
+        rows=Rows.last(new, total) if padding is None else padding.rows,
+        scale=scale,
+        softcap=softcap,
+        sinks=s_aux,
+        padding=padding,
+        # Kept on the KV cache itself, so that copies of it copy them along.
+        summaries=kept.setdefault(layer, Growing()),
+        position_ids=given.get("position_ids"),
+        prompt_tokens=call.part_of.mode.prompt_tokens,
+    )
+    # Handlers and their ops choose their own precision.
+    with torch.autocast(query.device.type, enabled=False) if mixed else nullcontext():
+        out = handler(inputs)
+    return (out if padding is None else padding.queries.unpack(out)).transpose(1, 2)
 
-    def compute(
-        q: Tensor, k: Tensor, v: Tensor, qn: Tensor, kn: Tensor, slot: int | None, ids: Tensor | None
-    ) -> Tensor:
-        if sliding_window is not None:
-            return dense_attention(q, k, v, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        # Handlers and their ops choose their own precision.
-        with torch.autocast(q.device.type, enabled=False) if mixed else nullcontext():
-            return taps.runtime.handler(
-                AttentionCall(taps.layer, q, k, v, qn, kn, positions, scale, slot, cache, softcap, s_aux, ids)
-            )
 
-    rows = real_tokens(attention_mask, query.shape[2], key.shape[2])
-    if rows is None:
-        return compute(query, key, value, q_nope, k_nope, None, position_ids).transpose(1, 2), None
-    out = torch.zeros_like(query)
-    for b, (of_q, of_k) in enumerate(rows):
-        if of_q.numel():
-            one = slice(b, b + 1)
-            q, qn, kn = (x[one][:, :, of_q] for x in (query, q_nope, k_nope))
-            k, v = key[one][:, :, of_k], value[one][:, :, of_k]
-            # With padding between its tokens, a row's last position does not tell the others.
-            ids = None
-            if position_ids is not None and int(of_k[-1] - of_k[0]) == len(of_k) - 1:
-                ids = position_ids.expand(len(rows), -1)[one, of_q]
-            out[one, :, of_q] = compute(q, k, v, qn, kn, b, ids)
-    return out.transpose(1, 2), None
+@torch.compiler.disable(reason=FULLGRAPH)
+def _mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **inputs: Any) -> Any:
+    """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
+    now = running()
+    begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.seerattention_switch
+    if begun is not None and begun.switch is switch and begun.mode.handler is not None:
+        return None if attention_mask is None else attention_mask[:, -kv_length:]
+    inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation_internal)
+    return None if function is None else function(**inputs)
 
 
 def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -273,76 +398,48 @@ def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")
 
 
-def _refuse_paging(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a method of the model; on a GPU it would quietly take another attention function."""
-    raise NotImplementedError(CONTINUOUS)
-
-
-def install(model: PreTrainedModel, handler: Handler) -> Runtime:
-    """Let a handler compute the model's attention."""
+def install(model: PreTrainedModel, handler: Handler | None = None) -> Runtime:
+    """Let a handler compute the model's attention, or none but what `intercept` brings."""
     family = family_of(model)
     # Whatever can fail comes first, so that a failure leaves the model as it was.
     head_dim = head_dim_of(model.config.get_text_config())
-    runtime = Runtime(handler, model.config._attn_implementation, head_dim)
-    order = head_order(model)
-    runtime.taps = [_Taps(runtime, i, a, family, order) for i, a in attention_layers(model).items()]
+    order, switch = head_order(model), Switch(handler)
+    layers = attention_layers(model).items()
+    runtime = Runtime(model, switch, [Taps(switch, i, a, family, head_dim, order) for i, a in layers])
     AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
-    connect(model, runtime)
+    AttentionMaskInterface.register(NAME, _mask)
+    runtime.connect()
     model.__dict__["_seerattention_runtime"] = runtime
     return runtime
 
 
-def connect(model: PreTrainedModel, runtime: Runtime) -> None:
-    """Hook the model's modules and take over its attention."""
-    model.set_attn_implementation(NAME)
-    for taps in runtime.taps:
-        taps.follow()
-        taps.connect()
-    # The decoder, because it can be called without its head.
-    model.__dict__["init_continuous_batching"] = _refuse_paging
-    runtime.hooks = [model.get_decoder().register_forward_pre_hook(runtime.before, with_kwargs=True)]
-
-
-def disconnect(model: PreTrainedModel, runtime: Runtime) -> None:
-    """Take the hooks off and give the model its own attention back."""
-    for taps in runtime.taps:
-        taps.disconnect()
-    for hook in runtime.hooks:
-        hook.remove()
-    runtime.hooks = []
-    model.__dict__.pop("init_continuous_batching", None)
-    model.set_attn_implementation(runtime.previous_attention)  # type: ignore[arg-type]
-
-
 def uninstall(model: PreTrainedModel) -> None:
     """Undo `install`."""
-    disconnect(model, model.__dict__.pop("_seerattention_runtime"))
+    model.__dict__.pop("_seerattention_runtime").disconnect()
 
 
 @contextmanager
 def intercept(model: PreTrainedModel, handler: Handler) -> Iterator[PreTrainedModel]:
     """Let a handler compute the attention of every full-attention layer while the context lasts.
 
-    Works on a plain model and on one with gates attached, whose handler it stands in for.
+    Works on a plain model and on one with gates attached, whose handler it stands in for; requests of other
+    threads go on as without.
 
     Args:
         model: A transformers model of a supported family.
-        handler: Called with an `AttentionCall`, returns the output ``[B, Hq, Tq, D]``.
+        handler: Called with an `AttentionCall`, returns the output, of ``call.q``'s shape.
     """
     model = unwrapped(model)
-    runtime = runtime_of(model)
-    if runtime is not None and runtime.paused:
-        raise ValueError("this model is dense for the moment; leave dense(model) first")
-    if runtime is not None:
-        before, runtime.handler = runtime.handler, handler
+    with ExitStack() as inside:
+        with _INSTALLING:
+            runtime = runtime_of(model) or install(model)
+            if runtime.owner is not None and runtime.switch.mode.handler is None:
+                refuse_stand_in(runtime.switch)
+            inside.enter_context(runtime.switch.within(handler=handler, stands_in=True))
         try:
             yield model
         finally:
-            runtime.handler = before
-        return
-    install(model, handler)
-    try:
-        yield model
-    finally:
-        uninstall(model)
+            with _INSTALLING:
+                inside.close()
+                if runtime.owner is None and not runtime.switch.guests:
+                    uninstall(model)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from seerattention.hosts.transformers.attach import sparse_prefill
+from seerattention.hosts.transformers.attach import prompt_of, sparse_layer
 from seerattention.hosts.transformers.intercept import cache_argument
 from seerattention.policies import Policy
 
@@ -39,7 +39,7 @@ def prefill(
         ValueError: If nothing is attached, a piece is smaller than a block, the prompt is empty, or
             ``inputs`` has a mask.
     """
-    sparse = sparse_prefill(model)
+    sparse = sparse_layer(model)
     if inputs.get("attention_mask") is not None:
         raise ValueError("prefill takes prompts without padding; give prompts of other lengths one by one")
     block = max(scorer.block_size[0] for scorer in sparse.scorers.values())
@@ -53,12 +53,9 @@ def prefill(
     if tokens > head:
         sizes += piece_sizes(tokens - head, piece_tokens, block, sparse.policy)
     inputs |= cache_argument(model, past_key_values)
-    sparse.prompt_tokens = past + tokens
-    try:
+    with prompt_of(model, past + tokens):
         for piece in input_ids.split(sizes, 1):
             output = model(piece, use_cache=True, **inputs)
-    finally:
-        sparse.prompt_tokens = None
     return output
 
 

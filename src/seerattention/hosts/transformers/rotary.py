@@ -103,7 +103,7 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
     return rotary
 
 
-class KeysBeforeRope:
+class Unrotate:
     """Rotates cached keys back to what gates read.
 
     Args:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.options import Options
+from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
 #: Bytes of gathered keys, values and scores per batched product; at least one row is taken.
@@ -23,17 +24,17 @@ WORK_BYTES = 8 * 2**20
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    return ["it takes no packed sequences"] if options.packed else []
+    return []
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
-    batch, heads, num_queries, dim = q.shape
+    dim, rows = q.shape[3], options.rows
     block_q, block_k = selection.block_size
-    queries = _to_blocks(q * options.scale, block_q)
-    keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
+    queries = _to_blocks(q * options.scale, block_q, rows)
+    keys, values = _to_blocks(k, block_k, rows), _to_blocks(v, block_k, rows)
     out = torch.empty_like(queries)
     lse = queries.new_empty(queries.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for part in _parts(q, k, selection, options):
@@ -46,8 +47,8 @@ def run(
             lse[part.group] = scores.to(lse.dtype).logsumexp(-1)
         share = torch.softmax(scores, dim=-1)[..., : shape[1]]
         out[part.group] = torch.bmm(share, values.index_select(0, part.where).view(shape))
-    out = out.view(batch, heads, -1, dim)[:, :, :num_queries]
-    return out, lse.view(batch, heads, -1)[:, :, :num_queries] if options.return_lse else None
+    out = _from_blocks(out, q, rows)
+    return out, _from_blocks(lse[..., None], q, rows)[..., 0] if options.return_lse else None
 
 
 def backward(
@@ -66,13 +67,13 @@ def backward(
     Rows are gathered as in `run`, their probabilities computed anew from ``lse``, and what they add to
     the blocks that they read is added there in the rows' order, in the dtype of ``lse``.
     """
-    dim = q.shape[3]
+    dim, rows = q.shape[3], options.rows
     block_q, block_k = selection.block_size
     wide = lse.dtype
     delta = (grad.to(wide) * out).sum(-1) - grad_lse
-    queries, grads = _to_blocks(q * options.scale, block_q), _to_blocks(grad, block_q)
-    keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
-    shift, deltas = _to_blocks(lse[..., None], block_q), _to_blocks(delta[..., None], block_q)
+    queries, grads = _to_blocks(q * options.scale, block_q, rows), _to_blocks(grad, block_q, rows)
+    keys, values = _to_blocks(k, block_k, rows), _to_blocks(v, block_k, rows)
+    shift, deltas = (_to_blocks(x[..., None], block_q, rows) for x in (lse, delta))
     dq = torch.empty_like(queries)
     dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
     for part in _parts(q, k, selection, options):
@@ -91,8 +92,7 @@ def backward(
         for total, weights, x in ((dk, dscores, query), (dv, share, g)):
             total.index_add_(0, part.where, torch.bmm(weights.mT, x).view(-1, block_k, dim).to(wide))
     dq, dk, dv = (
-        x.view(*like.shape[:2], -1, dim)[:, :, : like.shape[2]].to(like.dtype).contiguous()
-        for x, like in ((dq, q), (dk, k), (dv, v))
+        _from_blocks(x, like, rows).to(like.dtype).contiguous() for x, like in ((dq, q), (dk, k), (dv, v))
     )
     return dq, dk, dv, delta
 
@@ -104,20 +104,18 @@ class _Part:
     Attributes:
         group: Numbers of the rows, ``[n]``.
         head: Their query heads.
-        row: Their places among their head's rows.
+        first: Position of each one's first query.
         blocks: The KV blocks that they read, ``[n, blocks]``.
         where: The same among the blocks of all heads, flat.
         masked: How many of the last blocks hold keys later than a row's first query.
-        past: Keys before the first query.
     """
 
     group: Tensor
     head: Tensor
-    row: Tensor
+    first: Tensor
     blocks: Tensor
     where: Tensor
     masked: int
-    past: int
 
     def scores(self, queries: Tensor, keys: Tensor, selection: BlockSelection, options: Options) -> Tensor:
         """Return the rows' scores ``[n, block_q, blocks * block_k]``, capped, acausal ones minus infinity."""
@@ -127,7 +125,7 @@ class _Part:
         if self.masked:
             columns = self.masked * selection.block_size[1]
             late = self.blocks[:, -self.masked :]
-            hidden = _hidden(late, self.row, *selection.block_size, self.past)
+            hidden = _hidden(late, self.first, *selection.block_size)
             scores[:, :, -columns:].masked_fill_(hidden, float("-inf"))
         return scores
 
@@ -137,34 +135,69 @@ def _parts(q: Tensor, k: Tensor, selection: BlockSelection, options: Options) ->
     batch, heads = q.shape[:2]
     block_q, block_k = selection.block_size
     nq, nk = selection.shape[2:]
+    first, last, begin, end = _places(options.rows, selection.block_size, q.device)
     rows = torch.arange(batch * heads * nq, device=q.device)
     b, h, i = rows // (heads * nq), rows // nq % heads, rows % nq
     list_row = b * (selection.shape[0] > 1)
     list_row = (list_row * selection.shape[1] + h // (heads // selection.shape[1])) * nq + i
-    first_kv = (b * k.shape[1] + h // (heads // k.shape[1])) * nk
+    first_kv = (b * k.shape[1] + h // (heads // k.shape[1])) * end + begin[i]
     offsets, indices = selection.rows()
     starts, counts = offsets[list_row], offsets.diff()[list_row]
     # Own blocks are always selected, and they alone hold keys later than a row's first query, which need a
     # mask: as many as KV blocks between the row's first and last query.
-    first = options.rows.first + i * block_q
-    last = (first + block_q).clamp(max=options.rows.num_keys) - 1
-    late = last // block_k - first // block_k + 1
+    late = (last // block_k - first // block_k + 1)[i]
     order = torch.argsort(counts * (nk + 1) + late, stable=True)
-    for start, end, count, masked in _equal_parts(
+    for start, stop, count, masked in _equal_parts(
         counts[order].tolist(), late[order].tolist(), block_q, block_k, q
     ):
-        group = order[start:end]
+        group = order[start:stop]
         blocks = indices[starts[group, None] + torch.arange(count, device=q.device)].long()
         where = (blocks + first_kv[group, None]).flatten()
-        yield _Part(group, h[group], i[group], blocks, where, masked, options.rows.first)
+        yield _Part(group, h[group], first[i[group]], blocks, where, masked)
 
 
-def _to_blocks(x: Tensor, size: int) -> Tensor:
-    """Cut ``[B, H, T, D]`` into ``[B * H * N, size, D]``, zeros after the last token."""
+def _places(
+    rows: Rows, block_size: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return every row's first and last position and its sequence's first KV block; how many there are."""
+    block_q, block_k = block_size
+    found, end = [], 0
+    for queries, keys in rows.known:
+        first = torch.arange(keys - queries, keys, block_q)
+        found.append(torch.stack((first, (first + block_q).clamp(max=keys) - 1, torch.full_like(first, end))))
+        end += num_blocks(keys, block_k)
+    first, last, begin = torch.cat(found, 1).to(device)
+    return first, last, begin, end
+
+
+def _in_blocks(rows: Rows, tokens: int, size: int, device: torch.device) -> Tensor:
+    """Return where packed tokens are once every sequence ends with a whole block, int64 ``[T]``."""
+
+    def make() -> Tensor:
+        both = zip(rows.places(tokens), rows.places(tokens, size), strict=True)
+        return torch.cat([torch.arange(one.stop - one.start) + block.start * size for one, block in both])
+
+    return rows.kept(("in blocks", tokens, size), device, make)
+
+
+def _to_blocks(x: Tensor, size: int, rows: Rows) -> Tensor:
+    """Cut ``[B, H, T, D]`` into ``[B * H * N, size, D]``, zeros after a sequence's last token."""
+    if rows.is_packed:
+        blocks = rows.places(x.shape[2], size)[-1].stop
+        padded = x.new_zeros(x.shape[1], blocks * size, x.shape[3])
+        padded[:, _in_blocks(rows, x.shape[2], size, x.device)] = x[0]
+        return padded.view(-1, size, x.shape[3])
     missing = -x.shape[2] % size
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
     return x.reshape(-1, size, x.shape[3])
+
+
+def _from_blocks(x: Tensor, like: Tensor, rows: Rows) -> Tensor:
+    """Undo `_to_blocks`: ``[B * H * N, size, E]`` -> ``[B, H, T, E]``."""
+    batch, heads, tokens = like.shape[:3]
+    size, x = x.shape[1], x.view(batch, heads, -1, x.shape[2])
+    return x[:, :, _in_blocks(rows, tokens, size, x.device)] if rows.is_packed else x[:, :, :tokens]
 
 
 def _equal_parts(
@@ -184,9 +217,9 @@ def _equal_parts(
     return parts
 
 
-def _hidden(lists: Tensor, rows: Tensor, block_q: int, block_k: int, past: int) -> Tensor:
+def _hidden(lists: Tensor, first: Tensor, block_q: int, block_k: int) -> Tensor:
     """Mark the acausal pairs in rows' last blocks, bool ``[rows, block_q, blocks * block_k]``."""
     device = lists.device
     key = (lists[:, :, None] * block_k + torch.arange(block_k, device=device)).flatten(1)
-    query = past + rows[:, None] * block_q + torch.arange(block_q, device=device)
+    query = first[:, None] + torch.arange(block_q, device=device)
     return key[:, None, :] > query[:, :, None]

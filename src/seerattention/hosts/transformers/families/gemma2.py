@@ -4,13 +4,11 @@ Its soft-cap comes with every call of the attention function. Attached models ap
 eager attention does, also where some versions would take sdpa, which leaves it out.
 """
 
-from torch import nn
 from transformers import PreTrainedConfig
 
+from seerattention.hosts.transformers.family import outputs
 
-def taps(attention: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the modules whose outputs are q and k before the rotary embedding."""
-    return attention.q_proj, attention.k_proj  # type: ignore[return-value]
+taps = outputs("q_proj", "k_proj")
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:

@@ -3,9 +3,6 @@
 Its sinks come with every call of the attention function.
 """
 
-from torch import nn
+from seerattention.hosts.transformers.family import outputs
 
-
-def taps(attention: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the modules whose outputs are q and k before the rotary embedding."""
-    return attention.q_proj, attention.k_proj  # type: ignore[return-value]
+taps = outputs("q_proj", "k_proj")

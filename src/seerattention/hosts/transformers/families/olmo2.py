@@ -1,8 +1,5 @@
 """olmo2: q and k before the rotary embedding are the outputs of ``q_norm`` and ``k_norm``, over all heads."""
 
-from torch import nn
+from seerattention.hosts.transformers.family import outputs
 
-
-def taps(attention: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the modules whose outputs are q and k before the rotary embedding."""
-    return attention.q_norm, attention.k_norm  # type: ignore[return-value]
+taps = outputs("q_norm", "k_norm")

@@ -3,13 +3,11 @@
 Some layers have no rotary embedding.
 """
 
-from torch import nn
 from transformers import PreTrainedConfig
 
+from seerattention.hosts.transformers.family import outputs
 
-def taps(attention: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the modules whose outputs are q and k before the rotary embedding."""
-    return attention.q_proj, attention.k_proj  # type: ignore[return-value]
+taps = outputs("q_proj", "k_proj")
 
 
 def rotates(config: PreTrainedConfig, layer: int) -> bool:

@@ -1,0 +1,129 @@
+"""Which tokens of a padded batch are real: worked out once per forward pass, for every layer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seerattention.ops.dense_attention import dense_attention
+from seerattention.rows import Rows
+
+
+class Side:
+    """The queries of a padded batch, or its keys.
+
+    Args:
+        real: bool ``[B, T]``.
+
+    Attributes:
+        row: Of every real token its row, int64 ``[sum T]``, and
+        token: its column; row by row.
+        rank: Its number among the row's real tokens.
+    """
+
+    def __init__(self, real: Tensor) -> None:
+        self.real = real
+        self.row, self.token = real.nonzero(as_tuple=True)
+        self.rank = (real.cumsum(1) - 1)[self.row, self.token]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Put the real tokens behind one another, ``[B, H, T, D]`` -> ``[1, H, sum T, D]``."""
+        return x.transpose(0, 1)[:, self.row, self.token][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Undo `pack`, with zeros where nothing is real."""
+        return self._spread(x[0], self.token)
+
+    def align(self, x: Tensor) -> Tensor:
+        """Move every row's real tokens to its beginning, ``[B, H, T, D]``, zeros behind them."""
+        return self._spread(self.pack(x)[0], self.rank)
+
+    def unalign(self, x: Tensor) -> Tensor:
+        """Undo `align`."""
+        return self._spread(x.transpose(0, 1)[:, self.row, self.rank], self.token)
+
+    def _spread(self, packed: Tensor, columns: Tensor) -> Tensor:
+        heads, _, dim = packed.shape
+        out = packed.new_zeros(heads, *self.real.shape, dim)
+        out[:, self.row, columns] = packed
+        return out.transpose(0, 1)
+
+
+class Padding:
+    """The real tokens of a padded batch.
+
+    Args:
+        real: bool ``[B, Tk]``, which keys are real.
+        num_queries: Query tokens, the last columns of ``real``.
+        lengths: (real queries, real keys) of every row.
+
+    Attributes:
+        lengths: (real queries, real keys) of every row.
+        queries: Where the real queries are.
+        keys: Where the real keys are.
+    """
+
+    def __init__(self, real: Tensor, num_queries: int, lengths: list[tuple[int, int]]) -> None:
+        self.lengths = lengths
+        self.keys = Side(real)
+        self.queries = Side(real[:, -num_queries:])
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows behind one another."""
+        return Rows.packed(self.lengths, self.keys.real.device)
+
+    @cached_property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Position in its row of every query, int64 ``[B, Tq]``, and of every key, -1 for padding."""
+        keys = (self.keys.real.cumsum(1) - 1).masked_fill(~self.keys.real, -1)
+        return keys[:, -self.queries.real.shape[1] :], keys
+
+    @cached_property
+    def between(self) -> list[bool]:
+        """Whether a row has padding between its tokens; waits for the device."""
+        real = F.pad(self.keys.real.int(), (1, 0))
+        return ((real.diff(dim=1) > 0).sum(1) > 1).tolist()
+
+    @classmethod
+    def of(cls, real: Tensor, num_queries: int) -> Padding | None:
+        """Look for padding in a batch; waits for the device.
+
+        Args:
+            real: bool ``[B, Tk]``, which keys are real.
+            num_queries: Query tokens, the last columns of ``real``.
+
+        Returns:
+            None if all tokens are real.
+        """
+        lengths = torch.stack((real[:, -num_queries:].sum(1), real.sum(1)), 1).tolist()
+        if all(k == real.shape[1] for _, k in lengths):
+            return None
+        return cls(real, num_queries, [(q, k) for q, k in lengths])
+
+    def first(self, position_ids: Tensor) -> Tensor:
+        """Return the position of every row's first key, int64 ``[B]``, from those of all query tokens.
+
+        They are the columns' of `real`, int64 ``[B or 1, Tq]``; a row with padding between its tokens, or
+        without queries, gives a number without meaning.
+        """
+        real = self.queries.real
+        of_first = position_ids.expand(real.shape[0], -1).gather(1, real.int().argmax(1, keepdim=True))[:, 0]
+        return of_first - torch.tensor([k - q for q, k in self.lengths], device=of_first.device)
+
+    def part(self, rows: list[int]) -> Padding:
+        """Return the padding of some rows."""
+        num_queries = self.queries.real.shape[1]
+        return Padding(self.keys.real[rows], num_queries, [self.lengths[i] for i in rows])
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Dense attention of the batch as it is, zeros where there is no query; see `dense_attention`."""
+        if q.shape[2] == k.shape[2]:
+            # From their beginnings on, all rows have the same causal mask.
+            out = dense_attention(*(self.keys.align(x) for x in (q, k, v)), **options)
+            return self.queries.unalign(out)
+        return dense_attention(q, k, v, positions=self.positions, **options)
