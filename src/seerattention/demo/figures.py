@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from seerattention.calibration.search import Outcome
-from seerattention.hosts.transformers import AttentionCall, Gates, intercept
+from seerattention.gate import AttnGate
+from seerattention.hosts.transformers import AttentionCall, Gates
+from seerattention.measure.maps import record_layers, true_map
 from seerattention.measure.plot import COLOURS, pyplot
-from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
 
 
-@torch.inference_mode()
 def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: TopK) -> list[dict[str, Any]]:
     """Return, for the clearest and the most mixed heads, the true map, the gate's and the selection.
 
@@ -29,39 +30,30 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
     Returns:
         Four heads, each ``{"layer", "head", "true", "gate", "selected"}`` with ``[Nq, Nk]`` arrays.
     """
-    by_layer = dict(gates.items())
-    found: list[dict[str, Any]] = []
 
-    def handler(call: AttentionCall) -> torch.Tensor:
-        gate = by_layer[call.layer]
-        true = pooled_map(call.q, call.k, gate.block_size, scale=call.scale)
-        scores = gate(call.q_nope, call.k_nope, positions=call.positions)
-        length = call.q.shape[2]
+    def look(call: AttentionCall, gate: AttnGate, scores: Tensor) -> list[dict[str, Any]]:
+        true, share, length = true_map(call, gate.block_size), scores.softmax(-1), call.q.shape[2]
         chosen = select(
             policy, scores, num_queries=length, num_keys=length, block_size=gate.block_size
         ).to_mask()
-        valid = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
-        share = torch.softmax(scores.masked_fill(~valid, float("-inf")), -1)
         # Entropy tells sharp heads from diffuse ones.
         spread = -torch.special.xlogy(true, true).sum(-1).mean(-1)[0]
         # A gate may have one score per KV head, for all query heads of its group.
         group = true.shape[1] // scores.shape[1]
-        for head in range(true.shape[1]):
-            found.append(
-                {
-                    "layer": call.layer,
-                    "head": head,
-                    "spread": float(spread[head]),
-                    "true": true[0, head].numpy(),
-                    "gate": share[0, head // group].numpy(),
-                    "selected": chosen[0, head // group].numpy(),
-                }
-            )
-        return call.dense()
+        return [
+            {
+                "layer": call.layer,
+                "head": head,
+                "spread": float(spread[head]),
+                "true": true[0, head].cpu().numpy(),
+                "gate": share[0, head // group].cpu().numpy(),
+                "selected": chosen[0, head // group].cpu().numpy(),
+            }
+            for head in range(true.shape[1])
+        ]
 
-    with intercept(model, handler):
-        ids = torch.from_numpy(np.ascontiguousarray(tokens))[None]
-        model.get_decoder()(ids, use_cache=False)
+    layers = record_layers(model, gates, [tokens], look)
+    found = [head for (heads,) in layers.values() for head in heads]
     found.sort(key=lambda f: f["spread"])
     picks = np.linspace(0, len(found) - 1, 4).round().astype(int)
     return [found[i] for i in picks]
