@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_gates_change(model, text, tm
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(model, text, tmp_path, monkeypatch):
-    from seerattention.train import _loop as module
+    from seerattention.train import loop as module
 
     config = DistillConfig(steps=4, save_every=1)
     run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()

@@ -257,9 +257,9 @@ def test_what_contradicts_itself_is_refused(tiny, model, text):
     with pytest.raises(
         ValueError, match=r"yarn with factor 2 reaches 2 x 256 = 512 tokens, fewer than the 900"
     ):
-        extend_context(model.config, "yarn", 2, 900)
+        extend_context(tiny.make().config, "yarn", 2, 900)
     with pytest.raises(ValueError, match="above 1, got 1"):
-        extend_context(model.config, "yarn", 1, 200)
+        extend_context(tiny.make().config, "yarn", 1, 200)
     with pytest.raises(ValueError, match="one of linear, dynamic, yarn, llama3"):
         extend_context(model.config, "ntk", 4, 900)
     extend_context(model.config, "yarn", 4, 900)
