@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from seerattention.measure.compare import measured
 from seerattention.measure.needle import NeedleTask
 
 
-@torch.inference_mode()
 def evaluate(
     model: PreTrainedModel, tokenizer: Any, heldout: np.ndarray, recipe: dict[str, Any]
 ) -> dict[str, Any]:
@@ -21,27 +21,18 @@ def evaluate(
     task = NeedleTask(tokenizer, heldout, digits=recipe["data"]["digits"])
     rows = []
     for length in settings["lengths"]:
-        losses = []
-        for i in range(max(1, settings["text_tokens"] // length)):
-            start = i * (len(heldout) - length) // max(1, settings["text_tokens"] // length)
-            tokens = torch.from_numpy(heldout[start : start + length].astype(np.int64)).to(model.device)[None]
-            hidden = model.model(tokens, use_cache=False).last_hidden_state[0, :-1]
-            for part, target in zip(hidden.split(4096), tokens[0, 1:].split(4096), strict=True):
-                losses.append(F.cross_entropy(model.lm_head(part).float(), target, reduction="none"))
-        correct = asked = 0
-        for seed in range(settings["documents"]):
-            document = task.make(length, seed)
-            tokens = torch.from_numpy(document.tokens).to(model.device)[None]
-            hidden = model.model(tokens, use_cache=False).last_hidden_state[0]
-            where = torch.from_numpy(document.query_positions).to(model.device)
-            correct += document.correct(model.lm_head(hidden[where]).argmax(-1).cpu().numpy())
-            asked += len(document.answers)
+        count = max(1, settings["text_tokens"] // length)
+        starts = [i * (len(heldout) - length) // count for i in range(count)]
+        documents = [task.make(length, seed) for seed in range(settings["documents"])]
+        found = measured(
+            model, None, windows=[heldout[start : start + length] for start in starts], documents=documents
+        ).values()
         rows.append(
             {
                 "tokens": length,
-                "loss": round(float(torch.cat(losses).mean()), 4),
-                "needle": round(correct / asked, 4),
-                "questions": asked,
+                "loss": round(math.log(found["perplexity"]), 4),
+                "needle": round(found["needles"], 4),
+                "questions": sum(len(document.answers) for document in documents),
             }
         )
         print(rows[-1], flush=True)
