@@ -44,7 +44,7 @@ from seerattention.measure.compare import measured
 from seerattention.measure.needle import NeedleTask
 from seerattention.measure.versions import versions
 from seerattention.ops.pooled_attention import pooled_attention
-from seerattention.ops.score_blocks import reference
+from seerattention.ops.score_blocks import chunked
 from seerattention.train import DistillConfig, objectives, target_recall
 from seerattention.train.layer import gate_scores
 
@@ -216,7 +216,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         # Memory is plenty: fewer, larger products.
-        reference.SLICE_BYTES = 2**30
+        chunked.SLICE_BYTES = 2**30
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model, tokenizer = bundled.load_teacher(dtype, args.teacher)
     return model.to(args.device), tokenizer

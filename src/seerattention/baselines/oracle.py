@@ -28,6 +28,7 @@ class Oracle:
     block_size: tuple[int, int] = (64, 64)
     pool: Literal["max", "sum"] = "max"
     after_rope = True
+    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep the keys themselves."""

@@ -15,7 +15,8 @@ from seerattention.measure import bundled
 from seerattention.measure.maps import record_layers
 from seerattention.ops.shapes import Shape
 from seerattention.policies import TopK, select
-from seerattention.selection import BlockSelection, causal_blocks, num_blocks, own_blocks
+from seerattention.rows import Rows, num_blocks
+from seerattention.selection import BlockSelection
 
 #: What ``--mask`` may name.
 MASKS = ("random", "gate", "band")
@@ -26,14 +27,14 @@ PASSAGE_SPREAD = 0.5
 
 def full(shape: Shape, device: str) -> BlockSelection:
     """Select everything, with one list per head as the other masks have."""
-    valid = causal_blocks(shape.queries, shape.keys, shape.block_size, device)
+    valid = Rows.last(shape.queries, shape.keys).causal(shape.block_size, device)
     return _per_head(shape, lambda head: valid)
 
 
 def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSelection:
     """Select each earlier block with probability ``density``, per query head."""
-    sizes = shape.queries, shape.keys, shape.block_size, device
-    valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+    rows = Rows.last(shape.queries, shape.keys)
+    valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
     own[:, 0] = True
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -46,8 +47,8 @@ def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSel
 
 def band(shape: Shape, density: float, device: str) -> BlockSelection:
     """Select the first block and the latest ones, as many as ``TopK(density)`` would take."""
-    sizes = shape.queries, shape.keys, shape.block_size, device
-    own, valid = own_blocks(*sizes), causal_blocks(*sizes)
+    rows = Rows.last(shape.queries, shape.keys)
+    valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
     count = TopK(density).blocks(valid.shape[1])
     mask = TopK(density, sink_blocks=1, local_blocks=count).always(own, valid)
     return _per_head(shape, lambda head: mask)
@@ -74,8 +75,8 @@ def gate(shape: Shape, density: float, device: str, scores: Tensor) -> BlockSele
     def one(head: int) -> Tensor:
         at, inside = chosen[head]
         longer = lay_out(coarse[at, inside], blocks, seed=at)[None, None]
-        sizes = {"num_queries": shape.queries, "num_keys": shape.keys, "block_size": shape.block_size}
-        return select(policy, longer, **sizes).to_mask()[0, 0]
+        rows = Rows.last(shape.queries, shape.keys)
+        return select(policy, longer, rows=rows, block_size=shape.block_size).to_mask()[0, 0]
 
     return _per_head(shape, one)
 

@@ -23,7 +23,7 @@ from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import perplexity
 from seerattention.policies import Calibrated, Calibration, Policy, TopK
 from seerattention.policies.calibrated import log_free
-from seerattention.selection import causal_blocks, own_blocks
+from seerattention.rows import Rows
 
 #: Lengths that the law is fitted to, as shares of a window.
 LENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
@@ -90,8 +90,8 @@ class _Length:
     def __init__(self, maps: Maps, blocks: int, row_exponent: float = ROW_EXPONENT) -> None:
         self.blocks = blocks
         block = maps.block_size
-        sizes = blocks * block[0], blocks * block[1], block
-        valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+        rows = Rows.last(blocks * block[0], blocks * block[1])
+        valid, own = rows.causal(block), rows.own(block)
         always = maps.knobs.always(own, valid)
         chosen = maps.rows < blocks
         rows = maps.rows[chosen]

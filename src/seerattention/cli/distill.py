@@ -232,7 +232,7 @@ def _print_plan(
     sequences: int,
     out: Path,
 ) -> None:
-    from seerattention.ops.score_blocks.reference import SLICE_BYTES
+    from seerattention.ops.score_blocks import SLICE_BYTES
 
     count = sum(p.numel() for p in gates.parameters())
     weights = sum(p.numel() * p.element_size() for p in base.parameters())

@@ -16,6 +16,7 @@ from seerattention.hosts.transformers import AttentionCall, Gates
 from seerattention.measure.maps import record_layers, true_map
 from seerattention.measure.plot import COLOURS, pyplot
 from seerattention.policies import TopK, select
+from seerattention.rows import Rows
 
 
 def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: TopK) -> list[dict[str, Any]]:
@@ -33,9 +34,7 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
 
     def look(call: AttentionCall, gate: AttnGate, scores: Tensor) -> list[dict[str, Any]]:
         true, share, length = true_map(call, gate.block_size), scores.softmax(-1), call.q.shape[2]
-        chosen = select(
-            policy, scores, num_queries=length, num_keys=length, block_size=gate.block_size
-        ).to_mask()
+        chosen = select(policy, scores, rows=Rows.last(length, length), block_size=gate.block_size).to_mask()
         # Entropy tells sharp heads from diffuse ones.
         spread = -torch.special.xlogy(true, true).sum(-1).mean(-1)[0]
         # A gate may have one score per KV head, for all query heads of its group.

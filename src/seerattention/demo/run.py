@@ -32,6 +32,7 @@ from seerattention.measure.observe import Watch
 from seerattention.measure.timing import interleaved
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import TopK
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 from seerattention.train import TextWindows
 
@@ -274,7 +275,7 @@ class Demo:
         def choose() -> BlockSelection:
             k_blocks = gate.compress(call.k_nope, positions=call.positions)
             return select_blocks(
-                call.q_nope, k_blocks, gate, policy, positions=call.positions, num_keys=length
+                call.q_nope, k_blocks, gate, policy, rows=Rows.last(length, length), positions=call.positions
             )
 
         parts = {

@@ -135,16 +135,17 @@ def _heads(
     """Return the maps and selections of one layer's heads."""
     length, block = call.q.shape[2], gate.block_size
     true, share = true_map(call, block)[0], scores.softmax(-1)[0]
-    valid = scores[0, 0].isfinite()
+    rows = Rows.last(length, length)
+    valid = rows.causal(block, scores.device)
     mass = block_mass(call.q, call.k, block, scale=call.scale, softcap=call.softcap)[0]
     check_finite(call.layer, mass)
     group = true.shape[0] // share.shape[0]
     chosen = []
     for policy in policies:
         policy = policy.at(call.layer, None)
-        selection = select(policy, scores, num_queries=length, num_keys=length, block_size=block)
+        selection = select(policy, scores, rows=rows, block_size=block)
         read = selection.to_mask()[0].repeat_interleave(group, 0)
-        always = policy.always(Rows.last(length, length).own(block, valid.device), valid)
+        always = policy.always(rows.own(block, valid.device), valid)
         chosen.append((read, block_states(read, true, always, valid)))
     pairs = valid.cpu().numpy()
     causal = int(valid.sum())
