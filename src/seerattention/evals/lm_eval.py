@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from seerattention.evals.config import BUNDLED, POLICY
-from seerattention.hosts.transformers import Gates, attach, load_gates, usage
+from seerattention.evals.config import POLICY
+from seerattention.hosts.transformers import Gates, attach, usage
 from seerattention.measure import bundled
+from seerattention.measure.bundled import BUNDLED
 from seerattention.measure.observe import Watch
 from seerattention.policies import parse
 
@@ -196,7 +197,7 @@ def _gates(gates: str | None, policy: str | None, density: float | None) -> tupl
         raise ValueError(f"give policy or density, not both; got {policy!r} and {density}")
     if density is not None:
         policy = POLICY.format(density=density)
-    loaded = bundled.load_teacher_gates() if gates == BUNDLED else load_gates(gates)
+    loaded = bundled.named_gates(gates)
     policy = policy or loaded.policy
     if policy is None:
         raise ValueError("these gates were saved without a policy; give density=0.1 or a policy")
