@@ -29,6 +29,7 @@ from seerattention.evals.tasks import Sample, Source
 from seerattention.hosts.transformers import new_gates, save_gates
 from seerattention.measure import bundled
 from seerattention.measure.intervals import mean_interval, newcombe, t_quantile, wilson
+from seerattention.measure.observe import Watch
 
 CONFIG = """
 lengths = [1024]
@@ -326,7 +327,7 @@ def test_faults_of_answers_are_named_and_counted(config, monkeypatch) -> None:
 
     @contextmanager
     def nothing(*arguments):
-        yield
+        yield Watch()
 
     monkeypatch.setattr(evaluation, "_attached", nothing)
     file = finish(evaluation)

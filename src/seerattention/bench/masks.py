@@ -18,7 +18,7 @@ from seerattention.policies import TopK, select
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
-#: What ``--mask`` may name.
+#: Kinds of masks.
 MASKS = ("random", "gate", "band")
 
 #: How far a repeated passage's scores move, in standard deviations of the head's scores.

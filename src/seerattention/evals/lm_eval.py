@@ -82,7 +82,7 @@ class SeerAttentionLM(HFLM):
             raise ValueError("model_args must name the model: pretrained=<folder or hub id>")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(
-                f"--batch_size must be a number with the model seerattention, got {batch_size!r}: how much "
+                f"batch_size must be a number with the model seerattention, got {batch_size!r}: how much "
                 "memory a batch takes depends on what the gates choose"
             )
         loaded, text = _gates(gates, policy, density)

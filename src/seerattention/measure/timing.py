@@ -92,3 +92,21 @@ def _events(run: Callable[[], object], launches: int) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def peak_mb(run: Callable[[], object], *, result: bool = True) -> float:
+    """Return the peak memory of a call on a GPU beyond what is there before it, in MB of 10^6 bytes.
+
+    Args:
+        run: Called twice: what the first call makes and keeps, such as a compiled kernel, is not counted.
+        result: Count what the call returns, too.
+    """
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made = run()
+    torch.cuda.synchronize()
+    kept = before if result else torch.cuda.memory_allocated()
+    del made
+    return (torch.cuda.max_memory_allocated() - max(before, kept)) / 1e6

@@ -116,8 +116,6 @@ def _show(report: dict[str, Any], console: Console) -> None:
     console.print(_attention_table(report))
     if report["layers"]:
         console.print(_layer_table(report))
-    if report["targets"]:
-        console.print(_target_table(report))
 
 
 def _attention_table(report: dict[str, Any]) -> Any:
@@ -165,17 +163,6 @@ def _layer_table(report: dict[str, Any]) -> Any:
             f"{row['speedup']:.2f}x",
             "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}",
         )
-    return table
-
-
-def _target_table(report: dict[str, Any]) -> Any:
-    table = _table(["target", "wanted", "reached", "met", "by"])
-    table.columns[0].justify = "left"
-    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "not measured"}
-    for row in report["targets"]:
-        reached = "" if row["reached"] is None else f"{row['reached']:.2f}"
-        sign = "<=" if row["at_most"] else ">="
-        table.add_row(row["what"], f"{sign} {row['bound']}", reached, words[row["met"]], row["backend"] or "")
     return table
 
 

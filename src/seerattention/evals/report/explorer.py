@@ -48,7 +48,7 @@ def fitting_layers(gates: Gates, tokens: int, policies: int) -> list[int]:
     count = min(len(layers), int(MAP_BYTES // (head * gates.config.num_heads)))
     if not count:
         raise ValueError(
-            f"the maps of one layer at {tokens:,} tokens are too large for a page; give fewer --tokens"
+            f"the maps of one layer at {tokens:,} tokens are too large for a page; give fewer tokens"
         )
     return [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
 
@@ -93,7 +93,7 @@ def explore(
     if layers and len(set(layers)) > len(fitting):
         raise ValueError(
             f"the maps of {len(set(layers))} layers at {len(tokens):,} tokens are too large for a page, "
-            f"{len(fitting)} fit; give fewer --layers or fewer --tokens"
+            f"{len(fitting)} fit; give fewer layers or fewer tokens"
         )
     kept = sorted(set(layers)) if layers else fitting
 

@@ -1,9 +1,19 @@
-"""The speeds aimed for on a GPU, and whether a report reaches them."""
+"""The speeds aimed for on a GPU, and whether a report of ``bench prefill`` reaches them.
+
+python benchmarks/targets.py benchmarks/results/<device>/prefill.json
+
+prints them and writes them into the report.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from seerattention.files import staged
 
 
 @dataclass(frozen=True)
@@ -73,3 +83,25 @@ TARGETS = (
 def judge(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return every target with what the report reached."""
     return [target.judge(report) for target in TARGETS]
+
+
+def main() -> None:
+    """Judge a report and print what was reached."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", type=Path, help="a result of seerattention bench prefill")
+    path = parser.parse_args().report
+    report = json.loads(path.read_text())
+    report["targets"] = judge(report)
+    with staged(path.parent) as folder:
+        (folder / path.name).write_text(json.dumps(report, indent=2) + "\n")
+    words = {True: "reached", False: "missed", None: "not measured"}
+    for row in report["targets"]:
+        reached = "" if row["reached"] is None else f"{row['reached']:.2f} by {row['backend']}"
+        sign = "<=" if row["at_most"] else ">="
+        print(f"{row['what']:52} {sign} {row['bound']:<6} {words[row['met']]:12} {reached}")
+
+
+if __name__ == "__main__":
+    main()
