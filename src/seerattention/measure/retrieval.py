@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ def predictions(model: PreTrainedModel, document: NeedleDocument) -> np.ndarray:
     return np.asarray(logits_of(model, hidden[where]).argmax(-1).cpu())
 
 
-def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
+def retrieval(model: PreTrainedModel, documents: Sequence[NeedleDocument]) -> float:
     """Return the fraction of all answers that the model predicts right in every digit.
 
     Args:
