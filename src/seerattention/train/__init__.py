@@ -21,5 +21,8 @@ from seerattention.train.finetuner import Finetuner as Finetuner
 from seerattention.train.prepare import checkpoint_layers as checkpoint_layers
 from seerattention.train.prepare import extend_context as extend_context
 from seerattention.train.prepare import prepare as prepare
+from seerattention.train.recipe import Distillation as Distillation
+from seerattention.train.recipe import Finetuning as Finetuning
 from seerattention.train.save import save_finetuned as save_finetuned
+from seerattention.train.source import Source as Source
 from seerattention.train.target import target_recall as target_recall

@@ -20,6 +20,9 @@ from seerattention.train.layer import gate_scores, learn, sampled_recall
 from seerattention.train.loop import Batch, Documents, Loop, packed_arguments
 from seerattention.train.processes import shard_layers
 
+#: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
+SLICES = 80 << 20
+
 
 class Distiller(Loop):
     """Trains the gates of a frozen model; memory does not grow with depth.
@@ -123,6 +126,21 @@ class Distiller(Loop):
         if len(self.heldout) and (self.done % self.config.eval_every == 0 or self.done == self.config.steps):
             measured = self._measure()
         return Step(self.done, loss, recall, tokens, seconds, measured)
+
+    def memory(self, length: int) -> dict[str, int]:
+        """Return the most that weights, optimizer and a layer's maps take; the forward pass comes on top."""
+        c, blocks = self.gates.config, -(-length // self.gates.config.block_size)
+        # Target, scores, their logarithm and gradients; slices of sub-block scores; pools and summaries in
+        # fp32, rotated and not, with gradients.
+        pooled = c.num_heads * len(c.q_pool) / c.q_sub + c.num_kv_heads * len(c.k_pool) / c.k_sub
+        summaries = c.num_heads / c.q_sub + c.num_kv_heads / c.k_sub
+        maps = 8 * 4 * c.num_heads * blocks**2 + SLICES
+        return {
+            "base": sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            "gates and optimizer": 16 * self.learned_parameters,
+            "one layer's maps per sequence": maps
+            + int(4 * length * (pooled * c.head_dim + 5 * summaries * c.dim)),
+        }
 
     def accumulate(self, batch: Batch, density: float) -> Tensor:
         """Run this process's share through the frozen model; leave gradients in the gates.

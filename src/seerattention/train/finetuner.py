@@ -138,6 +138,15 @@ class Finetuner(Loop):
                 pass
         yield from super().run()
 
+    def memory(self, length: int) -> dict[str, int]:
+        """Return what weights and optimizer take; the layers' activations come on top."""
+        parameters = list(self.model.parameters())
+        return {
+            "frozen weights": sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
+            # Weight, gradient and two moments in fp32.
+            "trained ones with gradient and optimizer": 16 * self.learned_parameters,
+        }
+
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the trained parameters by name, whole, on the main process; all processes must ask."""
         found = {}

@@ -159,6 +159,15 @@ class Loop:
         """Number of the batch that comes next."""
         return self.first + self.done
 
+    @property
+    def learned_parameters(self) -> int:
+        """Parameters that are trained, those of gates and model together."""
+        return sum(p.numel() for p in (*self.named.values(), *self.named_gates.values()))
+
+    def memory(self, length: int) -> dict[str, int]:
+        """Estimate the bytes that training on sequences of a length takes, by what takes them."""
+        raise NotImplementedError
+
     def accumulate(self, batch: Batch, density: float) -> Tensor:
         """Run this process's share of a batch; leave its gradients.
 
