@@ -10,6 +10,7 @@ from seerattention.ops.block_sparse_attention import BACKENDS, _backward
 from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -135,11 +136,8 @@ def test_nothing_waits_for_the_device():
     attend = gradients.by_name("auto")
     call.gradients(attend)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         call.gradients(attend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_memory_at_32k_tokens_is_bounded():

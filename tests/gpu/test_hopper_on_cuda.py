@@ -11,6 +11,7 @@ from seerattention.ops.shapes import Shape
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.poison import poison
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -187,11 +188,8 @@ def test_never_waits_for_the_device():
     selection = random_selection(shape, density=0.3, device="cuda")
     qkv = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
     block_sparse_attention(*qkv, selection, backend="hopper")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         block_sparse_attention(*qkv, selection, backend="hopper")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

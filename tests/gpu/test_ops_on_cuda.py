@@ -10,6 +10,7 @@ from seerattention.ops.shapes import Shape
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.poison import poison
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -152,8 +153,5 @@ class TestTriton:
         case = SMALL[4]
         self.run(case, torch.bfloat16)
         qkv, selection = inputs(case, torch.bfloat16)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             sparse.BACKENDS["triton"].run(*qkv, selection, case.options())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

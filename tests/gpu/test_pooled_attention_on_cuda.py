@@ -13,6 +13,7 @@ from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.testing import conformance
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -166,11 +167,8 @@ def test_auto_takes_it(monkeypatch):
 def test_nothing_waits_for_the_device():
     q, k, v = inputs(BY_NAME["thousand"])
     kernel.run(q, k, v, (64, 64), PoolOptions(scale=0.1))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         kernel.run(q, k, v, (64, 64), PoolOptions(scale=0.1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def bytes_beyond_outputs(run):

@@ -12,6 +12,7 @@ from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
+from seerattention.testing.waiting import no_waiting
 from seerattention.train import layer, objectives
 
 pytestmark = pytest.mark.gpu
@@ -159,8 +160,5 @@ def test_learning_does_not_wait_for_the_device() -> None:
     args = gate, q, k, target, objectives.create("kl"), 1.0, 0.1
     layer.learn(*args)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         layer.learn(*args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -21,6 +21,7 @@ from seerattention.policies import Calibrated, Calibration, Policy
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -147,11 +148,8 @@ def test_limits_of_each_head(row_exponent: float) -> None:
     # Its limits are on the device since the first call.
     select_blocks(policy=policy, **args, backend="triton")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         selection = select_blocks(policy=policy, **args, backend="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     certain.check(selection)
 
 
@@ -160,11 +158,8 @@ def test_the_host_is_not_waited_for(policy: Policy) -> None:
     args = arguments(MIDDLING[1], torch.bfloat16)
     select_blocks(policy=policy, **args)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         select_blocks(policy=policy, **args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("case", MIDDLING[:3], ids=lambda case: case.name)

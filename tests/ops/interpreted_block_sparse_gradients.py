@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.ops import _copies
+from seerattention.ops import copies
 from seerattention.ops.block_sparse_attention import _backward
 from seerattention.ops.block_sparse_attention import triton as backend
 from seerattention.ops.block_sparse_attention._cases import Case
@@ -60,7 +60,7 @@ def test_tiles_by_the_copy_engine(block_size: tuple[int, int], monkeypatch: pyte
     def described(launch: object, rows: int, *tensors: Tensor) -> list[object]:
         made.append(rows)
         shape = [1, 1, rows, 32]
-        return [_copies._describe(x, list(x.shape), list(x.stride()), shape) for x in tensors]
+        return [copies._describe(x, list(x.shape), list(x.stride()), shape) for x in tensors]
 
     monkeypatch.setattr(_backward, "_copied", described)
     gradients.check_gradients(gradients.by_name("triton"), replace(TINY, head_dim=24, block_size=block_size))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention, pooled_attention
-from seerattention.ops import _dispatch
 from seerattention.ops import block_sparse_attention as attention_op
+from seerattention.ops import dispatch
 from seerattention.ops import pooled_attention as pooled_op
 from seerattention.ops.block_sparse_attention._cases import CASES
 from seerattention.ops.shapes import Shape
@@ -35,7 +35,7 @@ def test_a_new_backend_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = (Path(attention_op.__file__).parent / "gather.py").read_text(encoding="utf-8")
     (tmp_path / "added.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(attention_op, "__path__", [*attention_op.__path__, str(tmp_path)])
-    backends = _dispatch.load_backends(attention_op.__name__, attention_op.__path__)
+    backends = dispatch.load_backends(attention_op.__name__, attention_op.__path__)
     assert set(backends) == {*attention_op.BACKENDS, "added"}
     assert backends["added"].__file__ == str(tmp_path / "added.py")
     monkeypatch.setattr(attention_op, "BACKENDS", backends)
@@ -51,15 +51,15 @@ def fake(*reasons: str) -> Any:
 def test_auto_takes_the_first_that_can() -> None:
     backends = {"slow": fake(), "picky": fake("not today"), "fast": fake()}
     order = ("picky", "fast", "slow")
-    assert _dispatch.choose(backends, order, "auto") is backends["fast"]
-    assert _dispatch.choose(backends, order, "slow") is backends["slow"]
-    assert _dispatch.explain(backends) == {"slow": [], "picky": ["not today"], "fast": []}
+    assert dispatch.choose(backends, order, "auto") is backends["fast"]
+    assert dispatch.choose(backends, order, "slow") is backends["slow"]
+    assert dispatch.explain(backends) == {"slow": [], "picky": ["not today"], "fast": []}
 
 
 def test_a_named_backend_never_falls_back() -> None:
     backends = {"picky": fake("not today", "nor tomorrow"), "able": fake()}
     with pytest.raises(NotImplementedError, match="picky: not today; nor tomorrow") as error:
-        _dispatch.choose(backends, ("picky", "able"), "picky", q=torch.zeros(1, 2), selection=FULL, n=3)
+        dispatch.choose(backends, ("picky", "able"), "picky", q=torch.zeros(1, 2), selection=FULL, n=3)
     assert "able" not in str(error.value)
     assert r"q: [1, 2] torch.float32 on cpu" in str(error.value)
     assert "selection: (1, 1, 2, 2) blocks of (64, 64)" in str(error.value)
@@ -69,7 +69,7 @@ def test_a_named_backend_never_falls_back() -> None:
 def test_auto_tells_all_reasons() -> None:
     backends = {"a": fake("too old"), "b": fake("too new"), "outside": fake()}
     with pytest.raises(NotImplementedError, match=r"(?s)a: too old.*b: too new"):
-        _dispatch.choose(backends, ("a", "b"), "auto")
+        dispatch.choose(backends, ("a", "b"), "auto")
 
 
 def test_unknown_backend() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_PACKAGE = f"{__package__}.families"
+from seerattention.hosts.transformers import families as family_files
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def halves(head_dim: int, rotated: int, *, interleaved: bool = False) -> list[in
 
 def _files() -> dict[str, Any]:
     """Return the family files by model type."""
-    found = pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__)
+    found = pkgutil.iter_modules(family_files.__path__)
     names = sorted(m.name for m in found if not m.name.startswith("_"))
-    return {name: importlib.import_module(f"{_PACKAGE}.{name}") for name in names}
+    return {name: importlib.import_module(f"{family_files.__name__}.{name}") for name in names}
 
 
 def families() -> list[str]:
