@@ -55,7 +55,7 @@ def scoring(case: Case, backend: str) -> dict[str, Callable[[], object]]:
     made: list[Tensor] = []
 
     def forward() -> Tensor:
-        return score_blocks(q, k, case.sub_blocks, backend=backend)
+        return score_blocks(q, k, case.sub_blocks, **case.geometry, backend=backend)
 
     def backward() -> object:
         if not made:

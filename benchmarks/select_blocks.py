@@ -28,6 +28,7 @@ from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.select_blocks._cases import CASES, Case
 from seerattention.policies import Policy, parse
+from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
 
 KERNELS: dict[str, Any] = {name: op.BACKENDS["triton"] for name, op in
@@ -108,7 +109,7 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
     positions = torch.arange(case.keys, device="cuda")
     k_blocks = gate.compress(k, positions=positions)
     queries = gate.summarise_queries(q, positions=positions)
-    args: dict[str, Any] = {"scorer": gate, "positions": positions, "num_keys": case.keys}
+    args: dict[str, Any] = {"scorer": gate, "rows": Rows.last(case.queries, case.keys)}
 
     def summarise_k() -> torch.Tensor:
         return gate.compress(k, positions=positions)
@@ -120,8 +121,9 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
         """The gate with its queries' summaries at hand."""
 
         block_size, sub_blocks, scale = gate.block_size, gate.sub_blocks, gate.scale
+        tokens_per_summary = gate.tokens_per_summary
 
-        def summarise_queries(self, q: torch.Tensor, *, positions: torch.Tensor) -> torch.Tensor:
+        def summarise_queries(self, q: torch.Tensor, **_: object) -> torch.Tensor:
             first = int(q.storage_offset() // q.stride(2)) // gate.config.q_sub
             return queries[:, :, first : first + -(-q.shape[2] // gate.config.q_sub)]
 
@@ -136,7 +138,7 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
 
         def plain(policy: Policy = policy) -> object:
             with in_torch():
-                return select_op.select_blocks(q, summarise_k(), policy=policy, **args, backend="reference")
+                return select_op.select_blocks(q, summarise_k(), policy=policy, **args, backend="composed")
 
         timed[f"torch {policy}"] = plain
     return timed

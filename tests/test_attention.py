@@ -19,7 +19,7 @@ from seerattention.gate import Scorer
 from seerattention.ops.block_sparse_attention import reference
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.shapes import Shape
-from seerattention.selection import own_blocks
+from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
 from seerattention.testing.conformance import dense_attention
 from seerattention.testing.inputs import random_qkv
@@ -45,7 +45,7 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     mask = selection.to_mask()
     assert mask.any(-1).all()
     assert not (mask & ~causal_blocks(tokens, tokens, (64, 64))).any()
-    assert (mask | ~own_blocks(tokens, tokens, (64, 64))).all()
+    assert (mask | ~Rows.last(tokens, tokens).own((64, 64))).all()
     options = Options(scale=32**-0.5)
     Budget.of(lambda q, k, v: reference.run(q, k, v, selection, options), q, k, v).check(out)
 
@@ -68,7 +68,7 @@ def test_prompt_in_pieces_selects_as_at_once(pieces: tuple[int, ...], policy: Po
     q, k, _ = random_qkv(SHAPE)
     positions = torch.arange(SHAPE.keys)
     k_blocks = GATE.compress(k, positions=positions)
-    whole = select_blocks(q, k_blocks, GATE, policy, positions=positions, num_keys=SHAPE.keys).to_mask()
+    whole = select_blocks(q, k_blocks, GATE, policy, positions=positions).to_mask()
     assert 0.2 < whole.float().mean() < 0.5
     summaries = KeySummaries(GATE)
     end = 0
@@ -82,7 +82,7 @@ def test_prompt_in_pieces_selects_as_at_once(pieces: tuple[int, ...], policy: Po
             GATE,
             policy,
             positions=positions[start:end],
-            num_keys=end,
+            rows=Rows.last(piece, end),
         ).to_mask()
         rows = slice(start // 64, start // 64 + part.shape[2])
         # A block that the piece leaves unfinished gets a new summary later, so its row may differ.

@@ -17,6 +17,7 @@ from seerattention.ops import block_sparse_attention as op
 from seerattention.ops.dispatch import load_backends
 from seerattention.ops.shapes import Shape
 from seerattention.policies import TopK
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 from seerattention.testing.inputs import random_qkv, random_selection
 
@@ -102,7 +103,7 @@ def test_a_policy_is_one_file_and_one_export(add, monkeypatch):
     assert policy == kind(3, dense_last_rows=1)
     assert str(policy) == "every_nth:3,dense_last_rows=1"
     scores = torch.randn(1, 1, 8, 8)
-    mask = policies.select(policy, scores, num_queries=64, num_keys=64, block_size=(8, 8)).to_mask()
+    mask = policies.select(policy, scores, rows=Rows.last(64, 64), block_size=(8, 8)).to_mask()
     assert mask[0, 0, 5].nonzero().flatten().tolist() == [0, 3, 5]
     assert mask[0, 0, 7].all()
 

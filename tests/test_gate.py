@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig, Threshold, TopK
-from seerattention.ops.score_blocks import reference
+from seerattention.ops.score_blocks import chunked
 from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
+from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
 
 TYPES = [
@@ -141,7 +142,7 @@ PUBLISHED = [
 def test_published_formula(gate_type: str, force_double: bool, groups: int, tokens: int) -> None:
     actual, expected = check_published_scores(AttnGate, gate_type, force_double, groups, tokens)
     blocks = math.ceil(tokens / BLOCK)
-    options: dict[str, Any] = {"num_queries": tokens, "num_keys": tokens, "block_size": (BLOCK, BLOCK)}
+    options: dict[str, Any] = {"rows": Rows.last(tokens, tokens), "block_size": (BLOCK, BLOCK)}
 
     def chosen(policy: Policy) -> Tensor:
         return select(policy, actual, **options).to_mask()
@@ -355,7 +356,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, design: GateConf
     q, k = qk(777, batch=2)
     whole = gate(q, k)
     for size in (1, 30_000, 100_000):
-        monkeypatch.setattr(reference, "SLICE_BYTES", size)
+        monkeypatch.setattr(chunked, "SLICE_BYTES", size)
         torch.testing.assert_close(gate(q, k), whole, rtol=0, atol=1e-6)
 
 

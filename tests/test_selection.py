@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seerattention import BlockSelection, causal_blocks
 from seerattention.ops.shapes import Shape
-from seerattention.selection import own_blocks
+from seerattention.rows import Rows
 from seerattention.testing.inputs import random_selection
 
 
@@ -47,7 +47,7 @@ def test_rows_ascend(mask: Tensor) -> None:
 def test_causal_and_own_blocks_from_tokens(queries: int, past: int, block_q: int, block_k: int) -> None:
     keys = queries + past
     causal = causal_blocks(queries, keys, (block_q, block_k))
-    own = own_blocks(queries, keys, (block_q, block_k))
+    own = Rows.last(queries, keys).own((block_q, block_k))
     for i in range(causal.shape[0]):
         rows = range(past + i * block_q, past + min((i + 1) * block_q, queries))
         for j in range(causal.shape[1]):
@@ -64,7 +64,7 @@ def test_impossible_lengths(queries: int, keys: int) -> None:
 
 def test_density() -> None:
     valid = causal_blocks(256, 256, (64, 64))
-    assert BlockSelection.full(256, 256, (64, 64)).density(valid) == 1
+    assert BlockSelection.full(Rows.last(256, 256), (64, 64)).density(valid) == 1
     diagonal = BlockSelection.from_mask(torch.eye(4, dtype=torch.bool).expand(2, 3, 4, 4), (64, 64))
     assert diagonal.density(valid) == 4 / 10
     with pytest.raises(ValueError, match=r"valid must be \[4, 4\], got \[2, 4\]"):
@@ -100,12 +100,12 @@ def test_flex_form_agrees(queries: int, keys: int, block_size: tuple[int, int], 
         name="", heads=4, kv_heads=2, queries=queries, keys=keys, head_dim=8, block_size=block_size, batch=2
     )
     selection = random_selection(shape, density=0.4, heads=heads)
-    flex = selection.to_flex(queries, keys, 4)
+    flex = selection.to_flex(Rows.last(queries, keys), 4)
     mask = selection.to_mask().repeat_interleave(4 // heads, 1)
     assert torch.equal(flex.to_dense().bool(), mask)
     # Blocks without a mask inside must need none: the block's last key is before the row's first query.
     assert flex.full_kv_num_blocks is not None
-    assert torch.equal(flex.full_kv_num_blocks, (mask & ~own_blocks(queries, keys, block_size)).sum(-1))
+    assert torch.equal(flex.full_kv_num_blocks, (mask & ~Rows.last(queries, keys).own(block_size)).sum(-1))
 
 
 def test_storage_at_128k_tokens() -> None:
@@ -119,31 +119,31 @@ def test_storage_at_128k_tokens() -> None:
 
 def test_short_prompts() -> None:
     for tokens, blocks in ((1, 1), (63, 1), (64, 1), (65, 2)):
-        full = BlockSelection.full(tokens, tokens, (64, 64))
+        full = BlockSelection.full(Rows.last(tokens, tokens), (64, 64))
         assert full.shape == (1, 1, blocks, blocks)
         assert torch.equal(full.to_mask()[0, 0], torch.ones(blocks, blocks, dtype=torch.bool).tril())
 
 
 def test_check_finds_what_kernels_rely_on() -> None:
-    good = BlockSelection.full(100, 292, (64, 64))
-    good.check(100, 292)
+    good = BlockSelection.full(Rows.last(100, 292), (64, 64))
+    good.check(Rows.last(100, 292))
     with pytest.raises(ValueError, match=r"but 100 queries and 200 keys make \[2, 4\] blocks"):
-        good.check(100, 200)
+        good.check(Rows.last(100, 200))
 
     def changed(bits: list[int]) -> BlockSelection:
         return BlockSelection(torch.tensor([[[[b] for b in bits]]], dtype=torch.int32), good.shape, (64, 64))
 
-    changed([0b01111, 0b11111]).check(100, 292)
+    changed([0b01111, 0b11111]).check(Rows.last(100, 292))
     with pytest.raises(ValueError, match=r"row \[0, 0, 1\] .* selects no block"):
-        changed([1, 0]).check(100, 292)
+        changed([1, 0]).check(Rows.last(100, 292))
     with pytest.raises(ValueError, match=r"row \[0, 0, 0\] .* has bits set past its 5 blocks"):
-        changed([1 | 1 << 5, 1]).check(100, 292)
+        changed([1 | 1 << 5, 1]).check(Rows.last(100, 292))
     with pytest.raises(ValueError, match=r"row \[0, 0, 0\] .* selects a block that lies after its queries"):
-        changed([0b11111, 1]).check(100, 292)
+        changed([0b11111, 1]).check(Rows.last(100, 292))
 
 
 def test_row_slice_shares_storage() -> None:
-    selection = BlockSelection.full(300, 300, (64, 64))
+    selection = BlockSelection.full(Rows.last(300, 300), (64, 64))
     part = selection.row_slice(1, 3)
     assert part.shape == (1, 1, 2, 5)
     assert torch.equal(part.to_mask(), selection.to_mask()[:, :, 1:3])

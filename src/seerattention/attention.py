@@ -7,7 +7,7 @@ tokens matter, then reads only those:
 
 The scorer is the learned gate (`seerattention.gate`) or any baseline (`seerattention.baselines`), the
 policy any of `seerattention.policies`. Both steps are ops with several backends (`seerattention.ops`):
-`select_blocks` makes the selection, `ops/select_blocks/reference.py` says how in three lines, and
+`select_blocks` makes the selection, `ops/select_blocks/reference.py` says how, and
 `block_sparse_attention` reads it.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.select_blocks import select_blocks as select_blocks
 from seerattention.policies import Policy
+from seerattention.rows import Rows
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection
 
@@ -31,7 +32,8 @@ def seer_attention(
     *,
     q_scored: Tensor,
     k_blocks: Tensor,
-    positions: Tensor,
+    rows: Rows | None = None,
+    positions: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -40,14 +42,15 @@ def seer_attention(
     """Compute causal attention over the blocks that a scorer and a policy choose.
 
     Args:
-        q: Queries after the rotary embedding, ``[B, Hq, Tq, D]``, the last ``Tq`` of ``Tk`` tokens.
+        q: Queries after the rotary embedding, ``[B, Hq, Tq, D]``.
         k: Keys after the rotary embedding, ``[B, Hk, Tk, D]``.
         v: Values, ``[B, Hk, Tk, D]``.
         scorer: Ranks the blocks.
         policy: Decides how many of them to take.
         q_scored: The queries as the scorer reads them: before the rotary embedding for the gate.
         k_blocks: The keys' summaries, from ``scorer.compress``.
-        positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
+        rows: Where the queries lie among the keys; default they are the last ``Tq`` of ``Tk`` tokens.
+        positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions; default their places among the keys.
         scale: Softmax scale; default ``D ** -0.5``.
         softcap: See `block_sparse_attention`.
         sinks: See `block_sparse_attention`.
@@ -56,8 +59,18 @@ def seer_attention(
     Returns:
         The output ``[B, Hq, Tq, D]`` and the blocks that were read.
     """
-    selection = select_blocks(q_scored, k_blocks, scorer, policy, positions=positions, num_keys=k.shape[2])
+    rows = Rows.last(q.shape[2], k.shape[2]) if rows is None else rows
+    selection = select_blocks(q_scored, k_blocks, scorer, policy, rows=rows, positions=positions)
     out = block_sparse_attention(
-        q, k, v, selection, scale=scale, softcap=softcap, sinks=sinks, backend=backend
+        q,
+        k,
+        v,
+        selection,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        cu_seqlens_q=rows.starts_q,
+        cu_seqlens_k=rows.starts_k,
+        backend=backend,
     )
     return out, selection

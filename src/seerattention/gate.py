@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks import project_blocks, rotate, summarise_blocks
+from seerattention.rows import Rows
 from seerattention.scorer import Scorer as Scorer
 
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
@@ -250,6 +251,7 @@ class AttnGate(nn.Module):
         # What `ProductScorer` asks for.
         self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
+        self.tokens_per_summary = config.k_sub
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -288,70 +290,64 @@ class AttnGate(nn.Module):
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+    def compress(self, k: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise keys: ``[B, Hk, T, D]`` -> ``[B, H, N * block_size / k_sub, E]``.
 
-        ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `Scorer.compress`.
+        ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `ProductScorer.compress`.
         """
         c = self.config
-        return self._summarise(
-            k,
-            c.k_sub,
-            c.k_pool,
-            weight=self.linear_k.weight,
-            rotary=self._turns(positions[..., :: c.k_sub], k.shape[0]),
-            **_norm(self.norm_k),
-        )
+        options = {"weight": self.linear_k.weight} | _norm(self.norm_k)
+        return self._summarise(k, c.k_sub, c.k_pool, positions, rows, **options)
 
-    def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
         c = self.config
-        return self._summarise(
-            q,
-            c.q_sub,
-            c.q_pool,
-            weight=None if self.linear_q is None else self.linear_q.weight,
-            merge=c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
-            rotary=self._turns(positions[..., :: c.q_sub], q.shape[0]),
-            **_norm(self.norm_q),
-        )
+        options = {
+            "weight": None if self.linear_q is None else self.linear_q.weight,
+            "merge": c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
+        } | _norm(self.norm_q)
+        return self._summarise(q, c.q_sub, c.q_pool, positions, rows, **options)
 
-    def _summarise(self, x: Tensor, size: int, pools: tuple[str, ...], **options: Any) -> Tensor:
+    def _summarise(
+        self,
+        x: Tensor,
+        size: int,
+        pools: tuple[str, ...],
+        positions: Tensor,
+        rows: Rows | None,
+        **options: Any,
+    ) -> Tensor:
+        first: slice | Tensor = slice(None, None, size)
+        if rows is not None and rows.is_packed:
+            first = rows.edges(x.shape[2], size, x.device)[0]
+        options["rotary"] = self._turns(positions[..., first], x.shape[0])
         dtype, device = self.linear_k.weight.dtype, x.device.type
         if not (torch.is_grad_enabled() and self.linear_k.weight.requires_grad):
-            return summarise_blocks(x, size, pools, dtype=dtype, **options)
+            return summarise_blocks(x, size, pools, dtype=dtype, rows=rows, **options)
         # Tokens get no gradient while a gate learns: their pools are constants, made in one read, and
         # in what the projection will multiply.
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return project_blocks(summarise_blocks(x, size, pools, dtype=dtype), **options)
+        return project_blocks(summarise_blocks(x, size, pools, dtype=dtype, rows=rows), **options)
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Score block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        queries = self.summarise_queries(q, positions=positions)
-        # A row of queries that begins within a block sees one block more than one that begins with it.
-        past = None if valid is None else valid.shape[1] - valid.shape[0] + 1
-        return self.score_summaries(queries, k_blocks, past_blocks=past, backend="reference")
+        """Score all block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
+        return self.score_summaries(self.summarise_queries(q, positions=positions), k_blocks)
 
-    def score_summaries(
-        self, queries: Tensor, keys: Tensor, *, past_blocks: int | None = 0, backend: str = "auto"
-    ) -> Tensor:
+    def score_summaries(self, queries: Tensor, keys: Tensor, *, rows: Rows | None = None) -> Tensor:
         """Score block pairs from the summaries of their queries and keys.
 
         Args:
             queries: From `summarise_queries`.
-            keys: From `compress`.
-            past_blocks: KV blocks before the first query block: later blocks than a row sees hold
-                finite numbers without a meaning. None scores every pair.
-            backend: Of `score_blocks`.
+            keys: From `compress`; of packed sequences as ``Rows.rectangle`` lays them out.
+            rows: Where the queries lie among the keys: pairs that no query of the block may see are not
+                scored, they hold finite numbers without a meaning. Default every pair.
 
         Returns:
             fp32 ``[B, H, Nq, Nk]``, before softmax.
         """
-        keys = keys.to(queries.dtype)
-        return score_blocks(
-            queries, keys, self.sub_blocks, scale=self.scale, past_blocks=past_blocks, backend=backend
-        )
+        keys, size = keys.to(queries.dtype), self.block_size
+        return score_blocks(queries, keys, self.sub_blocks, scale=self.scale, rows=rows, block_size=size)
 
     def forward(self, q_nope: Tensor, k_nope: Tensor, *, positions: Tensor | None = None) -> Tensor:
         """Score a whole sequence at once.
@@ -366,16 +362,18 @@ class AttnGate(nn.Module):
             or ``Hk`` with ``per_kv_head``.
 
         Raises:
-            ValueError: If q or k do not have the heads and the dimension of the configuration.
+            ValueError: If q or k do not have the heads and the dimension of the configuration, or there are
+                more queries than keys.
         """
         c = self.config
         for name, x, heads in (("q_nope", q_nope, c.num_heads), ("k_nope", k_nope, c.num_kv_heads)):
             if x.dim() != 4 or x.shape[1] != heads or x.shape[3] != c.head_dim or not x.shape[2]:
                 raise ValueError(f"{name} must be [B, {heads}, T >= 1, {c.head_dim}], got {list(x.shape)}")
+        rows = Rows.last(q_nope.shape[2], k_nope.shape[2])
         if positions is None:
-            positions = torch.arange(k_nope.shape[2], device=k_nope.device)
+            positions = torch.arange(rows.num_keys, device=k_nope.device)
         k_blocks = self.compress(k_nope, positions=positions)
-        return self.score(q_nope, k_blocks, positions=positions[..., -q_nope.shape[2] :])
+        return self.score(q_nope, k_blocks, positions=positions[..., rows.first :])
 
 
 def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:

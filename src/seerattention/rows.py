@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ class OneSequence:
     """One sequence of several behind one another.
 
     Attributes:
+        index: Which one of all sequences, those without queries included.
         queries: Its tokens along dimension 2 of the queries.
         keys: Its tokens along dimension 2 of the keys.
         rows: The same sequence alone.
     """
 
+    index: int
     queries: slice
     keys: slice
     rows: Rows
@@ -169,19 +171,88 @@ class Rows:
 
     def sequences(self) -> Iterator[OneSequence]:
         """Iterate over the sequences that have queries, each with its place; waits as `known` does."""
-        query = key = 0
-        for queries, keys in self.known:
-            if queries:
-                yield OneSequence(
-                    slice(query, query + queries), slice(key, key + keys), Rows.last(queries, keys)
-                )
-            query, key = query + queries, key + keys
+        places = zip(self.places(self.num_queries), self.places(self.num_keys), self.known, strict=True)
+        for index, (queries, keys, lengths) in enumerate(places):
+            if lengths[0]:
+                yield OneSequence(index, queries, keys, Rows.last(*lengths))
+
+    def maps(self, block_size: tuple[int, int]) -> Iterator[tuple[OneSequence, tuple[slice, slice]]]:
+        """Iterate over the sequences, each with its rows and columns of a map of blocks; waits as `known`."""
+        down = self.places(self.num_queries, block_size[0])
+        for one in self.sequences():
+            yield one, (down[one.index], slice(0, one.rows.num_blocks(block_size)[1]))
+
+    def places(self, tokens: int, size: int = 1) -> list[slice]:
+        """Return where each sequence's blocks lie among those of all; waits as `known` does.
+
+        Args:
+            tokens: ``num_queries`` or ``num_keys``: whose blocks. Where they are equal, so are the sequences.
+            size: Tokens per block; a sequence's last block may be short.
+
+        Raises:
+            ValueError: If there are as many neither of queries nor of keys.
+        """
+        if tokens not in (self.num_queries, self.num_keys):
+            raise ValueError(
+                f"{tokens} tokens are neither the {self.num_queries} queries nor the {self.num_keys} keys"
+            )
+        side = 0 if tokens == self.num_queries else 1
+        ends = list(accumulate((num_blocks(lengths[side], size) for lengths in self.known), initial=0))
+        return [slice(*both) for both in pairwise(ends)]
+
+    def edges(self, tokens: int, size: int, device: torch.device) -> Tensor:
+        """Return every packed block's first token and the one after its last, int32 ``[2, N]``, made once.
+
+        Args:
+            tokens: As `places` takes it.
+            size: As `places` takes it.
+            device: Where kernels read them.
+        """
+
+        def make() -> Tensor:
+            both = []
+            for one in self.places(tokens):
+                first = torch.arange(one.start, one.stop, size, dtype=torch.int32)
+                both.append(torch.stack((first, (first + size).clamp(max=one.stop))))
+            return torch.cat(both, 1)
+
+        return self.kept(("edges", tokens, size), device, make)
+
+    def rectangle(self, x: Tensor, tokens: int, size: int) -> Tensor:
+        """Lay packed blocks out one sequence below the other.
+
+        Args:
+            x: ``[1, H, N, E]``, one entry per block of all sequences.
+            tokens: As `places` takes it.
+            size: As `places` takes it.
+
+        Returns:
+            ``[S, H, longest, E]``; what is left of a shorter sequence's row holds entries of others.
+        """
+
+        def make() -> Tensor:
+            places = self.places(tokens, size)
+            longest = max(one.stop - one.start for one in places)
+            first = torch.tensor([one.start for one in places])
+            return (first[:, None] + torch.arange(longest)).clamp(max=places[-1].stop - 1)
+
+        return x[0][:, self.kept(("rectangle", tokens, size), x.device, make)].transpose(0, 1)
+
+    def kept(self, name: object, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor that is made once, on the host, and kept on a device; nothing waits for it."""
+        if (name, device) not in self._kept:
+            self._kept[name, device] = make().to(device, non_blocking=True)
+        return self._kept[name, device]
+
+    @cached_property
+    def _kept(self) -> dict[object, Tensor]:
+        return {}
 
     def num_blocks(self, block_size: tuple[int, int]) -> tuple[int, int]:
         """Rows of a map of blocks, and columns of its longest sequence, ``(Nq, Nk)``; waits as `known`."""
         block_q, block_k = block_size
         return (
-            sum(num_blocks(queries, block_q) for queries, _ in self.known),
+            self.places(self.num_queries, block_q)[-1].stop,
             num_blocks(max(keys for _, keys in self.known), block_k),
         )
 

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from seerattention.rows import Rows
+
 
 class Scorer(Protocol):
     """Anything that ranks blocks: the learned gate and every baseline.
@@ -13,13 +15,18 @@ class Scorer(Protocol):
     Attributes:
         block_size: Tokens per (query block, KV block).
         after_rope: Whether it reads q and k after the rotary embedding; the gate reads them before.
+        tokens_per_summary: Key tokens per entry of what ``compress`` returns, a divisor of the KV block: the
+            block itself, less for sub-blocks, 1 where keys are kept.
     """
 
     block_size: tuple[int, int]
     after_rope: bool
+    tokens_per_summary: int
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
-        """Summarise keys once: ``[B, Hk, T, D]`` -> what a cache keeps, blocks along dimension 2.
+        """Summarise keys once: ``[B, Hk, T, D]`` -> what a cache keeps.
+
+        Along dimension 2 it holds ``ceil(T / tokens_per_summary)`` entries.
 
         Args:
             k: Keys, the first of them at the start of a block.
@@ -53,6 +60,16 @@ class ProductScorer(Scorer, Protocol):
     sub_blocks: tuple[int, int] | None
     scale: float
 
-    def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
-        """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``."""
+    def compress(self, k: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
+        """Summarise keys as `Scorer.compress` does; those of packed sequences one behind the other.
+
+        Args:
+            k: Keys, of packed sequences ``[1, Hk, T, D]``.
+            positions: int64 ``[T]`` or ``[B, T]``, each token's position in its sequence.
+            rows: The packed sequences; ``Rows.rectangle`` makes of the result what selecting takes.
+        """
+        ...
+
+    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
+        """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``; packed as `compress`."""
         ...

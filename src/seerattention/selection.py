@@ -9,16 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.rows import Rows, num_blocks
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 #: Blocks per word of a selection.
 WORD = 32
-
-
-def num_blocks(tokens: int, size: int) -> int:
-    """Number of blocks of ``size`` tokens that ``tokens`` tokens fill, the last one possibly short."""
-    return -(-tokens // size)
 
 
 def causal_blocks(
@@ -44,47 +41,7 @@ def causal_blocks(
     Raises:
         ValueError: If there are no queries, or more queries than keys.
     """
-    last_query, first_key = _block_edges(num_queries, num_keys, block_size, device)
-    return first_key[None, :] <= last_query[:, None]
-
-
-def own_blocks(
-    num_queries: int,
-    num_keys: int,
-    block_size: tuple[int, int],
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Mark the KV blocks that hold a query block's own tokens: those that are always read.
-
-    One block per row where query and KV blocks are aligned; more where a query block spans several.
-
-    Args:
-        num_queries: Query tokens, ``Tq``.
-        num_keys: Key tokens, ``Tk >= Tq``.
-        block_size: Tokens per (query block, KV block).
-        device: Where to build the result.
-
-    Returns:
-        bool ``[Nq, Nk]``.
-    """
-    last_query, first_key = _block_edges(num_queries, num_keys, block_size, device)
-    first_query = num_keys - num_queries + block_size[0] * torch.arange(len(last_query), device=device)
-    last_key = first_key + block_size[1] - 1
-    causal = first_key[None, :] <= last_query[:, None]
-    return causal & (last_key[None, :] >= first_query[:, None])
-
-
-def _block_edges(
-    num_queries: int, num_keys: int, block_size: tuple[int, int], device: torch.device | str | None
-) -> tuple[Tensor, Tensor]:
-    """Position of every query block's last token and of every KV block's first token."""
-    if not 1 <= num_queries <= num_keys:
-        raise ValueError(f"causal attention needs 1 <= Tq <= Tk, got Tq={num_queries} and Tk={num_keys}")
-    block_q, block_k = block_size
-    blocks = torch.arange(num_blocks(num_queries, block_q), device=device)
-    last_query = ((blocks + 1) * block_q).clamp(max=num_queries) - 1 + num_keys - num_queries
-    first_key = torch.arange(num_blocks(num_keys, block_k), device=device) * block_k
-    return last_query, first_key
+    return Rows.last(num_queries, num_keys).causal(block_size, device)
 
 
 @dataclass(frozen=True)
@@ -139,14 +96,12 @@ class BlockSelection:
     @classmethod
     def full(
         cls,
-        num_queries: int,
-        num_keys: int,
+        rows: Rows,
         block_size: tuple[int, int],
         device: torch.device | str | None = None,
     ) -> BlockSelection:
         """Select every causally valid block: dense attention, ``[1, 1, Nq, Nk]``."""
-        mask = causal_blocks(num_queries, num_keys, block_size, device)
-        return cls.from_mask(mask[None, None], block_size)
+        return cls.from_mask(rows.causal(block_size, device)[None, None], block_size, check=False)
 
     def to_mask(self) -> Tensor:
         """Return the selection as a bool mask ``[B, H, Nq, Nk]``."""
@@ -170,23 +125,22 @@ class BlockSelection:
         b, h, _, nk = self.shape
         return BlockSelection(self.bits[:, :, start:end], (b, h, end - start, nk), self.block_size)
 
-    def check(self, num_queries: int, num_keys: int) -> None:
+    def check(self, rows: Rows) -> None:
         """Check what kernels rely on and never look at, for debugging; this waits for a GPU.
 
         Args:
-            num_queries: Query tokens, ``Tq``.
-            num_keys: Key tokens, ``Tk``.
+            rows: The queries and keys it is to be used with.
 
         Raises:
             ValueError: If the number of blocks does not fit, a bit is set past ``Nk``, a row selects
                 no block, or a block lies wholly after its queries.
         """
         b, h, nq, nk = self.shape
-        valid = causal_blocks(num_queries, num_keys, self.block_size, self.bits.device)
+        valid = rows.causal(self.block_size, self.bits.device)
         if tuple(valid.shape) != (nq, nk) or tuple(self.bits.shape) != (b, h, nq, num_blocks(nk, WORD)):
             raise ValueError(
-                f"a selection of shape {self.shape} holds bits {list(self.bits.shape)}, but {num_queries} "
-                f"queries and {num_keys} keys make {list(valid.shape)} blocks"
+                f"a selection of shape {self.shape} holds bits {list(self.bits.shape)}, but "
+                f"{rows.num_queries} queries and {rows.num_keys} keys make {list(valid.shape)} blocks"
             )
         mask = BlockSelection(self.bits, (b, h, nq, self.bits.shape[3] * WORD), self.block_size).to_mask()
         past, mask = mask[..., nk:], mask[..., :nk]
@@ -227,12 +181,11 @@ class BlockSelection:
             raise ValueError(f"valid must be [{nq}, {nk}], got {list(valid.shape)}")
         return int(self.counts.sum()) / (b * h * int(valid.sum()))
 
-    def to_flex(self, num_queries: int, num_keys: int, num_heads: int) -> BlockMask:
+    def to_flex(self, rows: Rows, num_heads: int) -> BlockMask:
         """Return the selection as a ``BlockMask`` for `torch.nn.attention.flex_attention`.
 
         Args:
-            num_queries: Query tokens, ``Tq``.
-            num_keys: Key tokens, ``Tk``.
+            rows: Where its queries lie among its keys; not of packed sequences.
             num_heads: Query heads, ``Hq``; a selection with fewer heads is repeated over them.
 
         Returns:
@@ -241,14 +194,14 @@ class BlockSelection:
         from torch.nn.attention.flex_attention import BlockMask
 
         mask = self.to_mask().repeat_interleave(num_heads // self.shape[1], dim=1)
-        own = own_blocks(num_queries, num_keys, self.block_size, mask.device)
+        own = rows.own(self.block_size, mask.device)
         partial, full = mask & own, mask & ~own
 
         def lists(m: Tensor) -> tuple[Tensor, Tensor]:
             order = torch.argsort(m.to(torch.int8), dim=-1, descending=True, stable=True)
             return m.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
-        shift = num_keys - num_queries
+        shift = rows.first
 
         def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return k <= q + shift
@@ -258,6 +211,6 @@ class BlockSelection:
             *lists(full),
             BLOCK_SIZE=self.block_size,
             mask_mod=causal,
-            seq_lengths=(num_queries, num_keys),
+            seq_lengths=(rows.num_queries, rows.num_keys),
             compute_q_blocks=False,
         )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from seerattention import TopK, baselines, causal_blocks, select_blocks
-from seerattention.baselines import oracle_mass
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
+from seerattention.ops import attention_scores
 from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.shapes import Shape
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 from seerattention.testing.conformance import slow_pooled_map
 from seerattention.testing.inputs import random_qkv
 
@@ -140,9 +140,9 @@ def test_oracle_mass(
                 for c, weight in enumerate(weights):
                     expected[b, h, r // block_size[0], c // block_size[1]] += weight / sum(weights)
     scorer = baselines.create("oracle_mass", block_size=block_size)
-    for work in (oracle_mass.WORK_BYTES, 1, 4 * 2 * keys * block_size[0] * 2):
+    for work in (attention_scores.WORK_BYTES["cpu"], 1, 4 * 2 * keys * block_size[0] * 2):
         # One slice, one query block at a time, two at a time.
-        monkeypatch.setattr(oracle_mass, "WORK_BYTES", work)
+        monkeypatch.setitem(attention_scores.WORK_BYTES, "cpu", work)
         torch.testing.assert_close(scores_of(scorer, q, k), expected.log())
 
 
@@ -150,7 +150,7 @@ def test_streaming_takes_the_first_and_the_latest_blocks() -> None:
     q, k = inputs(640, 640)
     scorer = baselines.create("streaming", block_size=(64, 64))
     k_blocks = scorer.compress(k, positions=torch.arange(640))
-    selection = select_blocks(q, k_blocks, scorer, TopK(0.52), positions=torch.arange(640), num_keys=640)
+    selection = select_blocks(q, k_blocks, scorer, TopK(0.52))
     assert TopK(0.52).blocks(10) == 3
     for row, mask in enumerate(selection.to_mask()[0, 0]):
         assert mask.nonzero()[:, 0].tolist() == sorted({0, max(0, row - 1), row})
@@ -174,7 +174,7 @@ def test_every_baseline_is_a_scorer(name: str, tokens: int) -> None:
     assert scorer.after_rope
     q, k = inputs(tokens, tokens)
     k_blocks = scorer.compress(k, positions=torch.arange(tokens))
-    selection = select_blocks(q, k_blocks, scorer, TopK(0.2), positions=torch.arange(tokens), num_keys=tokens)
+    selection = select_blocks(q, k_blocks, scorer, TopK(0.2))
     mask = selection.to_mask()
     assert mask.diagonal(dim1=2, dim2=3).all()
     assert not mask.triu(1).any()

@@ -14,8 +14,8 @@ from seerattention.baselines.flexprefill import FlexPrefill, root_divergence
 from seerattention.baselines.minference import MInference
 from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
+from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
-from seerattention.selection import num_blocks, own_blocks
 from seerattention.testing.inputs import random_qkv
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -41,7 +41,13 @@ def selected(scorer: Scorer, q: Tensor, k: Tensor, policy: Policy) -> Tensor:
     positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2])
     k_blocks = scorer.compress(k, positions=torch.arange(k.shape[2]))
     return select_blocks(
-        q, k_blocks, scorer, policy, positions=positions, num_keys=k.shape[2], backend="reference"
+        q,
+        k_blocks,
+        scorer,
+        policy,
+        rows=Rows.last(q.shape[2], k.shape[2]),
+        positions=positions,
+        backend="reference",
     ).to_mask()
 
 
@@ -124,7 +130,7 @@ def check_scores_and_selections(actual: Tensor, expected: Tensor, q: Tensor, k: 
     torch.testing.assert_close(actual[..., valid], expected[..., valid], atol=2e-5, rtol=2e-5)
     assert (actual[..., ~valid] == -torch.inf).all()
     for policy in (TopK(0.4), TopP(0.7)):
-        sizes = {"num_queries": q.shape[2], "num_keys": k.shape[2], "block_size": block}
+        sizes = {"rows": Rows.last(q.shape[2], k.shape[2]), "block_size": block}
         assert torch.equal(
             select(policy, actual, **sizes).to_mask(), select(policy, expected, **sizes).to_mask()
         )
@@ -261,7 +267,7 @@ def test_half_precision_is_scored_in_single(name: str) -> None:
     scorer = baselines.create(name, block_size=(16, 16))
     half, single = scores_of(scorer, q, k), scores_of(scorer, q.float(), k.float())
     assert half.dtype == torch.float32
-    valid = causal_blocks(70, 120, (16, 16)) & ~own_blocks(70, 120, (16, 16))
+    valid = causal_blocks(70, 120, (16, 16)) & ~Rows.last(70, 120).own((16, 16))
     torch.testing.assert_close(half[..., valid], single[..., valid])
 
 

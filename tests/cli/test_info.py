@@ -35,7 +35,7 @@ def call(op, backend):
     def chosen(q, k):
         positions = torch.arange(q.shape[2])
         found = select_blocks(
-            q, summaries(k), gate.to(q.dtype), TopK(0.5), positions=positions, num_keys=256, backend=backend
+            q, summaries(k), gate.to(q.dtype), TopK(0.5), positions=positions, backend=backend
         )
         return found.to_mask().to(q.dtype)
 

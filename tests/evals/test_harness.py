@@ -356,7 +356,7 @@ def test_what_cannot_work_is_refused_before_any_work(config, base) -> None:
     evaluate(config, plans=[replace(long[0], samples=1)], max_length=4096, methods=settings.methods[:1])
     many = [replace(settings.plans[2], samples=500)]
     refused("the text has 50 windows of 1024 tokens, window 51 was asked for", plans=many)
-    refused("model.dtype must be one of auto, .*'int8'", dtype="int8")
+    refused("dtype must be one of auto, .*'int8'", dtype="int8")
     refused("'abacus' is not a device", device="abacus")
     refused("there is no file nowhere.txt", text=["nowhere.txt"])
     refused("these gates were made for", methods=[replace(settings.methods[1], of="bundled")])

@@ -29,13 +29,13 @@ MIDDLING = [
     sized("eight", 2048),
     sized("eight-short-end", 2043),
     sized("eight-64", 1525, dim=64, heads=8, kv_heads=1),
-    sized("uneven", 1001, 1999, sub_blocks=(4, 8)),
+    sized("uneven", 1000, 1999, sub_blocks=(4, 8)),
     sized("four", 1022, sub_blocks=(4, 4), heads=3, kv_heads=3),
     sized("no-sub-blocks", 333, sub_blocks=(1, 1), batch=2),
     sized("sixteen", 2999, sub_blocks=(16, 16)),
     sized("whole-rows", 300, 2397, sub_blocks=(1, 8), dim=64),
-    sized("later-rows", 500, 1490, past_blocks=124),
-    sized("every-pair", 500, 1490, past_blocks=None),
+    sized("later-rows", 500, 1490),
+    sized("every-pair", 500, 1490, causal=False),
     sized("wide", 600, dim=256),
 ]
 #: What is special about a call has nothing to do with its dtype: every case in bf16, some in the others.
@@ -49,7 +49,7 @@ by_call = pytest.mark.parametrize(("case", "dtype"), CALLS, ids=[f"{c.name}-{d}"
 
 def run(case: Case, backend: str, q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
     q, k = (x.detach().requires_grad_() for x in (q, k))
-    options = {"scale": 0.5, "past_blocks": case.past_blocks, "backend": backend}
+    options = {"scale": 0.5, "backend": backend} | case.geometry
     scores = score_blocks(q, k, case.sub_blocks, **options)
     return scores.detach(), *torch.autograd.grad(scores, (q, k), gradient.to(scores.dtype))
 
@@ -118,7 +118,7 @@ def test_memory_is_that_of_the_results() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    scores = score_blocks(q, k, case.sub_blocks)
+    scores = score_blocks(q, k, case.sub_blocks, **case.geometry)
     found = torch.autograd.grad(scores, (q, k), gradient)
     extra = torch.cuda.max_memory_allocated() - before
     assert all(x.any() for x in found)

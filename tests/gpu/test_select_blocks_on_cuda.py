@@ -18,6 +18,7 @@ from seerattention.ops.select_blocks._cases import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.summarise_blocks import _cases as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Calibrated, Calibration, Policy
+from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
@@ -69,7 +70,7 @@ def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         "k_blocks": gate.compress(k, positions=positions),
         "scorer": gate,
         "positions": positions[case.keys - case.queries :],
-        "num_keys": case.keys,
+        "rows": Rows.last(case.queries, case.keys),
     }
 
 

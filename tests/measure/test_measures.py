@@ -20,6 +20,7 @@ from seerattention.measure.perplexity import next_token_losses, perplexity
 from seerattention.measure.retrieval import retrieval
 from seerattention.measure.timing import interleaved
 from seerattention.ops.shapes import Shape
+from seerattention.rows import Rows
 from seerattention.testing.conformance import dense_weights
 from seerattention.testing.inputs import random_qkv, random_selection
 
@@ -108,7 +109,7 @@ def test_watch_sees_density_and_recall(queries: int, heads: int) -> None:
     recall = float((share * read).sum(-1).mean())
     assert watch.recall == pytest.approx(recall)
     assert 0.1 < recall < 0.99
-    full = BlockSelection.full(queries, 300, (64, 64))
+    full = BlockSelection.full(Rows.last(queries, 300), (64, 64))
     watch(1, call, BlockSelection.from_mask(full.to_mask().expand(2, 4, -1, -1), (64, 64)))
     assert watch.recall == pytest.approx((recall + 1) / 2)
 

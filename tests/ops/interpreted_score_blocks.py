@@ -34,7 +34,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run(case: Case, backend: str, q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
     q, k = (x.detach().requires_grad_() for x in (q, k))
     scale = 0.5
-    scores = score_blocks(q, k, case.sub_blocks, scale=scale, past_blocks=case.past_blocks, backend=backend)
+    scores = score_blocks(q, k, case.sub_blocks, scale=scale, **case.geometry, backend=backend)
     return scores.detach(), *torch.autograd.grad(scores, (q, k), gradient.to(scores.dtype))
 
 
@@ -79,8 +79,8 @@ def test_gradients_below_the_range_of_fp16() -> None:
 def test_nothing_reaches_acausal_blocks() -> None:
     case = BY_NAME["later-rows"]
     q, k, _ = case.normal()
-    scores = score_blocks(q, k, case.sub_blocks, past_blocks=case.past_blocks, backend="triton")
-    later = torch.ones(case.blocks[2:], dtype=torch.bool).triu(case.past_blocks + 1)
+    scores = score_blocks(q, k, case.sub_blocks, **case.geometry, backend="triton")
+    later = ~case.geometry["rows"].causal(case.geometry["block_size"])
     assert later.any()
     assert not scores[..., later].any()
     assert scores[..., ~later].all()

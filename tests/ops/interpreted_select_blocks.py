@@ -12,6 +12,7 @@ from seerattention import AttnGate, GateConfig, baselines
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
 from seerattention.ops.select_blocks._cases import CASES, Case
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
+from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
 
@@ -72,7 +73,7 @@ def arguments(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "k_blocks": k_blocks,
         "scorer": gate,
         "positions": positions[case.keys - case.queries :],
-        "num_keys": case.keys,
+        "rows": Rows.last(case.queries, case.keys),
     }
 
 
@@ -81,7 +82,7 @@ def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> Non
     certain = Certain.of(policy=policy, **args)
     # A check that decides hardly anything would pass whatever happens.
     assert certain.share > 0.98
-    for backend in ("reference", "triton"):
+    for backend in ("reference", "composed", "triton"):
         selection = select_blocks(policy=policy, **args, backend=backend)
         certain.check(selection)
         assert selection.block_size == case.block_size
@@ -116,11 +117,12 @@ class Given:
     sub_blocks: tuple[int, int] | None = (1, 1)
     scale: float = 1.0
     after_rope: ClassVar[bool] = True
+    tokens_per_summary: ClassVar[int] = 4
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         return k[:, :, ::4].contiguous()
 
-    def summarise_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         return q[:, :, ::4]
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
@@ -141,14 +143,13 @@ def test_ties_go_to_the_lower_block(policy: Policy, levels: int) -> None:
     k[..., 0] = torch.randint(0, levels, (1, 2, 60)) - levels // 2
     args = {
         "k_blocks": scorer.compress(k, positions=torch.arange(60)),
-        "positions": torch.arange(60),
-        "num_keys": 60,
     }
     masks = [
         select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-        for name in ("reference", "triton")
+        for name in ("reference", "composed", "triton")
     ]
-    assert torch.equal(*masks)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 1.0])
@@ -156,7 +157,7 @@ def test_mass_of_ties(mass: float) -> None:
     # Four blocks of equal share 1/4, a power of two: exact in every order.
     scorer = Given()
     q, k = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
-    args: dict[str, Any] = {"positions": torch.arange(16), "num_keys": 16}
+    args: dict[str, Any] = {}
     args["k_blocks"] = scorer.compress(k, positions=torch.arange(16))
     taken = select_blocks(q, scorer=scorer, policy=TopP(mass), **args, backend="triton").to_mask()
     assert taken[0, 0, 3, :3].tolist() == [j / 4 < mass for j in range(3)]
@@ -166,14 +167,15 @@ def test_extreme_scores() -> None:
     scorer = Given(block_size=(4, 4))
     q, k = torch.ones(1, 1, 64, 16), torch.zeros(1, 1, 64, 16)
     k[0, 0, ::4, 0] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, 3e38, -3e38] * 2)
-    args: dict[str, Any] = {"positions": torch.arange(64), "num_keys": 64}
+    args: dict[str, Any] = {}
     args["k_blocks"] = scorer.compress(k, positions=torch.arange(64))
     for policy in (TopK(0.2), TopK(0.4), TokenBudget(24)):
         masks = [
             select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-            for name in ("reference", "triton")
+            for name in ("reference", "composed", "triton")
         ]
-        assert torch.equal(*masks), policy
+        assert torch.equal(masks[0], masks[1]), policy
+        assert torch.equal(masks[0], masks[2]), policy
 
 
 # --- what the kernel cannot do -------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def test_a_baseline_runs_in_torch() -> None:
     q, k, _ = random_qkv(CASES[4])
     positions = torch.arange(1000)
     k_blocks = scorer.compress(k, positions=positions)
-    args: dict[str, Any] = {"positions": positions, "num_keys": 1000}
+    args: dict[str, Any] = {"positions": positions}
     with pytest.raises(NotImplementedError, match="Quest does not say that its scores are products"):
         select_blocks(q, k_blocks, scorer, TopK(0.3), **args, backend="triton")
     select_blocks(q, k_blocks, scorer, TopK(0.3), **args)
@@ -234,7 +236,10 @@ def test_a_baseline_runs_in_torch() -> None:
         ({"k_blocks": torch.zeros(1, 1, 63, 16).double()}, "float16, bfloat16 or float32, not torch.float64"),
         ({"k_blocks": torch.zeros(1, 1, 63, 16).bfloat16()}, "interpreter multiplies bfloat16"),
         ({"k_blocks": torch.zeros(1, 1, 63, 257)}, "up to 512 bytes"),
-        ({"num_keys": 64 * 32768 + 1}, "rows of at most 32768 blocks, not 32769"),
+        (
+            {"rows": Rows.last(1000, 64 * 32768 + 1), "k_blocks": torch.zeros(1, 1, 4 * 32768 + 1, 16)},
+            "rows of at most 32768 blocks, not 32769",
+        ),
     ],
 )
 def test_reasons_why_not(change: dict[str, Any], reason: str) -> None:
@@ -255,10 +260,17 @@ def test_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         select_blocks(**args, backend="triton")
 
 
-def test_lengths_that_do_not_fit() -> None:
-    args = arguments(CASES[4]) | {"num_keys": 999}
-    with pytest.raises(ValueError, match="1 <= Tq <= Tk, got Tq=1000 and Tk=999"):
-        select_blocks(policy=TopK(0.3), **args)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Rows.last(999, 1000), "q has 1000 tokens, rows have 999"),
+        (Rows.last(1000, 1009), r"must be \[1, H, 64, E\] for q \[1, ...\] and the 1009 keys of rows, got"),
+        (Rows.packed([(400, 400), (600, 600)]), r"must be \[2, H, 38, E\] .* 600 keys of the longest seq"),
+    ],
+)
+def test_lengths_that_do_not_fit(rows: Rows, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_blocks(policy=TopK(0.3), **arguments(CASES[4]) | {"rows": rows})
 
 
 # --- memory, launches, compilation -----------------------------------------------------------------------

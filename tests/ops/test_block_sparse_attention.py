@@ -12,6 +12,7 @@ from seerattention.ops.block_sparse_attention import BACKENDS, gather, reference
 from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.shapes import Shape
+from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -56,7 +57,7 @@ def test_full_selection_is_sdpa(backend: ModuleType) -> None:
         )
 
     q, k, v = random_qkv(shape)
-    full = BlockSelection.full(777, 777, (64, 64))
+    full = BlockSelection.full(Rows.last(777, 777), (64, 64))
     Budget.of(dense, q, k, v).check(backend.run(q, k, v, full, Options(scale=64**-0.5)))
 
 
@@ -159,7 +160,7 @@ def test_public_function_chooses_gather() -> None:
 def test_scale_of_zero_is_a_scale() -> None:
     case = SMALL[3]
     q, k, v = random_qkv(case)
-    full = BlockSelection.full(65, 65, (64, 64))
+    full = BlockSelection.full(Rows.last(65, 65), (64, 64))
     out = block_sparse_attention(q, k, v, full, scale=0.0)
     mean = v.cumsum(2) / torch.arange(1, 66)[:, None]
     torch.testing.assert_close(out, mean.repeat_interleave(2, 1))
@@ -190,7 +191,7 @@ def test_options(backend: ModuleType, case: Case, dtype: torch.dtype) -> None:
 def test_reference_options_by_the_formula() -> None:
     case = next(c for c in OPTION_CASES if c.name == "softcap-and-sinks")
     q, k, v = (x.double() for x in random_qkv(case))
-    full = BlockSelection.full(90, 90, (64, 64))
+    full = BlockSelection.full(Rows.last(90, 90), (64, 64))
     options = case.options(return_lse=True)
     out, lse = reference.run(q, k, v, full, options)
     assert options.sinks is not None

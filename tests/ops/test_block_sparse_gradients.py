@@ -13,6 +13,7 @@ from seerattention.ops.block_sparse_attention import gather, hopper, triton
 from seerattention.ops.block_sparse_attention._backward import FEWEST, _plan
 from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
 from seerattention.ops.shapes import Shape
+from seerattention.rows import Rows
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.memory import LargestTensor
@@ -144,7 +145,7 @@ def test_gather_needs_no_dense_map(block_size: tuple[int, int]) -> None:
 
 def test_kernels_on_gpus_have_a_backward() -> None:
     assert triton.backward is hopper.backward
-    full = BlockSelection.full(64, 64, (64, 64))
+    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     q = torch.zeros(1, 1, 64, 64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="triton: it needs a GPU"):
         block_sparse_attention(q, q, q, full, backend="triton")

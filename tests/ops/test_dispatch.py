@@ -15,11 +15,12 @@ from seerattention.ops import dispatch
 from seerattention.ops import pooled_attention as pooled_op
 from seerattention.ops.block_sparse_attention._cases import CASES
 from seerattention.ops.shapes import Shape
+from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 
 SHAPE = Shape(name="", heads=4, kv_heads=2, queries=100, keys=100, head_dim=16)
-FULL = BlockSelection.full(100, 100, (64, 64))
+FULL = BlockSelection.full(Rows.last(100, 100), (64, 64))
 
 
 def test_backends_are_the_files_of_the_folder() -> None:
@@ -124,7 +125,10 @@ def test_inputs_that_do_not_fit(
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        (BlockSelection.full(200, 200, (64, 64)), r"has 4 x 4 blocks .* 100 queries and 100 keys make 2 x 2"),
+        (
+            BlockSelection.full(Rows.last(200, 200), (64, 64)),
+            r"has 4 x 4 blocks .* 100 queries and 100 keys make 2 x 2",
+        ),
         (BlockSelection.from_mask(torch.ones(1, 1, 4, 2).bool(), (64, 64)), "has 4 x 2 blocks"),
         (
             BlockSelection.from_mask(FULL.to_mask().expand(3, 1, 2, 2), (64, 64)),

@@ -11,6 +11,7 @@ from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import flex
 from seerattention.ops.block_sparse_attention._cases import CASES
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
 
@@ -40,7 +41,7 @@ def test_a_new_length_is_not_a_new_compilation() -> None:
     for tokens in (200, 300, 333, 400, 512, 600, 650, 700, 800, 900, 1000):
         case = CASE["thousand"]
         q, k, v = (x[:, :, :tokens] for x in random_qkv(case))
-        full = BlockSelection.full(tokens, tokens, (64, 64))
+        full = BlockSelection.full(Rows.last(tokens, tokens), (64, 64))
         out = block_sparse_attention(q, k, v, full, backend="flex")
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         torch.testing.assert_close(out, expected)
@@ -49,7 +50,7 @@ def test_a_new_length_is_not_a_new_compilation() -> None:
 
 def test_reasons_why_not() -> None:
     q, k, v = random_qkv(CASE["one-block"])
-    full = BlockSelection.full(64, 64, (64, 64))
+    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     assert flex.unsupported(q, k, v, full, OPTIONS) == []
     double = [x.double() for x in (q, k, v)]
     assert flex.unsupported(*double, full, OPTIONS) == ["it has no float64 kernel"]
@@ -72,6 +73,6 @@ def test_reasons_why_not() -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     q, k, v = random_qkv(CASE["one-block"])
-    full = BlockSelection.full(64, 64, (64, 64))
+    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     (reason,) = flex.unsupported(q, k, v, full, OPTIONS)
     assert reason == "on a CPU it is compiled by a C++ compiler, and none is on the PATH"

@@ -16,6 +16,7 @@ from seerattention.ops.block_sparse_attention import hopper
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.pooled_attention import hopper as pooled
 from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.rows import Rows
 
 PLAIN = Options(scale=1.0)
 
@@ -28,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from seerattention.ops.block_sparse_attention import _hopper_kernel as kernel
+from seerattention.rows import Rows
 
 made = []
 for share, dim, options, pooled in json.loads(sys.argv[1]):
@@ -54,7 +56,7 @@ print(json.dumps(made))
 
 def reasons(dtype=torch.bfloat16, dim=128, block=(64, 64), options=PLAIN, tokens=128):
     q = torch.zeros(1, 2, tokens, dim, dtype=dtype)
-    return hopper.unsupported(q, q, q, BlockSelection.full(tokens, tokens, block), options)
+    return hopper.unsupported(q, q, q, BlockSelection.full(Rows.last(tokens, tokens), block), options)
 
 
 def test_a_cpu_is_refused() -> None:
@@ -81,7 +83,7 @@ def test_reasons(change, reason) -> None:
 
 def test_views_that_a_copy_engine_cannot_read() -> None:
     whole = torch.zeros(1, 2, 128, 132, dtype=torch.bfloat16)
-    selection = BlockSelection.full(128, 128, (64, 64))
+    selection = BlockSelection.full(Rows.last(128, 128), (64, 64))
     fine = torch.zeros(1, 128, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
     for x, wrong in ((whole[..., :128], True), (fine, False), (fine.mT[..., :64].mT, False)):
         found = hopper.unsupported(x, fine, fine, selection, PLAIN)
@@ -90,7 +92,7 @@ def test_views_that_a_copy_engine_cannot_read() -> None:
 
 def test_maps_have_no_gradient() -> None:
     q = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16, requires_grad=True)
-    selection = BlockSelection.full(128, 128, (64, 64))
+    selection = BlockSelection.full(Rows.last(128, 128), (64, 64))
     assert not any("no backward" in r for r in hopper.unsupported(q, q, q, selection, PLAIN))
     reasons = pooled.unsupported(q, q, q, (64, 64), PoolOptions(scale=1.0))
     assert any("it has no backward" in r for r in reasons)

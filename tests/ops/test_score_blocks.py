@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from seerattention import AttnGate, GateConfig
-from seerattention.ops.score_blocks import reference, score_blocks
+from seerattention.ops.score_blocks import chunked, score_blocks
 from seerattention.ops.score_blocks._cases import CASES, Case
+from seerattention.rows import Rows
 from seerattention.testing.memory import LargestTensor
 
 SMALL = [case for case in CASES if not case.large]
@@ -20,17 +21,20 @@ def test_pair_by_pair(case: Case) -> None:
     """Loops over blocks and pairs, in the order in which the first of equals is found first."""
     q, k, gradient = case.whole(torch.float64)
     q, k = q.requires_grad_(), k.requires_grad_()
-    scores = score_blocks(q, k, case.sub_blocks, scale=0.5, past_blocks=case.past_blocks)
+    scores = score_blocks(q, k, case.sub_blocks, scale=0.5, **case.geometry)
     assert scores.shape == case.blocks
     scores.backward(gradient.double())
     assert q.grad is not None
     assert k.grad is not None
     wanted_q, wanted_k = torch.zeros_like(q), torch.zeros_like(k)
     subs_q, subs_k = case.sub_blocks
+    valid = torch.ones(case.blocks[2:], dtype=torch.bool)
+    if case.causal:
+        valid = case.geometry["rows"].causal(case.geometry["block_size"])
     with torch.no_grad():
         products = q @ k.repeat_interleave(case.heads // case.kv_heads, 1).mT
         for b, h, r, c in torch.cartesian_prod(*map(torch.arange, case.blocks)).tolist():
-            if case.past_blocks is not None and c > r + case.past_blocks:
+            if not valid[r, c]:
                 assert scores[b, h, r, c] == 0
                 continue
             tile = products[b, h, r * subs_q : (r + 1) * subs_q, c * subs_k : (c + 1) * subs_k]
@@ -46,7 +50,7 @@ def test_pair_by_pair(case: Case) -> None:
 @pytest.mark.parametrize("name", ["eight", "later-rows", "every-pair", "four"])
 @pytest.mark.parametrize("slices", [1, 2**26])
 def test_gradients_are_those_of_differences(name: str, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "SLICE_BYTES", slices)
+    monkeypatch.setattr(chunked, "SLICE_BYTES", slices)
     case = BY_NAME[name]
     torch.manual_seed(0)
     # Some blocks, the last of them short.
@@ -54,9 +58,7 @@ def test_gradients_are_those_of_differences(name: str, slices: int, monkeypatch:
         torch.randn(1, heads, 2 * size + 1, 2, dtype=torch.float64, requires_grad=True)
         for heads, size in zip((2, 1), case.sub_blocks, strict=True)
     )
-    torch.autograd.gradcheck(
-        lambda q, k: score_blocks(q, k, case.sub_blocks, past_blocks=case.past_blocks), (q, k)
-    )
+    torch.autograd.gradcheck(lambda q, k: score_blocks(q, k, case.sub_blocks, **case.geometry), (q, k))
 
 
 @by_case
@@ -64,9 +66,9 @@ def test_slices_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     q, k, gradient = case.whole()
     found = []
     for size in (2**26, 1, 5000):
-        monkeypatch.setattr(reference, "SLICE_BYTES", size)
+        monkeypatch.setattr(chunked, "SLICE_BYTES", size)
         q, k = (x.detach().requires_grad_() for x in (q, k))
-        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, past_blocks=case.past_blocks)
+        scores = score_blocks(q, k, case.sub_blocks, scale=0.5, **case.geometry)
         found.append((scores.detach(), *torch.autograd.grad(scores, (q, k), gradient)))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
@@ -83,12 +85,12 @@ def test_it_is_the_gates_score(per_kv_head: bool) -> None:
         keys = gate.compress(k, positions=positions)
         whole = gate.score(q, keys, positions=positions)
         queries = gate.summarise_queries(q, positions=positions)
-        assert torch.equal(gate.score_summaries(queries, keys, past_blocks=None), whole)
-        assert torch.equal(gate.score_summaries(queries, keys), whole.tril())
+        assert torch.equal(gate.score_summaries(queries, keys), whole)
+        assert torch.equal(gate.score_summaries(queries, keys, rows=Rows.last(300, 300)), whole.tril())
 
 
 def test_neither_pass_makes_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "SLICE_BYTES", 2**16)
+    monkeypatch.setattr(chunked, "SLICE_BYTES", 2**16)
     q = torch.randn(1, 2, 512, 8, requires_grad=True)
     k = torch.randn(1, 1, 512, 8, requires_grad=True)
     kept: list[int] = []
@@ -116,7 +118,9 @@ def test_autocast_rounds_nothing() -> None:
         ({"keys": torch.zeros(1, 1, 8, 5)}, ValueError, "must agree in batch and dimension"),
         ({"keys": torch.zeros(1, 3, 8, 4)}, ValueError, "must be a multiple of those of keys, got 2 and 3"),
         ({"sub_blocks": (0, 2)}, ValueError, r"at least one summary per block, got \(0, 2\)"),
-        ({"past_blocks": -1}, ValueError, "past_blocks must be at least 0, or None for every pair, got -1"),
+        ({"rows": Rows.last(8, 8)}, ValueError, "8 queries and 8 keys have 1 and 1 summaries, got 8 and 8"),
+        ({"rows": Rows.last(8, 8), "block_size": (3, 4)}, ValueError, "must divide the blocks of"),
+        ({"rows": Rows.packed([(8, 8)] * 2)}, ValueError, "must agree in batch and dimension"),
         ({"backend": "no"}, ValueError, "unknown backend 'no'"),
     ],
 )

@@ -19,6 +19,7 @@ from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, 
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
+from seerattention.rows import Rows
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -106,14 +107,14 @@ def test_kernels_in_the_interpreter(ops: tuple[str, ...]) -> None:
 
 def test_a_cpu_is_refused() -> None:
     q = torch.zeros(1, 1, 64, 64)
-    full = BlockSelection.full(64, 64, (64, 64))
+    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     with pytest.raises(NotImplementedError, match="triton: it needs a GPU"):
         block_sparse_attention(q, q, q, full, backend="triton")
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton", None)
-    full = BlockSelection.full(64, 64, (64, 64))
+    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     with FakeTensorMode():
         q = torch.empty(1, 1, 64, 64, device="cuda")
     assert backend.unsupported(q, q, q, full, Options(scale=1.0)) == [

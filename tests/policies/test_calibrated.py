@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from seerattention.policies import Calibrated, Calibration, parse, select
+from seerattention.rows import Rows
 from seerattention.selection import causal_blocks
 
 LAWS = {0: ((-2.0, -0.5, 0.25), (-3.0, 0.0, 0.0)), 3: ((0.5, -1.0, 0.0), (-1.0, 0.5, -0.5))}
@@ -51,7 +52,7 @@ def test_selection_is_that_of_a_slow_formula(layer):
     scores = 2 * torch.randn(2, 2, blocks, blocks)
     policy = Calibrated(calibration(density=None), sink_blocks=1).at(layer, None)
     tokens = blocks * 16
-    found = select(policy, scores, num_queries=tokens, num_keys=tokens, block_size=size).to_mask()
+    found = select(policy, scores, rows=Rows.last(tokens, tokens), block_size=size).to_mask()
     for b in range(2):
         for h in range(2):
             for i in range(blocks):

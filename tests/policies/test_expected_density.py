@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from seerattention.policies import parse, select
+from seerattention.rows import Rows
 from seerattention.selection import causal_blocks
 
 
@@ -27,7 +28,7 @@ def test_it_bounds_the_density_and_meets_it(text, blocks):
     distance = torch.arange(blocks)[:, None] - torch.arange(blocks)
     far = (distance >= policy.local_blocks) & (torch.arange(blocks) >= policy.sink_blocks)
     scores = (torch.rand(1, 1, blocks, blocks) + 10 * far).masked_fill(distance < 0, float("-inf"))
-    sizes = {"num_queries": tokens, "num_keys": tokens, "block_size": size}
+    sizes = {"rows": Rows.last(tokens, tokens), "block_size": size}
     valid = causal_blocks(tokens, tokens, size)
     assert select(policy, scores, **sizes).density(valid) == pytest.approx(expected)
     assert select(policy, torch.rand_like(scores), **sizes).density(valid) <= expected + 1e-9

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from seerattention import causal_blocks
 from seerattention.policies import Policy, Threshold, TokenBudget, TopK, TopP, parse, policies, select
-from seerattention.selection import own_blocks
+from seerattention.rows import Rows
 
 POLICIES = [Threshold(0.2), Threshold(0.99), TopK(0.1), TopP(0.5), TokenBudget(64), TokenBudget(10**6)]
 
 
 def chosen(policy: Policy, scores: Tensor, queries: int, keys: int, block: tuple[int, int]) -> Tensor:
-    return select(policy, scores, num_queries=queries, num_keys=keys, block_size=block).to_mask()
+    return select(policy, scores, rows=Rows.last(queries, keys), block_size=block).to_mask()
 
 
 def random_scores(queries: int, keys: int, block: tuple[int, int], seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def test_own_blocks_always_and_later_ones_never(
     keys = queries + past
     policy = replace(policy, sink_blocks=sink, local_blocks=local, dense_last_rows=dense)
     mask = chosen(policy, random_scores(queries, keys, block, seed), queries, keys, block)
-    valid, own = causal_blocks(queries, keys, block), own_blocks(queries, keys, block)
+    valid, own = causal_blocks(queries, keys, block), Rows.last(queries, keys).own(block)
     assert not (mask & ~valid).any()
     assert (mask | ~own).all()
     assert mask.any(-1).all()

@@ -5,6 +5,7 @@ import torch
 
 from seerattention import TokenBudget
 from seerattention.policies import select
+from seerattention.rows import Rows
 
 
 @pytest.mark.parametrize(
@@ -13,7 +14,7 @@ from seerattention.policies import select
 def test_whole_blocks_in_every_row(tokens: int, blocks: int) -> None:
     # The own block scores best, so that it is one of those the budget pays for.
     scores = torch.randn(2, 3, 8, 8) + 100 * torch.eye(8)
-    selection = select(TokenBudget(tokens), scores, num_queries=512, num_keys=512, block_size=(64, 64))
+    selection = select(TokenBudget(tokens), scores, rows=Rows.last(512, 512), block_size=(64, 64))
     expected = torch.arange(1, 9).clamp(max=blocks).int()
     assert torch.equal(selection.counts, expected.expand(2, 3, 8))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from seerattention import TopK, causal_blocks
 from seerattention.policies import select
 from seerattention.policies.base import top_blocks
+from seerattention.rows import Rows
 
 
 def check_top_blocks(top: Callable[[Tensor, Tensor, int], Tensor], scores: Tensor, count: int) -> None:
@@ -58,6 +59,6 @@ def test_density_is_what_was_asked_for(density: float) -> None:
     scores = torch.randn(1, 2, nq, nq)
     # With the own block first among the scores, nothing comes on top of the k best.
     scores += 100 * torch.eye(nq)
-    selection = select(TopK(density), scores, num_queries=nq, num_keys=nq, block_size=(1, 1))
+    selection = select(TopK(density), scores, rows=Rows.last(nq, nq), block_size=(1, 1))
     actual = selection.density(causal_blocks(nq, nq, (1, 1)))
     assert density - 2 / nq <= actual <= density

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from seerattention.hosts.transformers import base_checksum, new_gates
 from seerattention.policies import TopK, select
+from seerattention.rows import Rows
 from seerattention.train import DistillConfig, Distiller, TextWindows
 
 SMALL = {"block_size": 16, "q_sub_block": 8, "k_sub_block": 8}
@@ -151,6 +152,7 @@ torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
 from seerattention.train import DistillConfig, Distiller, TextWindows
 from seerattention.hosts.transformers import new_gates
+from seerattention.rows import Rows
 model = LlamaForCausalLM.from_pretrained({base!r}).eval()
 torch.manual_seed(1)
 gates = new_gates(model, block_size=16, q_sub_block=8, k_sub_block=8)
@@ -274,7 +276,7 @@ def test_trained_gates_choose_better_than_untrained_ones(model, text):
             out, target = pooled_attention(call.q, call.k, call.v, (16, 16))
             scores = by_layer[call.layer](call.q_nope, call.k_nope)
             found.append(target_recall(target, scores, (16, 16), 512, 0.2))
-            assert select(TopK(0.2), scores, num_queries=512, num_keys=512, block_size=(16, 16))
+            assert select(TopK(0.2), scores, rows=Rows.last(512, 512), block_size=(16, 16))
             return out
 
         with torch.no_grad(), intercept(model, look):

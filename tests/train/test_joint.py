@@ -7,6 +7,7 @@ import torch
 from seerattention.hosts.transformers import attach, detach
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import select
+from seerattention.rows import Rows
 from seerattention.train import (
     DistillConfig,
     Distiller,
@@ -130,7 +131,7 @@ def test_soft_gates_bring_the_language_loss_to_the_gates_and_not_to_their_inputs
 
 def test_the_first_and_the_own_block_are_read_however_bad_their_scores():
     scores = torch.arange(8.0).sub(3.5).square().neg().expand(1, 1, 8, 8)
-    selection = select(policy_of(0.1), scores, num_queries=128, num_keys=128, block_size=(16, 16))
+    selection = select(policy_of(0.1), scores, rows=Rows.last(128, 128), block_size=(16, 16))
     mask = selection.to_mask()[0, 0]
     assert bool(mask[:, 0].all())
     assert bool(mask.diagonal().all())
@@ -141,7 +142,7 @@ def test_soft_gates_close_to_hard_ones_give_hard_attention_and_have_the_right_gr
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 64, 8, dtype=torch.float64) for h in (4, 2, 2))
     scores = torch.randn(1, 4, 4, 4, dtype=torch.float64)
-    selection = select(policy_of(0.6), scores, num_queries=64, num_keys=64, block_size=(16, 16))
+    selection = select(policy_of(0.6), scores, rows=Rows.last(64, 64), block_size=(16, 16))
     assert 0 < int(selection.counts.sum()) < 40
     hard = block_sparse_attention(q, k, v, selection, scale=0.3, backend="reference")
 

@@ -5,7 +5,7 @@ import torch
 
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.pooled_attention import pooled_attention
-from seerattention.ops.score_blocks import reference
+from seerattention.ops.score_blocks import chunked
 from seerattention.ops.summarise_blocks import reference as summarise
 from seerattention.testing.memory import LargestTensor
 from seerattention.train import layer, objectives, target_recall
@@ -27,7 +27,7 @@ def inputs(tokens):
     ],
 )
 def test_sliced_scores_and_gradients_equal_the_gates_own(tokens, settings, monkeypatch):
-    monkeypatch.setattr(reference, "SLICE_BYTES", 1)
+    monkeypatch.setattr(chunked, "SLICE_BYTES", 1)
     q, k = inputs(tokens)
     torch.manual_seed(1)
     gate = AttnGate(
@@ -49,7 +49,7 @@ def test_sliced_scores_and_gradients_equal_the_gates_own(tokens, settings, monke
 
 def test_pools_are_the_largest_that_is_kept(monkeypatch):
     """What the backward pass keeps is a map of blocks, never one of sub-blocks."""
-    monkeypatch.setattr(reference, "SLICE_BYTES", 1)
+    monkeypatch.setattr(chunked, "SLICE_BYTES", 1)
     q, k = inputs(256)
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16, q_sub_block=2, k_sub_block=2))
     kept = []

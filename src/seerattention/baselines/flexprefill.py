@@ -40,6 +40,7 @@ class FlexPrefill:
     block_size: tuple[int, int] = (64, 64)
     tau: float = 0.1
     after_rope = True
+    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep the keys themselves."""

@@ -24,6 +24,11 @@ class MeanPool:
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
 
+    @property
+    def tokens_per_summary(self) -> int:
+        """One entry per KV block."""
+        return self.block_size[1]
+
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Average the keys of each block, ``[B, Hk, Nk, D]``."""
         return pool_blocks(k, self.block_size[1], ("avg",))

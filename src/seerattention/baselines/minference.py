@@ -37,6 +37,7 @@ class MInference:
     block_size: tuple[int, int] = (64, 64)
     last_queries: int = 64
     after_rope = True
+    tokens_per_summary = 1
 
     def __post_init__(self) -> None:
         if self.last_queries < 1:

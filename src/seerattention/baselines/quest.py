@@ -25,6 +25,11 @@ class Quest:
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
 
+    @property
+    def tokens_per_summary(self) -> int:
+        """One entry per KV block."""
+        return self.block_size[1]
+
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep maxima and minima side by side, ``[B, Hk, Nk, 2 * D]``."""
         return pool_blocks(k, self.block_size[1], ("max", "min"))

@@ -20,6 +20,7 @@ class Random:
     block_size: tuple[int, int] = (64, 64)
     seed: int = 0
     after_rope = True
+    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep nothing but the number of tokens."""

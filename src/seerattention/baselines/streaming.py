@@ -21,6 +21,7 @@ class Streaming:
 
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
+    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep nothing but the number of tokens."""

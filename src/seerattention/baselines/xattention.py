@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,14 @@ class XAttention:
         if self.block_size[0] % self.stride or self.block_size[1] % self.stride:
             raise ValueError(f"stride={self.stride} must divide the block sizes {self.block_size}")
 
+    @property
+    def tokens_per_summary(self) -> int:
+        """One entry per group of keys."""
+        return self.stride
+
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Lay the keys of each group side by side, ``[B, Hk, groups, stride * D]``."""
-        return self._groups(k, self.block_size[1]).flatten(3)
+        return self._groups(k, self.stride).flatten(3)
 
     def _groups(self, x: Tensor, size: int) -> Tensor:
         missing = -x.shape[2] % size
@@ -47,12 +52,12 @@ class XAttention:
         groups = k_blocks.shape[1]
         reverse = self._groups(q, self.block_size[0]).flip(3).flatten(3)
         reverse = reverse.float() * (q.shape[-1] ** -0.5 / self.stride)
-        keys = k_blocks.float().mT
+        keys = F.pad(k_blocks.float(), (0, 0, 0, -k_blocks.shape[2] % per_k)).mT
         past = (valid.shape[1] - num_blocks(q.shape[2], self.block_size[1])) * per_k
         real = num_blocks(q.shape[2], self.stride)
         out = []
-        rows = max(1, 2**22 // (k_blocks.shape[2] * per_q)) * per_q
-        column = torch.arange(k_blocks.shape[2], device=q.device)
+        rows = max(1, 2**22 // (keys.shape[3] * per_q)) * per_q
+        column = torch.arange(keys.shape[3], device=q.device)
         for first in range(0, reverse.shape[2], rows):
             part = reverse[:, :, first : first + rows].unflatten(1, (groups, -1))
             scores = (part @ keys.unsqueeze(2)).flatten(1, 2)

@@ -16,6 +16,7 @@ from seerattention.gate import AttnGate
 from seerattention.measure.timing import interleaved
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import Policy, TopK
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection, causal_blocks
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def measure_layers(
     policy = TopK(plan.layer_density, sink_blocks=1)
     runs: dict[str, Callable[[], object]] = {}
     size = plan.blocks[0], plan.blocks[0]
-    everything = BlockSelection.full(tokens, tokens, size, plan.device)
+    everything = BlockSelection.full(Rows.last(tokens, tokens), size, plan.device)
     dense = {name: peer for name, peer in dense.items() if name in {row["backend"] for row in rows}}
     for name, peer in dense.items():
         runs[name] = lambda peer=peer: peer(*qkv, everything)
@@ -107,7 +108,7 @@ class _Layer:
             self.gate,
             self.policy,
             positions=self.positions,
-            num_keys=self.k.shape[2],
+            rows=Rows.last(self.q.shape[2], self.k.shape[2]),
         )
 
     def attend(self, selection: BlockSelection) -> Tensor:

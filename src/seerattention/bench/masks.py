@@ -11,9 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from seerattention.measure import bundled
+from seerattention.measure.maps import record_layers
 from seerattention.ops.shapes import Shape
 from seerattention.policies import TopK, select
-from seerattention.selection import BlockSelection, causal_blocks, num_blocks, own_blocks
+from seerattention.rows import Rows, num_blocks
+from seerattention.selection import BlockSelection
 
 #: What ``--mask`` may name.
 MASKS = ("random", "gate", "band")
@@ -24,14 +27,14 @@ PASSAGE_SPREAD = 0.5
 
 def full(shape: Shape, device: str) -> BlockSelection:
     """Select everything, with one list per head as the other masks have."""
-    valid = causal_blocks(shape.queries, shape.keys, shape.block_size, device)
+    valid = Rows.last(shape.queries, shape.keys).causal(shape.block_size, device)
     return _per_head(shape, lambda head: valid)
 
 
 def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSelection:
     """Select each earlier block with probability ``density``, per query head."""
-    sizes = shape.queries, shape.keys, shape.block_size, device
-    valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+    rows = Rows.last(shape.queries, shape.keys)
+    valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
     own[:, 0] = True
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -44,8 +47,8 @@ def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSel
 
 def band(shape: Shape, density: float, device: str) -> BlockSelection:
     """Select the first block and the latest ones, as many as ``TopK(density)`` would take."""
-    sizes = shape.queries, shape.keys, shape.block_size, device
-    own, valid = own_blocks(*sizes), causal_blocks(*sizes)
+    rows = Rows.last(shape.queries, shape.keys)
+    valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
     count = TopK(density).blocks(valid.shape[1])
     mask = TopK(density, sink_blocks=1, local_blocks=count).always(own, valid)
     return _per_head(shape, lambda head: mask)
@@ -72,8 +75,8 @@ def gate(shape: Shape, density: float, device: str, scores: Tensor) -> BlockSele
     def one(head: int) -> Tensor:
         at, inside = chosen[head]
         longer = lay_out(coarse[at, inside], blocks, seed=at)[None, None]
-        sizes = {"num_queries": shape.queries, "num_keys": shape.keys, "block_size": shape.block_size}
-        return select(policy, longer, **sizes).to_mask()[0, 0]
+        rows = Rows.last(shape.queries, shape.keys)
+        return select(policy, longer, rows=rows, block_size=shape.block_size).to_mask()[0, 0]
 
     return _per_head(shape, one)
 
@@ -136,9 +139,7 @@ def _coarser(scores: Tensor, factor: int) -> Tensor:
     if factor <= 1:
         return scores
     size = scores.shape[-1] // factor * factor
-    # Acausal parts of a block on the diagonal were never trained.
-    tail = scores.masked_fill(~torch.ones_like(scores[0, 0], dtype=torch.bool).tril(), float("-inf"))
-    tail = tail[..., :size, :size].unflatten(-1, (-1, factor)).amax(-1)
+    tail = scores[..., :size, :size].unflatten(-1, (-1, factor)).amax(-1)
     return tail.unflatten(-2, (-1, factor)).amax(-2)
 
 
@@ -154,7 +155,6 @@ def _per_head(shape: Shape, mask: Callable[[int], Tensor]) -> BlockSelection:
     )
 
 
-@torch.inference_mode()
 def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
     """Return the bundled gates' scores on the bundled text, one group of heads per (layer, KV head).
 
@@ -163,24 +163,13 @@ def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
         tokens: Length of the text; 64 tokens make a block.
 
     Returns:
-        fp32 ``[layers * Hk, G, N0, N0]``, before softmax.
+        fp32 ``[layers * Hk, G, N0, N0]``, before softmax, -inf where acausal.
     """
-    from seerattention.hosts.transformers import AttentionCall, intercept
-    from seerattention.measure import bundled
-
-    model, tokenizer = bundled.load_teacher()
-    # pyright takes the argument for self (transformers' `to` is decorated).
-    model.to(device)  # type: ignore[arg-type]
-    gates = bundled.load_teacher_gates().to(device)
-    gates.use_rotary_of(model)
-    by_layer, found = dict(gates.items()), []
-
-    def handler(call: AttentionCall) -> Tensor:
-        scores = by_layer[call.layer](call.q_nope, call.k_nope, positions=call.positions)
-        found.append(scores[0].unflatten(0, (call.k.shape[1], -1)))
-        return call.dense()
-
-    ids = torch.from_numpy(bundled.text_tokens(tokenizer)[1][:tokens].copy())[None].to(device)
-    with intercept(model, handler):
-        model.get_decoder()(ids, use_cache=False)
-    return torch.cat(found)
+    model, tokenizer = bundled.named_model(bundled.BUNDLED, device=device)
+    found = record_layers(
+        model,
+        bundled.load_teacher_gates().to(device),
+        [bundled.text_tokens(tokenizer)[1][:tokens]],
+        lambda call, gate, scores: scores[0].unflatten(0, (call.k.shape[1], -1)),
+    )
+    return torch.cat([scores for (scores,) in found.values()])

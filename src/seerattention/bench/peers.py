@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
 #: Computes attention of q ``[B, Hq, T, D]``, k and v ``[B, Hk, T, D]`` ; dense ones ignore the selection.
@@ -70,7 +71,7 @@ def flex(q: Tensor, k: Tensor, selection: BlockSelection) -> Peer:
     """Return FlexAttention for one selection, whose lists are made here and not timed."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = selection.to_flex(q.shape[2], k.shape[2], q.shape[1])
+    mask = selection.to_flex(Rows.last(q.shape[2], k.shape[2]), q.shape[1])
     block_q, block_k = selection.block_size
     # The default tile is larger than a 64-token block and would be refused.
     options: Any = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}

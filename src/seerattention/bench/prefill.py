@@ -22,6 +22,7 @@ from seerattention.device import capability
 from seerattention.measure.timing import interleaved
 from seerattention.measure.versions import versions
 from seerattention.ops import block_sparse_attention as op
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection, causal_blocks
 from seerattention.testing.budget import Budget
 
@@ -166,7 +167,7 @@ def _dense_variants(
     plan: Plan, dense: dict[str, peers.Peer], q: Tensor, k: Tensor, v: Tensor
 ) -> list[Variant]:
     size = plan.blocks[0], plan.blocks[0]
-    everything = BlockSelection.full(q.shape[2], k.shape[2], size, plan.device)
+    everything = BlockSelection.full(Rows.last(q.shape[2], k.shape[2]), size, plan.device)
     return [
         Variant("dense", name, everything, "full", 1.0, partial(peer, q, k, v, everything))
         for name, peer in dense.items()

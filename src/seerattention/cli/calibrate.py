@@ -47,7 +47,8 @@ def run(
     """
     from rich.console import Console
 
-    from seerattention.calibration.search import Target, calibrate
+    from seerattention.calibration.fit import Target
+    from seerattention.calibration.search import calibrate
     from seerattention.cli._base import base_of_gates
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
     from seerattention.measure.plot import require_matplotlib
@@ -145,7 +146,7 @@ def _phases(bar: Progress, console: Console) -> Callable[[str, int], Callable[[]
 
 
 def _draw(outcome: Outcome, picture: Path) -> None:
-    from seerattention.demo.figures import draw_calibration
+    from seerattention.calibration.figure import draw_calibration
     from seerattention.files import staged
 
     with staged(picture.parent) as folder:

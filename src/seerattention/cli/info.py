@@ -41,6 +41,7 @@ def support() -> list[Support]:
     from seerattention.ops.dispatch import explain
     from seerattention.ops.pooled_attention._options import PoolOptions
     from seerattention.policies import TopK
+    from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
 
     found = []
@@ -49,21 +50,22 @@ def support() -> list[Support]:
         for dtype in (torch.float32, torch.bfloat16):
             q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
             k = q[:, :1]
-            selection = BlockSelection.full(128, 128, (64, 64), device)
+            selection = BlockSelection.full(Rows.last(128, 128), (64, 64), device)
             options = Options(scale=64**-0.5)
             pooling_options = PoolOptions(scale=64**-0.5)
             qkv = {"q": q, "k": k, "v": k}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()
             k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
-            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "num_keys": 128}
+            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1)}
+            choice["rows"] = Rows.last(128, 128)
             pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
-            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None}
+            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None, "rows": None}
             scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
             asked: list[tuple[str, Any, dict[str, Any]]] = [
                 ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
                 ("summarise_blocks", summaries, pooling),
-                ("score_blocks", scores, scoring | {"past_blocks": 0}),
+                ("score_blocks", scores, scoring | {"rows": None, "block_size": (64, 64)}),
                 ("select_blocks", chosen, choice),
                 ("pooled_attention", pooled, qkv | {"block_size": (64, 64), "options": pooling_options}),
             ]

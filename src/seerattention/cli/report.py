@@ -61,9 +61,9 @@ def run(
     from rich.console import Console
     from transformers.utils import logging
 
-    from seerattention.evals.config import BUNDLED
     from seerattention.evals.report import page, read_results
     from seerattention.files import staged
+    from seerattention.measure.bundled import BUNDLED
 
     console = Console()
     logging.disable_progress_bar()
@@ -100,12 +100,10 @@ def _explore(
     from rich.progress import Progress
 
     from seerattention.cli._base import base_of_gates
-    from seerattention.evals.config import BUNDLED
     from seerattention.evals.report import explore
-    from seerattention.hosts.transformers import load_gates
     from seerattention.measure import bundled
 
-    loaded = bundled.load_teacher_gates() if source == BUNDLED else load_gates(source)
+    loaded = bundled.named_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
     base, tokenizer = base_of_gates(model or loaded.base.name, dtype, device)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)

@@ -16,7 +16,8 @@ from seerattention.engine.call import AttentionCall
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
 from seerattention.policies import Policy, TokenBudget
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 
 #: Why a short piece after a long text is dense: reading all keys for few queries is what decoding does.
 DECODING = "dense: decoding step"

@@ -9,6 +9,7 @@ from typing import Any
 
 from seerattention import baselines
 from seerattention.evals import tasks
+from seerattention.measure.bundled import BUNDLED
 from seerattention.policies import parse
 
 #: Policies that methods without one of their own use.
@@ -16,9 +17,6 @@ POLICY = "top_k:{density},sink_blocks=1"
 
 #: Instead of a policy: the one saved with the gates.
 SAVED = "saved"
-
-#: Instead of a folder or file: what ships with the package.
-BUNDLED = "bundled"
 
 _TOP = ("out", "text", "lengths", "densities", "samples", "seed", "policy", "model", "methods", "tasks")
 _MODEL = ("name", "dtype", "device", "chat", "max_length")

@@ -18,7 +18,7 @@ from seerattention.hosts.transformers import LOGIT_ROWS, logits_of
 def hidden_states(model: PreTrainedModel, tokens: np.ndarray, **kwargs: Any) -> Tensor:
     """Return the last hidden states ``[T, hidden]`` of one sequence, without any logits."""
     ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(model.device)[None]
-    return model.get_decoder()(ids, use_cache=False, **kwargs).last_hidden_state[0]
+    return model.get_decoder()(ids, **{"use_cache": False, **kwargs}).last_hidden_state[0]
 
 
 @torch.inference_mode()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.policies.base import Policy as Policy
@@ -21,7 +23,8 @@ from seerattention.policies.threshold import Threshold as Threshold
 from seerattention.policies.token_budget import TokenBudget as TokenBudget
 from seerattention.policies.top_k import TopK as TopK
 from seerattention.policies.top_p import TopP as TopP
-from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+from seerattention.rows import Rows
+from seerattention.selection import BlockSelection
 
 
 def policies() -> dict[str, type[Policy]]:
@@ -87,21 +90,13 @@ def _number(text: str, key: str, value: str) -> float | int:
         raise ValueError(f"{key} in policy {text!r} must be a number, got {value!r}") from None
 
 
-def select(
-    policy: Policy,
-    scores: Tensor,
-    *,
-    num_queries: int,
-    num_keys: int,
-    block_size: tuple[int, int],
-) -> BlockSelection:
+def select(policy: Policy, scores: Tensor, *, rows: Rows, block_size: tuple[int, int]) -> BlockSelection:
     """Choose blocks by a policy and add those that are always read.
 
     Args:
-        policy: Which blocks to take.
+        policy: Which blocks to take; asked per packed sequence.
         scores: fp32 ``[B, H, Nq, Nk]``, before softmax; larger means more important.
-        num_queries: Query tokens, the last of ``num_keys``.
-        num_keys: Key tokens.
+        rows: Where the queries lie among the keys.
         block_size: Tokens per (query block, KV block).
 
     Returns:
@@ -109,14 +104,18 @@ def select(
         rows come on top of what the policy chose.
 
     Raises:
-        ValueError: If the scores do not fit the lengths.
+        ValueError: If the scores do not fit the rows.
     """
-    valid = causal_blocks(num_queries, num_keys, block_size, scores.device)
+    valid, own = rows.causal(block_size, scores.device), rows.own(block_size, scores.device)
     if scores.dim() != 4 or scores.shape[2:] != valid.shape:
         raise ValueError(
-            f"scores must be [B, H, {valid.shape[0]}, {valid.shape[1]}] for {num_queries} queries "
-            f"and {num_keys} keys in blocks of {block_size}, got {list(scores.shape)}"
+            f"scores must be [B, H, {valid.shape[0]}, {valid.shape[1]}] for {rows.num_queries} queries "
+            f"and {rows.num_keys} keys in blocks of {block_size}, got {list(scores.shape)}"
         )
-    own = own_blocks(num_queries, num_keys, block_size, scores.device)
-    mask = policy.choose(scores, valid, block_size[1]) | policy.always(own, valid)
-    return BlockSelection.from_mask(mask & valid, block_size, check=False)
+    masks = []
+    for _, (down, across) in rows.maps(block_size):
+        seen = valid[down, across]
+        mask = policy.choose(scores[:, :, down, across], seen, block_size[1])
+        mask = (mask | policy.always(own[down, across], seen)) & seen
+        masks.append(F.pad(mask, (0, valid.shape[1] - seen.shape[1])))
+    return BlockSelection.from_mask(torch.cat(masks, 2), block_size, check=False)

@@ -18,7 +18,8 @@ from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.pooled_attention import reference as pooled_reference
 from seerattention.ops.pooled_attention._cases import PoolCase
 from seerattention.ops.pooled_attention._options import PoolOptions
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import Rows, num_blocks
+from seerattention.selection import BlockSelection
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.poison import poison, unread_tokens
@@ -92,7 +93,7 @@ def attention_full_is_dense(backend: Backend, case: Case, dtype: torch.dtype = t
     q, k, v = random_qkv(case, dtype=dtype)
     options = Options(scale=case.head_dim**-0.5)
     budget = Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v)
-    full = BlockSelection.full(case.queries, case.keys, case.block_size)
+    full = BlockSelection.full(Rows.last(case.queries, case.keys), case.block_size)
     budget.check(backend.run(q, k, v, full, options))
 
 

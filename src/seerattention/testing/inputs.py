@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.shapes import Shape
-from seerattention.selection import BlockSelection, causal_blocks, num_blocks, own_blocks
+from seerattention.rows import Rows, num_blocks
+from seerattention.selection import BlockSelection
 
 
 def random_qkv(
@@ -64,8 +65,8 @@ def random_selection(
     if shape.lengths:
         return _random_packed(shape, density, heads or shape.heads, device, seed)
     generator = torch.Generator().manual_seed(seed)
-    sizes = shape.queries, shape.keys, shape.block_size
-    valid, own = causal_blocks(*sizes), own_blocks(*sizes)
+    rows = Rows.last(shape.queries, shape.keys)
+    valid, own = rows.causal(shape.block_size), rows.own(shape.block_size)
     draws = torch.rand(batch or shape.batch, heads or shape.heads, *valid.shape, generator=generator)
     return BlockSelection.from_mask((((draws < density) & valid) | own).to(device), shape.block_size)
 

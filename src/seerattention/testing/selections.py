@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.policies import Policy, Rule
-from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+from seerattention.rows import Rows, num_blocks
+from seerattention.selection import BlockSelection
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -40,20 +41,21 @@ class Certain:
         k_blocks: Tensor,
         *,
         positions: Tensor,
-        num_keys: int,
+        rows: Rows,
     ) -> Certain:
         """Decide from the scores in fp64 of the summaries that backends get.
 
         Args:
             scorer: A `ProductScorer`.
             policy: One with a rule.
-            q: ``[B, Hq, Tq, D]``.
+            q: ``[B, Hq, Tq, D]``, or packed sequences.
             k_blocks: Summaries of all keys.
             positions: int64 ``[Tq]`` or ``[B, Tq]``.
-            num_keys: Key tokens.
+            rows: Where the queries lie among the keys.
         """
-        sizes = q.shape[2], num_keys, scorer.block_size
-        valid, own = causal_blocks(*sizes, q.device), own_blocks(*sizes, q.device)
+        if rows.is_packed:
+            return cls._of_packed(scorer, policy, q, k_blocks, positions, rows)
+        valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
         rule = policy.rule(valid.shape[1], scorer.block_size[1])
         assert rule is not None
         queries = scorer.summarise_queries(q, positions=positions)
@@ -67,6 +69,21 @@ class Certain:
             left.append(never)
         always = policy.always(own, valid)
         return cls((torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid)
+
+    @classmethod
+    def _of_packed(
+        cls, scorer: Any, policy: Policy, q: Tensor, k_blocks: Tensor, positions: Tensor, rows: Rows
+    ) -> Certain:
+        """Decide for every sequence alone."""
+        taken, left, columns = [], [], rows.num_blocks(scorer.block_size)[1]
+        for one in rows.sequences():
+            keys = k_blocks[one.index, None, :, : num_blocks(one.rows.num_keys, scorer.tokens_per_summary)]
+            query, places = q[:, :, one.queries], positions[..., one.queries]
+            alone = cls.of(scorer, policy, query, keys, positions=places, rows=one.rows)
+            missing = columns - alone.taken.shape[3]
+            taken.append(F.pad(alone.taken, (0, missing)))
+            left.append(F.pad(alone.left, (0, missing), value=True))
+        return cls(torch.cat(taken, 2), torch.cat(left, 2))
 
     @property
     def share(self) -> float:

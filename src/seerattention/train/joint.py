@@ -14,6 +14,7 @@ from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 from seerattention.train.layer import gate_scores, learn, sampled_recall
 from seerattention.train.loop import Documents, Share
@@ -153,8 +154,7 @@ class JointPass:
         return select(
             policy_of(self.density),
             scores,
-            num_queries=length,
-            num_keys=length,
+            rows=Rows.last(length, length),
             block_size=gate.block_size,
         )
 

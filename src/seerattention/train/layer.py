@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seerattention.gate import AttnGate
 from seerattention.policies import TopK
+from seerattention.rows import Rows
 from seerattention.selection import causal_blocks
 from seerattention.train.objectives import Objective
 from seerattention.train.target import SKIPPED_ROWS
@@ -38,7 +39,7 @@ def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tenso
         keys = gate.compress(k_nope, positions=positions)
     if half:
         queries, keys = queries.bfloat16(), keys.bfloat16()
-    return gate.score_summaries(queries, keys)
+    return gate.score_summaries(queries, keys, rows=Rows.last(q_nope.shape[2], k_nope.shape[2]))
 
 
 def learn(

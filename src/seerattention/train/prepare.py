@@ -12,6 +12,7 @@ from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.dispatch import explain
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
 #: What RoPE scaling needs beyond its factor, unless the caller says otherwise. Source: Llama 3.1's settings.
@@ -190,7 +191,9 @@ def _why_not(model: PreTrainedModel, block_size: int) -> dict[str, list[str]]:
         )
         for h in heads
     )
-    selection = BlockSelection.full(2 * block_size, 2 * block_size, (block_size, block_size), model.device)
+    selection = BlockSelection.full(
+        Rows.last(2 * block_size, 2 * block_size), (block_size, block_size), model.device
+    )
     options = Options(scale=1.0)
     with torch.enable_grad():
         return explain(BACKENDS, q=q, k=k, v=v, selection=selection, options=options)

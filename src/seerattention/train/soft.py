@@ -8,7 +8,8 @@ from torch import Tensor
 
 from seerattention.ops.block_sparse_attention.reference import token_mask
 from seerattention.policies import Policy
-from seerattention.selection import BlockSelection, causal_blocks, own_blocks
+from seerattention.rows import Rows
+from seerattention.selection import BlockSelection
 
 
 def log_gates(
@@ -31,8 +32,9 @@ def log_gates(
         fp32 ``[B, H, N, N]``; of blocks that are not read without a meaning.
     """
     size = selection.block_size
-    valid = causal_blocks(num_tokens, num_tokens, size, scores.device)
-    always = policy.always(own_blocks(num_tokens, num_tokens, size, scores.device), valid)
+    rows = Rows.last(num_tokens, num_tokens)
+    valid = rows.causal(size, scores.device)
+    always = policy.always(rows.own(size, scores.device), valid)
     chosen = selection.to_mask() & ~always
     fixed, infinity = scores.detach(), float("inf")
     worst = fixed.masked_fill(~chosen, infinity).amin(-1, keepdim=True)

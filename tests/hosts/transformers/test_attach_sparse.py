@@ -8,6 +8,7 @@ from seerattention import baselines
 from seerattention.hosts import transformers as host
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import parse, select
+from seerattention.rows import Rows
 from seerattention.selection import causal_blocks
 
 
@@ -49,8 +50,7 @@ def test_layer_equals_its_slow_computation(tiny, kind, length):
         selection = select(
             parse("top_k:0.3,sink_blocks=1"),
             scores,
-            num_queries=length,
-            num_keys=length,
+            rows=Rows.last(length, length),
             block_size=(16, 16),
         )
         captured[call.layer] = selection

@@ -9,7 +9,8 @@ from torch import Tensor
 from seerattention.ops.block_sparse_attention import _gradient
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.dispatch import check_qkv, choose, load_backends
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 
 BACKENDS = load_backends(__name__, __path__)
 

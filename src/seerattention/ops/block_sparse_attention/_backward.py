@@ -19,7 +19,8 @@ from seerattention.ops.block_sparse_attention._backward_rows import queries_kern
 from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.copies import copied, line
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 
 #: By bytes per element and padded head dimension. Registers and shared memory of each: docs/kernels.md.
 QUERIES = {

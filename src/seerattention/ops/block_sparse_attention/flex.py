@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
 #: Kinds of calls (dtype, head dim, heads, block size, one block or several) compiled per process; the
@@ -44,7 +45,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
 
 def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
-    mask = selection.to_flex(q.shape[2], k.shape[2], q.shape[1])
+    mask = selection.to_flex(Rows.last(q.shape[2], k.shape[2]), q.shape[1])
     kernel_options = None
     if q.device.type == "cuda":
         # The default tile is larger than a 64-token block and would be refused.

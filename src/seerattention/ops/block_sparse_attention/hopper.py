@@ -15,7 +15,8 @@ from torch import Tensor
 
 from seerattention.ops.block_sparse_attention._backward import backward
 from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 
 __all__ = ["backward", "run", "unsupported"]
 

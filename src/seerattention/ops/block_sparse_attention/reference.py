@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:

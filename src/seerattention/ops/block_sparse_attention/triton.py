@@ -16,7 +16,8 @@ from seerattention.ops.block_sparse_attention._backward import backward
 from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
 from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.block_sparse_attention._triton_kernel import attention_kernel, triton
-from seerattention.selection import BlockSelection, num_blocks
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
 
 __all__ = ["backward", "run", "unsupported"]
 

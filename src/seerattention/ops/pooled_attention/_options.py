@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.pooled_attention._options import PoolOptions
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 #: Bytes of scores held at a time (fp32); at least one query block of one head is taken. Small enough for
 #: a CPU's cache (64 MB was four times slower on 2 cores, docs/kernels.md), large enough to fill a GPU.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import hopper
 from seerattention.ops.pooled_attention._options import PoolOptions
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 #: Both consumers read one ring of keys and values where a query block has 128 tokens.
 BLOCK = (128, 128)

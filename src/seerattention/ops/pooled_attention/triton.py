@@ -19,7 +19,7 @@ from seerattention.ops.copies import copied
 from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.ops.pooled_attention._triton_kernel import pooled_kernel
 from seerattention.ops.precision import DTYPES
-from seerattention.selection import num_blocks
+from seerattention.rows import num_blocks
 
 #: Whether the kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when this file was imported).
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.dispatch import choose, load_backends
+from seerattention.ops.score_blocks.chunked import SLICE_BYTES as SLICE_BYTES
+from seerattention.rows import Rows, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; on a CPU only the reference, where Triton would be its interpreter.
-ORDER = ("triton", "reference")
+#: What ``auto`` tries, in order; on a CPU not Triton, which would be its interpreter.
+ORDER = ("triton", "chunked")
 
 
 def score_blocks(
@@ -18,7 +22,8 @@ def score_blocks(
     sub_blocks: tuple[int, int],
     *,
     scale: float | None = None,
-    past_blocks: int | None = 0,
+    rows: Rows | None = None,
+    block_size: tuple[int, int] = (64, 64),
     backend: str = "auto",
 ) -> Tensor:
     """Score block pairs: ``scale`` times the largest product over their pairs of summaries.
@@ -28,17 +33,21 @@ def score_blocks(
 
     Args:
         queries: Summaries of the query blocks, ``[B, H, Sq, E]``, in order;
-            ``Nq = ceil(Sq / sub_blocks[0])``, a short last block has the summaries it has.
+            ``Nq = ceil(Sq / sub_blocks[0])``, a short last block has the summaries it has. Of packed
+            sequences ``[1, H, Sq, E]``, behind one another.
         keys: Summaries of the KV blocks, ``[B, Hk, Sk, E]``, ``Hk`` a divisor of ``H``: neighbouring heads
-            of queries share a head of keys. Of the dtype of ``queries``.
+            of queries share a head of keys. Of the dtype of ``queries``. Of packed sequences
+            ``[S, Hk, longest Sk, E]``, what a shorter one leaves is not read.
         sub_blocks: Summaries per (query block, KV block).
         scale: Factor of the scores; default ``E ** -0.5``.
-        past_blocks: KV blocks before the first query block: row ``r`` scores the blocks up to
-            ``r + past_blocks``, later ones are 0 and pass no gradient. None scores every pair.
+        rows: Where the queries lie among the keys: what comes after a block's last query is 0 and passes no
+            gradient. Default every pair is scored.
+        block_size: Tokens per (query block, KV block), which ``rows`` is divided into.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
-        fp32 ``[B, H, Nq, Nk]`` (fp64 for fp64 summaries), differentiable once.
+        fp32 ``[B, H, Nq, Nk]`` (fp64 for fp64 summaries), differentiable once; of packed sequences
+        ``[1, H, Nq, longest Nk]``.
 
     Raises:
         TypeError: If the dtypes differ or are not floating point.
@@ -47,14 +56,30 @@ def score_blocks(
 
     Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks are this project's (docs/method.md).
     """
-    _check(queries, keys, sub_blocks, past_blocks)
-    order = ORDER if queries.device.type != "cpu" else ("reference",)
-    args = {"queries": queries, "keys": keys, "sub_blocks": sub_blocks}
-    args |= {"scale": queries.shape[-1] ** -0.5 if scale is None else scale, "past_blocks": past_blocks}
-    return choose(BACKENDS, order, backend, **args).run(**args)
+    _check(queries, keys, sub_blocks, rows, block_size)
+    order = ORDER if queries.device.type != "cpu" else ("chunked",)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    options = {"sub_blocks": sub_blocks, "scale": scale, "rows": rows, "block_size": block_size}
+    run = choose(BACKENDS, order, backend, queries=queries, keys=keys, **options).run
+    if rows is None or not rows.is_packed:
+        return run(queries, keys, **options)
+    size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
+    places, longest = rows.places(rows.num_queries, size_q), rows.num_blocks(block_size)[1]
+    parts = []
+    for one in rows.sequences():
+        own = keys[one.index, None, :, : num_blocks(one.rows.num_keys, size_k)]
+        part = run(queries[:, :, places[one.index]], own, **options | {"rows": one.rows})
+        parts.append(F.pad(part, (0, longest - part.shape[3])))
+    return torch.cat(parts, 2)
 
 
-def _check(queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], past_blocks: int | None) -> None:
+def _check(
+    queries: Tensor,
+    keys: Tensor,
+    sub_blocks: tuple[int, int],
+    rows: Rows | None,
+    block_size: tuple[int, int],
+) -> None:
     for name, x in (("queries", queries), ("keys", keys)):
         if x.dim() != 4 or not x.numel():
             raise ValueError(f"{name} must be [B, H, S >= 1, E], got {list(x.shape)}")
@@ -62,7 +87,9 @@ def _check(queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], past_bloc
         raise TypeError(
             f"queries and keys must share one floating-point dtype, got {queries.dtype} and {keys.dtype}"
         )
-    if queries.shape[0] != keys.shape[0] or queries.shape[3] != keys.shape[3]:
+    packed = rows is not None and rows.is_packed
+    batch = (1, len(rows.known)) if packed else (queries.shape[0],) * 2
+    if (queries.shape[0], keys.shape[0]) != batch or queries.shape[3] != keys.shape[3]:
         raise ValueError(
             f"queries {list(queries.shape)} and keys {list(keys.shape)} must agree in batch and dimension"
         )
@@ -73,5 +100,15 @@ def _check(queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], past_bloc
         )
     if min(sub_blocks) < 1:
         raise ValueError(f"sub_blocks must be at least one summary per block, got {sub_blocks}")
-    if past_blocks is not None and past_blocks < 0:
-        raise ValueError(f"past_blocks must be at least 0, or None for every pair, got {past_blocks}")
+    if rows is None:
+        return
+    if any(b % s for b, s in zip(block_size, sub_blocks, strict=True)):
+        raise ValueError(f"sub_blocks={sub_blocks} must divide the blocks of {block_size} tokens")
+    size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
+    down = rows.places(rows.num_queries, size_q)[-1].stop
+    across = num_blocks(max(k for _, k in rows.known), size_k)
+    if queries.shape[2] != down or (keys.shape[2] < across if packed else keys.shape[2] != across):
+        raise ValueError(
+            f"{rows.num_queries} queries and {rows.num_keys} keys have {down} and {across} summaries, got "
+            f"{queries.shape[2]} and {keys.shape[2]}"
+        )

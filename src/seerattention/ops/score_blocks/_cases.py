@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from seerattention.rows import Rows, num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,7 @@ class Case:
         keys: Summaries of keys, ``Sk``.
         dim: Dimension of a summary, ``E``.
         sub_blocks: Summaries per (query block, KV block).
-        past_blocks: KV blocks before the first query block; None for every pair.
+        causal: Whether pairs that lie after their queries are left out.
         batch: Sequences.
         large: For benchmarks and GPUs.
     """
@@ -32,15 +36,27 @@ class Case:
     keys: int
     dim: int = 16
     sub_blocks: tuple[int, int]
-    past_blocks: int | None = 0
+    causal: bool = True
     batch: int = 1
     large: bool = False
 
     @property
     def blocks(self) -> tuple[int, int, int, int]:
         """Shape of the scores."""
-        rows, columns = (-(-n // s) for n, s in zip((self.queries, self.keys), self.sub_blocks, strict=True))
+        rows, columns = (
+            num_blocks(n, s) for n, s in zip((self.queries, self.keys), self.sub_blocks, strict=True)
+        )
         return self.batch, self.heads, rows, columns
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Blocks and rows of the call: as few tokens per summary as give both sides blocks of one size."""
+        size = math.lcm(*self.sub_blocks)
+        queries, keys = (
+            n * size // s for n, s in zip((self.queries, self.keys), self.sub_blocks, strict=True)
+        )
+        rows = Rows.last(min(queries, keys), keys) if self.causal else None
+        return {"rows": rows, "block_size": (size, size)}
 
     def whole(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and a gradient of whole numbers, whose products and sums are exact.
@@ -104,8 +120,8 @@ CASES = (
     Case(name="four", queries=70, keys=70, sub_blocks=(4, 4), heads=4),
     Case(name="sixteen", queries=143, keys=143, sub_blocks=(16, 16)),
     Case(name="more-than-a-byte", queries=64 + 9, keys=16, sub_blocks=(64, 8), heads=1),
-    Case(name="later-rows", queries=41, keys=163, sub_blocks=(2, 4), past_blocks=20),
-    Case(name="every-pair", queries=41, keys=90, sub_blocks=(2, 3), past_blocks=None),
+    Case(name="later-rows", queries=41, keys=163, sub_blocks=(2, 4)),
+    Case(name="every-pair", queries=41, keys=90, sub_blocks=(2, 3), causal=False),
     Case(name="no-groups", queries=70, keys=70, sub_blocks=(4, 4), heads=2, kv_heads=2),
     Case(name="not-a-power-of-two", queries=70, keys=70, sub_blocks=(4, 4), dim=24),
     _llama("llama-8b-8k", 8192),

@@ -42,6 +42,8 @@ def score(
     E_PAD: tl.constexpr,
     SUBS_Q: tl.constexpr,
     SUBS_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,7 +57,9 @@ def score(
     down = tl.cdiv(rows, ROWS) - 1 - tl.program_id(1) // across
     row = down * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    seen = tl.minimum(columns, (down + 1) * ROWS + past) if CAUSAL else columns
+    seen = (
+        tl.minimum(columns, _last((down + 1) * ROWS - 1, past, BLOCK_Q, BLOCK_K) + 1) if CAUSAL else columns
+    )
     if (tl.program_id(1) % across) * COLUMNS < seen:
         head = tl.program_id(0).to(tl.int64)
         e = tl.arange(0, E_PAD)
@@ -82,7 +86,7 @@ def score(
                     best = tl.maximum(best, product)
         best *= scale
         if CAUSAL:
-            best = tl.where(column[None, :] <= row[:, None] + past, best, 0.0)
+            best = tl.where(column[None, :] <= _last(row, past, BLOCK_Q, BLOCK_K)[:, None], best, 0.0)
         at = head * rows * columns + row[:, None] * columns + column[None, :]
         kept = (row < rows)[:, None] & (column < columns)[None, :]
         tl.store(scores + at, best, mask=kept)
@@ -108,6 +112,8 @@ def back_to_queries(
     E_PAD: tl.constexpr,
     SUBS_Q: tl.constexpr,
     SUBS_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -121,11 +127,12 @@ def back_to_queries(
     keys += (head // GROUP) * key_subs * E + e[None, :]
     gradient += head * rows * columns
     winners += head * rows * columns
-    end = tl.minimum(columns, (down + 1) * ROWS + past) if CAUSAL else columns
+    end = tl.minimum(columns, _last((down + 1) * ROWS - 1, past, BLOCK_Q, BLOCK_K) + 1) if CAUSAL else columns
     total = tl.zeros([ROWS, E_PAD], tl.float32)
     for start in range(0, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        weight, pair = _weights(gradient, winners, row[:, None], column[None, :], rows, columns, past, CAUSAL)
+        last = _last(row, past, BLOCK_Q, BLOCK_K)[:, None]
+        weight, pair = _weights(gradient, winners, row[:, None], column[None, :], rows, columns, last, CAUSAL)
         if unit is not None:
             weight /= tl.load(unit)
         pair -= sub_q * SUBS_K
@@ -155,6 +162,8 @@ def back_to_keys(
     E_PAD: tl.constexpr,
     SUBS_Q: tl.constexpr,
     SUBS_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -165,7 +174,7 @@ def back_to_keys(
     tile, sub_k = tl.program_id(1) // SUBS_K, tl.program_id(1) % SUBS_K
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     e = tl.arange(0, E_PAD)
-    first = tl.maximum(tile * COLUMNS - past, 0) // ROWS * ROWS if CAUSAL else 0
+    first = tl.maximum(tile * COLUMNS * BLOCK_K - past, 0) // (BLOCK_Q * ROWS) * ROWS if CAUSAL else 0
     total = tl.zeros([COLUMNS, E_PAD], tl.float32)
     for member in range(GROUP):
         head = head_k * GROUP + member
@@ -182,7 +191,7 @@ def back_to_keys(
                 column[:, None],
                 rows,
                 columns,
-                past,
+                _last(row, past, BLOCK_Q, BLOCK_K)[None, :],
                 CAUSAL,
             )
             if unit is not None:
@@ -213,11 +222,17 @@ def _add_product(a, b, total, scale):
 
 
 @_jit()
-def _weights(gradient, winners, row, column, rows, columns, past, CAUSAL: tl.constexpr):
+def _last(row, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the KV block of a row's last query, or one after the last KV block."""
+    return (row * BLOCK_Q + (BLOCK_Q - 1) + past) // BLOCK_K
+
+
+@_jit()
+def _weights(gradient, winners, row, column, rows, columns, last, CAUSAL: tl.constexpr):
     """Load gradients and winning pairs of the block pairs that two index tiles span; 0 elsewhere."""
     given = (row < rows) & (column < columns)
     if CAUSAL:
-        given &= column <= row + past
+        given &= column <= last
     at = row * columns + column
     weight = tl.load(gradient + at, mask=given, other=0.0)
     return weight, tl.load(winners + at, mask=given, other=0).to(tl.int32)

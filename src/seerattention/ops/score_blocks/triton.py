@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from seerattention.ops.precision import DTYPES, products
 from seerattention.ops.score_blocks import _triton_kernel as kernels
 from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score, triton
-from seerattention.selection import num_blocks
+from seerattention.rows import Rows, num_blocks
 
 #: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when their file was imported).
 INTERPRETED: bool = kernels.INTERPRETED
@@ -41,7 +41,12 @@ LAUNCH: dict[str, dict[str, dict[str, int]]] = {
 
 
 def unsupported(
-    queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], scale: float, past_blocks: int | None
+    queries: Tensor,
+    keys: Tensor,
+    sub_blocks: tuple[int, int],
+    scale: float,
+    rows: Rows | None,
+    block_size: tuple[int, int],
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
     if triton is None:
@@ -63,12 +68,18 @@ def unsupported(
 
 
 def run(
-    queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], scale: float, past_blocks: int | None
+    queries: Tensor,
+    keys: Tensor,
+    sub_blocks: tuple[int, int],
+    scale: float,
+    rows: Rows | None,
+    block_size: tuple[int, int],
 ) -> Tensor:
     """Return the scores."""
+    options = sub_blocks, scale, None if rows is None else rows.first, block_size
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
-        return _Score.apply(queries, keys, sub_blocks, scale, past_blocks)  # type: ignore[no-any-return]
-    return _forward(queries.contiguous(), keys.contiguous(), sub_blocks, scale, past_blocks, keep=False)[0]
+        return _Score.apply(queries, keys, *options)  # type: ignore[no-any-return]
+    return _forward(queries.contiguous(), keys.contiguous(), *options, keep=False)[0]
 
 
 class _Score(torch.autograd.Function):
@@ -77,27 +88,21 @@ class _Score(torch.autograd.Function):
         ctx: Any,
         queries: Tensor,
         keys: Tensor,
-        sub_blocks: tuple[int, int],
-        scale: float,
-        past_blocks: int | None,
+        *options: Any,
     ) -> Tensor:
         queries, keys = queries.contiguous(), keys.contiguous()
-        scores, winners = _forward(queries, keys, sub_blocks, scale, past_blocks, keep=True)
+        scores, winners = _forward(queries, keys, *options, keep=True)
         ctx.save_for_backward(queries, keys, winners)
-        ctx.options = sub_blocks, scale, past_blocks
+        ctx.options = options
         return scores
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, winners = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        return (
-            *_backward(gradient.contiguous(), queries, keys, winners, wanted, *ctx.options),
-            None,
-            None,
-            None,
-        )
+        found = _backward(gradient.contiguous(), queries, keys, winners, wanted, *ctx.options)
+        return *found, *(None for _ in ctx.options)
 
 
 def _forward(
@@ -105,11 +110,15 @@ def _forward(
     keys: Tensor,
     sub_blocks: tuple[int, int],
     scale: float,
-    past_blocks: int | None,
+    past: int | None,
+    block_size: tuple[int, int],
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scores and, if ``keep``, the number ``i * sub_blocks[1] + j`` of each one's winning pair."""
+    """Return scores and, if ``keep``, the number ``i * sub_blocks[1] + j`` of each one's winning pair.
+
+    ``past`` are the keys before the first query; None scores every pair.
+    """
     shape = _shape(queries, keys, sub_blocks)
     scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
     small = math.prod(sub_blocks) <= 256
@@ -123,11 +132,11 @@ def _forward(
             keys,
             scores,
             winners,
-            *_arguments(queries, keys, shape, past_blocks),
+            *_arguments(queries, keys, shape, past),
             scale,
             KEEP=keep,
             PRECISION=products(queries),
-            **_constants(queries, keys, sub_blocks, past_blocks),
+            **_constants(queries, keys, sub_blocks, past, block_size),
             **options,
         )
     return scores, winners
@@ -141,7 +150,8 @@ def _backward(
     wanted: tuple[bool, bool],
     sub_blocks: tuple[int, int],
     scale: float,
-    past_blocks: int | None,
+    past: int | None,
+    block_size: tuple[int, int],
 ) -> tuple[Tensor | None, Tensor | None]:
     shape = _shape(queries, keys, sub_blocks)
     options = LAUNCH[_kind(queries)]["back"]
@@ -165,9 +175,9 @@ def _backward(
                 other,
                 unit,
                 out,
-                *_arguments(queries, keys, shape, past_blocks),
+                *_arguments(queries, keys, shape, past),
                 scale,
-                **_constants(queries, keys, sub_blocks, past_blocks),
+                **_constants(queries, keys, sub_blocks, past, block_size),
                 **options,
             )
         found[place] = out
@@ -184,13 +194,17 @@ def _kind(queries: Tensor) -> str:
 
 
 def _arguments(
-    queries: Tensor, keys: Tensor, shape: tuple[int, int, int, int], past_blocks: int | None
+    queries: Tensor, keys: Tensor, shape: tuple[int, int, int, int], past: int | None
 ) -> tuple[int, int, int, int, int]:
-    return queries.shape[2], keys.shape[2], shape[2], shape[3], past_blocks or 0
+    return queries.shape[2], keys.shape[2], shape[2], shape[3], past or 0
 
 
 def _constants(
-    queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], past_blocks: int | None
+    queries: Tensor,
+    keys: Tensor,
+    sub_blocks: tuple[int, int],
+    past: int | None,
+    block_size: tuple[int, int],
 ) -> dict[str, Any]:
     dim = queries.shape[3]
     return {
@@ -199,5 +213,7 @@ def _constants(
         "E_PAD": max(16, triton.next_power_of_2(dim)),
         "SUBS_Q": sub_blocks[0],
         "SUBS_K": sub_blocks[1],
-        "CAUSAL": past_blocks is not None,
+        "BLOCK_Q": block_size[0],
+        "BLOCK_K": block_size[1],
+        "CAUSAL": past is not None,
     }

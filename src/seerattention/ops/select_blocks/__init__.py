@@ -6,13 +6,14 @@ from torch import Tensor
 
 from seerattention.ops.dispatch import choose, load_backends
 from seerattention.policies import Policy
+from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; on a CPU only the reference, where Triton would be its interpreter.
-ORDER = ("triton", "reference")
+#: What ``auto`` tries, in order; on a CPU not Triton, which would be its interpreter.
+ORDER = ("triton", "composed")
 
 
 def select_blocks(
@@ -21,20 +22,22 @@ def select_blocks(
     scorer: Scorer,
     policy: Policy,
     *,
-    positions: Tensor,
-    num_keys: int,
+    rows: Rows | None = None,
+    positions: Tensor | None = None,
     backend: str = "auto",
 ) -> BlockSelection:
     """Choose the KV blocks that each query block reads.
 
     Args:
-        q: ``[B, Hq, Tq, D]``, the last ``Tq`` of ``num_keys`` tokens; before the rotary embedding,
-            or after it if ``scorer.after_rope``.
-        k_blocks: Summaries of all ``num_keys`` keys, from ``scorer.compress``.
+        q: ``[B, Hq, Tq, D]``, before the rotary embedding, or after it if ``scorer.after_rope``; packed
+            sequences behind one another, ``[1, Hq, Tq, D]``.
+        k_blocks: Summaries of all keys, from ``scorer.compress``; of packed sequences ``[S, H, longest, E]``,
+            one below the other (``Rows.rectangle``), where what a shorter one leaves is not read.
         scorer: Ranks the blocks.
-        policy: Decides how many of them to take.
-        positions: int64 ``[Tq]`` or ``[B, Tq]``, the queries' positions.
-        num_keys: Key tokens, ``Tk``.
+        policy: Decides how many of them to take; asked per sequence.
+        rows: Where the queries lie among the keys; default they are the tokens of all keys.
+        positions: int64 ``[Tq]`` or ``[B, Tq]``, each query's position in its sequence; default its place
+            among the keys.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises. Backends choose alike
             but for blocks whose scores are within rounding of the row's limit.
 
@@ -47,9 +50,26 @@ def select_blocks(
 
     Source: SeerAttention, section 3 (arXiv 2410.13276).
     """
-    if not 1 <= q.shape[2] <= num_keys:
-        raise ValueError(f"causal attention needs 1 <= Tq <= Tk, got Tq={q.shape[2]} and Tk={num_keys}")
-    order = ORDER if q.device.type != "cpu" else ("reference",)
-    args = {"q": q, "k_blocks": k_blocks, "scorer": scorer, "policy": policy, "num_keys": num_keys}
+    rows = Rows.last(q.shape[2], q.shape[2]) if rows is None else rows
+    if positions is None:
+        positions = rows.positions(q.device)
+    k_blocks = _fitting(q, k_blocks, scorer, rows)
+    order = ORDER if q.device.type != "cpu" else ("composed",)
+    args = {"q": q, "k_blocks": k_blocks, "scorer": scorer, "policy": policy, "rows": rows}
     module = choose(BACKENDS, order, backend, **args)
     return module.run(**args, positions=positions)
+
+
+def _fitting(q: Tensor, k_blocks: Tensor, scorer: Scorer, rows: Rows) -> Tensor:
+    """Return the summaries of the keys that queries may see, and no others."""
+    if q.shape[2] != rows.num_queries:
+        raise ValueError(f"q has {q.shape[2]} tokens, rows have {rows.num_queries}")
+    longest = max(keys for _, keys in rows.known)
+    most = num_blocks(longest, scorer.tokens_per_summary)
+    batch = (1, len(rows.known)) if rows.is_packed else (q.shape[0],) * 2
+    if (q.shape[0], k_blocks.shape[0]) != batch or k_blocks.shape[2] < most:
+        raise ValueError(
+            f"k_blocks must be [{batch[1]}, H, {most}, E] for q [{batch[0]}, ...] and the {longest} keys of "
+            f"{'the longest sequence' if rows.is_packed else 'rows'}, got {list(k_blocks.shape)}"
+        )
+    return k_blocks[:, :, :most]

@@ -15,15 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.precision import DTYPES, products
-from seerattention.policies import Policy
+from seerattention.policies import Policy, Rule
+from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
-from seerattention.selection import WORD, BlockSelection, num_blocks
+from seerattention.selection import WORD, BlockSelection
 
 try:
     import triton
@@ -54,7 +56,7 @@ MAX_BLOCKS = 32768
 KINDS = ("share", "count", "mass")
 
 
-def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num_keys: int) -> list[str]:
+def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
     """Return the reasons why this backend cannot run."""
     if triton is None:
         return ["the package triton is not installed"]
@@ -63,7 +65,9 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num
         reasons.append("it needs a GPU")
     if getattr(scorer, "sub_blocks", None) is None:
         reasons.append(f"{type(scorer).__name__} does not say that its scores are products (sub_blocks)")
-    blocks = num_blocks(num_keys, scorer.block_size[1])
+    if rows.is_packed and rows.lengths is None:
+        return [*reasons, "the host does not know the lengths of the packed sequences"]
+    blocks = rows.num_blocks(scorer.block_size)[1]
     if policy.rule(blocks, scorer.block_size[1]) is None:
         reasons.append(f"the policy {policy.name} gives no rule")
     if blocks > MAX_BLOCKS:
@@ -79,49 +83,49 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, num
 
 @torch.no_grad()
 def run(
-    q: Tensor, k_blocks: Tensor, scorer: Any, policy: Policy, num_keys: int, *, positions: Tensor
+    q: Tensor, k_blocks: Tensor, scorer: Any, policy: Policy, rows: Rows, *, positions: Tensor
 ) -> BlockSelection:
     """Return the selection."""
-    batch, _, tokens, _ = q.shape
     block_q, block_k = scorer.block_size
-    rows, columns = num_blocks(tokens, block_q), num_blocks(num_keys, block_k)
-    rule = policy.rule(columns, block_k)
-    assert rule is not None
-    values = _on_device(rule.per_head, q.device) if rule.per_head else None
+    down, columns = rows.num_blocks(scorer.block_size)
+    packed = rows if rows.is_packed else None
+    lengths = [(one.rows.num_queries, one.rows.num_keys) for one in rows.sequences()]
+    asked = (policy.rule(num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
+    rules = [rule for rule in asked if rule is not None]
     launch = choose_op if torch.compiler.is_compiling() else choose_rows
     keys = k_blocks.contiguous()
-    bits = None
+    sequences = None if packed is None else _sequences(packed, scorer, q.device)
+    bits = values = None
     per_row = q.shape[0] * q.shape[1] * scorer.sub_blocks[0] * keys.shape[3] * keys.element_size()
-    step = max(1, SUMMARY_BYTES // per_row)
-    for first in range(0, rows, step):
-        part = slice(first * block_q, min(tokens, (first + step) * block_q))
-        queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part])
-        if values is not None and len(values) != queries.shape[1]:
-            raise ValueError(
-                f"the policy {policy.name} has limits for {len(values)} heads, the scores have "
-                f"{queries.shape[1]}; calibrate these gates"
-            )
+    step = max(1, SUMMARY_BYTES // per_row) if packed is None else down
+    for first in range(0, down, step):
+        part = slice(first * block_q, min(rows.num_queries, (first + step) * block_q))
+        queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part], rows=packed)
         if bits is None:
-            shape = (batch, queries.shape[1], rows, num_blocks(columns, WORD))
+            heads = queries.shape[1]
+            values = _values(policy, rules, heads, packed is not None, q.device)
+            shape = (q.shape[0], heads, down, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
         launch(
             queries.contiguous(),
             keys,
             bits,
             first,
-            [tokens, num_keys, block_q, block_k],
+            [block_q, block_k],
+            list(chain.from_iterable(lengths)),
+            sequences,
             list(scorer.sub_blocks),
             scorer.scale,
-            KINDS.index(rule.kind),
-            float(rule.value),
+            KINDS.index(rules[0].kind),
+            float(rules[0].value),
             values,
-            rule.row_exponent,
+            rules[0].row_exponent,
             [policy.sink_blocks, policy.local_blocks, policy.dense_last_rows],
         )
         # The next part's summaries may take the memory of these.
         del queries
     assert bits is not None
-    return BlockSelection(bits, (batch, bits.shape[1], rows, columns), scorer.block_size)
+    return BlockSelection(bits, (q.shape[0], bits.shape[1], down, columns), scorer.block_size)
 
 
 def choose_rows(
@@ -129,7 +133,9 @@ def choose_rows(
     keys: Tensor,
     bits: Tensor,
     first: int,
-    sizes: list[int],
+    block_size: list[int],
+    lengths: list[int],
+    sequences: Tensor | None,
     subs: list[int],
     scale: float,
     kind: int,
@@ -141,27 +147,39 @@ def choose_rows(
     """Write the bits of the rows whose summaries are given.
 
     Args:
-        queries: Summaries of the query blocks from row ``first`` on, ``[B, H, rows * subs[0], E]``.
-        keys: Summaries of all keys, ``[B, H or a divisor, Nk * subs[1], E]``.
+        queries: Summaries of the query blocks from row ``first`` on, ``[B, H, rows * subs[0], E]``; of all
+            rows of packed sequences.
+        keys: Summaries of all keys, ``[B, H or a divisor, Nk * subs[1], E]``; of packed sequences
+            ``[S, H or a divisor, longest, E]``.
         bits: Of the whole selection, zeros.
         first: Row of the first query block given.
-        sizes: ``Tq``, ``Tk``, and tokens per query block and KV block.
+        block_size: Tokens per query block and KV block.
+        lengths: Queries and keys of the sequence, or one after the other of every packed one with queries.
+        sequences: Of packed sequences, what `_sequences` returns.
         subs: Summaries per query block and KV block.
         scale: Factor of the scores.
         kind: Of the rule, its place in ``KINDS``.
-        value: Of the rule, where it is one for all heads.
-        values: fp32 ``[H]``, the rule's value for each head, else.
+        value: Of the rule, where it is one for all heads and sequences.
+        values: fp32 ``[H]``, the rule's value for each head, else; of packed sequences ``[S, H]``.
         row_exponent: Of the rule.
         knobs: Sink blocks, local blocks, dense last rows.
     """
-    batch, heads, _, dim = queries.shape
-    tokens, num_keys, block_q, block_k = sizes
-    past = num_keys - tokens
-    last = first + num_blocks(queries.shape[2], subs[0])
+    heads, dim = queries.shape[1], queries.shape[3]
+    block_q, block_k = block_size
+    tokens, past = lengths[0], lengths[1] - lengths[0]
+    batch, down = queries.shape[0], num_blocks(queries.shape[2], subs[0])
+    if sequences is not None:
+        batch, down = len(sequences), max(num_blocks(n, block_q) for n in lengths[::2])
+    last = first + down
     options = dict(LAUNCH["narrow" if keys.element_size() == 2 and dim <= 128 else "wide"])
     options["RESIDENT"] = math.gcd(subs[0], options["RESIDENT"])
-    seen = [min((row + 1) * block_q, tokens) + past for row in range(first, last)]
-    widths = [num_blocks(tokens_seen, block_k) for tokens_seen in seen]
+    widths = [0] * down
+    for queries_of_one, keys_of_one in zip(lengths[::2], lengths[1::2], strict=True):
+        for row in range(first, min(last, num_blocks(queries_of_one, block_q))):
+            seen = min((row + 1) * block_q - queries_of_one, 0) + keys_of_one
+            widths[row - first] = max(widths[row - first], num_blocks(seen, block_k))
+    # A packed sequence may see more in an earlier row than the ones that have later rows.
+    widths = list(accumulate(widths, max))
     chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), options["ROWS"]))
     space = max((stop - start) * _padded(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
@@ -173,6 +191,7 @@ def choose_rows(
                 queries,
                 keys,
                 scores,
+                sequences,
                 queries.shape[2],
                 keys.shape[2],
                 start,
@@ -196,6 +215,7 @@ def choose_rows(
             _choose[batch * heads, stop - start](
                 scores,
                 bits,
+                sequences,
                 first + start,
                 stop - start,
                 _padded(width),
@@ -219,10 +239,54 @@ def choose_rows(
             )
 
 
+def _sequences(rows: Rows, scorer: Any, device: torch.device) -> Tensor:
+    """Where each packed sequence that has queries lies, int32 ``[S, 7]``, as `_score` and `_choose` read it.
+
+    Its place among the rectangle's rows, its first summary of queries and how many there are, its summaries
+    of keys, its query tokens and those before them, and its first row.
+    """
+    size_q = scorer.block_size[0] // scorer.sub_blocks[0]
+
+    def make() -> Tensor:
+        summaries = rows.places(rows.num_queries, size_q)
+        return torch.tensor(
+            [
+                (
+                    one.index,
+                    summaries[one.index].start,
+                    num_blocks(one.rows.num_queries, size_q),
+                    num_blocks(one.rows.num_keys, scorer.tokens_per_summary),
+                    one.rows.num_queries,
+                    one.rows.first,
+                    down.start,
+                )
+                for one, (down, _) in rows.maps(scorer.block_size)
+            ],
+            dtype=torch.int32,
+        )
+
+    return rows.kept(("sequences", scorer.block_size, size_q, scorer.tokens_per_summary), device, make)
+
+
+def _values(
+    policy: Policy, rules: list[Rule], heads: int, packed: bool, device: torch.device
+) -> Tensor | None:
+    """Return the rule's value for each head, of packed sequences for each head of each; None if it is one."""
+    if not packed and not rules[0].per_head:
+        return None
+    values = [rule.per_head or (rule.value,) * heads for rule in rules]
+    if len(values[0]) != heads:
+        raise ValueError(
+            f"the policy {policy.name} has limits for {len(values[0])} heads, the scores have "
+            f"{heads}; calibrate these gates"
+        )
+    return _on_device(tuple(chain.from_iterable(values)), device)
+
+
 @lru_cache(maxsize=4096)
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Keep a layer's limits on the device: copying them there makes the host wait."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    """Keep a layer's limits on the device; the host does not wait for the copy."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def _widths(dim: int, precision: str) -> dict[str, int]:
@@ -269,6 +333,7 @@ def _score(
     queries,
     keys,
     scores,
+    sequences,
     query_subs,
     key_subs,
     start,
@@ -295,12 +360,21 @@ def _score(
     across = tl.cdiv(width, COLUMNS)
     row = start + (tl.program_id(1) // across) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    head = tl.program_id(0).to(tl.int64)
+    batch, first_q = head // HEADS, queries + head * query_subs * E
+    last_q, last_k = query_subs - 1, key_subs - 1
+    if sequences is not None:
+        place = sequences + batch * 7
+        batch = tl.load(place).to(tl.int64)
+        first_q = queries + ((head % HEADS) * query_subs + tl.load(place + 1)) * E
+        last_q, last_k, past = tl.load(place + 2) - 1, tl.load(place + 3) - 1, tl.load(place + 5)
     latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
-    if (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest:
-        head = tl.program_id(0).to(tl.int64)
+    wanted = (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest
+    if sequences is not None:
+        wanted &= (start + (tl.program_id(1) // across) * ROWS) * SUBS_Q <= last_q
+    if wanted:
         e = tl.arange(0, E_LOW)
-        first_q = queries + head * query_subs * E
-        first_k = keys + ((head // HEADS) * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
+        first_k = keys + (batch * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
         PARTS: tl.constexpr = 2 if E_REST > 0 else 1
         # One product per pair of places within a block: the maximum over sub-blocks is then one between
         # whole tiles. A short last block repeats its last summary, which changes no maximum.
@@ -308,7 +382,7 @@ def _score(
         for held in range(0, SUBS_Q, RESIDENT):
             parts = ()
             for sub in tl.static_range(RESIDENT):
-                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, query_subs - 1)[:, None] * E
+                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, last_q)[:, None] * E
                 query = tl.load(at_q + e[None, :], mask=(e < E)[None, :], other=0.0)
                 parts = parts + (query,)  # noqa: RUF005, Triton has no stars
                 if E_REST > 0:
@@ -316,7 +390,7 @@ def _score(
                     query = tl.load(at_q + more[None, :], mask=(more < E)[None, :], other=0.0)
                     parts = parts + (query,)  # noqa: RUF005
             for sub_k in range(SUBS_K):
-                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[None, :] * E
+                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, last_k)[None, :] * E
                 key = tl.load(at_k + e[:, None], mask=(e < E)[:, None], other=0.0)
                 if E_REST > 0:
                     more = E_LOW + tl.arange(0, E_REST)
@@ -336,6 +410,7 @@ def _score(
 def _choose(
     scores,
     bits,
+    sequences,
     first,
     rows,
     stride,
@@ -358,6 +433,16 @@ def _choose(
 ):
     """Choose the blocks of one row."""
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
+    row_of_bits = head * all_rows + row
+    if sequences is not None:
+        place = sequences + (head // HEADS) * 7
+        tokens, past, value = tl.load(place + 4), tl.load(place + 5), tl.load(values + head)
+        row_of_bits = (head % HEADS) * all_rows + tl.load(place + 6) + row
+        dense_from += tl.cdiv(tokens, BLOCK_Q) - all_rows
+        if row * BLOCK_Q >= tokens:
+            return
+    elif values is not None:
+        value = tl.load(values + head % HEADS)
     last = (tl.minimum((row + 1) * BLOCK_Q, tokens) - 1 + past) // BLOCK_K
     own = (row * BLOCK_Q + past) // BLOCK_K
     block = tl.arange(0, WIDTH)
@@ -370,7 +455,7 @@ def _choose(
         share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
         share /= tl.sum(share, 0)
         if KIND == 0:
-            limit = value if values is None else tl.load(values + head % HEADS)
+            limit = value
             if SLOPED:
                 limit *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
             taken = share > limit
@@ -382,7 +467,7 @@ def _choose(
     place = tl.arange(0, 32)[None, :]
     packed = tl.sum(tl.reshape(taken.to(tl.int32), [WIDTH // 32, 32]) << place, 1)
     word = tl.arange(0, WIDTH // 32)
-    tl.store(bits + (head * all_rows + row) * words + word, packed, mask=word < words)
+    tl.store(bits + row_of_bits * words + word, packed, mask=word < words)
 
 
 @_jit()

@@ -9,7 +9,7 @@ from seerattention.ops.dispatch import choose, load_backends
 from seerattention.ops.summarise_blocks.reference import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks.reference import project_blocks as project_blocks
 from seerattention.ops.summarise_blocks.reference import rotate as rotate
-from seerattention.selection import num_blocks
+from seerattention.rows import Rows, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
@@ -28,12 +28,13 @@ def summarise_blocks(
     norm: Tensor | None = None,
     eps: float = 1e-6,
     rotary: tuple[Tensor, Tensor] | None = None,
+    rows: Rows | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Pool blocks of tokens, project them per head, normalise and rotate.
 
     Args:
-        x: ``[B, H, T, D]``, any strides.
+        x: ``[B, H, T, D]``, any strides; of packed sequences the queries or the keys, ``[1, H, T, D]``.
         size: Tokens per block; a short last block is pooled over the tokens it has.
         pools: Any of max, min, avg, concatenated in this order.
         dtype: To compute in and to return; default the dtype of x.
@@ -43,10 +44,11 @@ def summarise_blocks(
         norm: ``[E]``, weight of an RMS norm; default none.
         eps: Of the norm.
         rotary: cos and sin ``[B or 1, N, E]`` of the angles to rotate by; default no rotation.
+        rows: Where packed sequences lie in x: blocks begin anew with each. Default none are packed.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
-        ``[B, Ho, N, E]``.
+        ``[B, Ho, N, E]``, of packed sequences behind one another.
 
     Raises:
         ValueError: If shapes do not fit or the backend is unknown.
@@ -60,7 +62,11 @@ def summarise_blocks(
             f"weight must be [a multiple of {heads}, {merge} * {len(pools)} * {x.shape[3]}, E], "
             f"got {list(weight.shape)}"
         )
-    turns = num_blocks(x.shape[2], size), x.shape[3] if weight is None else weight.shape[2]
+    packed = rows if rows is not None and rows.is_packed else None
+    if packed is not None and x.shape[0] != 1:
+        raise ValueError(f"packed sequences lie in one batch entry, x has {x.shape[0]}")
+    blocks = num_blocks(x.shape[2], size) if packed is None else packed.places(x.shape[2], size)[-1].stop
+    turns = blocks, x.shape[3] if weight is None else weight.shape[2]
     for name, angles in zip(("cos", "sin"), rotary or (), strict=False):
         if angles.shape[0] not in (1, x.shape[0]) or angles.shape[1:] != turns:
             raise ValueError(
@@ -69,5 +75,6 @@ def summarise_blocks(
     dtype = x.dtype if dtype is None else dtype
     order = ORDER if x.device.type != "cpu" else ("reference",)
     options = {"dtype": dtype, "weight": weight, "merge": merge, "norm": norm, "rotary": rotary}
+    options["rows"] = packed
     module = choose(BACKENDS, order, backend, x=x, size=size, pools=pools, **options)
     return module.run(x, size, pools, eps=eps, **options)

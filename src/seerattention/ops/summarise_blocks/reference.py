@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.rows import Rows
+
 
 def unsupported(x: Tensor, size: int, pools: tuple[str, ...], **_: object) -> list[str]:
     """Return the reasons why this backend cannot run; it runs everything."""
@@ -23,11 +25,19 @@ def run(
     norm: Tensor | None,
     eps: float,
     rotary: tuple[Tensor, Tensor] | None,
+    rows: Rows | None,
 ) -> Tensor:
-    """Return the summaries, ``[B, H, N, E]``."""
-    return project_blocks(
-        pool_blocks(x.to(dtype), size, pools), weight=weight, merge=merge, norm=norm, eps=eps, rotary=rotary
-    )
+    """Return the summaries, ``[B, H, N, E]``: every packed sequence's as if it were alone."""
+    options = {"weight": weight, "merge": merge, "norm": norm, "eps": eps}
+    if rows is None:
+        return project_blocks(pool_blocks(x.to(dtype), size, pools), rotary=rotary, **options)
+    parts = []
+    for tokens, blocks in zip(rows.places(x.shape[2]), rows.places(x.shape[2], size), strict=True):
+        if tokens.start < tokens.stop:
+            turns = None if rotary is None else (rotary[0][:, blocks], rotary[1][:, blocks])
+            pools_of_one = pool_blocks(x[:, :, tokens].to(dtype), size, pools)
+            parts.append(project_blocks(pools_of_one, rotary=turns, **options))
+    return torch.cat(parts, 2)
 
 
 def project_blocks(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.precision import DTYPES, products
-from seerattention.selection import num_blocks
+from seerattention.rows import Rows, num_blocks
 
 try:
     import triton
@@ -40,6 +40,7 @@ def unsupported(
     merge: int,
     norm: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
+    rows: Rows | None,
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
     if triton is None:
@@ -50,6 +51,8 @@ def unsupported(
     given = [t for t in (x, weight, norm) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("it has no backward; use backend='reference' for gradients")
+    if rows is not None and rows.lengths is None:
+        reasons.append("the host does not know the lengths of the packed sequences")
     if merge > 1:
         reasons.append("it does not merge heads")
     if weight is None and len(pools) > 1 and (norm is not None or rotary is not None):
@@ -74,12 +77,14 @@ def run(
     norm: Tensor | None,
     eps: float,
     rotary: tuple[Tensor, Tensor] | None,
+    rows: Rows | None,
 ) -> Tensor:
     """Return the summaries, ``[B, H, N, E]``."""
     cos, sin = (None, None) if rotary is None else rotary
+    edges = None if rows is None else rows.edges(x.shape[2], size, x.device)
     # An operator of torch costs tens of microseconds a call; only torch.compile needs one.
     launch = summarise_op if torch.compiler.is_compiling() else summarise
-    return launch(x, size, " ".join(pools), dtype, weight, norm, eps, cos, sin)
+    return launch(x, size, " ".join(pools), dtype, weight, norm, eps, cos, sin, edges)
 
 
 def summarise(
@@ -92,9 +97,10 @@ def summarise(
     eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
+    edges: Tensor | None,
 ) -> Tensor:
-    """Launch the kernel; arguments as those of `run`, pools in one text."""
-    out = _empty(x, size, pools, dtype, weight, norm, eps, cos, sin)
+    """Launch the kernel; arguments as those of `run`, pools in one text, packed blocks by their edges."""
+    out = _empty(x, size, pools, dtype, weight, norm, eps, cos, sin, edges)
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
     place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
@@ -110,6 +116,7 @@ def summarise(
             norm,
             None if cos is None else cos.contiguous(),
             None if sin is None else sin.contiguous(),
+            edges,
             out,
             tokens,
             blocks,
@@ -142,10 +149,12 @@ def _empty(
     eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
+    edges: Tensor | None,
 ) -> Tensor:
     plain = x.shape[1], len(pools.split()) * x.shape[3]
     heads, dim = plain if weight is None else (weight.shape[0], weight.shape[2])
-    return x.new_empty((x.shape[0], heads, num_blocks(x.shape[2], size), dim), dtype=dtype)
+    blocks = num_blocks(x.shape[2], size) if edges is None else edges.shape[1]
+    return x.new_empty((x.shape[0], heads, blocks, dim), dtype=dtype)
 
 
 summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summarise, mutates_args=())
@@ -182,6 +191,7 @@ def _summarise(
     norm,
     cos,
     sin,
+    edges,
     out,
     tokens,
     blocks,
@@ -218,7 +228,7 @@ def _summarise(
     x += batch * stride_b + head * stride_h
     like = out.dtype.element_ty
     high_a, high_b, low_a, low_b, mean_a, mean_b = _pool(
-        x, row, tokens, stride_t, stride_d, like, D, D_PAD, SIZE, MAX, MIN, AVG, ROWS, UNROLL
+        x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, MAX, MIN, AVG, ROWS, UNROLL
     )
     for group in range(GROUPS):
         head_out = head * GROUPS + group
@@ -264,8 +274,10 @@ def _summarise(
 @_jit()
 def _pool(
     x,
+    edges,
     row,
     tokens,
+    blocks,
     stride_t,
     stride_d,
     like: tl.constexpr,
@@ -280,6 +292,10 @@ def _pool(
 ):
     """Return the maxima, minima and means of `ROWS` blocks, each as two halves; unwanted ones are empty."""
     D_HALF: tl.constexpr = (D + 1) // 2
+    first, end = row * SIZE, tokens
+    if edges is not None:
+        first = tl.load(edges + row, mask=row < blocks, other=0)
+        end = tl.load(edges + blocks + row, mask=row < blocks, other=1)
     lo = tl.arange(0, D_PAD)
     inside_a, inside_b = (lo < D_HALF)[None, :], (D_HALF + lo < D)[None, :]
     high_a = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
@@ -288,10 +304,10 @@ def _pool(
     sum_b = sum_a
     for start in range(0, SIZE, UNROLL):
         for step in tl.static_range(UNROLL):
-            token = row * SIZE + start + step
+            token = first + start + step
             # Past the end the last token is read again: it is of the same block, so maxima and minima
             # stay; sums leave it out.
-            at = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
+            at = x + tl.minimum(token, end - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
             a = tl.load(at, mask=inside_a, other=0.0).to(like).to(tl.float32)
             b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0).to(like).to(tl.float32)
             if MAX >= 0:
@@ -299,9 +315,9 @@ def _pool(
             if MIN >= 0:
                 low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
             if AVG >= 0:
-                here = (token < tokens)[:, None]
+                here = (token < end)[:, None]
                 sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
-    count = tl.maximum(tl.minimum(tokens - row * SIZE, SIZE), 1).to(tl.float32)[:, None]
+    count = tl.maximum(tl.minimum(end - first, SIZE), 1).to(tl.float32)[:, None]
     return high_a, high_b, low_a, low_b, sum_a / count, sum_b / count
 
 

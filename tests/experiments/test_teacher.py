@@ -1,7 +1,6 @@
 """The teacher's recipe from books to gates, at a size for a CPU: stopped half-way, it continues."""
 
 import json
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -9,7 +8,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seerattention.hosts.transformers import load_gates
 from seerattention.measure import bundled
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 seed = 1
 [tokenizer]
@@ -70,8 +68,8 @@ text_tokens = 1024
 
 @pytest.fixture
 def run(run_script):
-    """Run one of the recipe's scripts and return what it printed."""
-    return lambda name, *arguments: run_script(ROOT / "recipes" / "teacher" / name, *arguments)
+    """Run one of the experiment's modules and return what it printed."""
+    return lambda name, *arguments: run_script(f"experiments.teacher.{name}", *arguments)
 
 
 @pytest.fixture
@@ -91,7 +89,7 @@ def recipe(tmp_path):
 def train(run, recipe, tmp_path):
     """Train into a folder of the name given, and return what was printed."""
     options = (*recipe, "--no-compile", "--tokenizer", tmp_path / "tokenizer", "--check-every")
-    return lambda name, *more: run("train.py", *options, "--out", tmp_path / name, *more)
+    return lambda name, *more: run("train", *options, "--out", tmp_path / name, *more)
 
 
 def metrics(folder, name):
@@ -111,7 +109,7 @@ def test_from_books_to_gates(train, run, recipe, tmp_path):
     assert [row["tokens"] for row in json.loads((teacher / "results.json").read_text())["lengths"]] == [768]
     assert "| 768 |" in (teacher / "README.md").read_text()
 
-    run("gates.py", "--teacher", teacher, *recipe, "--out", tmp_path / "gates")
+    run("gates", "--teacher", teacher, *recipe, "--out", tmp_path / "gates")
     assert load_gates(tmp_path / "gates" / "gates").policy == "top_k:0.1,sink_blocks=1"
     rows = json.loads((tmp_path / "gates" / "gates" / "results.json").read_text())
     assert rows[0]["method"] == "dense"

@@ -4,8 +4,8 @@ All variants of a process learn inside the same frozen forward pass; evaluation 
 processes, which take what is ready from a queue of files. Whatever is finished is in ``--out``, even if the
 run is cut short.
 
-python benchmarks/gate_design.py prepare --books books.tar.xz --heldout heldout.tar.xz --tokens runs/tokens
-python benchmarks/gate_design.py run --groups benchmarks/gates/final.json --tokens runs/tokens
+python -m experiments.gates.run prepare --books books.tar.xz --heldout heldout.tar.xz --tokens runs/tokens
+python -m experiments.gates.run run --groups experiments/gates/final.json --tokens runs/tokens
 """
 
 from __future__ import annotations
@@ -27,37 +27,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "teacher"
-sys.path.insert(0, str(RECIPE))
-
-from data import Mixture, tokenise  # noqa: E402
-from gates import Batches  # noqa: E402
-
-from seerattention import baselines  # noqa: E402
-from seerattention.evals import bundled  # noqa: E402
-from seerattention.gate import GateConfig  # noqa: E402
-from seerattention.hosts.transformers import (  # noqa: E402
+from experiments.teacher.data import Mixture, tokenise
+from experiments.teacher.gates import Batches
+from seerattention import baselines
+from seerattention.gate import GateConfig
+from seerattention.hosts.transformers import (
     AttentionCall,
-    attach,
     base_checksum,
-    detach,
     intercept,
     load_gates,
     new_gates,
     save_gates,
-    set_policy,
 )
-from seerattention.measure.needle import NeedleTask  # noqa: E402
-from seerattention.measure.observe import Watch  # noqa: E402
-from seerattention.measure.perplexity import perplexity  # noqa: E402
-from seerattention.measure.retrieval import retrieval  # noqa: E402
-from seerattention.measure.versions import versions  # noqa: E402
-from seerattention.ops.pooled_attention import pooled_attention  # noqa: E402
-from seerattention.ops.score_blocks import reference  # noqa: E402
-from seerattention.train import DistillConfig, objectives, target_recall  # noqa: E402
-from seerattention.train.layer import gate_scores  # noqa: E402
+from seerattention.measure import bundled
+from seerattention.measure.compare import measured
+from seerattention.measure.needle import NeedleTask
+from seerattention.measure.versions import versions
+from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.score_blocks import chunked
+from seerattention.train import DistillConfig, objectives, target_recall
+from seerattention.train.layer import gate_scores
 
+RECIPE = Path(__file__).parents[1] / "teacher" / "recipe.toml"
 POLICY = "top_k:{},sink_blocks=1"
 SCORERS = ("oracle", "oracle_mass", "xattention", "quest", "meanpool", "streaming", "random")
 
@@ -225,7 +216,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         # Memory is plenty: fewer, larger products.
-        reference.SLICE_BYTES = 2**30
+        chunked.SLICE_BYTES = 2**30
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model, tokenizer = bundled.load_teacher(dtype, args.teacher)
     return model.to(args.device), tokenizer
@@ -236,7 +227,7 @@ def train(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     group = chosen(args)[args.group]
     books = np.load(args.tokens / "books.npy", mmap_mode="r")
-    digits = tomllib.loads((RECIPE / "recipe.toml").read_text())["data"]["digits"]
+    digits = tomllib.loads(RECIPE.read_text())["data"]["digits"]
     settings = {"lengths": args.lengths, "tokens": args.batch, **group.shares}
     before = base_checksum(model)
     seed = args.seed if group.seed is None else group.seed
@@ -315,36 +306,24 @@ def measure(
         scorer = scorer if args.device == "cuda" else scorer.float()
     elif name != "dense":
         scorer = baselines.create(name)
-    watching: list[Watch] = []
-
-    def observe(*call: Any) -> None:
-        # Of the first layers of the first documents only: looking makes the host wait.
-        if watching and watching[0].valid < 10**6:
-            watching[0](*call)
-
+    windows = heldout[: max(1, args.text_tokens // length) * length].reshape(-1, length)
     for density in args.densities if scorer is not None else [1.0]:
         started = time.perf_counter()
-        watching[:] = [Watch()]
-        if scorer is not None and not rows:
-            attach(model, scorer, POLICY.format(density), min_tokens=0, observe=observe)
-        elif scorer is not None:
-            set_policy(model, POLICY.format(density))
-        needle = retrieval(model, documents)
-        loss = perplexity(model, heldout, window=length, windows=max(1, args.text_tokens // length))
+        found = measured(
+            model, scorer, POLICY.format(density), windows=list(windows), documents=documents
+        ).values()
         rows.append(
             {
                 "method": name,
                 "tokens": length,
                 "asked": density,
-                "density": round(watching[0].density, 4),
-                "needle": round(needle, 4),
-                "perplexity": round(loss, 4),
+                "density": round(found["density"], 4),
+                "needle": round(found["needles"], 4),
+                "perplexity": round(found["perplexity"], 4),
                 "seconds": round(time.perf_counter() - started, 2),
             }
         )
         write(args.out / "results" / f"{folder_name(name)}-{length}.json", rows)
-    if scorer is not None:
-        detach(model)
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
@@ -433,14 +412,14 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"error: {args.out} holds another run; give another folder or delete it")
     for name in ("books.npy", "heldout.npy"):
         if not (args.tokens / name).exists():
-            sys.exit(f"error: {args.tokens} holds no {name}; make it with `gate_design.py prepare`")
+            sys.exit(f"error: {args.tokens} holds no {name}; make it with `experiments.gates.run prepare`")
     started = time.perf_counter()
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
     groups = chosen(args)
     processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(role: str, label: str, *more: str) -> None:
-        command = [sys.executable, __file__, role, *sys.argv[2:], *more]
+        command = [sys.executable, "-m", "experiments.gates.run", role, *sys.argv[2:], *more]
         with (args.out / "logs" / f"{label}.txt").open("wb") as log:
             processes[label] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -522,7 +501,7 @@ def main() -> None:
         p.add_argument("--text-tokens", type=int, default=131072, help="of perplexity, per cell")
         p.add_argument("--evaluators", type=int, default=2, help="processes that only evaluate")
         p.add_argument(
-            "--groups", type=Path, required=True, help="JSON file of what to train: benchmarks/gates/"
+            "--groups", type=Path, required=True, help="JSON file of what to train: experiments/gates/"
         )
         p.add_argument("--only", nargs="+", help="names of variants, all others are left out")
         p.add_argument("--group", help="which group this process trains")

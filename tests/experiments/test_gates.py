@@ -1,21 +1,18 @@
 """The gate experiment: many variants at once learn what each would alone, and a run measures all of them."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from experiments.gates import run as experiment
 from seerattention.hosts.transformers import new_gates
 from seerattention.measure import bundled
 from seerattention.train import DistillConfig, Distiller
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gate_design  # noqa: E402
+GROUPS = Path(experiment.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +24,15 @@ def tokens():
 def test_variants_trained_together_are_those_trained_alone(tokens):
     model, _ = bundled.load_teacher()
     variants = (
-        gate_design.Variant("kl"),
-        gate_design.Variant("mean", {"q_pool": ["avg"], "k_sub_block": 16}, "sharp_kl", {}, 3e-3),
-        gate_design.Variant("coarse", {"q_sub_block": 16}),
+        experiment.Variant("kl"),
+        experiment.Variant("mean", {"q_pool": ["avg"], "k_sub_block": 16}, "sharp_kl", {}, 3e-3),
+        experiment.Variant("coarse", {"q_sub_block": 16}),
     )
 
     def batches(step: int) -> np.ndarray:
         return tokens[0][512 * step : 512 * step + 512][None].astype(np.int64)
 
-    together = gate_design.Together(model, variants, steps=3, seed=5)
+    together = experiment.Together(model, variants, steps=3, seed=5)
     list(together.run(batches))
     for variant, learned in zip(variants, together.gates, strict=True):
         torch.manual_seed(5)
@@ -53,7 +50,7 @@ def test_a_run_trains_and_measures_every_method(run_script, tokens, tmp_path):
     for name, part in zip(("books", "heldout"), tokens, strict=True):
         np.save(tmp_path / "tokens" / f"{name}.npy", part.astype(np.uint16))
     command = [
-        *(ROOT / "benchmarks" / "gate_design.py", "run", "--device", "cpu"),
+        *("experiments.gates.run", "run", "--device", "cpu"),
         *("--tokens", tmp_path / "tokens", "--out", tmp_path / "out", "--steps", "2"),
         *("--lengths", "512", "--batch", "512", "--eval-lengths", "512", "--densities", "0.5"),
         *("--documents", "1", "--text-tokens", "512", "--evaluators", "0", "--threads", "1"),
@@ -64,7 +61,7 @@ def test_a_run_trains_and_measures_every_method(run_script, tokens, tmp_path):
     (tmp_path / "groups.json").write_text(json.dumps(groups))
     printed = run_script(*command)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    methods = ["dense", *gate_design.SCORERS, "kept"]
+    methods = ["dense", *experiment.SCORERS, "kept"]
     assert sorted(r["method"] for r in report["rows"]) == sorted(methods), printed
     assert all(r["perplexity"] > 1 and 0 <= r["needle"] <= 1 for r in report["rows"])
     assert [r["step"] for r in report["training"][0]["rows"]] == [1, 2]
@@ -75,15 +72,15 @@ def test_a_run_trains_and_measures_every_method(run_script, tokens, tmp_path):
 def test_cost_counts_the_products_of_sub_blocks():
     shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "q_sub_block": 8, "k_sub_block": 8}
     shape["gate_dim"] = 64
-    exact = gate_design.cost(gate_design.GateConfig(**shape), 2**40)
+    exact = experiment.cost(experiment.GateConfig(**shape), 2**40)
     assert exact == pytest.approx(1 / 128, rel=1e-6)
-    half = gate_design.GateConfig(**{**shape, "q_sub_block": 4, "gate_dim": 32})
-    assert gate_design.cost(half, 2**40) == pytest.approx(1 / 128, rel=1e-6)
+    half = experiment.GateConfig(**{**shape, "q_sub_block": 4, "gate_dim": 32})
+    assert experiment.cost(half, 2**40) == pytest.approx(1 / 128, rel=1e-6)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "gates").glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(GROUPS.glob("*.json")), ids=lambda p: p.stem)
 def test_what_is_shipped_to_train_can_be_made(path):
     for group in json.loads(path.read_text()).values():
-        for variant in (gate_design.Variant(**v) for v in group["variants"]):
-            gate_design.GateConfig(6, 2, 64, **variant.gate)
-            gate_design.objectives.create(variant.objective, **variant.options)
+        for variant in (experiment.Variant(**v) for v in group["variants"]):
+            experiment.GateConfig(6, 2, 64, **variant.gate)
+            experiment.objectives.create(variant.objective, **variant.options)

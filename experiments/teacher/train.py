@@ -1,6 +1,6 @@
 """Train the bundled teacher, or one of another recipe, on one GPU: from books to what transformers loads.
 
-    python recipes/teacher/train.py --books books/ --heldout heldout/ --out runs/teacher
+    python -m experiments.teacher.train --books books/ --heldout heldout/ --out runs/teacher
 
 Stopped at any point (or by --max-seconds), the same command continues where it was, exactly.
 """
@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import Mixture, tokenise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from experiments.teacher.data import Mixture, read_books, tokenise
+from experiments.teacher.evaluate import evaluate
+from experiments.teacher.export import export
+from experiments.teacher.tokenizer import train_tokenizer
 from seerattention.measure.needle import NeedleDocument
 
 HERE = Path(__file__).parent
@@ -298,18 +301,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     if not args.tokenizer.exists():
-        from data import read_books
-        from tokenizer import train_tokenizer
-
         take = recipe["tokenizer"]["characters_per_book"]
         texts = (t[len(t) // 3 : len(t) // 3 + take] for t in read_books(args.books))
         train_tokenizer(texts, args.tokenizer, recipe["tokenizer"]["vocab_size"])
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if not train(args, recipe, tokenizer, deadline):
         return
-    from evaluate import evaluate
-    from export import export
-
     model = build(recipe, len(tokenizer), tokenizer.eos_token_id).to(args.device)
     Checkpoint(args.out).load(model, torch.optim.AdamW(model.parameters()))
     # What is shipped is what is evaluated: weights rounded to bfloat16.

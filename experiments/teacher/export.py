@@ -43,7 +43,7 @@ Evaluation: 13 Standard Ebooks (CC0 1.0), never trained on.
 
 ## Recipe
 
-`recipes/teacher/` of the seerattention repository: {tokens:.0f} M tokens in stages of 512, 2k, 8k and 32k
+`experiments/teacher/` of the seerattention repository: {tokens:.0f} M tokens in stages of 512, 2k, 8k and 32k
 tokens on one GPU, seed {seed}. The comments of `recipe.toml` say how the shipped weights were made stage by
 stage.
 

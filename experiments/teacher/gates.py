@@ -1,6 +1,6 @@
 """Distil the gates that ship with the teacher, and measure them; killed, the same command continues.
 
-python recipes/teacher/gates.py --teacher runs/teacher/teacher --books books/ --heldout heldout/
+python -m experiments.teacher.gates --teacher runs/teacher/teacher --books books/ --heldout heldout/
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Mixture, tokenise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.teacher.data import Mixture, tokenise
 from seerattention import baselines
-from seerattention.hosts.transformers import attach, detach, new_gates, save_gates
+from seerattention.hosts.transformers import new_gates, save_gates
+from seerattention.measure.compare import measured
 from seerattention.measure.needle import NeedleTask
-from seerattention.measure.observe import Watch
-from seerattention.measure.perplexity import perplexity
-from seerattention.measure.retrieval import retrieval
 from seerattention.train import DistillConfig, Distiller
 
 HERE = Path(__file__).parent
+#: Compared with the gates.
+SCORERS = ("oracle", "xattention", "quest", "meanpool", "streaming", "random")
 
 
 class Batches:
@@ -50,31 +50,22 @@ def evaluate(
     """Measure dense attention, the gates and the oracle at every length; dense first."""
     task = NeedleTask(tokenizer, heldout)
     rows = []
+    methods = {"dense": None, "gates": gates} | {name: baselines.create(name) for name in SCORERS}
     for length in sorted(set(settings["lengths"])):
         documents = [task.make(length, seed) for seed in range(settings["documents"])]
-        methods = {
-            "dense": None,
-            "gates": gates,
-            "oracle": baselines.create("oracle"),
-            **{n: baselines.create(n) for n in ("xattention", "quest", "meanpool", "streaming", "random")},
-        }
+        windows = heldout[: max(1, settings["text_tokens"] // length) * length].reshape(-1, length)
         for name, scorer in methods.items():
-            watch = Watch()
-            if scorer is not None:
-                attach(model, scorer, settings["policy"], min_tokens=0, observe=watch)
-            found = retrieval(model, documents)
-            windows = max(1, settings["text_tokens"] // length)
-            loss = perplexity(model, heldout, window=length, windows=windows)
-            if scorer is not None:
-                detach(model)
+            found = measured(
+                model, scorer, settings["policy"], method=name, windows=list(windows), documents=documents
+            ).values()
             rows.append(
                 {
                     "method": name,
                     "tokens": length,
-                    "density": round(watch.density, 4),
-                    "perplexity": round(loss, 3),
-                    "needle": round(found, 4),
-                    "questions": 8 * settings["documents"],
+                    "density": round(found["density"], 4),
+                    "perplexity": round(found["perplexity"], 3),
+                    "needle": round(found["needles"], 4),
+                    "questions": sum(len(document.answers) for document in documents),
                 }
             )
             print(rows[-1], flush=True)

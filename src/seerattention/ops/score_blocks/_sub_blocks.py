@@ -1,0 +1,23 @@
+"""From products of summaries to scores of the blocks that hold them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def max_over_sub_blocks(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
+    """Reduce ``[..., Nq * subs_q, Nk * subs_k]`` (the last block possibly short) to ``[..., Nq, Nk]``."""
+    learns = products.requires_grad
+    # Rows first is faster, as their elements lie side by side; columns first gives a gradient to the first of
+    # equal pairs in memory order.
+    for dim, subs in ((-1, subs_k), (-2, subs_q)) if learns else ((-2, subs_q), (-1, subs_k)):
+        if subs == 1:
+            continue
+        missing = -products.shape[dim] % subs
+        if missing:
+            pad = (0, missing) if dim == -1 else (0, 0, 0, missing)
+            products = nn.functional.pad(products, pad, value=float("-inf"))
+        products = products.unflatten(dim, (-1, subs))
+        # amax, faster, would share a gradient among equals; max gives it to the first of them.
+        products = products.max(dim).values if learns else products.amax(dim)
+    return products
