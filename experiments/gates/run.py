@@ -138,7 +138,7 @@ class Together:
                 coming = ahead.submit(batches, step + 1)
                 for optimizer, config in zip(self.optimizers, self.configs, strict=True):
                     for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate(place)  # type: ignore[arg-type]
+                        group["lr"] = config.lr * config.rate(place)  # type: ignore[arg-type]
                     optimizer.zero_grad(set_to_none=True)
                 step += 1
                 elapsed = time.perf_counter() - started

@@ -25,8 +25,8 @@ def test_variants_trained_together_are_those_trained_alone(tokens):
     model, _ = bundled.load_teacher()
     variants = (
         experiment.Variant("kl"),
-        experiment.Variant("mean", {"q_pool": ["avg"], "k_sub_block": 16}, "mixture", {}, 3e-3),
-        experiment.Variant("coarse", {"q_sub_block": 16}, "regret"),
+        experiment.Variant("mean", {"q_pool": ["avg"], "k_sub_block": 16}, "sharp_kl", {}, 3e-3),
+        experiment.Variant("coarse", {"q_sub_block": 16}),
     )
 
     def batches(step: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_a_run_trains_and_measures_every_method(run_script, tokens, tmp_path):
         *("--documents", "1", "--text-tokens", "512", "--evaluators", "0", "--threads", "1"),
         *("--groups", tmp_path / "groups.json", "--only", "kept"),
     ]
-    variants = [{"name": "kept", "gate": {"q_sub_block": 16}, "objective": "mixture"}, {"name": "left out"}]
+    variants = [{"name": "kept", "gate": {"q_sub_block": 16}, "objective": "sharp_kl"}, {"name": "left out"}]
     groups = {"one": {"variants": variants, "shares": {"needles": 0.5, "repeats": 0.1}, "seed": 4}}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
     printed = run_script(*command)

@@ -91,7 +91,7 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
     """Distil gates from their initialisation for about ``seconds``."""
     import torch
 
-    from seerattention.cli._progress import show
+    from seerattention.cli._show import train
     from seerattention.demo.run import LiveBatches
     from seerattention.hosts.transformers import new_gates
     from seerattention.measure.needle import NeedleTask
@@ -110,7 +110,7 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
         f"{LIVE_TOKENS:,} tokens",
         highlight=False,
     )
-    done = show(
+    done = train(
         Distiller(demo.model, gates, batches, DistillConfig(steps=steps, lr=2e-3, objective="kl")), console
     )
     few = max(1, min(8, len(done) // 4))

@@ -145,13 +145,13 @@ def dataset_documents(
         split: Which split.
 
     Raises:
-        ImportError: If ``datasets`` is not installed.
+        ModuleNotFoundError: If ``datasets`` is not installed.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "--dataset needs the package datasets: pip install 'seerattention[train]'"
+        raise ModuleNotFoundError(
+            "a dataset needs the package datasets: pip install 'seerattention[train]'"
         ) from error
     path, _, configuration = name.partition(":")
     stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)

@@ -40,21 +40,6 @@ def counted_rows(
     return target[:, :, first:], scores[:, :, first:], valid[first:]
 
 
-def free_blocks(valid: Tensor) -> Tensor:
-    """Mark the blocks that only scores can choose: all but the first and each row's own.
-
-    Args:
-        valid: bool ``[R, N]``, the causally valid blocks of the last ``R`` rows.
-
-    Returns:
-        bool ``[R, N]``.
-    """
-    free = valid.clone()
-    free[:, 0] = False
-    free.diagonal(valid.shape[1] - valid.shape[0])[:] = False
-    return free
-
-
 @torch.no_grad()
 def target_recall(
     target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int, density: float

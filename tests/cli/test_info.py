@@ -1,11 +1,11 @@
-"""The README's table of operations: every 'yes' runs and is right, every 'no' gives its reason."""
+"""``seerattention info``: every 'yes' of its table runs and is right, every 'no' has its reason."""
 
 import pytest
 import torch
 
 from seerattention.cli.info import support
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.select_blocks import select_blocks
@@ -69,3 +69,21 @@ def test_the_line_is_true(row):
         assert torch.equal(run(q, k), reference(q, k))
     else:
         Budget.of(reference, q, k).check(run(q, k))
+
+
+def test_it_lists_backends_with_reasons_and_explains_a_model(invoke, base):
+    result, said = invoke("info")
+    assert result.exit_code == 0
+    for name in ("gather", "reference", "chunked", "llama", "top_k:<density>", "meanpool"):
+        assert name in said
+    assert "layers 0-1: sparse prefill, dense decoding" in invoke("info", base)[1]
+    table = invoke("info", "--markdown")[0].output
+    assert "| `block_sparse_attention` | `gather` | yes | yes |" in table
+
+
+def test_it_gives_a_backends_reason_why_not(invoke, monkeypatch):
+    monkeypatch.setattr(BACKENDS["flex"], "unsupported", lambda *a, **k: ["no compiler"])
+    result, said = invoke("info")
+    assert "[yellow]" not in result.output
+    assert "no: no compiler" in said
+    assert {reason for s in support() if s.backend == "flex" for reason in s.reasons} == {"no compiler"}
