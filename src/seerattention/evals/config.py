@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from seerattention import baselines
 from seerattention.evals import tasks
 from seerattention.measure.bundled import BUNDLED
 from seerattention.policies import parse
+from seerattention.settings import known, read, typed
 
 #: Policies that methods without one of their own use.
 POLICY = "top_k:{density},sink_blocks=1"
@@ -115,34 +115,28 @@ def read_config(path: Path) -> EvalConfig:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no TOML, or something in it is unknown, missing or out of range.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
-    _known(str(path), content, _TOP)
+    content = read(path)
+    known(str(path), content, _TOP)
     model = _table("model", content.get("model", {}))
-    _known("[model]", model, _MODEL)
-    densities = [_number(d) for d in _list("densities", content.get("densities", []))]
+    known("[model]", model, _MODEL)
+    densities = list(typed("densities", content.get("densities", []), tuple[float, ...]))
     for density in densities:
         if not 0 < density <= 1:
             raise ValueError(f"densities must be in (0, 1], got {density}")
     lengths = _lengths("lengths", content.get("lengths", []))
-    policy = _typed("policy", content.get("policy", POLICY), str)
+    policy = typed("policy", content.get("policy", POLICY), str)
     samples = _whole("samples", content.get("samples", 50))
-    text = content.get("text", BUNDLED)
     return EvalConfig(
-        out=Path(_typed("out", content.get("out", f"runs/eval/{path.stem}"), str)),
-        model=_typed("model.name", model.get("name", BUNDLED), str),
+        out=Path(typed("out", content.get("out", f"runs/eval/{path.stem}"), str)),
+        model=typed("model.name", model.get("name", BUNDLED), str),
         methods=_methods(_table("methods", content.get("methods", {})), policy, densities),
         plans=_plans(_table("tasks", content.get("tasks", {})), samples, lengths),
         densities=densities,
-        text=[text] if isinstance(text, str) else [_typed("text", t, str) for t in _list("text", text)],
+        text=list(typed("text", content.get("text", BUNDLED), tuple[str, ...])),
         seed=_whole("seed", content.get("seed", 0), least=0),
-        dtype=_typed("model.dtype", model.get("dtype", "auto"), str),
-        device=_typed("model.device", model.get("device", ""), str),
-        chat=_typed("model.chat", model.get("chat", False), bool),
+        dtype=typed("model.dtype", model.get("dtype", "auto"), str),
+        device=typed("model.device", model.get("device", ""), str),
+        chat=typed("model.chat", model.get("chat", False), bool),
         max_length=None if "max_length" not in model else _whole("model.max_length", model["max_length"]),
     )
 
@@ -152,15 +146,15 @@ def _methods(tables: dict[str, Any], policy: str, densities: list[float]) -> lis
     for label, content in tables.items():
         table = _table(f"methods.{label}", content)
         if label == "dense":
-            _known("[methods.dense]", table, ())
+            known("[methods.dense]", table, ())
             continue
-        template = _typed(f"methods.{label}.policy", table.pop("policy", policy), str)
+        template = typed(f"methods.{label}.policy", table.pop("policy", policy), str)
         if "gates" in table:
-            of = _typed(f"methods.{label}.gates", table.pop("gates"), str)
-            _known(f"[methods.{label}]", table, ("gates", "policy"))
+            of = typed(f"methods.{label}.gates", table.pop("gates"), str)
+            known(f"[methods.{label}]", table, ("gates", "policy"))
             method = Method(label, "gates", of, template)
         else:
-            name = _typed(f"methods.{label}.baseline", table.pop("baseline", label), str)
+            name = typed(f"methods.{label}.baseline", table.pop("baseline", label), str)
             if name not in baselines.names():
                 raise ValueError(
                     f"unknown method {name!r}; there are dense, {', '.join(baselines.names())}, and gates by "
@@ -196,7 +190,7 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
     plans = []
     for label, content in tables.items():
         options = _table(f"tasks.{label}", content)
-        name = _typed(f"tasks.{label}.task", options.pop("task", label), str)
+        name = typed(f"tasks.{label}.task", options.pop("task", label), str)
         count = _whole(f"tasks.{label}.samples", options.pop("samples", samples))
         own = _lengths(f"tasks.{label}.lengths", options.pop("lengths", lengths))
         skip = options.pop("skip_below", 0.0)
@@ -212,34 +206,10 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
     return plans
 
 
-def _known(where: str, table: dict[str, Any], known: tuple[str, ...]) -> None:
-    if unknown := sorted(set(table) - set(known)):
-        what = f"it may have {', '.join(known)}" if known else "it has no settings"
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; {what}")
-
-
 def _table(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a table [{name}], got {value!r}")
     return dict(value)
-
-
-def _list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, got {value!r}")
-    return value
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"densities must be numbers, got {value!r}")
-    return value
 
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
@@ -249,4 +219,4 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def _lengths(name: str, value: Any) -> list[int]:
-    return sorted({_whole(name, length) for length in _list(name, value)})
+    return sorted({_whole(name, length) for length in typed(name, value, tuple[int, ...])})

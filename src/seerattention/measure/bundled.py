@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.hosts.transformers import Gates, device_of, load_base, load_gates
+from seerattention.hosts.transformers import Gates, load_base, load_gates, named_device
 from seerattention.hosts.transformers.load import check_dtype
 
 DATA = Path(__file__).parents[1] / "data"
@@ -75,7 +75,7 @@ def named_model(
     """
     if name not in (BUNDLED, TEACHER_NAME):
         return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
-    target, dtype = device_of(device), check_dtype(dtype)
+    target, dtype = named_device(device), check_dtype(dtype)
     model, tokenizer = load_teacher(torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return model.to(target), tokenizer  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Perplexity and retrieval on a stand-in for a language model, what a watch sees, and timing."""
+"""Perplexity and retrieval on a stand-in for a language model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seerattention import BlockSelection, causal_blocks
-from seerattention.hosts.transformers import AttentionCall
 from seerattention.measure import perplexity as perplexity_module
 from seerattention.measure.needle import NeedleDocument
-from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import next_token_losses, perplexity
 from seerattention.measure.retrieval import retrieval
-from seerattention.measure.timing import interleaved
-from seerattention.ops.shapes import Shape
-from seerattention.rows import Rows
-from seerattention.testing.conformance import dense_weights
-from seerattention.testing.inputs import random_qkv, random_selection
 
 VOCABULARY = 20
 
@@ -85,55 +77,3 @@ def test_retrieval_counts_answers_over_all_documents() -> None:
     half = NeedleDocument(np.array([0, 1, 2, 3, 4, 9]), ((1, 3), (4, 6)), ("a", "b"), ("12", "49"))
     assert retrieval(model(certain=True), [right]) == 1
     assert retrieval(model(certain=True), [right, half]) == 0.75
-
-
-def call_of(shape: Shape) -> AttentionCall:
-    q, k, v = random_qkv(shape)
-    positions = torch.arange(shape.keys - shape.queries, shape.keys)
-    return AttentionCall(0, q, k, v, q, k[:, :, -shape.queries :], positions, 0.5)
-
-
-@pytest.mark.parametrize("queries", [300, 100])
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_watch_sees_density_and_recall(queries: int, heads: int) -> None:
-    shape = Shape(name="", heads=4, kv_heads=2, queries=queries, keys=300, head_dim=16, batch=2)
-    call = call_of(shape)
-    selection = random_selection(shape, density=0.3, heads=heads)
-    watch = Watch(rows=queries)
-    watch(0, call, selection)
-    valid = causal_blocks(queries, 300, (64, 64))
-    assert watch.density == pytest.approx(selection.density(valid))
-    share = dense_weights(call.q, call.k, scale=0.5)
-    read = selection.to_mask().repeat_interleave(4 // heads, 1)
-    read = read.repeat_interleave(64, 2)[:, :, :queries].repeat_interleave(64, 3)[..., :300]
-    recall = float((share * read).sum(-1).mean())
-    assert watch.recall == pytest.approx(recall)
-    assert 0.1 < recall < 0.99
-    full = BlockSelection.full(Rows.last(queries, 300), (64, 64))
-    watch(1, call, BlockSelection.from_mask(full.to_mask().expand(2, 4, -1, -1), (64, 64)))
-    assert watch.recall == pytest.approx((recall + 1) / 2)
-
-
-def test_watch_without_rows_and_without_calls() -> None:
-    watch = Watch()
-    assert (watch.density, watch.recall) == (1, 1)
-    shape = Shape(name="", heads=4, kv_heads=2, queries=300, keys=300, head_dim=16)
-    watch(0, call_of(shape), random_selection(shape, density=0.0))
-    assert watch.density == 5 / 15
-    assert watch.recall == 1
-
-
-def test_timing_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    clock = iter(float(x * x) for x in range(100))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    seconds = interleaved(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
-        repeats=3,
-        warmup=1,
-        after=calls.append,
-    )
-    assert "".join(calls) == "aabb" * 4
-    # Between readings n and n + 1 lie 2n + 1 seconds. Every call reads twice: timed calls of a start at
-    # readings 4, 8, 12 and those of b at 6, 10, 14.
-    assert seconds == {"a": [2 * n + 1 for n in (4, 8, 12)], "b": [2 * n + 1 for n in (6, 10, 14)]}
