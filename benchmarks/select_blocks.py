@@ -20,7 +20,7 @@ from seerattention.gate import AttnGate, GateConfig
 from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
-from seerattention.ops.select_blocks._cases import CASES, Case
+from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.policies import Policy, parse
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
