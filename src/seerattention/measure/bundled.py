@@ -71,8 +71,12 @@ def named_model(
         device: As `load_base` takes it.
 
     Raises:
-        ValueError: If the precision or the device is not known or not there.
+        ValueError: If there is no name, or the precision or the device is not known or not there.
     """
+    if not name:
+        raise ValueError(
+            "the base model has no name here, as where gates name none; give its folder or hub id"
+        )
     if name not in (BUNDLED, TEACHER_NAME):
         return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
     target, dtype = named_device(device), check_dtype(dtype)
