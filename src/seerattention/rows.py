@@ -280,7 +280,7 @@ class Rows:
         Returns:
             bool ``[Nq, Nk]``.
         """
-        first_key, _, last_query = self._edges(block_size, device)
+        first_key, _, last_query = self.corners(block_size, device)
         return first_key <= last_query
 
     def own(self, block_size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
@@ -295,13 +295,18 @@ class Rows:
         Returns:
             bool ``[Nq, Nk]``.
         """
-        first_key, first_query, last_query = self._edges(block_size, device)
+        first_key, first_query, last_query = self.corners(block_size, device)
         return (first_key <= last_query) & (first_key + block_size[1] > first_query)
 
-    def _edges(
-        self, block_size: tuple[int, int], device: torch.device | str | None
+    def corners(
+        self, block_size: tuple[int, int], device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """First position of every KV block ``[1, Nk]``, first and last of every query block ``[Nq, 1]``."""
+        """Return where KV blocks begin, ``[1, Nk]``, and where query blocks begin and end, ``[Nq, 1]`` each.
+
+        Args:
+            block_size: Tokens per (query block, KV block).
+            device: Where to build the results.
+        """
         block_q, block_k = block_size
         first, last = [], []
         for queries, keys in self.known:

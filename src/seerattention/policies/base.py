@@ -18,9 +18,9 @@ class Rule:
 
     Attributes:
         kind: ``share``: every block whose share of the row's softmax is above ``value``. ``count``: as many
-            blocks as make ``value`` with those that are read anyway, from the best down, ties to the lower
-            block. ``mass``: the same while the blocks before hold less than ``value`` of the row's softmax.
-            Shares and mass do not ask what is read anyway.
+            blocks as make ``value`` with those that are read anyway, the best ones, ties to the lower block.
+            ``mass``: from the best block down while those before hold less than ``value`` of the row's
+            softmax. Shares and mass do not ask what is read anyway.
         value: The bound.
         per_head: Of a ``share``: the bound of each head instead; empty where all have ``value``.
         row_exponent: Of a ``share``: the bound is multiplied by the number of blocks that a row sees, raised
