@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -23,6 +24,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain JSON types into a file, whole or not at all; its folder is made if it does not exist.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    with staged(path.parent) as folder:
+        (folder / path.name).write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
