@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from seerattention.files import staged
+from seerattention.files import write_json
 from seerattention.measure.timing import interleaved
 from seerattention.measure.versions import versions
 
@@ -44,8 +43,7 @@ def write(out: Path | None, rows: list[dict[str, Any]], device: str = "cuda", **
     if out is None or not rows:
         return
     about = {"versions": versions(device), "date": datetime.now(UTC).date().isoformat(), **settings}
-    with staged(out.parent) as folder:
-        (folder / out.name).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    write_json(out, about | {"rows": rows})
 
 
 def model_settings(model: Any, shape: str) -> dict[str, Any]:

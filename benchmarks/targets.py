@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from seerattention.files import staged
+from seerattention.files import write_json
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def main() -> None:
     path = parser.parse_args().report
     report = json.loads(path.read_text())
     report["targets"] = judge(report)
-    with staged(path.parent) as folder:
-        (folder / path.name).write_text(json.dumps(report, indent=2) + "\n")
+    write_json(path, report)
     words = {True: "reached", False: "missed", None: "not measured"}
     for row in report["targets"]:
         reached = "" if row["reached"] is None else f"{row['reached']:.2f} by {row['backend']}"
