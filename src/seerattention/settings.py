@@ -38,9 +38,9 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
     for text in overrides:
         name, sign, value = text.partition("=")
         *tables, key = name.strip().split(".")
-        place = values
+        place: Any = values
         for table in tables:
-            place = place.setdefault(table, {})
+            place = place.setdefault(table, {}) if isinstance(place, dict) else None
         if not sign or not key or not isinstance(place, dict):
             raise ValueError(f"a setting must be key=value or table.key=value, got {text!r}")
         try:
