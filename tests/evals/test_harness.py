@@ -462,8 +462,11 @@ def test_the_summary_is_computed_from_the_records(complete) -> None:
         (("densities = [0.5, 0.2]", ""), r"asks for \{density\} in its policy; give densities"),
         (("lengths = [1024]", "lengths = [0]"), "lengths must be a whole number >= 1, got 0"),
         (("lengths = [1024]", ""), "give lengths"),
-        (("samples = 3", "samples = true"), "samples must be a whole number >= 1, got True"),
-        (("samples = 3", "sample = 3"), "unknown 'sample'; it may have out, text"),
+        (("samples = 3", "samples = true"), "samples must be of type int, got True"),
+        (
+            ("samples = 3", "sample = 3"),
+            r"unknown 'sample' \(did you mean samples\?\); it may have out, text",
+        ),
         (("token_budget:128", "token_bugdet:128"), "unknown policy 'token_bugdet:128'; write one of"),
         (("block_size = [32, 32]", "blocksize = 3"), "has an option that streaming has not"),
         (('policy = "token_budget:128"', 'policy = "saved"'), 'only gates have a policy "saved"'),
