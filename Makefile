@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PARALLEL := --numprocesses auto --dist worksteal
+ATTACHED := tests/hosts tests/engine tests/policies tests/examples tests/demo tests/evals/tasks \
+  tests/test_extending.py
 
-.PHONY: setup demo test check gpu bench bench-gpu bench-cpu
+.PHONY: setup demo test test-oldest test-newest check gpu bench bench-gpu bench-cpu
 
 setup: $(READY)
 
@@ -20,7 +23,30 @@ demo: $(READY)
 	$(BIN)/seerattention demo $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests --ignore=tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests --ignore=tests/gpu
+
+# The tests of attached models, on the oldest transformers that pyproject.toml allows and on the newest of all packages.
+test-oldest: .venv/oldest/.ready
+	PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ATTACHED)
+
+test-newest: .venv/newest/.ready
+	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest $(PARALLEL) $(ATTACHED)
+
+# An older transformers takes older tokenizers and huggingface_hub along; all else is as in .venv.
+.venv/oldest/.ready: $(READY)
+	rm -rf .venv/oldest
+	mkdir .venv/oldest
+	grep -vE '^(transformers|tokenizers|huggingface_hub)=' constraints.txt > .venv/oldest/constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --constraint .venv/oldest/constraints.txt \
+	  --target .venv/oldest "$$(sed -n 's/.*"\(transformers\)>=\(.*\)".*/\1==\2/p' pyproject.toml)"
+	touch $@
+
+.venv/newest/.ready: pyproject.toml
+	rm -rf .venv/newest
+	$(PYTHON) -m venv .venv/newest
+	.venv/newest/bin/python -m pip install --quiet --upgrade pip
+	.venv/newest/bin/python -m pip install --quiet --no-compile --editable '.[plot]' --group dev
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from seerattention import attach, prefill
-from seerattention.hosts.transformers import usage
+from seerattention.hosts.transformers import cache_argument, usage
 from seerattention.measure.bundled import load_teacher, load_teacher_gates, text_tokens
 
 parser = argparse.ArgumentParser()
@@ -31,9 +31,8 @@ print(f"{cache.get_seq_length()} tokens cached; next: {tokenizer.decode(last[0, 
 # A prefix is computed once: each question goes on from a copy of the cache, summaries of its blocks included.
 for question in ("\n\nMrs. Wilkins said:", "\n\nThe garden was"):
     new = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids
-    out = model.generate(
-        torch.cat([book, new], 1), past_key_values=copy.deepcopy(cache), max_new_tokens=12, do_sample=False
-    )
+    kept = cache_argument(model, copy.deepcopy(cache))
+    out = model.generate(torch.cat([book, new], 1), **kept, max_new_tokens=12, do_sample=False)
     print(f"{question.strip()} ...{tokenizer.decode(out[0, book.shape[1] + new.shape[1] :])!r}")
 
 # A cache may be cut anywhere. Summaries of blocks that are still whole are kept, others are made again.

@@ -406,6 +406,15 @@ def chosen(args: argparse.Namespace) -> dict[str, Group]:
     return kept
 
 
+def check(groups: dict[str, Group]) -> None:
+    """Refuse objectives that are not there, as those that lost, before any work."""
+    for variant in (v for group in groups.values() for v in group.variants):
+        try:
+            objectives.create(variant.objective, **variant.options)
+        except ValueError as error:
+            sys.exit(f"error: {variant.name}: {error}; choose others by --only")
+
+
 def run(args: argparse.Namespace) -> None:
     """Start one process per group and some for evaluation, wait, and print the table."""
     if (args.out / "claims").exists():
@@ -413,9 +422,10 @@ def run(args: argparse.Namespace) -> None:
     for name in ("books.npy", "heldout.npy"):
         if not (args.tokens / name).exists():
             sys.exit(f"error: {args.tokens} holds no {name}; make it with `experiments.gates.run prepare`")
+    groups = chosen(args)
+    check(groups)
     started = time.perf_counter()
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
-    groups = chosen(args)
     processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(role: str, label: str, *more: str) -> None:

@@ -5,7 +5,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from seerattention.hosts.transformers import attach, dense, detach, new_gates, prefill, set_policy, usage
+from seerattention.hosts.transformers import (
+    attach,
+    cache_argument,
+    dense,
+    detach,
+    new_gates,
+    prefill,
+    set_policy,
+    usage,
+)
 from seerattention.testing.budget import Budget
 from seerattention.train import DistillConfig, Distiller, TextWindows
 
@@ -92,7 +101,7 @@ def test_a_cache_filled_densely_goes_on_in_pieces(model):
         cache = DynamicCache(config=model.config)
         with torch.inference_mode(), dense(model):
             plain = model(tokens).logits
-            model(tokens[:, :320], past_key_values=cache)
+            model(tokens[:, :320], **cache_argument(model, cache))
         last = prefill(model, tokens[:, 320:], cache, piece_tokens=128).logits
         assert usage(model)["sparse"] == 2 * 3
     finally:

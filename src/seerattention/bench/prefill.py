@@ -294,6 +294,6 @@ def _row(
         "range_ms": [round(min(times) * 1e3, 4), round(max(times) * 1e3, 4)],
         "first_ms": round(first_ms, 1),
         # Two products of 2 * D FLOPs for every pair of tokens.
-        "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 4),
+        "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 6),
         "speedup": round(dense_ms / ms, 3),
     }

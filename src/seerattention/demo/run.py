@@ -20,6 +20,7 @@ from seerattention.hosts.transformers import (
     AttentionCall,
     Gates,
     attach,
+    cache_argument,
     detach,
     logits_of,
     set_policy,
@@ -179,14 +180,15 @@ class Demo:
         found = found_dense_last = 0
         for document in self.documents:
             cache = DynamicCache(config=self.model.config)
-            hidden = hidden_states(self.model, document.tokens, past_key_values=cache, use_cache=True)
+            cached = {**cache_argument(self.model, cache), "use_cache": True}
+            hidden = hidden_states(self.model, document.tokens, **cached)
             found += document.correct(predictions(self.model, document, hidden))
             if method.scorer is None:
                 continue
             rows = DENSE_LAST_ROWS * 64
             cache.crop(-rows)
             set_policy(self.model, replace(method.policy, dense_last_rows=DENSE_LAST_ROWS))
-            last = hidden_states(self.model, document.tokens[-rows:], past_key_values=cache, use_cache=True)
+            last = hidden_states(self.model, document.tokens[-rows:], **cached)
             set_policy(self.model, method.policy)
             hidden = torch.cat([hidden[:-rows], last])
             found_dense_last += document.correct(predictions(self.model, document, hidden))

@@ -163,7 +163,9 @@ def attach_full(model):
 
 
 @torch.no_grad()
-def logits(model, ids, **kwargs):
+def logits(model, ids, cache=None, **kwargs):
+    if cache is not None:
+        kwargs |= host.cache_argument(model, cache)
     return model(ids, **kwargs).logits
 
 

@@ -5,6 +5,8 @@ tokens in the first place.
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers.rotary import KeysBeforeRope
+from seerattention.hosts.transformers.support import CACHE
 
 DECODING = "dense: decoding step"
 
@@ -40,14 +43,14 @@ class Case:
         results = []
         for model in (self.model, self.gold):
             cache = DynamicCache(config=model.config)
-            self.tiny.logits(model, prefix, past_key_values=cache)
-            results.append(self.tiny.logits(model, ids, past_key_values=cache))
+            self.tiny.logits(model, prefix, cache=cache)
+            results.append(self.tiny.logits(model, ids, cache=cache))
         self.tiny.assert_as_close(out, *results)
 
     def feed(self, ids, cache, **kwargs):
         """Give a piece; returns its logits and how its layers were computed."""
         before = host.usage(self.model)
-        out = self.tiny.logits(self.model, ids, past_key_values=cache, **kwargs)
+        out = self.tiny.logits(self.model, ids, cache=cache, **kwargs)
         after = host.usage(self.model)
         return out, {k for k in after if after[k] != before.get(k)}
 
@@ -74,10 +77,10 @@ def test_cropped_cache(tiny, removed):
     results = []
     for model in (case.model, case.gold):
         again = DynamicCache(config=model.config)
-        tiny.logits(model, ids, past_key_values=again)
+        tiny.logits(model, ids, cache=again)
         again.crop(-removed)
         again.seerattention_summaries.clear()
-        results.append(tiny.logits(model, other, past_key_values=again))
+        results.append(tiny.logits(model, other, cache=again))
     tiny.assert_as_close(out, *results)
     if kept % 16 == 0:
         case.assert_as_if_filled(out, ids[:, :kept], other)
@@ -106,7 +109,7 @@ def test_cropped_and_refilled_with_another_text(tiny):
     old = cache.seerattention_summaries[0, None].all()
     cache.crop(-64)
     with host.dense(case.model):
-        tiny.logits(case.model, other, past_key_values=cache)
+        tiny.logits(case.model, other, cache=cache)
     _, how = case.feed(end, cache)
     assert how == {"sparse"}
     new = cache.seerattention_summaries[0, None].all()
@@ -159,8 +162,8 @@ def test_rows_changed(tiny, change, rows, decode_first):
         for model in (case.model, case.gold):
             fresh = DynamicCache(config=model.config)
             for part in (prefix, step):
-                tiny.logits(model, part, past_key_values=fresh)
-            results.append(tiny.logits(model, end, past_key_values=fresh))
+                tiny.logits(model, part, cache=fresh)
+            results.append(tiny.logits(model, end, cache=fresh))
         tiny.assert_as_close(out, *results)
     else:
         case.assert_as_if_filled(out, prefix, end)
@@ -187,7 +190,7 @@ def test_keys_are_rotated_back(tiny, kind, side):
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + 3}
     cache, seen = DynamicCache(config=model.config), {}
     with host.dense(model):
-        tiny.logits(model, ids, past_key_values=cache, **inputs)
+        tiny.logits(model, ids, cache=cache, **inputs)
 
     def keep(call):
         seen[call.layer, call.slot] = call.k_nope
@@ -197,7 +200,7 @@ def test_keys_are_rotated_back(tiny, kind, side):
         tiny.logits(model, ids, **inputs)
     after = torch.cat([mask, torch.ones(2, 16, dtype=torch.long)], 1)
     end = {"attention_mask": after, "position_ids": (after.cumsum(-1) - 1)[:, -16:] + 3}
-    tiny.logits(model, tiny.tokens(2, 16, seed=3), past_key_values=cache, **end)
+    tiny.logits(model, tiny.tokens(2, 16, seed=3), cache=cache, **end)
     used = host.usage(model)
     assert used.pop("sparse") > 0
     if side == "right":
@@ -229,9 +232,9 @@ def test_keys_are_rotated_back(tiny, kind, side):
 def test_angles_that_depend_on_the_length_are_not_turned_back(tiny):
     model, ids = tiny.make("phi3-longrope"), tiny.tokens(1, 80)
     cache = DynamicCache(config=model.config)
-    tiny.logits(model, ids[:, :64], past_key_values=cache)
+    tiny.logits(model, ids[:, :64], cache=cache)
     host.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
-    tiny.logits(model, ids[:, 64:], past_key_values=cache)
+    tiny.logits(model, ids[:, 64:], cache=cache)
     assert list(host.usage(model)) == [
         "dense: cached keys have no summaries, and cannot be rotated back: RoPE is of type longrope, and its "
         "angles depend on how long the text was when a key was rotated"
@@ -243,9 +246,9 @@ def test_filled_by_the_dense_model(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 60)
     cache = DynamicCache(config=model.config)
     gold, dense = tiny.gold_logits(model, ids), tiny.logits(model, ids)
-    tiny.logits(model, ids[:, :40], past_key_values=cache)
+    tiny.logits(model, ids[:, :40], cache=cache)
     host.attach(model, tiny.gates_for(model), "top_k:1", min_tokens=0)
-    out = tiny.logits(model, ids[:, 40:], past_key_values=cache)
+    out = tiny.logits(model, ids[:, 40:], cache=cache)
     assert host.usage(model) == {"sparse": 2}
     tiny.assert_as_close(out, dense[:, 40:], gold[:, 40:])
 
@@ -333,7 +336,8 @@ def test_beams_then_a_continuation(tiny):
     """Beams trade places at every step; the continuation makes new summaries of what moved."""
     case, ids, end = Case(tiny), tiny.tokens(1, 40), tiny.tokens(3, 20, seed=2)
     cache = case.cache()
-    case.model.generate(ids, max_new_tokens=26, num_beams=3, do_sample=False, past_key_values=cache)
+    kept = host.cache_argument(case.model, cache)
+    case.model.generate(ids, max_new_tokens=26, num_beams=3, do_sample=False, **kept)
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     _, how = case.feed(end, cache)
     assert how == {"sparse"}
@@ -395,3 +399,62 @@ def test_a_cut_inside_a_finished_block_keeps_the_blocks_before(tiny):
     assert summaries.keep(cached[:, :, :32]) == 32
     assert summaries.keep(cached[:, :, :20]) == 16
     assert summaries.tokens == 16
+
+
+def rename_cache(model, name):
+    """Let attention modules take their cache by another name, as from another transformers."""
+    (own,) = host.cache_argument(model, None)
+    for layer in model.model.layers:
+
+        def renamed(module, args, kwargs):
+            return args, {name if key == own else key: value for key, value in kwargs.items()}
+
+        def forward(*args, plain=layer.self_attn.forward, **kwargs):
+            return plain(*args, **{own if key == name else key: value for key, value in kwargs.items()})
+
+        layer.self_attn.register_forward_pre_hook(renamed, with_kwargs=True, prepend=True)
+        layer.self_attn.forward = forward
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_either_name_of_the_cache_is_taken(tiny, name):
+    results = []
+    for rename in (False, True):
+        model = tiny.make()
+        host.attach(model, tiny.gates_for(model), "threshold:0.2", min_tokens=0)
+        if rename:
+            rename_cache(model, name)
+        cache = StaticCache(config=model.config, max_cache_len=128)
+        results.append([tiny.logits(model, part, cache) for part in tiny.tokens(1, 97).split((64, 32, 1), 1)])
+        assert cache.seerattention_summaries[0, None].tokens == 97
+    assert all(map(torch.equal, *results))
+
+
+def test_a_cache_by_an_unknown_name_is_refused(tiny):
+    model = tiny.make()
+    ids, dense = tiny.tokens(1, 96), tiny.logits(model, tiny.tokens(1, 96))
+    tiny.attach_full(model)
+    rename_cache(model, "kv_store")
+    message = r"layer 0 attends to 128 keys, 96 of them new, .* only .*kv_store.*, by transformers 5\."
+    with pytest.raises(RuntimeError, match=message):
+        tiny.logits(model, ids, StaticCache(config=model.config, max_cache_len=128))
+    # A growing cache is needed from the second call on.
+    cache = DynamicCache(config=model.config)
+    tiny.assert_as_close(tiny.logits(model, ids, cache), dense, tiny.gold_logits(tiny.make(), ids))
+    for tokens in (1, 32):
+        with pytest.raises(RuntimeError, match=f"{tokens} of them new"):
+            tiny.logits(model, ids[:, :tokens], cache)
+
+
+def test_a_model_that_takes_no_cache_is_refused(tiny):
+    class Renamed(type(tiny.make())):
+        def forward(self, input_ids, kv_store=None): ...
+
+    with pytest.raises(RuntimeError, match="Renamed takes no KV cache, only self, input_ids, kv_store"):
+        host.cache_argument(Renamed(tiny.make().config), DynamicCache())
+
+
+def test_the_oldest_transformers_is_named():
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    floor = re.search(r'"transformers>=(\d+\.\d+)', project)
+    assert f"versions {floor[1]} to" in CACHE

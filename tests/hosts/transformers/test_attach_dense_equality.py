@@ -86,7 +86,7 @@ def test_cache_over_several_calls(tiny, kind, pieces, batch):
     dense, gold = tiny.logits(model, ids), tiny.gold_logits(model, ids)
     tiny.attach_full(model)
     cache = DynamicCache(config=model.config)
-    outs = [tiny.logits(model, part, past_key_values=cache) for part in ids.split(pieces, 1)]
+    outs = [tiny.logits(model, part, cache=cache) for part in ids.split(pieces, 1)]
     tiny.assert_as_close(torch.cat(outs, 1), dense, gold)
     reasons = set(host.usage(model))
     assert reasons <= {"sparse", "dense: decoding step"}
@@ -109,7 +109,7 @@ def test_cache_with_left_padding_over_several_calls(tiny, family):
                 ids[:, part],
                 attention_mask=mask[:, :done],
                 position_ids=positions[:, part],
-                past_key_values=cache,
+                cache=cache,
             )
         )
     real = mask.bool()

@@ -187,11 +187,11 @@ def test_masks_of_other_kinds_refused(tiny):
     with pytest.raises(ValueError, match=r"\[2, 1, 20, 20\].*detach\(model\) first"):
         tiny.logits(model, ids, attention_mask=four)
     cache = DynamicCache(config=model.config)
-    tiny.logits(model, ids, past_key_values=cache)
+    tiny.logits(model, ids, cache=cache)
     short = torch.ones(2, 5)
     short[0, 0] = 0
     with pytest.raises(ValueError, match=r"covers 5 tokens, but there are 25; give one that covers"):
-        tiny.logits(model, tiny.tokens(2, 5), attention_mask=short, past_key_values=cache)
+        tiny.logits(model, tiny.tokens(2, 5), attention_mask=short, cache=cache)
 
 
 def test_packed_sequences_refused(tiny):

@@ -141,7 +141,7 @@ def test_pieces_select_like_one_shot(tiny, kind, pieces, padding):
         done += size
         inputs = {"attention_mask": mask[:, :done]} if padding else {}
         positions = (mask[:, :done].cumsum(-1) - 1).clamp(min=0)[:, part]
-        outs.append(tiny.logits(model, ids[:, part], past_key_values=cache, position_ids=positions, **inputs))
+        outs.append(tiny.logits(model, ids[:, part], cache=cache, position_ids=positions, **inputs))
     for layer in dict(gates.items()):
         one = next(s for at, _, s in whole.calls if at == layer).to_mask()
         rows = [[], []]
@@ -198,7 +198,7 @@ def test_baseline_over_pieces_with_padding(tiny):
     gold = tiny.make().double()
     host.attach(gold, baselines.create("quest", block_size=(16, 16)), "threshold:0.1", min_tokens=0)
     cache = DynamicCache(config=model.config)
-    outs = [tiny.logits(model, part, past_key_values=cache) for part in ids.split((32, 48, 16), 1)]
+    outs = [tiny.logits(model, part, cache=cache) for part in ids.split((32, 48, 16), 1)]
     tiny.assert_as_close(torch.cat(outs, 1), expected, tiny.logits(gold, ids))
 
 

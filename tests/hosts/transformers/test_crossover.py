@@ -106,7 +106,7 @@ def test_later_pieces_go_by_length_alone(tiny, table):
     host.attach(model, baselines.create("meanpool", block_size=(16, 16)), "top_k:1")
     cache = DynamicCache(config=model.config)
     for piece in tiny.tokens(1, 128).split(64, 1):
-        tiny.logits(model, piece, past_key_values=cache)
+        tiny.logits(model, piece, cache=cache)
     assert host.usage(model)["sparse"] == 2
 
 

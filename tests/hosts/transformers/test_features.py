@@ -26,7 +26,9 @@ def attached(tiny, policy=POLICY, **changes):
     return host.attach(model, tiny.gates_for(model), policy, min_tokens=0)
 
 
-def generated(model, ids, **inputs):
+def generated(model, ids, cache=None, **inputs):
+    if cache is not None:
+        inputs |= host.cache_argument(model, cache)
     return model.generate(ids, **{"max_new_tokens": 12, "do_sample": False, **inputs})
 
 
@@ -35,7 +37,7 @@ def assert_sparse(model):
 
 
 def pieces_of(tiny, model, cache, ids, sizes):
-    return torch.cat([tiny.logits(model, part, past_key_values=cache) for part in ids.split(sizes, 1)], 1)
+    return torch.cat([tiny.logits(model, part, cache=cache) for part in ids.split(sizes, 1)], 1)
 
 
 def assert_pieces_like_one_shot(tiny, make_cache):
@@ -84,13 +86,13 @@ def changed_cache(tiny, tmp_path):
     model, gold = attached(tiny), attached(tiny).double()
     ids, end = tiny.tokens(2, 64), tiny.tokens(1, 32, seed=2)
     cache = DynamicCache(config=model.config)
-    tiny.logits(model, torch.cat([ids, ids], 1), past_key_values=cache)
+    tiny.logits(model, torch.cat([ids, ids], 1), cache=cache)
     cache = copy.deepcopy(cache)
     cache.crop(-64)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([0]))
     whole = torch.cat([ids[1:], end], 1)
-    got = tiny.logits(model, end, past_key_values=cache)
+    got = tiny.logits(model, end, cache=cache)
     tiny.assert_as_close(got, tiny.logits(model, whole)[:, 64:], tiny.logits(gold, whole)[:, 64:])
     assert set(host.usage(model)) == {"sparse"}
 
@@ -98,21 +100,21 @@ def changed_cache(tiny, tmp_path):
 def filled_elsewhere(tiny, tmp_path):
     model = tiny.make()
     ids, cache = tiny.tokens(1, 96), DynamicCache(config=model.config)
-    tiny.logits(model, ids[:, :32], past_key_values=cache)
+    tiny.logits(model, ids[:, :32], cache=cache)
     host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-    tiny.logits(model, ids[:, 32:64], past_key_values=cache)
+    tiny.logits(model, ids[:, 32:64], cache=cache)
     host.add_gates(model, "other", host.new_gates(model, block_size=32, init="random"))
     host.set_gates(model, "other")
-    tiny.logits(model, ids[:, 64:], past_key_values=cache)
+    tiny.logits(model, ids[:, 64:], cache=cache)
     assert host.usage(model) == {"sparse": 4}
 
 
 def longrope(tiny, tmp_path):
     model = tiny.make("phi3-longrope")
     ids, cache = tiny.tokens(1, 64), DynamicCache(config=model.config)
-    tiny.logits(model, ids[:, :32], past_key_values=cache)
+    tiny.logits(model, ids[:, :32], cache=cache)
     host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-    tiny.logits(model, ids[:, 32:], past_key_values=cache)
+    tiny.logits(model, ids[:, 32:], cache=cache)
     (how,) = host.usage(model)
     raise NotImplementedError(how)
 
@@ -138,7 +140,7 @@ def in_pieces(tiny, tmp_path):
     cache = DynamicCache(config=model.config)
     first = host.prefill(model, ids, cache, piece_tokens=32).logits[:, -1:].argmax(-1)
     text = torch.cat([ids, first], 1)
-    assert torch.equal(generated(model, text, past_key_values=cache, max_new_tokens=11), plain)
+    assert torch.equal(generated(model, text, cache=cache, max_new_tokens=11), plain)
     assert_sparse(model)
 
 
@@ -148,16 +150,16 @@ def several_turns(tiny, tmp_path):
     results = []
     for each in (model, gold):
         cache = DynamicCache(config=each.config)
-        answer = generated(model, first, past_key_values=DynamicCache(config=model.config))[:, 48:]
+        answer = generated(model, first, cache=DynamicCache(config=model.config))[:, 48:]
         for part in (first, *answer[:, :-1].split(1, 1)):
-            tiny.logits(each, part, past_key_values=cache)
+            tiny.logits(each, part, cache=cache)
         # The last decoded token comes with the next turn, as `generate` does it.
         turn = torch.cat([answer[:, -1:], second], 1)
-        results.append(tiny.logits(each, turn, past_key_values=cache))
+        results.append(tiny.logits(each, turn, cache=cache))
     cache = DynamicCache(config=model.config)
-    text = torch.cat([generated(model, first, past_key_values=cache), second], 1)
+    text = torch.cat([generated(model, first, cache=cache), second], 1)
     out = generated(
-        model, text, past_key_values=cache, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        model, text, cache=cache, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
     )
     tiny.assert_as_close(out.logits[0], results[0][:, -1], results[1][:, -1])
     assert_sparse(model)

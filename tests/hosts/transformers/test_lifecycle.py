@@ -192,14 +192,14 @@ def test_dense_answers_compared_on_one_cache(tiny, two):
     model, ids, _, _ = two
     cache = DynamicCache(config=model.config)
     with host.dense(model):
-        tiny.logits(model, ids[:, :64], past_key_values=cache)
-        dense = tiny.logits(model, ids[:, 64:], past_key_values=copy.deepcopy(cache))
-    sparse = tiny.logits(model, ids[:, 64:], past_key_values=cache)
+        tiny.logits(model, ids[:, :64], cache=cache)
+        dense = tiny.logits(model, ids[:, 64:], cache=copy.deepcopy(cache))
+    sparse = tiny.logits(model, ids[:, 64:], cache=cache)
     assert host.usage(model) == {"sparse": 2}
     assert not torch.equal(dense, sparse)
     host.set_policy(model, "top_k:1")
     cache.crop(-36)
-    everything = tiny.logits(model, ids[:, 64:], past_key_values=cache)
+    everything = tiny.logits(model, ids[:, 64:], cache=cache)
     tiny.assert_as_close(everything, dense, tiny.gold_logits(tiny.make(), ids)[:, 64:])
 
 

@@ -45,12 +45,12 @@ def whole_and_pieces(tiny, policy, length, piece, past=0):
         host.attach(model, tiny.gates_for(model), policy, min_tokens=0, observe=seen)
         cache, ids = DynamicCache(config=model.config), tiny.tokens(2, length)
         if past:
-            tiny.logits(model, tiny.tokens(2, past, seed=5), past_key_values=cache)
+            tiny.logits(model, tiny.tokens(2, past, seed=5), cache=cache)
             seen.masks()
         if in_pieces:
             out = host.prefill(model, ids, cache, piece_tokens=piece).logits
         else:
-            out = tiny.logits(model, ids, past_key_values=cache)
+            out = tiny.logits(model, ids, cache=cache)
         assert set(host.usage(model)) == {"sparse"}
         results.append((seen.masks(), cache, out))
     return results
@@ -84,7 +84,7 @@ def test_a_turn_that_begins_inside_a_block_selects_like_the_text(tiny, policy):
     # The first layer's choice depends on the tokens alone.
     expected = seen.masks()[0]
     cache = DynamicCache(config=model.config)
-    tiny.logits(model, ids[:, :40], past_key_values=cache)
+    tiny.logits(model, ids[:, :40], cache=cache)
     seen.masks()
     host.prefill(model, ids[:, 40:], cache, piece_tokens=32)
     assert torch.equal(seen.masks()[0], expected[:, :, 3:])
@@ -101,13 +101,13 @@ def test_without_its_length_top_k_reads_less_and_last_rows_more(tiny):
     host.attach(model, tiny.gates_for(model), "top_k:0.6", min_tokens=0, observe=seen)
     cache = DynamicCache(config=model.config)
     for piece in tiny.tokens(2, 160).split(32, 1):
-        tiny.logits(model, piece, past_key_values=cache)
+        tiny.logits(model, piece, cache=cache)
     assert seen.masks()[0].sum() < whole[0][0].sum()
     whole, _ = whole_and_pieces(tiny, "threshold:0.2,dense_last_rows=1", 160, 32)
     host.attach(model, tiny.gates_for(model), "threshold:0.2,dense_last_rows=1", min_tokens=0, observe=seen)
     cache = DynamicCache(config=model.config)
     for piece in tiny.tokens(2, 160).split(32, 1):
-        tiny.logits(model, piece, past_key_values=cache)
+        tiny.logits(model, piece, cache=cache)
     mask = seen.masks()[0]
     assert (mask | whole[0][0]).equal(mask)
     assert mask.sum() > whole[0][0].sum()
@@ -119,7 +119,7 @@ def test_unaligned_pieces_read_at_least_their_own_blocks(tiny):
     host.attach(model, tiny.gates_for(model), "threshold:0.9", min_tokens=0, observe=seen)
     cache = DynamicCache(config=model.config)
     for piece in tiny.tokens(1, 85).split((21, 64), 1):
-        tiny.logits(model, piece, past_key_values=cache)
+        tiny.logits(model, piece, cache=cache)
     second = seen.rows[0][1][0]
     # Tokens 21-36, 37-52, 53-68, 69-84 in blocks of 16.
     own = [{1, 2}, {2, 3}, {3, 4}, {4, 5}]

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.evals.tasks._scoring import share_found
+from seerattention.hosts.transformers import cache_argument
 
 #: Stands for the question while a chat template is written around it.
 _MARK = "\N{REPLACEMENT CHARACTER}question\N{REPLACEMENT CHARACTER}"
@@ -181,11 +182,11 @@ def generate(model: PreTrainedModel, prompt: np.ndarray, new_tokens: int) -> tup
     """Return the most likely next tokens up to the model's end token, seconds to the first, and in all."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = set(ends) if isinstance(ends, list) else {ends}
-    cache = DynamicCache(config=model.config)
+    cached = cache_argument(model, DynamicCache(config=model.config))
     ids = torch.from_numpy(prompt).to(model.device)[None]
     start, prefill_s, found = time.perf_counter(), 0.0, []
     for _ in range(new_tokens):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, **cached, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
         # Reading the token waits for the device, so these are times of finished work.
         token = int(ids)

@@ -26,6 +26,7 @@ from seerattention.hosts.transformers.gates import Gates as Gates
 from seerattention.hosts.transformers.gates import new_gates as new_gates
 from seerattention.hosts.transformers.hub import model_card as model_card
 from seerattention.hosts.transformers.hub import push_to_hub as push_to_hub
+from seerattention.hosts.transformers.intercept import cache_argument as cache_argument
 from seerattention.hosts.transformers.intercept import intercept as intercept
 from seerattention.hosts.transformers.load import device_of as device_of
 from seerattention.hosts.transformers.load import load_base as load_base

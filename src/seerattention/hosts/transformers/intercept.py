@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import __version__ as host_version
 from transformers.masking_utils import flash_attention_mask
 
 from seerattention.engine.call import AttentionCall, Handler
@@ -17,15 +19,38 @@ from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.family import Family, Tap, attention_layers, family_of
 from seerattention.hosts.transformers.padding import real_tokens
 from seerattention.hosts.transformers.rotary import head_order
-from seerattention.hosts.transformers.support import CONTINUOUS, DROPOUT, FULLGRAPH, MAPS, PACKED
+from seerattention.hosts.transformers.support import CACHE, CONTINUOUS, DROPOUT, FULLGRAPH, MAPS, PACKED
 from seerattention.ops.dense_attention import dense_attention
 
 #: Name under which the attention function is registered with transformers.
 NAME = "seerattention"
 
+#: Keywords by which transformers hands over a KV cache: from 5.24 on, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """Return a KV cache as the keyword argument by which a model and its ``generate`` take it.
+
+    Args:
+        model: A transformers model, or what `torch.compile` or PEFT made of one.
+        cache: The KV cache.
+
+    Raises:
+        RuntimeError: If the model takes none by a name that is known.
+    """
+    takes = inspect.signature(type(unwrapped(model)).forward).parameters
+    for name in CACHE_NAMES:
+        if name in takes:
+            return {name: cache}
+    raise RuntimeError(
+        f"{type(unwrapped(model)).__name__} takes no KV cache, only {', '.join(takes)}, "
+        f"with transformers {host_version}; {CACHE}"
+    )
+
 
 class _Taps:
-    """What one attention module hands over during a call: q and k before RoPE, and its KV cache."""
+    """What one attention module hands over during a call: q and k before RoPE, and its keywords."""
 
     def __init__(
         self, runtime: Runtime, layer: int, attention: nn.Module, family: Family, order: Tensor | None
@@ -39,8 +64,7 @@ class _Taps:
         self.hooks: list[Any] = []
         self.q: Tensor | None = None
         self.k: Tensor | None = None
-        self.cache: Any = None
-        self.position_ids: Tensor | None = None
+        self.given: dict[str, Any] = {}
 
     def _found(self) -> tuple[Tap, Tap]:
         """Return where the family says q and k are."""
@@ -62,7 +86,8 @@ class _Taps:
             hook.remove()
         self.hooks = []
         self.attention.__dict__.pop("_seerattention_taps", None)
-        self.q = self.k = self.cache = self.position_ids = None
+        self.q = self.k = None
+        self.given = {}
 
     def follow(self) -> None:
         """Move the hooks where a module was replaced, as by an adapter that wraps it."""
@@ -96,16 +121,16 @@ class _Taps:
         return output[..., self.order]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: remember its KV cache and positions."""
-        self.cache = kwargs.get("past_key_values")
-        self.position_ids = kwargs.get("position_ids")
+        """Forward pre-hook of the attention module: remember its keywords."""
+        self.given = kwargs
 
-    def take(self) -> tuple[Tensor, Tensor, Any, Tensor | None]:
-        """Return and forget q and k before RoPE, the cache and the positions of this call."""
+    def take(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return and forget q and k before RoPE and the keywords of this call."""
         assert self.q is not None, "the family's taps did not run"
         assert self.k is not None, "the family's taps did not run"
-        taken = self.q, self.k, self.cache, self.position_ids
-        self.q = self.k = self.cache = self.position_ids = None
+        taken = self.q, self.k, self.given
+        self.q = self.k = None
+        self.given = {}
         return taken
 
 
@@ -185,7 +210,14 @@ def _attention_forward(
         raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     taps: _Taps = module.__dict__["_seerattention_taps"]
-    q_nope, k_nope, cache, position_ids = taps.take()
+    q_nope, k_nope, given = taps.take()
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    position_ids = given.get("position_ids")
+    if cache is None and key.shape[2] != k_nope.shape[2]:
+        raise RuntimeError(
+            f"layer {taps.layer} attends to {key.shape[2]} keys, {k_nope.shape[2]} of them new, and was "
+            f"given no KV cache, only {', '.join(given)}, by transformers {host_version}; {CACHE}"
+        )
     mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
     if mixed:
         # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention

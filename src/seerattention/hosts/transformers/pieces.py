@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from seerattention.hosts.transformers.attach import sparse_prefill
+from seerattention.hosts.transformers.intercept import cache_argument
 from seerattention.policies import Policy
 
 
@@ -51,10 +52,11 @@ def prefill(
     sizes = [head] if head else []
     if tokens > head:
         sizes += piece_sizes(tokens - head, piece_tokens, block, sparse.policy)
+    inputs |= cache_argument(model, past_key_values)
     sparse.prompt_tokens = past + tokens
     try:
         for piece in input_ids.split(sizes, 1):
-            output = model(piece, past_key_values=past_key_values, use_cache=True, **inputs)
+            output = model(piece, use_cache=True, **inputs)
     finally:
         sparse.prompt_tokens = None
     return output
