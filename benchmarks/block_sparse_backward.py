@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from script import kernel_parser, launches, override, sweep, times, write
+from seerattention.ops.block_sparse_attention.kernels import backward
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import Options
 from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.bench import peers
 from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
-from seerattention.ops.block_sparse_attention.kernels import backward
-from seerattention.ops.cases.block_sparse_attention import Case
-from seerattention.ops.launch import Launch
-from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.selection import causal_blocks
 from seerattention.testing.gradients import by_name, check_gradients

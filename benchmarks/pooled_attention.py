@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from script import kernel_parser, launches, override, sweep, times, write
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import PoolOptions
 from torch import Tensor
 
 from seerattention.bench import peers
 from seerattention.measure.timing import interleaved, peak_mb
-from seerattention.ops.launch import Launch
-from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_attention, pooled_map
 from seerattention.ops.pooled_attention import triton as kernel
 from seerattention.ops.shapes import Shape

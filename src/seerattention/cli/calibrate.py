@@ -47,10 +47,10 @@ def run(
     """
     from seerattention.calibration.fit import Target
     from seerattention.calibration.search import calibrate
-    from seerattention.cli._base import base_of_gates
     from seerattention.cli._show import bar
     from seerattention.cli._show import console as console_of
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
+    from seerattention.measure.bundled import named_model
     from seerattention.measure.plot import require_matplotlib
     from seerattention.train import read_tokens
 
@@ -59,7 +59,7 @@ def run(
         require_matplotlib()
     loaded = load_gates(gates)
     _check_place(gates, out)
-    base, tokenizer = base_of_gates(model or loaded.base.name, dtype, device)
+    base, tokenizer = named_model(model or loaded.base.name, dtype=dtype, device=device)
     knobs = _knobs(loaded.policy)
     console = console_of()
     with bar(console) as progress:

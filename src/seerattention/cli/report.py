@@ -95,14 +95,13 @@ def _explore(
     device: str,
 ) -> dict[str, Any]:
     """Load model, gates and text, and return the explorer's data."""
-    from seerattention.cli._base import base_of_gates
     from seerattention.cli._show import bar
     from seerattention.evals.report import explore
     from seerattention.measure import bundled
 
     loaded = bundled.named_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
-    base, tokenizer = base_of_gates(model or loaded.base.name, dtype, device)
+    base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"--tokens {tokens:,} is past the model's limit of {limit:,}; give fewer")

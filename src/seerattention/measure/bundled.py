@@ -71,8 +71,10 @@ def named_model(
         device: As `load_base` takes it.
 
     Raises:
-        ValueError: If the precision or the device is not known or not there.
+        ValueError: If there is no name, or the precision or the device is not known or not there.
     """
+    if not name:
+        raise ValueError("these gates do not name their base model; give its name")
     if name not in (BUNDLED, TEACHER_NAME):
         return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
     target, dtype = device_of(device), check_dtype(dtype)

@@ -16,10 +16,11 @@ from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.train.config import DistillConfig, Step
-from seerattention.train.layer import gate_scores, learn, sampled_recall
+from seerattention.train.layer import gate_scores, learn
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
 from seerattention.train.share import Batch, Documents, packed_arguments
+from seerattention.train.target import sampled_recall
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20

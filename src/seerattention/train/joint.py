@@ -17,10 +17,11 @@ from seerattention.policies import TopK, select
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 from seerattention.train.config import FinetuneConfig
-from seerattention.train.layer import gate_scores, learn, sampled_recall
+from seerattention.train.layer import gate_scores, learn
 from seerattention.train.objectives import Objective
 from seerattention.train.share import Documents, Share
 from seerattention.train.soft import log_gates, soft_attention
+from seerattention.train.target import sampled_recall
 
 #: q and k before the rotary embedding, without a gradient.
 Nope = tuple[Tensor, Tensor]
