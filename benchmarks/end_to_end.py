@@ -103,6 +103,14 @@ class Parts:
         self.spans[part].append((start, self.now()))
         return result
 
+    def _counted(self, part: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function, or a method, that counts its time."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            return self.wrapped(part, run, *args, **kwargs)
+
+        return counted
+
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:
         """Count the parts of everything the model computes inside this context."""
@@ -123,8 +131,7 @@ class Parts:
         )
         with ExitStack() as stack:
             for owner, name, part in replaced:
-                run = partial(self.wrapped, part, getattr(owner, name))
-                stack.enter_context(patch.object(owner, name, run))
+                stack.enter_context(patch.object(owner, name, self._counted(part, getattr(owner, name))))
             for name, module in model.named_modules():
                 if part := MODULES.get(name.rpartition(".")[2]):
                     stack.callback(module.register_forward_pre_hook(before).remove)

@@ -21,6 +21,7 @@ from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
 from seerattention.train import layer, objectives
+from seerattention.train.target import sampled_recall
 
 
 def scoring(case: Case, backend: str) -> dict[str, Callable[[], object]]:
@@ -65,7 +66,7 @@ def learning(case: Case) -> dict[str, Callable[[], object]]:
         "learn: whole": lambda: layer.learn(gate, q, k, target, kl, 1.0, 0.1),
         "learn: summaries forward": pool,
         "learn: loss, both passes": lambda: kl(target, scores, (64, 64), tokens).backward(),
-        "learn: recall": lambda: layer.sampled_recall(target, scores.detach(), (64, 64), tokens, (0.1,)),
+        "learn: recall": lambda: sampled_recall(target, scores.detach(), (64, 64), tokens, (0.1,)),
     }
 
 

@@ -38,9 +38,9 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
     for text in overrides:
         name, sign, value = text.partition("=")
         *tables, key = name.strip().split(".")
-        place = values
+        place: Any = values
         for table in tables:
-            place = place.setdefault(table, {})
+            place = place.setdefault(table, {}) if isinstance(place, dict) else None
         if not sign or not key or not isinstance(place, dict):
             raise ValueError(f"a setting must be key=value or table.key=value, got {text!r}")
         try:
@@ -63,18 +63,20 @@ def known(where: str, given: Iterable[str], names: Sequence[str]) -> None:
         raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}{mean}; {what}")
 
 
-def build(kind: type[T], values: Mapping[str, Any]) -> T:
+def build(kind: type[T], values: Mapping[str, Any], where: str = "settings", prefix: str = "") -> T:
     """Make a dataclass of values; fields that are dataclasses take theirs from the same values.
 
     Args:
         kind: The dataclass.
         values: By name. A name that several dataclasses have counts for all of them.
+        where: What the values are called if one is unknown.
+        prefix: Before the names in what is said of values.
 
     Raises:
         ValueError: If a name is unknown, a value of another type, or one without a default missing.
     """
-    known("settings", values, list(_leaves(kind)))
-    return _build(kind, values)
+    known(where, values, list(_leaves(kind)))
+    return _build(kind, values, prefix)
 
 
 def flat(settings: Any) -> dict[str, Any]:
@@ -127,17 +129,17 @@ def _attributes(kind: type) -> dict[str, str]:
     return found
 
 
-def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+def _build(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
     made: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for field in fields(kind):  # type: ignore[arg-type]
         name, hint = field.name, hints[field.name]
         if is_dataclass(hint):
-            made[name] = _build(hint, values)  # type: ignore[arg-type]
+            made[name] = _build(hint, values, prefix)  # type: ignore[arg-type]
         elif name in values:
-            made[name] = typed(name, values[name], hint)
+            made[name] = typed(prefix + name, values[name], hint)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"the setting {name} is missing")
+            raise ValueError(f"the setting {prefix}{name} is missing")
     return kind(**made)
 
 

@@ -413,7 +413,7 @@ def test_the_summary_is_computed_from_the_records(complete) -> None:
         (("densities = [0.5, 0.2]", ""), r"asks for \{density\} in its policy; give densities"),
         (("lengths = [1024]", "lengths = [0]"), "lengths must be a whole number >= 1, got 0"),
         (("lengths = [1024]", ""), "give lengths"),
-        (("samples = 3", "samples = true"), "samples must be a whole number >= 1, got True"),
+        (("samples = 3", "samples = true"), "samples must be of type int, got True"),
         (
             ("samples = 3", "sample = 3"),
             r"unknown 'sample' \(did you mean samples\?\); it may have out, text",

@@ -187,31 +187,6 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch_and_loses_nothing(t
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
 
 
-def test_densities_fall_from_dense_and_are_drawn_from_their_range():
-    config = FinetuneConfig(steps=1000, density=(0.1, 0.5), dense_share=0.2)
-    densities = [config.density_at(step) for step in range(1000)]
-    assert densities[0] == 1
-    assert densities[100] > 0.5
-    rest = densities[200:]
-    assert 0.1 <= min(rest) < 0.11
-    assert 0.48 < max(rest) <= 0.5
-    middle = sum(d < (0.1 * 0.5) ** 0.5 for d in rest)
-    assert 330 < middle < 470
-    assert FinetuneConfig(density=(0.2, 0.2)).density_at(7) == 0.2
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"steps": 0}, {"lr": 0.0}, {"gate_weight": -1.0}, {"density": (0.5, 0.1)}, {"density": (0.0, 0.1)},
-        {"dense_share": 1.5}, {"temperature": 0.0}, {"warmup": 1.0}, {"warmup_gate_steps": -1},
-    ],
-)  # fmt: skip
-def test_settings_out_of_range_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        FinetuneConfig(**wrong)
-
-
 def test_another_runs_checkpoint_is_refused(tiny, text, tmp_path):
     def start(config, **rope):
         model = tiny.make()
@@ -235,7 +210,7 @@ def test_a_backend_without_a_backward_is_refused_with_those_that_have_one(tiny, 
         )
 
     with pytest.raises(
-        ValueError, match=r"'triton' cannot train through selected blocks: .*can: .*reference"
+        ValueError, match=r"'triton' cannot train through selected blocks here .*can: .*reference"
     ):
         start("triton")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -34,13 +33,14 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option(help="Print the plan, with one step timed, and stop.")]
 
 
-def keys(kind: type[Recipe[Any]]) -> list[tuple[str, str, str]]:
-    """Return every setting, its default and what it is, for the help."""
+def keys(recipe: str) -> list[tuple[str, str, str]]:
+    """Return every setting of a recipe, its default and what it is, for the help."""
+    from seerattention import train
     from seerattention.gate import GateConfig
     from seerattention.settings import explained
     from seerattention.train.recipe import SHAPE
 
-    return [*explained(kind, without=("gate",)), *explained(GateConfig, "gate.", SHAPE)]
+    return [*explained(getattr(train, recipe), without=("gate",)), *explained(GateConfig, "gate.", SHAPE)]
 
 
 def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **options: Any) -> R:
@@ -106,7 +106,7 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
         What was measured, dense first; nothing where the model is sharded.
     """
     from seerattention.cli._show import table
-    from seerattention.files import staged
+    from seerattention.files import write_json
     from seerattention.hosts.transformers.checkpoint import RESULTS
 
     trainer = run.trainer
@@ -139,8 +139,7 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
     console.print(shown)
     if skipped:
         console.print(f"not measured: {skipped}", markup=False)
-    with staged(folder) as temporary:
-        (temporary / RESULTS).write_text(json.dumps(found, indent=2) + "\n")
+    write_json(folder / RESULTS, found)
     return rows
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from seerattention.cli import _training
 from seerattention.cli._training import Config, Device, DryRun, Length, Model, Set, Steps, Text
 
 #: Densities of the report at the end.
 DENSITIES = (0.2, 0.1, 0.05)
 
-
-def keys() -> list[tuple[str, str, str]]:
-    """Return every setting, its default and what it is."""
-    from seerattention.cli import _training
-    from seerattention.train import Distillation
-
-    return _training.keys(Distillation)
+#: What the help says about settings.
+keys = partial(_training.keys, "Distillation")
 
 
 def run(

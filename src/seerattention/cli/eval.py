@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seerattention.cli._training import Set
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,6 +25,7 @@ def run(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; default the file's, or the GPU if there is one.")
     ] = "",
+    overrides: Set = None,
     dry_run: Annotated[
         bool,
         typer.Option(help="Print the plan, the number of samples and about how long they take, and stop."),
@@ -59,7 +62,7 @@ def run(
     from seerattention.evals.summary import write_summary
 
     console = console_of(160)
-    settings = read_config(config)
+    settings = read_config(config, overrides or ())
     settings = replace(settings, out=out or settings.out, device=device or settings.device)
     logging.disable_progress_bar()
     with RecordFile(settings.out, readonly=dry_run) as file:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from seerattention.cli import _training
 from seerattention.cli._training import Config, Device, DryRun, Length, Model, Set, Steps, Text
 
-
-def keys() -> list[tuple[str, str, str]]:
-    """Return every setting, its default and what it is."""
-    from seerattention.cli import _training
-    from seerattention.train import Finetuning
-
-    return _training.keys(Finetuning)
+#: What the help says about settings.
+keys = partial(_training.keys, "Finetuning")
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from seerattention import baselines
 from seerattention.evals import tasks
 from seerattention.measure.bundled import BUNDLED
 from seerattention.policies import parse
-from seerattention.settings import known, read, typed
+from seerattention.settings import build, known, read, typed
 
 #: Policies that methods without one of their own use.
 POLICY = "top_k:{density},sink_blocks=1"
@@ -18,8 +19,32 @@ POLICY = "top_k:{density},sink_blocks=1"
 #: Instead of a policy: the one saved with the gates.
 SAVED = "saved"
 
-_TOP = ("out", "text", "lengths", "densities", "samples", "seed", "policy", "model", "methods", "tasks")
-_MODEL = ("name", "dtype", "device", "chat", "max_length")
+
+@dataclass(frozen=True)
+class _File:
+    """What a file may have."""
+
+    out: str = ""
+    text: tuple[str, ...] = (BUNDLED,)
+    lengths: tuple[int, ...] = ()
+    densities: tuple[float, ...] = ()
+    samples: int = 50
+    seed: int = 0
+    policy: str = POLICY
+    model: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What its table ``model`` may have."""
+
+    name: str = BUNDLED
+    dtype: str = "auto"
+    device: str = ""
+    chat: bool = False
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,46 +130,44 @@ class EvalConfig:
         return sorted({length for plan in self.plans for length in plan.lengths})
 
 
-def read_config(path: Path) -> EvalConfig:
+def read_config(path: Path, overrides: Sequence[str] = ()) -> EvalConfig:
     """Read an evaluation.
 
     Args:
         path: The TOML file; folders and files in it are relative to the working directory.
+        overrides: ``key=value`` over what the file has, see `settings.read`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no TOML, or something in it is unknown, missing or out of range.
     """
-    content = read(path)
-    known(str(path), content, _TOP)
-    model = _table("model", content.get("model", {}))
-    known("[model]", model, _MODEL)
-    densities = list(typed("densities", content.get("densities", []), tuple[float, ...]))
-    for density in densities:
+    file = build(_File, read(path, overrides), str(path))
+    model = build(_Model, file.model, "[model]", "model.")
+    for density in file.densities:
         if not 0 < density <= 1:
             raise ValueError(f"densities must be in (0, 1], got {density}")
-    lengths = _lengths("lengths", content.get("lengths", []))
-    policy = typed("policy", content.get("policy", POLICY), str)
-    samples = _whole("samples", content.get("samples", 50))
+    if model.max_length is not None:
+        _whole("model.max_length", model.max_length)
+    lengths, densities = _lengths("lengths", file.lengths), list(file.densities)
     return EvalConfig(
-        out=Path(typed("out", content.get("out", f"runs/eval/{path.stem}"), str)),
-        model=typed("model.name", model.get("name", BUNDLED), str),
-        methods=_methods(_table("methods", content.get("methods", {})), policy, densities),
-        plans=_plans(_table("tasks", content.get("tasks", {})), samples, lengths),
+        out=Path(file.out or f"runs/eval/{path.stem}"),
+        model=model.name,
+        methods=_methods(file.methods, file.policy, densities),
+        plans=_plans(file.tasks, _whole("samples", file.samples), lengths),
         densities=densities,
-        text=list(typed("text", content.get("text", BUNDLED), tuple[str, ...])),
-        seed=_whole("seed", content.get("seed", 0), least=0),
-        dtype=typed("model.dtype", model.get("dtype", "auto"), str),
-        device=typed("model.device", model.get("device", ""), str),
-        chat=typed("model.chat", model.get("chat", False), bool),
-        max_length=None if "max_length" not in model else _whole("model.max_length", model["max_length"]),
+        text=list(file.text),
+        seed=_whole("seed", file.seed, least=0),
+        dtype=model.dtype,
+        device=model.device,
+        chat=model.chat,
+        max_length=model.max_length,
     )
 
 
 def _methods(tables: dict[str, Any], policy: str, densities: list[float]) -> list[Method]:
     found = [Method("dense", "dense")]
     for label, content in tables.items():
-        table = _table(f"methods.{label}", content)
+        table = dict(typed(f"methods.{label}", content, dict))
         if label == "dense":
             known("[methods.dense]", table, ())
             continue
@@ -189,12 +212,12 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
         raise ValueError(f"give at least one [tasks.<name>]; there are {', '.join(tasks.names())}")
     plans = []
     for label, content in tables.items():
-        options = _table(f"tasks.{label}", content)
+        options = dict(typed(f"tasks.{label}", content, dict))
         name = typed(f"tasks.{label}.task", options.pop("task", label), str)
         count = _whole(f"tasks.{label}.samples", options.pop("samples", samples))
         own = _lengths(f"tasks.{label}.lengths", options.pop("lengths", lengths))
-        skip = options.pop("skip_below", 0.0)
-        if isinstance(skip, bool) or not isinstance(skip, int | float) or not 0 <= skip <= 1:
+        skip = typed(f"tasks.{label}.skip_below", options.pop("skip_below", 0.0), float)
+        if not 0 <= skip <= 1:
             raise ValueError(f"tasks.{label}.skip_below must be a share from 0 to 1, got {skip!r}")
         if not own:
             raise ValueError("give lengths = [4096, ...], in tokens")
@@ -206,14 +229,8 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
     return plans
 
 
-def _table(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a table [{name}], got {value!r}")
-    return dict(value)
-
-
 def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if typed(name, value, int) < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
 

@@ -74,9 +74,7 @@ def named_model(
         ValueError: If there is no name, or the precision or the device is not known or not there.
     """
     if not name:
-        raise ValueError(
-            "the base model has no name here, as where gates name none; give its folder or hub id"
-        )
+        raise ValueError("these gates do not name their base model; give its name")
     if name not in (BUNDLED, TEACHER_NAME):
         return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
     target, dtype = named_device(device), check_dtype(dtype)

@@ -16,9 +16,11 @@ from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.train.config import DistillConfig, Step
-from seerattention.train.layer import gate_scores, learn, sampled_recall
-from seerattention.train.loop import Batch, Documents, Loop, packed_arguments
+from seerattention.train.layer import gate_scores, learn
+from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
+from seerattention.train.share import Batch, Documents, packed_arguments
+from seerattention.train.target import sampled_recall
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
@@ -96,15 +98,6 @@ class Distiller(Loop):
     def finished(self) -> bool:
         """Whether all steps are done, or held-out recall has stopped rising."""
         return super().finished or 0 < self.config.patience <= self.stale
-
-    def run(self) -> Iterator[Step]:
-        """Train step by step as `Loop.run`.
-
-        Raises:
-            FloatingPointError: If the loss is not finite; see `Loop.run`.
-            RuntimeError: If the base model's weights are not what they were before.
-        """
-        yield from super().run()
 
     def _finish(self) -> None:
         if self._kept:

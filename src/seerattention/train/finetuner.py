@@ -19,9 +19,10 @@ from seerattention.train.config import DistillConfig, FinetuneConfig, JointStep
 from seerattention.train.distiller import Distiller
 from seerattention.train.joint import JointPass
 from seerattention.train.language import IGNORED, LanguageLoss
-from seerattention.train.loop import Batch, Documents, Loop, Share, packed_arguments
+from seerattention.train.loop import Loop
 from seerattention.train.prepare import training_backend
 from seerattention.train.processes import shard_layers, whole
+from seerattention.train.share import Batch, Documents, Share, packed_arguments
 
 
 class Finetuner(Loop):

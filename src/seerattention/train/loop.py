@@ -1,4 +1,4 @@
-"""What training does around its gradients: sharing out a batch, steps, metrics, checkpoints, resuming."""
+"""What training does around its gradients: steps, metrics, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -31,34 +30,11 @@ from seerattention.train.checkpoint import (
 from seerattention.train.config import TrainConfig
 from seerattention.train.data import Packed
 from seerattention.train.processes import like, make_accelerator, summed, whole
+from seerattention.train.share import Batch, Share, share_of, tokens_of
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 RUN = "run.json"
-
-#: A document of fewer blocks teaches nothing: a gate chooses among too few.
-LEAST_BLOCKS = 4
-
-#: The tokens of a step: int64 ``[B, T]`` of one document each, or packs of several.
-Batch = np.ndarray | Packed
-
-#: Length of every document of a row, and whether it is long enough to be learned from.
-Documents = list[tuple[int, bool]]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one process runs of a step's batch.
-
-    Attributes:
-        passes: Tokens int64 ``[B, T]`` of each forward pass, and the documents of its rows.
-        learned: Tokens of the whole batch, of all processes, in documents that are learned from.
-        predicted: Of these, the tokens that have one before them in their document.
-    """
-
-    passes: list[tuple[Tensor, Documents]]
-    learned: int
-    predicted: int
 
 
 class Loop:
@@ -131,6 +107,7 @@ class Loop:
         Raises:
             FloatingPointError: If a loss or gradient is not finite. Everything keeps its last good values
                 and the last checkpoint stays.
+            RuntimeError: If a frozen model's weights are not what they were before.
         """
         board = self._board()
         while not self.finished:
@@ -213,13 +190,12 @@ class Loop:
             group["lr"] = group["peak"] * self.config.rate(self.done)
         self.optimizer.zero_grad(set_to_none=True)
         batch, density = self.batches(self.index), self.config.density_at(self.done)
-        tokens = batch.tokens if isinstance(batch, Packed) else batch
         values, norms = self.reduce(self.accumulate(batch, density))
         self._check_finite([*values, *norms])
         self._clip(norms[0])
         self.optimizer.step()
         self.done += 1
-        return self._report(values, norms, density, tokens.size, time.perf_counter() - started)
+        return self._report(values, norms, density, tokens_of(batch).size, time.perf_counter() - started)
 
     def _report(
         self, values: list[float], norms: list[float], density: float, tokens: int, seconds: float
@@ -248,38 +224,14 @@ class Loop:
         )
 
     def _share(self, batch: Batch) -> Share:
-        """Return this process's part of a batch.
-
-        Raises:
-            ValueError: If nothing of it can be learned from, or it cannot be split evenly.
-        """
-        least = LEAST_BLOCKS * self.gates.config.block_size
-        rows = _documents(batch, least)
-        lengths = [length for row in rows for length, counts in row if counts]
-        if not lengths:
-            raise ValueError(
-                f"the batch of step {self.done} is empty or has no document of {LEAST_BLOCKS} blocks "
-                f"({least} tokens)"
-            )
+        """Return this process's part of a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = world * self.config.grad_accum
-        if len(rows) % parts:
-            raise ValueError(
-                f"{len(rows)} sequences per step cannot be split evenly over {world} processes x grad_accum "
-                f"{self.config.grad_accum}; give a multiple of {parts}"
-            )
-        tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens if isinstance(batch, Packed) else batch))
-        each = len(rows) // parts
-        # Packs differ in their documents, so they go one at a time.
-        size = 1 if isinstance(batch, Packed) else each
-        start, stop = rank * each * self.config.grad_accum, (rank + 1) * each * self.config.grad_accum
-        passes = [(tokens[s : s + size], rows[s]) for s in range(start, stop, size)]
-        return Share(passes, sum(lengths), sum(lengths) - len(lengths))
+        return share_of(batch, self.gates.config.block_size, world, rank, self.config.grad_accum)
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint must share with this run, as JSON types."""
         first = self.batches(0)
-        digest = hashlib.sha256((first.tokens if isinstance(first, Packed) else first).tobytes())
+        digest = hashlib.sha256(tokens_of(first).tobytes())
         if isinstance(first, Packed):
             digest.update(json.dumps(first.lengths).encode())
         about = {
@@ -348,38 +300,6 @@ class Loop:
         except ImportError:
             return None
         return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done + 1)
-
-
-def packed_arguments(
-    model: PreTrainedModel, lengths: Sequence[int], device: torch.device
-) -> dict[str, Tensor]:
-    """Return what tells a decoder that a row holds documents of these lengths: nothing for a single one.
-
-    Raises:
-        NotImplementedError: If the model has sliding-window layers.
-    """
-    if len(lengths) == 1:
-        return {}
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in kinds):
-        raise NotImplementedError(
-            "documents cannot be packed for a model with sliding-window layers: a window would reach into "
-            "the document before; train on single windows of text instead (packing off)"
-        )
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    return {
-        "position_ids": positions.to(device),
-        "attention_mask": torch.ones(1, len(positions[0]), dtype=torch.long, device=device),
-    }
-
-
-def _documents(batch: Batch, least: int) -> list[Documents]:
-    """Return of every row its documents: length, and whether it is long enough to learn from."""
-    if isinstance(batch, Packed):
-        return [[(n, n >= least) for n in row] for row in batch.lengths]
-    if batch.ndim != 2 or not batch.size:
-        raise ValueError(f"a batch must be [B, T] and not empty, got {list(batch.shape)}")
-    return [[(batch.shape[1], True)]] * len(batch)
 
 
 def _gradients(named: dict[str, nn.Parameter]) -> list[Tensor]:

@@ -22,10 +22,11 @@ from seerattention.settings import flat, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig
 from seerattention.train.distiller import Distiller
 from seerattention.train.finetuner import Finetuner
-from seerattention.train.loop import LEAST_BLOCKS, Loop
+from seerattention.train.loop import Loop
 from seerattention.train.prepare import checkpoint_layers, extend_context, prepare
 from seerattention.train.processes import make_accelerator
 from seerattention.train.save import GATES
+from seerattention.train.share import LEAST_BLOCKS
 from seerattention.train.source import Source, Text
 
 #: The settings of a run, in its folder.
