@@ -11,6 +11,9 @@ from seerattention.selection import causal_blocks
 #: Share of the query-block rows, from the start, that objectives leave out: they see few blocks.
 SKIPPED_ROWS = 0.25
 
+#: Rows on which recall is measured while training: all would cost a top-k of the whole map in every layer.
+RECALL_ROWS = 64
+
 
 def counted_rows(
     target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
@@ -40,22 +43,6 @@ def counted_rows(
     return target[:, :, first:], scores[:, :, first:], valid[first:]
 
 
-def free_blocks(valid: Tensor) -> Tensor:
-    """Mark the blocks that only scores can choose: all but the first and each row's own.
-
-    Args:
-        valid: bool ``[R, N]``, the causally valid blocks of the last ``R`` rows.
-
-    Returns:
-        bool ``[R, N]``.
-    """
-    free = valid.clone()
-    free[:, 0] = False
-    free.diagonal(valid.shape[1] - valid.shape[0])[:] = False
-    return free
-
-
-@torch.no_grad()
 def target_recall(
     target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int, density: float
 ) -> float:
@@ -71,7 +58,22 @@ def target_recall(
     Returns:
         A number in [0, 1], the mean over the rows that the loss counts.
     """
-    valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)
-    first = int(SKIPPED_ROWS * scores.shape[2])
-    chosen = TopK(density).choose(scores, valid, block_size[1])[:, :, first:]
-    return float((target[:, :, first:] * chosen).sum(-1).mean())
+    return float(sampled_recall(target, scores, block_size, num_tokens, (density,), scores.shape[2])[0])
+
+
+@torch.no_grad()
+def sampled_recall(
+    target: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    length: int,
+    densities: tuple[float, ...],
+    most: int = RECALL_ROWS,
+) -> Tensor:
+    """Return `target_recall` per density on at most ``most`` evenly spaced rows, on the device."""
+    first, last = int(SKIPPED_ROWS * scores.shape[2]), scores.shape[2] - 1
+    count = min(most, last - first + 1)
+    rows = torch.linspace(first, last, count, device=scores.device, dtype=torch.float64).round().long()
+    valid = causal_blocks(length, length, size, scores.device)[rows]
+    target, scores = target[:, :, rows], scores[:, :, rows]
+    return torch.stack([(target * TopK(d).choose(scores, valid, size[1])).sum(-1).mean() for d in densities])
