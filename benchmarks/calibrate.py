@@ -96,7 +96,7 @@ class Bench:
     def top_k(self, density: float) -> list[dict[str, Any]]:
         """Measure top-k, which has whole blocks only, with numbers of blocks on both sides of a density."""
         rows: list[dict[str, Any]] = []
-        blocks = max(1, TopK(density).blocks(self.length // 64) - 2)
+        blocks = max(1, TopK(density).blocks(self.length // 64) - 1)
         while True:
             rows.append(self.measure("top-k", TokenBudget(64 * blocks, sink_blocks=1), self.length))
             if rows[-1]["density"] >= density:

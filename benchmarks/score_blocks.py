@@ -18,8 +18,8 @@ from torch import Tensor
 
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.measure.timing import interleaved, peak_mb
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.train import layer, objectives
 from seerattention.train.target import sampled_recall
 

@@ -18,9 +18,10 @@ from script import Place, kernel_parser, override, sweep, times, write
 
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.measure.timing import interleaved, peak_mb
+from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
-from seerattention.ops.select_blocks._cases import CASES, Case
+from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.policies import Policy, parse
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
@@ -54,13 +55,13 @@ def call_ms(run: Callable[[], object], repeats: int) -> float:
 
 @contextmanager
 def in_torch() -> Iterator[None]:
-    """Summaries by the reference."""
-    order = summarise_op.ORDER
-    summarise_op.ORDER = ("reference",)
+    """Summaries and scores without kernels."""
+    orders = summarise_op.ORDER, score_op.ORDER
+    summarise_op.ORDER, score_op.ORDER = ("reference",), ("chunked",)
     try:
         yield
     finally:
-        summarise_op.ORDER = order
+        summarise_op.ORDER, score_op.ORDER = orders
 
 
 def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -101,10 +102,14 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
             q, summarise_k(), policy=policy, **args, backend="triton"
         )
 
+        def composed(policy: Policy = policy) -> object:
+            return select_op.select_blocks(q, summarise_k(), policy=policy, **args, backend="composed")
+
         def plain(policy: Policy = policy) -> object:
             with in_torch():
-                return select_op.select_blocks(q, summarise_k(), policy=policy, **args, backend="composed")
+                return composed(policy)
 
+        timed[f"composed {policy}"] = composed
         timed[f"torch {policy}"] = plain
     return timed
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from seerattention import (
     AttnGate,
@@ -16,8 +20,7 @@ from seerattention import (
 from seerattention.baselines import create
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
-from seerattention.ops.block_sparse_attention import reference
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
@@ -40,14 +43,15 @@ def test_the_page_is_its_parts(tokens: int, scorer: Scorer) -> None:
     positions = torch.arange(tokens)
     k_blocks = scorer.compress(k, positions=positions)
     out, selection = seer_attention(
-        q, k, v, scorer, TopK(0.3), q_scored=q, k_blocks=k_blocks, positions=positions
+        q, k, v, scorer, TopK(0.6), q_scored=q, k_blocks=k_blocks, positions=positions
     )
     mask = selection.to_mask()
     assert mask.any(-1).all()
     assert not (mask & ~causal_blocks(tokens, tokens, (64, 64))).any()
     assert (mask | ~Rows.last(tokens, tokens).own((64, 64))).all()
-    options = Options(scale=32**-0.5)
-    Budget.of(lambda q, k, v: reference.run(q, k, v, selection, options), q, k, v).check(out)
+    Budget.of(lambda q, k, v: block_sparse_attention(q, k, v, selection, backend="reference"), q, k, v).check(
+        out
+    )
 
 
 @torch.no_grad()
@@ -59,6 +63,30 @@ def test_density_one_is_dense() -> None:
         q, k, v, GATE, TopK(1.0), q_scored=q, k_blocks=k_blocks, positions=positions, scale=0.3
     )
     Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=0.3), q, k, v).check(out)
+
+
+@pytest.mark.parametrize("scorer", [GATE, create("quest")], ids=["gate", "quest"])
+@torch.no_grad()
+def test_packed_sequences_attend_as_alone(scorer: Scorer) -> None:
+    rows = Rows.packed([(1, 1), (65, 65), (0, 80), (100, 204), (100, 100)])
+    q, k, v = random_qkv(replace(SHAPE, queries=rows.num_queries))
+    parts = [
+        scorer.compress(k[:, :, one], positions=torch.arange(tokens))
+        for one, (_, tokens) in zip(rows.places(rows.num_keys), rows.known, strict=True)
+    ]
+    longest = max(part.shape[2] for part in parts)
+    k_blocks = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
+    asked = {"k_blocks": k_blocks, "rows": rows, "backend": "reference"}
+    out, selection = seer_attention(q, k, v, scorer, TopK(0.4), q_scored=q, **asked)
+    for one, (down, across) in rows.maps((64, 64)):
+        own = (q[:, :, one.queries], *(x[:, :, one.keys] for x in (k, v)))
+        alone, chosen = seer_attention(
+            *own, scorer, TopK(0.4), q_scored=own[0], k_blocks=parts[one.index], rows=one.rows
+        )
+        assert torch.equal(selection.to_mask()[:, :, down, across], chosen.to_mask())
+        budget = Budget.of(partial(block_sparse_attention, selection=chosen, backend="reference"), *own)
+        budget.check(out[:, :, one.queries])
+        budget.check(alone)
 
 
 @pytest.mark.parametrize("pieces", [(128, 322), (64, 64, 64, 258), (448, 2), (384, 66)])

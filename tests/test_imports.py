@@ -79,14 +79,24 @@ def violations(file: Path, imported: set[str]) -> set[str]:
     wrong = {m for m in imported if (other := part_of(m)) and wrong_direction(part, other)}
     if part not in TRANSFORMERS:
         wrong |= {m for m in imported if m.split(".")[0] == "transformers"}
-    # A backend may keep its kernel in a file of its own, which exists only where triton does.
-    kernel = file.name.startswith("_") and file.name.endswith("_kernel.py")
-    is_backend = part == "ops" and len(file.parts) == 3 and (kernel or not file.name.startswith("_"))
-    if not is_backend:
-        return wrong | {m for m in imported if m.split(".")[0] == "triton"}
-    op = ".".join(["seerattention", *file.parent.parts])
+    if not knows_triton(file):
+        wrong |= {m for m in imported if m.split(".")[0] == "triton"}
+    if not is_backend(file):
+        return wrong
+    op = ".".join(["seerattention", *file.parts[:2]])
     siblings = {path.stem for path in (PACKAGE / file).parent.glob("[!_]*.py")}
     return wrong | {m for m in imported if m.startswith(f"{op}.") and m.split(".")[3] in siblings}
+
+
+def is_backend(file: Path) -> bool:
+    folder = (PACKAGE / file).parent
+    return folder.parent == PACKAGE / "ops" and file.name[0] != "_" and (folder / "reference.py").exists()
+
+
+def knows_triton(file: Path) -> bool:
+    """Whether a file is a backend, its kernels, or what kernels share."""
+    shared = file.as_posix() in ("ops/language.py", "ops/tma.py")
+    return shared or is_backend(file) or "kernels" in file.parts or file.name == "_triton_kernel.py"
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -108,8 +118,8 @@ def test_dependencies_point_one_way(file: Path) -> None:
         ("hosts/transformers/families/llama.py", "from seerattention.evals import needle", True),
         ("ops/block_sparse_attention/__init__.py", "import triton", True),
         ("ops/block_sparse_attention/gather.py", "import triton.language as tl", False),
-        ("ops/block_sparse_attention/_hopper_kernel.py", "import triton.language as tl", False),
-        ("ops/block_sparse_attention/_options.py", "import triton.language as tl", True),
+        ("ops/block_sparse_attention/kernels/hopper.py", "import triton.language as tl", False),
+        ("ops/options.py", "import triton.language as tl", True),
         ("ops/block_sparse_attention/gather.py", "from . import flex", True),
         ("ops/block_sparse_attention/gather.py", "from .reference import run", True),
         ("ops/block_sparse_attention/gather.py", "from seerattention.ops.dispatch import check_qkv", False),

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from seerattention.ops.block_sparse_attention import gather, reference
-from seerattention.ops.block_sparse_attention._cases import Case
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.cases.pooled_attention import PoolCase
 from seerattention.ops.pooled_attention import reference as pooled_reference
-from seerattention.ops.pooled_attention._cases import PoolCase
 from seerattention.testing import conformance
 from seerattention.testing.mutants import (
     ATTENTION_MUTANTS,

@@ -54,6 +54,39 @@ def test_packed_sequences_are_those_alone(lengths):
         assert s.keys.stop - s.keys.start == s.rows.num_keys
 
 
+@given(LENGTHS, st.integers(1, 9))
+def test_blocks_of_packed_sequences(lengths, size):
+    rows = Rows.packed(lengths)
+    for side, tokens in enumerate((rows.num_queries, rows.num_keys)):
+        places, blocks = rows.places(tokens), rows.places(tokens, size)
+        first, after = rows.edges(tokens, size, torch.device("cpu")).tolist()
+        token = torch.arange(tokens)
+        x = torch.stack([token[a:b].sum() for a, b in zip(first, after, strict=True)])
+        rectangle = rows.rectangle(x[None, None, :, None], tokens, size)
+        longest = max(num_blocks(one[side], size) for one in lengths)
+        assert rectangle.shape == (len(lengths), 1, longest, 1)
+        assert rows.edges(tokens, size, torch.device("cpu")) is rows.edges(tokens, size, torch.device("cpu"))
+        for i, one in enumerate(lengths):
+            assert places[i].stop - places[i].start == one[side]
+            own = [part.sum() for part in token[places[i]].split(size)] if one[side] else []
+            assert x[blocks[i]].tolist() == own
+            assert rectangle[i, 0, : len(own), 0].tolist() == own
+    with pytest.raises(ValueError, match="are neither the"):
+        rows.places(rows.num_keys + 1)
+
+
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 9))
+def test_maps_are_those_of_the_sequences(lengths, block_q, block_k):
+    rows = Rows.packed(lengths)
+    causal, seen = rows.causal((block_q, block_k)), 0
+    for one, (down, across) in rows.maps((block_q, block_k)):
+        assert down.start == seen
+        assert torch.equal(causal[down, across], one.rows.causal((block_q, block_k)))
+        assert lengths[one.index] == (one.rows.num_queries, one.rows.num_keys)
+        seen = down.stop
+    assert seen == len(causal)
+
+
 def test_one_sequence():
     assert Rows.last(3, 10).first == 7
     assert Rows.last(3, 10).positions().tolist() == [7, 8, 9]

@@ -167,7 +167,7 @@ class Together:
 
         def learn(call: AttentionCall) -> Tensor:
             size, length = by_layer[0][call.layer].block_size, call.q.shape[2]
-            out, target = pooled_attention(call.q, call.k, call.v, size, scale=call.scale)
+            out, target, _ = pooled_attention(call.q, call.k, call.v, size, scale=call.scale)
             positions = torch.arange(length, device=call.q.device)
             for i, (layers, objective) in enumerate(zip(by_layer, self.objectives, strict=True)):
                 with torch.enable_grad():

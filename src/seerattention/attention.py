@@ -66,11 +66,10 @@ def seer_attention(
         k,
         v,
         selection,
+        rows=rows,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
-        cu_seqlens_q=rows.starts_q,
-        cu_seqlens_k=rows.starts_k,
         backend=backend,
     )
     return out, selection

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -61,6 +61,7 @@ class Rows:
     starts_q: Tensor | None = None
     starts_k: Tensor | None = None
     lengths: tuple[tuple[int, int], ...] | None = None
+    _kept: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def last(cls, num_queries: int, num_keys: int) -> Rows:
@@ -145,7 +146,7 @@ class Rows:
         assert not self.is_packed, "packed sequences have a first query each"
         return self.num_keys - self.num_queries
 
-    @cached_property
+    @property
     def known(self) -> tuple[tuple[int, int], ...]:
         """(queries, keys) of every sequence, one if not packed; waits for the device if only it knows them.
 
@@ -154,8 +155,13 @@ class Rows:
         """
         if self.starts_q is None or self.starts_k is None:
             return ((self.num_queries, self.num_keys),)
-        if self.lengths is not None:
-            return self.lengths
+        return self._read if self.lengths is None else self.lengths
+
+    # Apart, since compilers of PyTorch cannot enter a cached property.
+    @cached_property
+    def _read(self) -> tuple[tuple[int, int], ...]:
+        assert self.starts_q is not None
+        assert self.starts_k is not None
         both = []
         for name, starts, tokens in (
             ("starts_q", self.starts_q, self.num_queries),
@@ -244,10 +250,6 @@ class Rows:
             self._kept[name, device] = make().to(device, non_blocking=True)
         return self._kept[name, device]
 
-    @cached_property
-    def _kept(self) -> dict[object, Tensor]:
-        return {}
-
     def num_blocks(self, block_size: tuple[int, int]) -> tuple[int, int]:
         """Rows of a map of blocks, and columns of its longest sequence, ``(Nq, Nk)``; waits as `known`."""
         block_q, block_k = block_size
@@ -278,7 +280,7 @@ class Rows:
         Returns:
             bool ``[Nq, Nk]``.
         """
-        first_key, _, last_query = self._edges(block_size, device)
+        first_key, _, last_query = self.corners(block_size, device)
         return first_key <= last_query
 
     def own(self, block_size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
@@ -293,13 +295,18 @@ class Rows:
         Returns:
             bool ``[Nq, Nk]``.
         """
-        first_key, first_query, last_query = self._edges(block_size, device)
+        first_key, first_query, last_query = self.corners(block_size, device)
         return (first_key <= last_query) & (first_key + block_size[1] > first_query)
 
-    def _edges(
-        self, block_size: tuple[int, int], device: torch.device | str | None
+    def corners(
+        self, block_size: tuple[int, int], device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """First position of every KV block ``[1, Nk]``, first and last of every query block ``[Nq, 1]``."""
+        """Return where KV blocks begin, ``[1, Nk]``, and where query blocks begin and end, ``[Nq, 1]`` each.
+
+        Args:
+            block_size: Tokens per (query block, KV block).
+            device: Where to build the results.
+        """
         block_q, block_k = block_size
         first, last = [], []
         for queries, keys in self.known:

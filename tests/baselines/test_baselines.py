@@ -12,7 +12,7 @@ from seerattention import TopK, baselines, causal_blocks, select_blocks
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
 from seerattention.ops import attention_scores
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.shapes import Shape
 from seerattention.rows import num_blocks
 from seerattention.testing.conformance import slow_pooled_map
@@ -119,7 +119,7 @@ def test_xattention_stride() -> None:
 def test_oracle(block_size: tuple[int, int], queries: int, keys: int) -> None:
     q, k = inputs(queries, keys)
     actual = scores_of(baselines.create("oracle", block_size=block_size), q, k)
-    expected = slow_pooled_map(q, k, block_size, PoolOptions(scale=DIM**-0.5))
+    expected = slow_pooled_map(q, k, block_size, PoolOptions.of(q, k))
     torch.testing.assert_close(actual, expected.log())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seerattention import TopK, TopP, baselines, causal_blocks, select_blocks
+from seerattention import TokenBudget, TopK, TopP, baselines, causal_blocks, select_blocks
 from seerattention.baselines.flexprefill import FlexPrefill, root_divergence
 from seerattention.baselines.minference import MInference
 from seerattention.ops.shapes import Shape
@@ -21,6 +21,9 @@ from seerattention.testing.inputs import random_qkv
 HEADS, KV_HEADS, DIM = 4, 2, 16
 LENGTHS = [(1, 1), (15, 15), (17, 17), (70, 70), (37, 83), (32, 96), (1, 50)]
 BLOCKS = [(16, 16), (8, 16), (16, 8)]
+
+#: The query's own block of 32 tokens and one more.
+TWO = TokenBudget(64)
 
 
 def inputs(queries: int, keys: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +197,7 @@ def asked_for(targets: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_planted_vertical_is_found(name: str, past: int) -> None:
     tokens, column = 501, 100
     q, k = asked_for(torch.full((tokens,), column), codes(tokens))
-    mask = selected(baselines.create(name, block_size=(32, 32)), q[:, :, past:], k, TopK(0.05))
+    mask = selected(baselines.create(name, block_size=(32, 32)), q[:, :, past:], k, TWO)
     # One block per row besides the query's own: the one with the column.
     below = range(0, mask.shape[2]) if past else range(4, mask.shape[2])
     for row in below:
@@ -208,7 +211,7 @@ def test_a_planted_slash_is_found(name: str, past: int) -> None:
     targets = (torch.arange(tokens) - back).clamp_min(0)
     q, k = asked_for(targets, codes(tokens))
     scorer = baselines.create(name, block_size=(block, block))
-    mask = selected(scorer, q[:, :, past:], k, TopK(0.05))
+    mask = selected(scorer, q[:, :, past:], k, TWO)
     for row in range((back + block - past) // block, mask.shape[2]):
         first = past + row * block - back
         assert mask[0, :, row, first // block].all(), row
@@ -220,10 +223,7 @@ def test_a_needle_that_the_end_asks_for_is_found(name: str) -> None:
     targets = torch.arange(tokens)
     targets[-20:] = needle
     q, k = asked_for(targets, codes(tokens))
-    policy = TopK(0.3)
-    # The query's own block, which most queries attend to, and one more.
-    assert policy.blocks(num_blocks(tokens, 32)) == 2
-    mask = selected(baselines.create(name, block_size=(32, 32)), q, k, policy)
+    mask = selected(baselines.create(name, block_size=(32, 32)), q, k, TWO)
     assert mask[0, :, -1, needle // 32].all()
 
 
@@ -238,8 +238,8 @@ def paired_blocks(tokens: int, block: int) -> tuple[Tensor, Tensor, list[int]]:
 
 def test_query_aware_heads_find_what_lines_miss() -> None:
     q, k, partner = paired_blocks(512, 32)
-    aware = selected(FlexPrefill((32, 32)), q, k, TopK(0.05))
-    lines = selected(FlexPrefill((32, 32), tau=0), q, k, TopK(0.05))
+    aware = selected(FlexPrefill((32, 32)), q, k, TWO)
+    lines = selected(FlexPrefill((32, 32), tau=0), q, k, TWO)
     assert all(bool(aware[0, :, i, j].all()) for i, j in enumerate(partner))
     assert not all(bool(lines[0, :, i, j].all()) for i, j in enumerate(partner))
 
@@ -251,7 +251,7 @@ def test_each_head_switches_for_itself() -> None:
     needle = 70
     k = torch.cat([k, code[None, None]], 1)
     q = torch.cat([q[:, :1], (code[torch.full((512,), needle)] * 12 * 128**0.5)[None, None]], 1)
-    mask = selected(FlexPrefill((32, 32)), q, k, TopK(0.05))[0]
+    mask = selected(FlexPrefill((32, 32)), q, k, TWO)[0]
     assert all(bool(mask[0, i, j]) for i, j in enumerate(partner))
     assert mask[1, 3:, needle // 32].all()
     means = scores_of(baselines.create("meanpool", block_size=(32, 32)), q, k)

@@ -9,8 +9,8 @@ from seerattention.hosts.transformers import attach, detach, logits_of
 from seerattention.measure import bundled
 from seerattention.measure.needle import NeedleTask
 
-#: By the loss on a text with needles, the best first: `streaming` never reads one, `random` sometimes does.
-ORDER = ["oracle", "xattention", "random", "streaming"]
+#: By the loss on a text with needles, the best first, where all read the same number of blocks.
+ORDER = ["oracle", "xattention", "streaming", "random"]
 TOKENS = 1536
 
 
@@ -21,13 +21,13 @@ def teacher():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_order_is_the_same_for_every_seed(teacher, seed):
-    """Measured for the three seeds: 3.35-3.39, 3.41-3.48, 3.59-3.77 and 3.69-3.91 nats per token."""
+    """Measured for the three seeds: 3.31-3.36, 3.37-3.41, 3.40-3.52 and 3.56-3.76 nats per token."""
     model, tokenizer = teacher
     task = NeedleTask(tokenizer, bundled.text_tokens(tokenizer)[1], num_needles=4)
     tokens = torch.from_numpy(task.make(TOKENS, seed).tokens)[None]
     losses = {}
     for name in reversed(ORDER):
-        attach(model, baselines.create(name), "top_k:0.2,sink_blocks=1", min_tokens=0)
+        attach(model, baselines.create(name), "top_k:0.35,sink_blocks=1", min_tokens=0)
         with torch.inference_mode():
             hidden = model.get_decoder()(tokens, use_cache=False).last_hidden_state[0, TOKENS // 4 : -1]
             losses[name] = float(cross_entropy(logits_of(model, hidden), tokens[0, TOKENS // 4 + 1 :]))

@@ -42,7 +42,9 @@ def synthetic(heads=3, windows=2, blocks=64, seed=0):
 def chosen(policy, maps, blocks, law_at=None):
     """Density and recall of a policy on maps, block by block; or of its thresholds for another length."""
     read = held = rows = valid = 0
-    limits = policy.at(0, law_at).log_limits(blocks, torch.arange(1, blocks + 1))
+    rule = policy.at(0).rule(law_at or blocks, BLOCK)
+    limits = torch.tensor(rule.per_head, dtype=torch.float64)[:, None].log()
+    limits = limits + rule.row_exponent * torch.arange(1, blocks + 1).log()
     for s, row in enumerate(maps.rows.tolist()):
         if row >= blocks:
             continue

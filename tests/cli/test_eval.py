@@ -41,6 +41,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     assert "samples  6 in 4 cells; 0 are there, 6 to be made" in result.output
     assert "gates: top_k:{density},sink_blocks=1 at densities 0.3" in result.output
     assert "task     needle: 2 samples at 512 tokens" in result.output
+    # 8 blocks: the first and the own one are more than the one that 30 % come to.
+    short = "top_k:0.3,sink_blocks=1 asks for 30.0% of a prompt of 8 blocks and reads 41.7%"
+    assert short in " ".join(result.output.split())
     assert re.search(r"time     about \d+ s, if every method takes as long as dense", result.output)
     assert not (tmp_path / "out").exists()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.ops.block_sparse_attention import BACKENDS, _backward
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.block_sparse_attention import BACKENDS
+from seerattention.ops.block_sparse_attention.kernels import backward
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.testing import gradients
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.waiting import no_waiting
@@ -92,8 +93,8 @@ def test_columns_that_every_row_reads_are_split(dtype):
     mask[..., 0] = True
     call = replace(call, selection=BlockSelection.from_mask(mask, case.block_size))
     counts = mask.sum(2).unflatten(1, (2, 4)).sum(2).flatten().to(torch.int32)
-    launch = _backward.KEYS[2, 64]
-    _, plan = _backward._plan(counts, launch.most_programs(call.q.device))
+    launch = backward.KEYS[2, 64]
+    _, plan = backward.split_columns(counts, launch.most_programs(call.q.device))
     assert int(plan[:-2].view(3, -1)[1].max()) > 2, "nothing is split; nothing would be tested"
     found, again = (call.gradients(gradients.by_name("auto")) for _ in range(2))
     for name, budget in call.budgets().items():
@@ -150,7 +151,7 @@ def test_memory_at_32k_tokens_is_bounded():
     before = torch.cuda.memory_allocated()
     block_sparse_attention(q, k, v, selection).backward(grad)
     extra = torch.cuda.max_memory_allocated() - before
-    programs = _backward.KEYS[2, 64].most_programs(q.device)
+    programs = backward.KEYS[2, 64].most_programs(q.device)
     workspace = 8 * programs * 64 * 64 * 4
     # Output and gradients, three numbers per query and what lse's gradient is, lists, and the rest.
     lists = 4 * programs * (4 * 512 + 513)

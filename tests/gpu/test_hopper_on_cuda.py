@@ -176,7 +176,7 @@ def test_auto_takes_it():
     shape = shape_of(300, 300)
     selection = random_selection(shape, density=0.3, device="cuda")
     q, k, v = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
-    options = op.Options(scale=1.0)
+    options = op.Options.of(q, k)
     assert (
         op.choose(op.BACKENDS, op.ORDER, "auto", q=q, k=k, v=v, selection=selection, options=options)
         is (op.BACKENDS["hopper"])

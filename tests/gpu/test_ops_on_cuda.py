@@ -5,7 +5,7 @@ import torch
 
 from seerattention.ops import block_sparse_attention as sparse
 from seerattention.ops import pooled_attention as pooled
-from seerattention.ops.block_sparse_attention._cases import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.ops.shapes import Shape
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -69,7 +69,7 @@ def test_pooled_attention_needs_bounded_memory_at_32k_tokens():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out, target = pooled.pooled_attention(q, k, v, (64, 64), backend="chunked")
+    out, target, _ = pooled.pooled_attention(q, k, v, (64, 64), backend="chunked")
     extra = torch.cuda.max_memory_allocated() - before - out.nbytes - target.nbytes
     # Scores and their softmax, each within the budget, the mask, and fp32 copies of q, k and v.
     copies = 2 * (2 * q.nbytes + k.nbytes + v.nbytes) + target.nbytes
@@ -120,8 +120,8 @@ class TestTriton:
     def test_unread_keys_and_values_are_never_read(self, case):
         (q, k, v), selection = inputs(case, torch.bfloat16)
         options = case.options()
-        clean = sparse.BACKENDS["triton"].run(q, k, v, selection, options)
-        poisoned = sparse.BACKENDS["triton"].run(q, *poison(k, v, selection), selection, options)
+        clean, _ = sparse.BACKENDS["triton"].run(q, k, v, selection, options)
+        poisoned, _ = sparse.BACKENDS["triton"].run(q, *poison(k, v, selection), selection, options)
         assert not clean.isnan().any()
         assert torch.equal(clean, poisoned)
 
@@ -133,7 +133,7 @@ class TestTriton:
         def call(q, k, v):
             out, lse = sparse.block_sparse_attention(
                 q, k, v, selection, softcap=options.softcap, sinks=options.sinks, return_lse=True,
-                cu_seqlens_q=options.cu_seqlens_q, cu_seqlens_k=options.cu_seqlens_k, backend="triton",
+                rows=options.rows, backend="triton",
             )  # fmt: skip
             return 2 * out, lse
 
@@ -145,8 +145,9 @@ class TestTriton:
         case = Case(name="", heads=8, kv_heads=2, queries=8192, keys=8192, head_dim=64, block_size=(32, 16))
         q, k, v = random_qkv(case, dtype=torch.bfloat16, device="cuda")
         selection = random_selection(case, density=0.02, device="cuda")
-        out = sparse.BACKENDS["triton"].run(q, k, v, selection, case.options())
-        expected = sparse.BACKENDS["gather"].run(q.float(), k.float(), v.float(), selection, case.options())
+        out, _ = sparse.BACKENDS["triton"].run(q, k, v, selection, case.options())
+        wide = (x.float() for x in (q, k, v))
+        expected, _ = sparse.BACKENDS["gather"].run(*wide, selection, case.options())
         torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
     def test_nothing_waits_for_the_device(self):

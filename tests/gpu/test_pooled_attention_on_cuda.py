@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from seerattention import pooled_attention
-from seerattention.ops.copies import copied
+from seerattention.ops.cases.pooled_attention import CASES, PoolCase
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_map
-from seerattention.ops.pooled_attention._cases import CASES, PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.tma import tiles
 from seerattention.testing import conformance
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
-from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -74,9 +74,9 @@ def test_lengths(queries, past, dtype):
 
 
 @pytest.mark.parametrize("launch", [
-    *(kernel.Launch(128, 64, 8, stages, 1, direct) for stages in (2, 3, 4) for direct in (False, True)),
-    *(kernel.Launch(128, 128, 8, 2, 1, direct) for direct in (False, True)),
-    *(kernel.Launch(64, 64, 4, stages, 2, direct) for stages in (2, 3) for direct in (False, True)),
+    *(Launch(128, 64, 8, stages, 1, direct=direct) for stages in (2, 3, 4) for direct in (False, True)),
+    *(Launch(128, 128, 8, 2, 1, direct=direct) for direct in (False, True)),
+    *(Launch(64, 64, 4, stages, 2, direct=direct) for stages in (2, 3) for direct in (False, True)),
 ], ids=str)  # fmt: skip
 def test_launches(monkeypatch, launch):
     # The launches that benchmarks/pooled_attention.py tries.
@@ -127,12 +127,12 @@ def test_later_keys_are_not_read(queries, dtype):
     assert not out[:, :, :seen].isnan().any()
 
 
-def test_views_need_no_copy_engine():
-    # Strides that are no multiple of 16 bytes go another way than the copy engine.
+def test_views_need_no_tma():
+    # Strides that are no multiple of 16 bytes go another way than TMA.
     case = BY_NAME["thousand"]
     q, k, v = inputs(case)
     odd = [torch.cat([x, x[..., :1]], -1)[..., :-1] for x in (k, v)]
-    assert copied(64, 64, *odd) is None
+    assert tiles(64, 64, *odd) is None
     expected = kernel.run(q, k, v, (64, 64), case.options("cuda"))
     for one, other in zip(kernel.run(q, *odd, (64, 64), case.options("cuda")), expected, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
@@ -166,9 +166,12 @@ def test_auto_takes_it(monkeypatch):
 
 def test_nothing_waits_for_the_device():
     q, k, v = inputs(BY_NAME["thousand"])
-    kernel.run(q, k, v, (64, 64), PoolOptions(scale=0.1))
-    with no_waiting():
-        kernel.run(q, k, v, (64, 64), PoolOptions(scale=0.1))
+    kernel.run(q, k, v, (64, 64), PoolOptions.of(q, k))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel.run(q, k, v, (64, 64), PoolOptions.of(q, k))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def bytes_beyond_outputs(run):
@@ -177,7 +180,7 @@ def bytes_beyond_outputs(run):
     before = torch.cuda.memory_allocated()
     results = run()
     torch.cuda.synchronize()
-    kept = sum(x.nbytes for x in (results if isinstance(results, tuple) else (results,)))
+    kept = sum(x.nbytes for x in (results if isinstance(results, tuple) else (results,)) if x is not None)
     return torch.cuda.max_memory_allocated() - before - kept
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from seerattention import AttnGate, GateConfig
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import score_blocks
-from seerattention.ops.score_blocks._cases import CASES, Case
 from seerattention.testing.budget import Budget
+from seerattention.testing.packed import check_packed_scores
 from seerattention.testing.waiting import no_waiting
 from seerattention.train import layer, objectives
 
@@ -86,6 +87,12 @@ def test_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
             return run(case, "reference", q, k, gradient)[i]
 
         Budget.of(reference, q, k).check(mine)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_packed_sequences_are_those_alone(backend: str, dtype: torch.dtype) -> None:
+    check_packed_scores(backend, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from seerattention import AttnGate, GateConfig, Threshold, TokenBudget, TopK, TopP
+from seerattention import Threshold, TokenBudget, TopK, TopP
+from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
+from seerattention.ops.cases import summarise_blocks as summaries
+from seerattention.ops.cases.select_blocks import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_blocks._cases import CASES, EIGHT, SIXTEEN, Case
-from seerattention.ops.summarise_blocks import _cases as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Calibrated, Calibration, Policy
 from seerattention.rows import Rows
+from seerattention.testing import selections
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
 from seerattention.testing.selections import Certain
@@ -51,27 +53,20 @@ MIDDLING = [
     middling("wide-heads", 3000, head_dim=256, gate=SIXTEEN),
     middling("normed", 5000, gate={**SIXTEEN, "qk_norm": True}),
     middling("group-scores", 5000, gate={**SIXTEEN, "per_kv_head": True}),
+    middling(
+        "packed",
+        5103,
+        7104,
+        lengths=((1, 1), (63, 63), (64, 64), (65, 65), (3000, 3000), (1000, 3001), (910, 910)),
+        gate=SIXTEEN,
+    ),
     middling("block-128", 8192, block_size=(128, 128), gate={"q_sub_block": 32, "k_sub_block": 16}),
 ]
 POLICIES = [Threshold(1e-2), TopK(0.1, sink_blocks=1), TopP(0.5), TokenBudget(1024, dense_last_rows=2)]
 
 
 def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    q, k, _ = random_qkv(case, dtype=dtype, device="cuda")
-    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-    torch.manual_seed(1)
-    config = GateConfig.published(**case.design) if case.published else GateConfig(**case.design)
-    gate = AttnGate(config).to("cuda", dtype)
-    for p in gate.parameters():
-        p.mul_(60 if case.published else 2)
-    positions = torch.arange(case.keys, device="cuda")
-    return {
-        "q": q,
-        "k_blocks": gate.compress(k, positions=positions),
-        "scorer": gate,
-        "positions": positions[case.keys - case.queries :],
-        "rows": Rows.last(case.queries, case.keys),
-    }
+    return selections.arguments(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +85,7 @@ def test_summaries_within_the_error_budget(case: summaries.Case, dtype: torch.dt
 
 def _cpu_inputs() -> Any:
     """The inputs of the CPU's test of the same op."""
-    path = Path(__file__).parents[1] / "ops" / "interpreted_summarise_blocks.py"
+    path = Path(__file__).parents[1] / "ops" / "summarise_blocks" / "interpreted_triton.py"
     spec = importlib.util.spec_from_file_location("summarise_inputs", path)
     assert spec is not None
     assert spec.loader is not None
@@ -122,8 +117,27 @@ def test_the_sizes_that_are_benchmarked(name: str) -> None:
 def test_the_gate_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in (select_op, summarise_op):
         monkeypatch.setattr(op.BACKENDS["reference"], "run", None)
+    monkeypatch.setattr(select_op.BACKENDS["composed"], "run", None)
     args = arguments(MIDDLING[0], torch.bfloat16)
     select_blocks(policy=TopK(0.1), **args)
+
+
+class Own(TopK):
+    """A user's own policy, without a rule."""
+
+    def choose(self, scores: torch.Tensor, valid: torch.Tensor, block_tokens: int) -> torch.Tensor:
+        return super().choose(scores, valid, block_tokens)
+
+
+@pytest.mark.parametrize("name", ["sixteen-8k", "packed"])
+def test_a_policy_without_a_rule_takes_the_kernels_there_are(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for op in (select_op, summarise_op, score_op):
+        monkeypatch.setattr(op.BACKENDS["reference"], "run", None)
+    monkeypatch.setattr(score_op.BACKENDS["chunked"], "run", None)
+    args = arguments(next(c for c in MIDDLING if c.name == name), torch.bfloat16)
+    Certain.of(policy=TopK(0.1), **args).check(select_blocks(policy=Own(0.1), **args))
 
 
 @pytest.mark.parametrize("name", ["published-32k", "sixteen-32k", "eight-128k", "sixteen-128k"])
@@ -142,7 +156,7 @@ def test_limits_of_each_head(row_exponent: float) -> None:
     case = next(c for c in MIDDLING if c.name == "eight-8k")
     laws = {0: tuple((-1.0 - h / 2, 0.0, 0.0) for h in range(case.heads))}
     made = Calibration("recall", 0.9, 8192, case.block_size, row_exponent, None, laws)
-    policy = Calibrated(made, sink_blocks=1).at(0, None)
+    policy = Calibrated(made, sink_blocks=1).at(0)
     args = arguments(case, torch.bfloat16)
     certain = Certain.of(policy=policy, **args)
     assert certain.share > 0.98
@@ -154,12 +168,17 @@ def test_limits_of_each_head(row_exponent: float) -> None:
     certain.check(selection)
 
 
+@pytest.mark.parametrize("name", ["sixteen-8k", "packed"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_the_host_is_not_waited_for(policy: Policy) -> None:
-    args = arguments(MIDDLING[1], torch.bfloat16)
+def test_the_host_is_not_waited_for(policy: Policy, name: str) -> None:
+    case = next(c for c in MIDDLING if c.name == name)
+    args = arguments(case, torch.bfloat16)
     select_blocks(policy=policy, **args)
     torch.cuda.synchronize()
     with no_waiting():
+        if case.lengths:
+            # What kernels read of it is made anew.
+            args["rows"] = Rows.packed(case.lengths, "cuda")
         select_blocks(policy=policy, **args)
 
 
@@ -178,6 +197,35 @@ def test_compiles_as_one_graph(case: Case) -> None:
     # The compiler makes its own sines, so the summaries may differ by rounding: check, not compare.
     different = compiled != select_blocks(policy=TopK(0.1), **(args | {"k_blocks": blocks})).bits
     assert float(different.float().mean()) < 0.01
+
+
+def test_packed_sequences_choose_as_alone_in_as_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(next(c for c in MIDDLING if c.name == "packed"), torch.bfloat16)
+    launches = []
+    for name in ("_score", "_choose"):
+        inner = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, _Counted(inner, launches))
+    for policy in POLICIES:
+        launches.clear()
+        together = select_blocks(policy=policy, **args)
+        assert len(launches) == 2
+        row = 0
+        for _, own in selections.alone(args):
+            mask = select_blocks(policy=policy, **own).to_mask()
+            down = slice(row, row + mask.shape[2])
+            assert torch.equal(together.to_mask()[:, :, down, : mask.shape[3]], mask)
+            row = down.stop
+
+
+class _Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches.append(grid)
+        return self.kernel[grid]
 
 
 def test_tiles_and_chunks_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from seerattention import BlockSelection, block_sparse_attention, pooled_attenti
 from seerattention.ops import block_sparse_attention as attention_op
 from seerattention.ops import dispatch
 from seerattention.ops import pooled_attention as pooled_op
-from seerattention.ops.block_sparse_attention._cases import CASES
+from seerattention.ops.cases.block_sparse_attention import CASES
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
 from seerattention.testing import conformance
@@ -55,6 +55,14 @@ def test_auto_takes_the_first_that_can() -> None:
     assert dispatch.choose(backends, order, "auto") is backends["fast"]
     assert dispatch.choose(backends, order, "slow") is backends["slow"]
     assert dispatch.explain(backends) == {"slow": [], "picky": ["not today"], "fast": []}
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = {"triton": fake(), "slow": fake()}
+    assert dispatch.choose(backends, ("triton", "slow"), "auto") is backends["triton"]
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    assert dispatch.choose(backends, ("triton", "slow"), "auto") is backends["slow"]
+    assert dispatch.choose(backends, ("triton", "slow"), "triton") is backends["triton"]
 
 
 def test_a_named_backend_never_falls_back() -> None:
@@ -149,7 +157,7 @@ def test_selections_that_do_not_fit(selection: BlockSelection, message: str) -> 
         block_sparse_attention(Q, K, V, selection)
 
 
-STARTS = torch.tensor([0, 40, 100], dtype=torch.int32)
+PACKED = Rows.packed([(40, 40), (60, 60)])
 
 
 @pytest.mark.parametrize(
@@ -159,19 +167,17 @@ STARTS = torch.tensor([0, 40, 100], dtype=torch.int32)
         ({"sinks": torch.zeros(3)}, ValueError, r"a logit per query head \[4\], got \[3\]"),
         ({"sinks": torch.zeros(4).long()}, TypeError, "sinks must be floating point, got torch.int64"),
         ({"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks are on meta, q on cpu"),
-        ({"cu_seqlens_q": STARTS}, ValueError, "need both cu_seqlens, got only cu_seqlens_q"),
-        ({"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS.long()}, TypeError, "cu_seqlens_k must be int32"),
-        ({"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS[:2]}, ValueError, r"got \[3\] and \[2\]"),
         (
-            {"cu_seqlens_q": STARTS[:1], "cu_seqlens_k": STARTS[:1]},
+            {"rows": Rows.last(50, 100)},
             ValueError,
-            r"must both be \[S \+ 1\] for S >= 1 sequences",
+            "of 50 queries and 100 keys, but q has 100 tokens and k 100",
         ),
         (
-            {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS.to("meta")},
+            {"rows": Rows.at(1, 100)},
             ValueError,
-            "cu_seqlens_k is on meta, q on cpu",
+            "of 100 queries and 101 keys, but q has 100 tokens and k 100",
         ),
+        ({"rows": Rows.packed([(100, 100)], "meta")}, ValueError, "rows are on meta, q on cpu"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -180,16 +186,21 @@ def test_options_that_do_not_fit(options: dict[str, Any], error: type[Exception]
 
 
 def test_packed_selections_that_do_not_fit() -> None:
-    packed: dict[str, Any] = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS, "backend": "reference"}
-    for shape in ((1, 1, 4, 1), (1, 1, 1, 1), (1, 1, 2, 3)):
-        selection = BlockSelection.from_mask(torch.ones(shape, dtype=torch.bool), (64, 64))
-        with pytest.raises(ValueError, match="which 2 sequences of 100 queries and 100 keys cannot make"):
-            block_sparse_attention(Q, K, V, selection, **packed)
-    selection = BlockSelection.from_mask(torch.ones(1, 1, 2, 1, dtype=torch.bool), (64, 64))
-    assert block_sparse_attention(Q, K, V, selection, **packed).shape == Q.shape
-    twice = [x.repeat(2, 1, 1, 1) for x in (Q, K, V)]
-    with pytest.raises(ValueError, match="packed sequences are one batch entry, q has 2"):
-        block_sparse_attention(*twice, selection, **packed)
-    with pytest.raises(NotImplementedError, match="gather: it takes no packed sequences") as raised:
-        block_sparse_attention(Q, K, V, selection, **packed | {"backend": "auto"})
-    assert "cu_seqlens_q=[3], cu_seqlens_k=[3]" in str(raised.value)
+    unread = Rows.from_starts(PACKED.starts_q, PACKED.starts_k, 100, 100)
+    for rows, message in (
+        (PACKED, "100 queries and 100 keys make 2 x 1"),
+        (unread, "which 2 sequences of 100 queries and 100 keys cannot make"),
+    ):
+        packed: dict[str, Any] = {"rows": rows, "backend": "reference"}
+        for shape in ((1, 1, 4, 1), (1, 1, 1, 1), (1, 1, 2, 3)):
+            selection = BlockSelection.from_mask(torch.ones(shape, dtype=torch.bool), (64, 64))
+            with pytest.raises(ValueError, match=message):
+                block_sparse_attention(Q, K, V, selection, **packed)
+        selection = BlockSelection.from_mask(torch.ones(1, 1, 2, 1, dtype=torch.bool), (64, 64))
+        assert block_sparse_attention(Q, K, V, selection, **packed).shape == Q.shape
+        twice = [x.repeat(2, 1, 1, 1) for x in (Q, K, V)]
+        with pytest.raises(ValueError, match="packed sequences are one batch entry, q has 2"):
+            block_sparse_attention(*twice, selection, **packed)
+        with pytest.raises(NotImplementedError, match="gather: it takes no packed sequences") as raised:
+            block_sparse_attention(Q, K, V, selection, rows=rows)
+        assert "rows=100 of 100 tokens of 2 packed sequences" in str(raised.value)

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: interpreted, each op in a process of its own, and what refuses them."""
+"""Triton kernels without a GPU: interpreted, each op in a process of its own, and compiled for Hopper."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from seerattention import BlockSelection, block_sparse_attention
-from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.block_sparse_attention.triton import BLOCKS_K, LAUNCHES, launch_of
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
-from seerattention.rows import Rows
+from seerattention.ops.select_blocks import triton as choosing
+from seerattention.ops.summarise_blocks import triton as summarising
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -31,7 +26,7 @@ compiles = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
 
 
-def typed(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
+def typed(kernel: Any, constants: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ASTSource`: everything that is no constant and has no type is a whole number."""
     names = kernel.arg_names
     kinds = dict.fromkeys(names, "i32") | types | dict.fromkeys(constants, "constexpr")
@@ -46,14 +41,15 @@ def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, dire
     constants = {
         "HEADS": 32, "KV_HEADS": 8, "PER_KV_HEAD": per_kv_head, "D": dim, "BLOCK_D": dim,
         "BLOCK_Q": 1 if per_kv_head else 64, "BLOCK_K": 64, "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n, "CHUNK": 32, "DIRECT": direct, "COPIES": True, "HAS_V": True,
+        "BLOCK_N": launch.block_n, "CHUNK": 32, "DIRECT": direct, "TMA": True, "HAS_V": True,
         "SOFTCAP": False, "SINKS": False, "LSE": False, "SEQUENCES": 0, "STAGES": launch.stages,
     }  # fmt: skip
     tile = f"tensordesc<bf16[1, 1, {launch.block_n}, {dim}]>"
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    types: dict[str, Any] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("map_ptr", "lse_ptr", "scratch_ptr", "sinks_ptr"), "*fp32")
-    types |= dict.fromkeys(("counter_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")
+    types |= dict.fromkeys(("counter_ptr", "starts_q_ptr", "starts_k_ptr"), "*i32")
     types |= {"k_desc": tile, "v_desc": tile, "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), ("i32",) * 3)
     source = ASTSource(pooled.pooled_kernel, **typed(pooled.pooled_kernel, constants, types))
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     made = triton.compile(source, target=HOPPER, options=options)
@@ -72,6 +68,7 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     constants = dict(scoring.LAUNCH[kind]["score" if name == "score" else "back"])
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
+    constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
     constants |= {"KEEP": True, "PRECISION": "tf32x3"} if name == "score" else {"unit": None}
     names = kernel.arg_names
     types = {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
@@ -86,62 +83,64 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (dtype == "bf16" or name == "score")
 
 
+def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]) -> Any:
+    """Compile a kernel for Hopper; torch's memory begins at multiples of 16 bytes."""
+    names = kernel.arg_names
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
+    source = ASTSource(kernel, **typed(kernel, constants, types), attrs=aligned)
+    return triton.compile(source, target=HOPPER, options=options)
+
+
+@compiles
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dim", [96, 128])
+def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None:
+    options = dict(choosing.LAUNCH["narrow"])
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
+    constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
+    constants |= choosing._widths(dim, "tf32x3")
+    types = {"queries": "*bf16", "keys": "*bf16", "scores": "*fp32", "sequences": "*i32", "scale": "fp32"}
+    made = compiled(choosing._score, constants, types, launch)
+    assert made.metadata.shared <= 99 * 1024
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}
+    types |= {"value": "fp32", "row_exponent": "fp32"}
+    for kind in range(len(choosing.KINDS)):
+        constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512}
+        if not packed and kind:
+            constants["values"] = None
+        compiled(choosing._choose, constants, types, {"num_warps": 1})
+
+
+@compiles
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
+    options = summarising._options(4, 256, projects=True)
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    constants = {"HEADS": 32, "GROUPS": 1, "D": 128, "E": 96, "D_PAD": 64, "E_PAD": 64, "SIZE": 4}
+    constants |= {"MAX": 0, "MIN": 1, "AVG": 2, "PRECISION": "tf32x3", "norm": None} | options
+    constants |= {} if packed else {"edges": None}
+    types = dict.fromkeys(("x", "weight", "out"), "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
+    made = compiled(summarising._summarise, constants, types | {"edges": "*i32", "eps": "fp32"}, launch)
+    assert made.metadata.shared <= 99 * 1024
+
+
 @pytest.mark.parametrize(
-    "ops",
+    "files",
     [
-        ("block_sparse_attention", "summarise_blocks"),
-        ("block_sparse_gradients", "select_blocks"),
-        ("pooled_attention", "score_blocks"),
+        ("block_sparse_attention/interpreted_triton", "summarise_blocks/interpreted_triton"),
+        ("block_sparse_attention/interpreted_gradients", "select_blocks/interpreted_triton"),
+        ("pooled_attention/interpreted_triton", "score_blocks/interpreted_triton"),
     ],
     ids=" ".join,
 )
-def test_kernels_in_the_interpreter(ops: tuple[str, ...]) -> None:
+def test_kernels_in_the_interpreter(files: tuple[str, ...]) -> None:
     # It must be asked for before kernels are defined, and nothing else is to meet it.
-    files = [str(Path(__file__).parent / f"interpreted_{op}.py") for op in ops]
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=3", *files]
+    paths = [str(Path(__file__).parent / f"{file}.py") for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=3", *paths]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-
-
-def test_a_cpu_is_refused() -> None:
-    q = torch.zeros(1, 1, 64, 64)
-    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
-    with pytest.raises(NotImplementedError, match="triton: it needs a GPU"):
-        block_sparse_attention(q, q, q, full, backend="triton")
-
-
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "triton", None)
-    full = BlockSelection.full(Rows.last(64, 64), (64, 64))
-    with FakeTensorMode():
-        q = torch.empty(1, 1, 64, 64, device="cuda")
-    assert backend.unsupported(q, q, q, full, Options(scale=1.0)) == [
-        "triton is not installed; `pip install triton` brings it"
-    ]
-
-
-def test_the_file_can_be_imported_without_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from seerattention.ops import block_sparse_attention as op\n"
-        "assert op.triton.triton is None\n"
-        "print(op.ORDER)"
-    )
-    env = os.environ | {"PYTHONPATH": str(Path(backend.__file__).parents[3])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'triton', 'gather'" in done.stdout
-
-
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("block_q", [1, 16, 32, 48, 64, 128, 256])
-def test_launches_fit_the_blocks(head_dim: int, block_q: int) -> None:
-    for itemsize in (2, 4):
-        for block_k in BLOCKS_K:
-            launch = launch_of(head_dim, (block_q, block_k), itemsize)
-            assert block_k % launch.block_n == 0
-            assert 16 <= launch.block_m <= max(16, 2 * block_q)
-            assert launch.block_m & (launch.block_m - 1) == 0
-    assert all(a.block_m < b.block_m for a, b in (x for x in LAUNCHES.values() if len(x) == 2))

@@ -36,21 +36,23 @@ def limit_by_hand(law, n, row_sees, *, density, always):
 @pytest.mark.parametrize("layer", [0, 3])
 def test_the_law_is_the_one_written_down(density, layer):
     blocks = 20
-    policy = Calibrated(calibration(density=density), sink_blocks=1).at(layer, None)
-    found = policy.log_limits(blocks, torch.arange(1, blocks + 1))
+    policy = Calibrated(calibration(density=density), sink_blocks=1).at(layer)
+    rule = policy.rule(blocks, 16)
+    assert rule.kind == "share"
     # The own block of every row, and the first one.
     always = (2 * blocks - 1) / (blocks * (blocks + 1) / 2)
     for h, law in enumerate(LAWS[layer]):
         for row in (0, 7, 19):
             expected = limit_by_hand(law, blocks, row + 1, density=density, always=always)
-            assert float(found[h, row]) == pytest.approx(expected, rel=1e-6)
+            found = math.log(rule.per_head[h]) + rule.row_exponent * math.log(row + 1)
+            assert found == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("layer", [0, 3])
 def test_selection_is_that_of_a_slow_formula(layer):
     blocks, size = 12, (16, 16)
     scores = 2 * torch.randn(2, 2, blocks, blocks)
-    policy = Calibrated(calibration(density=None), sink_blocks=1).at(layer, None)
+    policy = Calibrated(calibration(density=None), sink_blocks=1).at(layer)
     tokens = blocks * 16
     found = select(policy, scores, rows=Rows.last(tokens, tokens), block_size=size).to_mask()
     for b in range(2):
@@ -66,16 +68,18 @@ def test_a_piece_chooses_as_the_whole_prompt_does():
     blocks, size = 16, (16, 16)
     scores = 2 * torch.randn(1, 2, blocks, blocks)
     policy = Calibrated(calibration(), sink_blocks=1)
-    whole = policy.at(3, None).choose(scores, causal_blocks(256, 256, size), 16)
+    whole = policy.at(3).choose(scores, causal_blocks(256, 256, size), 16)
     piece = scores[:, :, 4:8, :8]
     valid = causal_blocks(64, 128, size)
-    told, untold = (policy.at(3, n).choose(piece, valid, 16) for n in (blocks, None))
+    untold = policy.at(3)
+    told = untold.for_prompt(blocks, 16, last_piece=False)
+    told, untold = (x.choose(piece, valid, 16) for x in (told, untold))
     assert (told & valid).equal(whole[:, :, 4:8, :8] & valid)
     assert not untold.equal(told), "the length makes no difference here, so the test shows nothing"
 
 
 def test_density_below_what_is_always_read_takes_nothing_else():
-    policy = Calibrated(calibration(density=0.01, laws={0: ((-1.0, 0.0, -1.0),)}), sink_blocks=1).at(0, None)
+    policy = Calibrated(calibration(density=0.01, laws={0: ((-1.0, 0.0, -1.0),)}), sink_blocks=1).at(0)
     valid = causal_blocks(64, 64, (16, 16))
     assert not policy.choose(torch.randn(1, 1, 4, 4), valid, 16).any()
     assert policy.expected_density(4, 16) == pytest.approx(7 / 10)
@@ -86,11 +90,10 @@ def test_expected_density():
     assert policy.expected_density(256, 16) == 0.3
     assert policy.expected_density(4, 16) == pytest.approx(0.4), "the own block of 4 rows"
     assert Calibrated(calibration(density=None)).expected_density(256, 16) is None
-    assert policy.rule(256, 16) is None, "its limits are those of a layer"
 
 
 def test_its_rule_takes_what_it_chooses():
-    policy = Calibrated(calibration(density=0.3), sink_blocks=1).at(0, None)
+    policy = Calibrated(calibration(density=0.3), sink_blocks=1).at(0)
     scores = torch.randn(2, len(policy.calibration.laws[0]), 40, 40, dtype=torch.float64) * 2
     valid = causal_blocks(40 * 16, 40 * 16, (16, 16))
     rule = policy.rule(40, 16)
@@ -145,8 +148,8 @@ def test_a_layer_and_its_heads_must_be_calibrated():
     policy = Calibrated(calibration())
     valid = causal_blocks(32, 32, (16, 16))
     with pytest.raises(ValueError, match=r"layer 1 has no calibrated thresholds, layers \[0, 3\] have"):
-        policy.at(1, None)
+        policy.at(1)
     with pytest.raises(ValueError, match="belong to a layer"):
         policy.choose(torch.randn(1, 2, 2, 2), valid, 16)
-    with pytest.raises(ValueError, match="calibrated for 2 heads, its scores have 3"):
-        policy.at(0, None).choose(torch.randn(1, 3, 2, 2), valid, 16)
+    with pytest.raises(ValueError, match="limits for 2 heads, the scores have 3; calibrate"):
+        policy.at(0).choose(torch.randn(1, 3, 2, 2), valid, 16)

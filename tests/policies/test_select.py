@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seerattention import causal_blocks
-from seerattention.policies import Policy, Threshold, TokenBudget, TopK, TopP, parse, policies, select
+from seerattention.policies import (
+    Policy,
+    Rule,
+    Threshold,
+    TokenBudget,
+    TopK,
+    TopP,
+    parse,
+    policies,
+    rule_of,
+    select,
+)
 from seerattention.rows import Rows
 
 POLICIES = [Threshold(0.2), Threshold(0.99), TopK(0.1), TopP(0.5), TokenBudget(64), TokenBudget(10**6)]
@@ -106,6 +117,37 @@ def test_a_new_policy_is_one_class_and_cannot_break_the_guarantees(
     assert torch.equal(chosen(Lazy(1), scores, 300, 300, (64, 64)), own)
 
 
+@dataclass(frozen=True)
+class Worst(TopK):
+    """Chooses in code of its own where its base has a rule."""
+
+    name: ClassVar[str] = "worst"
+
+    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
+        return super().choose(-scores, valid, block_tokens)
+
+
+def test_who_chooses_in_code_inherits_no_rule() -> None:
+    assert rule_of(TopK(0.1), 40, 64) == Rule("count", 2)
+    for policy in (Worst(0.1), Worst(0.1).for_prompt(40, 64, last_piece=True), Lazy(0)):
+        assert rule_of(policy, 40, 64) is None
+        assert policy.expected_density(40, 64) is None
+    scores = torch.arange(6.0).expand(1, 1, 6, 6)
+    last = chosen(Worst(0.3), scores, 384, 384, (64, 64))[0, 0, 5]
+    assert last.tolist() == [True, False, False, False, False, True], "its own, and the own block on top"
+    with pytest.raises(NotImplementedError, match="the policy neither must override rule or choose"):
+        chosen(type("Neither", (Policy,), {"name": "neither"})(), scores, 384, 384, (64, 64))
+
+
+def test_a_piece_goes_by_the_rule_of_the_whole_prompt() -> None:
+    policy = TopK(0.3, sink_blocks=1, dense_last_rows=2)
+    piece = policy.for_prompt(100, 64, last_piece=False)
+    assert rule_of(piece, 10, 64) == policy.rule(100, 64)
+    assert (piece.sink_blocks, piece.dense_last_rows) == (1, 0)
+    assert policy.for_prompt(100, 64, last_piece=True).dense_last_rows == 2
+    assert str(piece) == "top_k:0.3,sink_blocks=1"
+
+
 def test_knobs_by_example() -> None:
     scores = torch.zeros(1, 1, 5, 5)
 
@@ -118,6 +160,11 @@ def test_knobs_by_example() -> None:
     assert rows(Lazy(0, local_blocks=2)) == ["x....", "xx...", ".xx..", "..xx.", "...xx"]
     assert rows(Lazy(0, dense_last_rows=2)) == ["x....", ".x...", "..x..", "xxxx.", "xxxxx"]
     assert rows(Lazy(0, local_blocks=99)) == ["x....", "xx...", "xxx..", "xxxx.", "xxxxx"]
+    # What is read anyway counts; equal scores go to the lower block.
+    assert rows(TokenBudget(192)) == ["x....", "xx...", "xxx..", "xx.x.", "xx..x"]
+    assert rows(TokenBudget(192, local_blocks=2)) == ["x....", "xx...", "xxx..", "x.xx.", "x..xx"]
+    assert rows(TokenBudget(64, sink_blocks=2)) == rows(Lazy(0, sink_blocks=2))
+    assert rows(TokenBudget(64, dense_last_rows=2)) == rows(Lazy(0, dense_last_rows=2))
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65])

@@ -12,8 +12,7 @@ from seerattention.rows import Rows
     ("tokens", "blocks"), [(1, 1), (63, 1), (64, 1), (127, 1), (128, 2), (300, 4), (10**6, 8)]
 )
 def test_whole_blocks_in_every_row(tokens: int, blocks: int) -> None:
-    # The own block scores best, so that it is one of those the budget pays for.
-    scores = torch.randn(2, 3, 8, 8) + 100 * torch.eye(8)
+    scores = torch.randn(2, 3, 8, 8)
     selection = select(TokenBudget(tokens), scores, rows=Rows.last(512, 512), block_size=(64, 64))
     expected = torch.arange(1, 9).clamp(max=blocks).int()
     assert torch.equal(selection.counts, expected.expand(2, 3, 8))

@@ -61,7 +61,7 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
     losses, by_layer = [], dict(gates.items())
 
     def collect(call):
-        out, target = pooled_attention(call.q, call.k, call.v, (16, 16), backend="reference")
+        out, target, _ = pooled_attention(call.q, call.k, call.v, (16, 16), backend="reference")
         with torch.enable_grad():
             losses.append(KL()(target, by_layer[call.layer](call.q_nope, call.k_nope), (16, 16), 256))
         return out
@@ -254,7 +254,7 @@ def test_trained_gates_choose_better_than_untrained_ones(model, text):
         found, by_layer = [], dict(gates.items())
 
         def look(call):
-            out, target = pooled_attention(call.q, call.k, call.v, (16, 16))
+            out, target, _ = pooled_attention(call.q, call.k, call.v, (16, 16))
             scores = by_layer[call.layer](call.q_nope, call.k_nope)
             found.append(target_recall(target, scores, (16, 16), 512, 0.2))
             assert select(TopK(0.2), scores, rows=Rows.last(512, 512), block_size=(16, 16))

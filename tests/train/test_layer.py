@@ -86,7 +86,7 @@ def test_tokens_are_pooled_once(dtype, monkeypatch):
 def test_recall_on_all_rows_is_target_recall():
     q, k = inputs(250)
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
-    _, target = pooled_attention(q, k, torch.randn_like(k), (16, 16))
+    target = pooled_attention(q, k, torch.randn_like(k), (16, 16)).target
     scores = gate(q, k).detach()
     found = sampled_recall(target, scores, (16, 16), 250, (0.2, 0.5))
     for density, value in zip((0.2, 0.5), found.tolist(), strict=True):
@@ -96,7 +96,7 @@ def test_recall_on_all_rows_is_target_recall():
 def test_learning_reads_nothing_back_and_weights_the_gradient():
     q, k = inputs(250)
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
-    _, target = pooled_attention(q, k, torch.randn_like(k), (16, 16))
+    target = pooled_attention(q, k, torch.randn_like(k), (16, 16)).target
     objective = objectives.create("kl")
     values, scores = layer.learn(gate, q, k, target, objective, 0.25, 0.2)
     assert not scores.requires_grad

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from seerattention.baselines._vertical_slash import TINY, estimate
 from seerattention.baselines.meanpool import MeanPool
+from seerattention.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,12 @@ def _block_sums(vertical: Tensor, size: int) -> Tensor:
 
 def _last_row(slash: Tensor, queries: int, block_size: tuple[int, int]) -> Tensor:
     """Sum the diagonals that a KV block meets in the last row of a query block, ``[B, H, Nq, Nk]``."""
-    block_q, block_k = block_size
-    keys = slash.shape[-1]
+    keys, block_k = slash.shape[-1], block_size[1]
     # At place d: the sum of the distances d - block_k + 1 to d. Window sums, as differences of running
     # sums would round small shares away.
     sums = F.avg_pool1d(F.pad(slash, (block_k - 1, 0)), block_k, stride=1) * block_k
-    first_key = torch.arange(0, keys, block_k, device=slash.device)
-    last_query = torch.arange(block_q, queries + block_q, block_q, device=slash.device).clamp(max=queries)
-    farthest = (keys - queries + last_query - 1)[:, None] - first_key[None, :]
-    return sums[..., farthest.clamp_min(0)]
+    first_key, _, last_query = Rows.last(queries, keys).corners(block_size, slash.device)
+    return sums[..., (last_query - first_key).clamp_min(0)]
 
 
 create = FlexPrefill

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from seerattention.baselines._vertical_slash import TINY, estimate
 from seerattention.gate import pool_blocks
+from seerattention.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,17 @@ class MInference:
 def _crossing(slash: Tensor, queries: int, block_size: tuple[int, int]) -> Tensor:
     """Best diagonal of every block pair: ``[B, H, Tk]`` by distance -> ``[B, H, Nq, Nk]``."""
     block_q, block_k = block_size
-    keys = slash.shape[-1]
-    last_key = torch.arange(block_k - 1, keys + block_k - 1, block_k, device=slash.device)
+    first_key, first_query, _ = Rows.last(queries, slash.shape[-1]).corners(block_size, slash.device)
+    nearest = first_query - (first_key + block_k - 1)
     whole = queries // block_q
     out = []
     # A short last query block meets fewer diagonals.
-    for first, rows, size in ((0, whole, block_q), (whole * block_q, 1, queries % block_q)):
-        if not rows or not size:
+    for rows, size in ((slice(whole), block_q), (slice(whole, None), queries % block_q)):
+        if not len(nearest[rows]):
             continue
         width = size + block_k - 1
         best = F.max_pool1d(F.pad(slash, (width, width)).flatten(0, 1), width, stride=1)
-        first_query = keys - queries + first + block_q * torch.arange(rows, device=slash.device)
-        nearest = first_query[:, None] - last_key[None, :]
-        out.append(best.unflatten(0, slash.shape[:2])[..., (nearest + width).clamp_min(0)])
+        out.append(best.unflatten(0, slash.shape[:2])[..., (nearest[rows] + width).clamp_min(0)])
     return torch.cat(out, 2)
 
 

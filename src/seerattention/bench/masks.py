@@ -46,11 +46,11 @@ def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSel
 
 
 def band(shape: Shape, density: float, device: str) -> BlockSelection:
-    """Select the first block and the latest ones, as many as ``TopK(density)`` would take."""
+    """Select the first block and the latest ones, as many as ``TopK(density)`` reads."""
     rows = Rows.last(shape.queries, shape.keys)
     valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
-    count = TopK(density).blocks(valid.shape[1])
-    mask = TopK(density, sink_blocks=1, local_blocks=count).always(own, valid)
+    latest = max(1, TopK(density).blocks(valid.shape[1]) - 1)
+    mask = TopK(density, sink_blocks=1, local_blocks=latest).always(own, valid)
     return _per_head(shape, lambda head: mask)
 
 

@@ -118,7 +118,7 @@ def calibrate(
 
 
 def _policy(calibration: Calibration, knobs: Policy) -> Calibrated:
-    return Calibrated(calibration, **{name: getattr(knobs, name) for name in Policy.knobs()})
+    return Calibrated(calibration, **{name: getattr(knobs, name) for name in Policy.KNOBS})
 
 
 def _check(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, length: int, windows: int) -> None:
@@ -195,8 +195,9 @@ def trade_off(maps: Maps, policy: Calibrated) -> tuple[list[dict[str, float]], l
         if density > length.always:
             counts = length.spend(length.density, density)
             curve.append({"density": length.density(counts), "recall": length.recall(counts)})
-    seen = torch.ones(1, dtype=torch.long)
-    limits = [policy.at(layer, None).log_limits(length.blocks, seen)[:, 0] for layer in maps.layers]
-    taken = length.counts(torch.cat(limits).double()) / length.level.shape[1]
+    # No row exponent: what rows see is in the levels already.
+    rules = [policy.at(layer).rule(length.blocks, maps.block_size[1]) for layer in maps.layers]
+    limits = torch.tensor([limit for rule in rules for limit in rule.per_head], dtype=torch.float64).log()
+    taken = length.counts(limits) / length.level.shape[1]
     heads = length.always + (1 - length.always) * taken
     return curve, heads.unflatten(0, (len(maps.layers), -1)).tolist()

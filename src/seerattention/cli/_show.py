@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -45,6 +45,12 @@ def table(
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
+    """Return a table of rows of named values; ``columns`` has each one's title and format string."""
+    cells = ([form.format_map(row) for form in columns.values()] for row in rows)
+    return table(list(columns), cells, title)
 
 
 class _Said(ProgressColumn):

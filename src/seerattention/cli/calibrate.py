@@ -50,7 +50,7 @@ def run(
     from seerattention.cli._show import bar
     from seerattention.cli._show import console as console_of
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
-    from seerattention.measure.bundled import named_model
+    from seerattention.measure import bundled
     from seerattention.measure.plot import require_matplotlib
     from seerattention.train import read_tokens
 
@@ -59,7 +59,7 @@ def run(
         require_matplotlib()
     loaded = load_gates(gates)
     _check_place(gates, out)
-    base, tokenizer = named_model(model or loaded.base.name, dtype=dtype, device=device)
+    base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)
     knobs = _knobs(loaded.policy)
     console = console_of()
     with bar(console) as progress:

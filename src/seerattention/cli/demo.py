@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 #: Tokens per sequence of the live distillation, and the bounds of its number of steps.
 LIVE_TOKENS, FEWEST_STEPS, MOST_STEPS = 2048, 20, 200
 
+#: Columns of the tables, and how a row's values are written.
+METHODS = {
+    "method": "{method}",
+    "density": "{density:.1%}",
+    "perplexity": "{perplexity:.2f}",
+    "needles": "{needle:.0%}",
+    "last rows dense": "{needle_dense_last:.0%}",
+    "recall": "{recall:.1%}",
+    "prefill s": "{prefill_s:.2f}",
+    "speedup": "{speedup:.2f}x",
+}
+TIMES = {
+    "tokens": "{tokens:,}",
+    "model dense s": "{dense_prefill_s:.2f}",
+    "model sparse s": "{sparse_prefill_s:.2f}",
+    "model speedup": "{prefill_speedup:.2f}x",
+    "layer dense ms": "{dense:.0f}",
+    "layer sparse ms": "{sparse:.0f}",
+    "choosing ms": "{select:.0f}",
+    "attention speedup": "{attention_speedup:.1f}x",
+    "with choosing": "{both:.1f}x",
+}
+
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for report.json and the figures.")] = Path("runs/demo"),
@@ -122,7 +145,7 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
 
 def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[str, Any]]:
     """Measure every method and print the table."""
-    from seerattention.cli._show import bar, table
+    from seerattention.cli._show import bar, formatted
 
     console.print(
         f"2. Dense attention and what reads less, at {demo.plan.tokens:,} tokens: perplexity over "
@@ -134,30 +157,7 @@ def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[s
             rows.append(demo.measure(method, rows[0]["prefill_s"] if rows else None))
             if not console.is_terminal:
                 console.print(f"  measured {method.name}")
-    titles = (
-        "method",
-        "density",
-        "perplexity",
-        "needles",
-        "last rows dense",
-        "recall",
-        "prefill s",
-        "speedup",
-    )
-    cells = [
-        (
-            row["method"],
-            f"{row['density']:.1%}",
-            f"{row['perplexity']:.2f}",
-            f"{row['needle']:.0%}",
-            f"{row['needle_dense_last']:.0%}",
-            f"{row['recall']:.1%}",
-            f"{row['prefill_s']:.2f}",
-            f"{row['speedup']:.2f}x",
-        )
-        for row in rows
-    ]
-    console.print(table(titles, cells))
+    console.print(formatted(METHODS, rows))
     console.print(
         "   needles: numbers found in the text; 'last rows dense': the same with the last two query blocks,\n"
         "   where the questions stand, dense. recall: share of the true attention mass in the blocks read.\n"
@@ -168,34 +168,22 @@ def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[s
 
 def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
     """Time dense and sparse over the lengths and print the table."""
-    from seerattention.cli._show import bar, table
+    from seerattention.cli._show import bar, formatted
 
     density = demo.plan.density
     console.print(f"3. Time against length: dense SDPA and the gates at {density:.0%} density")
     with bar(console) as progress:
         task = progress.add_task("timing", total=sum(demo.plan.lengths))
         rows = demo.curve(gates, lambda length: progress.advance(task, length))
-    titles = (
-        "tokens", "model dense s", "model sparse s", "model speedup", "layer dense ms", "layer sparse ms",
-        "choosing ms", "attention speedup", "with choosing",
-    )  # fmt: skip
-    cells = [
-        (
-            f"{row['tokens']:,}",
-            f"{row['dense_prefill_s']:.2f}",
-            f"{row['sparse_prefill_s']:.2f}",
-            f"{row['prefill_speedup']:.2f}x",
-            *(
-                f"{row[part] * 1e3:.0f}"
-                for part in ("dense_attention_s", "sparse_attention_s", "selection_s")
-            ),
-            f"{row['attention_speedup']:.1f}x",
-            f"{row['dense_attention_s'] / (row['sparse_attention_s'] + row['selection_s']):.1f}x",
-        )
-        for row in rows
-    ]
-    console.print(table(titles, cells))
+    console.print(formatted(TIMES, map(_in_ms, rows)))
     console.print(
         "   layer: the attention of one layer alone; choosing: pooling, scores and policy of that layer."
     )
     return rows
+
+
+def _in_ms(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the curve with what one layer took in milliseconds."""
+    names = "dense_attention_s", "sparse_attention_s", "selection_s"
+    dense, sparse, select = (row[name] * 1e3 for name in names)
+    return row | {"dense": dense, "sparse": sparse, "select": select, "both": dense / (sparse + select)}

@@ -106,6 +106,7 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
         f"task     {plan.label}: {plan.samples} samples at {', '.join(f'{n:,}' for n in plan.lengths)} tokens"
         for plan in config.plans
     ]
+    lines += [f"short    {why}" for why in evaluation.short()]
     there = sum((cell.of, seed) in file.records for cell in cells for seed in cell.seeds)
     lines.append(f"samples  {total:,} in {len(cells)} cells; {there:,} are there, {left:,} to be made")
     if total > there + left:

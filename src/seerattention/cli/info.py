@@ -37,9 +37,8 @@ def support() -> list[Support]:
     from seerattention.ops import score_blocks as scores
     from seerattention.ops import select_blocks as chosen
     from seerattention.ops import summarise_blocks as summaries
-    from seerattention.ops.block_sparse_attention._options import Options
     from seerattention.ops.dispatch import explain
-    from seerattention.ops.pooled_attention._options import PoolOptions
+    from seerattention.ops.options import Options, PoolOptions
     from seerattention.policies import TopK
     from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
@@ -51,8 +50,7 @@ def support() -> list[Support]:
             q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
             k = q[:, :1]
             selection = BlockSelection.full(Rows.last(128, 128), (64, 64), device)
-            options = Options(scale=64**-0.5)
-            pooling_options = PoolOptions(scale=64**-0.5)
+            options, pooling_options = Options.of(q, k), PoolOptions.of(q, k)
             qkv = {"q": q, "k": k, "v": k}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from seerattention.crossover import crossover
 from seerattention.engine.call import AttentionCall
 from seerattention.engine.summaries import KeySummaries
 from seerattention.gate import Scorer
-from seerattention.policies import Policy, TokenBudget
+from seerattention.policies import Policy
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
 
@@ -117,21 +116,10 @@ class SparsePrefill:
 
     def _policy_of(self, call: AttentionCall, scorer: Scorer) -> Policy:
         """Return the policy, for a piece of a prompt of known length as it is for the whole prompt."""
-        block = scorer.block_size[1]
-        if self.prompt_tokens is None:
-            return self.policy.at(call.layer, None)
-        blocks = num_blocks(self.prompt_tokens, block)
-        policy = self.policy.at(call.layer, blocks)
-        rule = policy.rule(blocks, block)
-        last_rows = policy.dense_last_rows if call.k.shape[2] == self.prompt_tokens else 0
-        if rule is None or rule.kind != "count":
-            return replace(policy, dense_last_rows=last_rows)
-        return TokenBudget(
-            int(rule.value) * block,
-            sink_blocks=policy.sink_blocks,
-            local_blocks=policy.local_blocks,
-            dense_last_rows=last_rows,
-        )
+        policy, block, tokens = self.policy.at(call.layer), scorer.block_size[1], self.prompt_tokens
+        if tokens is None:
+            return policy
+        return policy.for_prompt(num_blocks(tokens, block), block, last_piece=call.k.shape[2] == tokens)
 
     def _why_dense(self, call: AttentionCall, scorer: Scorer) -> str | None:
         """Return why a call is computed densely, or None."""

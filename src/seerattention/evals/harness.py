@@ -29,6 +29,8 @@ from seerattention.measure.bundled import BUNDLED
 from seerattention.measure.compare import attached
 from seerattention.measure.observe import Watch
 from seerattention.measure.versions import versions
+from seerattention.policies import parse
+from seerattention.rows import num_blocks
 from seerattention.train.data import text_documents
 
 #: A prompt that falls short of its length by more than this share was cut.
@@ -199,6 +201,22 @@ class Evaluation:
         found = [file.records.get((dense.of, seed)) for seed in dense.seeds]
         scores = [record.score for record in found if record is not None and record.score is not None]
         return len(scores) == len(dense.seeds) and fmean(scores) < cell.plan.skip_below
+
+    def short(self) -> list[str]:
+        """Return where texts are too short for the density asked for; see `Policy.short_of`."""
+        found: dict[str, None] = {}
+        for cell in self.cells:
+            scorer = self.scorers.get(cell.method.label)
+            if scorer is None:
+                continue
+            if isinstance(scorer, Gates):
+                text = str(scorer.policy) if cell.policy == SAVED else cell.policy
+                policy, block = parse(text, scorer.calibration), scorer.config.block_size
+            else:
+                policy, block = parse(cell.policy), scorer.block_size[1]
+            if why := policy.short_of(num_blocks(cell.length, block), block):
+                found[why] = None
+        return list(found)
 
     def run(self, file: RecordFile, done: Callable[[Cell, Record | None], None]) -> None:
         """Make every record that is missing.

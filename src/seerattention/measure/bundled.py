@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.hosts.transformers import Gates, device_of, load_base, load_gates
+from seerattention.hosts.transformers import Gates, load_base, load_gates, named_device
 from seerattention.hosts.transformers.load import check_dtype
 
 DATA = Path(__file__).parents[1] / "data"
@@ -74,10 +74,12 @@ def named_model(
         ValueError: If there is no name, or the precision or the device is not known or not there.
     """
     if not name:
-        raise ValueError("these gates do not name their base model; give its name")
+        raise ValueError(
+            "the base model has no name here, as where gates name none; give its folder or hub id"
+        )
     if name not in (BUNDLED, TEACHER_NAME):
         return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
-    target, dtype = device_of(device), check_dtype(dtype)
+    target, dtype = named_device(device), check_dtype(dtype)
     model, tokenizer = load_teacher(torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return model.to(target), tokenizer  # type: ignore[arg-type]
 

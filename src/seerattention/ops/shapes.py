@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from seerattention.rows import Rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -33,3 +37,7 @@ class Shape:
     block_size: tuple[int, int] = (64, 64)
     lengths: tuple[tuple[int, int], ...] = ()
     large: bool = False
+
+    def rows(self, device: torch.device | str = "cpu") -> Rows:
+        """Return where the queries lie among the keys."""
+        return Rows.packed(self.lengths, device) if self.lengths else Rows.last(self.queries, self.keys)

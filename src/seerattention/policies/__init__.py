@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seerattention.policies.base import Policy as Policy
 from seerattention.policies.base import Rule as Rule
+from seerattention.policies.base import rule_of as rule_of
 from seerattention.policies.calibrated import Calibrated as Calibrated
 from seerattention.policies.calibrated import Calibration as Calibration
 from seerattention.policies.threshold import Threshold as Threshold
@@ -70,10 +71,10 @@ def parse(text: str, calibration: Calibration | None = None) -> Policy:
         )
     for knob in knobs:
         key, equals, number = knob.strip().partition("=")
-        if key not in kind.knobs() or not equals:
+        if key not in kind.KNOBS or not equals:
             raise ValueError(
                 f"unknown knob {knob!r} in policy {text!r}; the knobs are "
-                f"{', '.join(f'{k}=<blocks>' for k in kind.knobs())}"
+                f"{', '.join(f'{k}=<blocks>' for k in kind.KNOBS)}"
             )
         arguments[key] = _number(text, key, number)
     return kind(**arguments)
@@ -100,8 +101,8 @@ def select(policy: Policy, scores: Tensor, *, rows: Rows, block_size: tuple[int,
         block_size: Tokens per (query block, KV block).
 
     Returns:
-        The selection. Every row holds the query's own block; sink and local blocks and dense last
-        rows come on top of what the policy chose.
+        The selection. Every row holds the query's own block, sink and local blocks, which count towards a
+        number of blocks and come on top of other choices; dense last rows hold everything.
 
     Raises:
         ValueError: If the scores do not fit the rows.
@@ -115,7 +116,6 @@ def select(policy: Policy, scores: Tensor, *, rows: Rows, block_size: tuple[int,
     masks = []
     for _, (down, across) in rows.maps(block_size):
         seen = valid[down, across]
-        mask = policy.choose(scores[:, :, down, across], seen, block_size[1])
-        mask = (mask | policy.always(own[down, across], seen)) & seen
+        mask = policy.read(scores[:, :, down, across], own[down, across], seen, block_size[1])
         masks.append(F.pad(mask, (0, valid.shape[1] - seen.shape[1])))
     return BlockSelection.from_mask(torch.cat(masks, 2), block_size, check=False)

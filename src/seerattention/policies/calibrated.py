@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from seerattention.policies.base import Policy, Rule
 
 #: What a text is calibrated for: a fraction of blocks read, a share of attention mass kept, or the most
@@ -97,19 +94,16 @@ class Calibrated(Policy):
     """Take blocks above a threshold of their head's own that follows the length of the text.
 
     The calibration is saved with the gates, so its text form, ``calibrated``, is understood where gates
-    are: `attach`, and `load_gates`. Like `TopK` it counts the blocks present, and `prefill` tells it those
-    of the whole prompt.
+    are: `attach`, and `load_gates`. Like `TopK` it counts the blocks present, or those of the whole prompt.
 
     Attributes:
         calibration: The fitted laws.
         layer: The layer whose laws apply; set by `at`.
-        prompt: Blocks of the whole prompt and the logarithm of ``f`` for them; set by `at`.
     """
 
     name: ClassVar[str] = "calibrated"
     calibration: Calibration
     layer: int | None = None
-    prompt: tuple[int, float] | None = None
 
     @classmethod
     def form(cls) -> str:
@@ -119,7 +113,7 @@ class Calibrated(Policy):
     def __str__(self) -> str:
         return ",".join([self.name, *self.changed_knobs()])
 
-    def at(self, layer: int, num_blocks: int | None) -> Calibrated:
+    def at(self, layer: int) -> Calibrated:
         """Return the policy with the laws of a layer; see `Policy.at`.
 
         Raises:
@@ -130,8 +124,11 @@ class Calibrated(Policy):
                 f"layer {layer} has no calibrated thresholds, layers {sorted(self.calibration.laws)} have; "
                 "calibrate these gates"
             )
-        prompt = None if num_blocks is None else (num_blocks, self._log_free(num_blocks))
-        return replace(self, layer=layer, prompt=prompt)
+        return replace(self, layer=layer)
+
+    def asked_density(self, num_blocks: int, block_tokens: int) -> float | None:
+        """Return the density calibrated for, if it is one."""
+        return self.calibration.density
 
     def expected_density(self, num_blocks: int, block_tokens: int) -> float | None:
         """Return the density calibrated for, if it is one; see `Policy.expected_density`."""
@@ -139,54 +136,20 @@ class Calibrated(Policy):
             return None
         return max(self.calibration.density, self.always_density(num_blocks))
 
-    def log_limits(self, num_blocks: int, seen: Tensor) -> Tensor:
-        """Return the least logarithm of a share that is taken, fp32 ``[H, Nq]``.
-
-        Args:
-            num_blocks: KV blocks present.
-            seen: int64 ``[Nq]``, blocks that each row sees.
+    def rule(self, num_blocks: int, block_tokens: int) -> Rule:
+        """Return the rule in a layer; see `Policy.rule`.
 
         Raises:
             ValueError: If no layer was chosen by `at`.
         """
-        heads = torch.tensor(self._log_limits(num_blocks), dtype=torch.float64)
-        rows = self.calibration.row_exponent * seen.double().log()
-        return (heads.to(rows.device)[:, None] + rows).float()
-
-    def _log_limits(self, num_blocks: int) -> list[float]:
-        """Return the part of each head's limit that is the same for all rows."""
         if self.layer is None:
-            raise ValueError("calibrated thresholds belong to a layer; choose one by at(layer, None)")
-        blocks, log_free = self.prompt or (num_blocks, self._log_free(num_blocks))
-        return [a + b * math.log(blocks) + s * log_free for a, b, s in self.calibration.laws[self.layer]]
-
-    def rule(self, num_blocks: int, block_tokens: int) -> Rule | None:
-        """Return the choice in a layer as data; see `Policy.rule`."""
-        if self.layer is None:
-            return None
-        # No share is above 1, nor a limit of use below the smallest float.
-        limits = tuple(math.exp(min(1.0, max(-100.0, x))) for x in self._log_limits(num_blocks))
+            raise ValueError("calibrated thresholds belong to a layer; choose one by at(layer)")
+        density, always = self.calibration.density, self.always_density(num_blocks)
+        free = 0.0 if density is None or always >= 1 else log_free(density, always)
+        logs = (a + b * math.log(num_blocks) + s * free for a, b, s in self.calibration.laws[self.layer])
+        # Within what fp32 holds: no share is above such a limit, or below it.
+        limits = tuple(math.exp(min(80.0, max(-100.0, x))) for x in logs)
         return Rule("share", 0.0, limits, self.calibration.row_exponent)
-
-    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
-        """Return the blocks above their thresholds, bool ``[B, H, Nq, Nk]``."""
-        limits = self.log_limits(scores.shape[-1], valid.sum(-1))
-        if limits.shape[0] != scores.shape[1]:
-            raise ValueError(
-                f"layer {self.layer} was calibrated for {limits.shape[0]} heads, its scores have "
-                f"{scores.shape[1]}; calibrate these gates"
-            )
-        share = torch.log_softmax(scores.masked_fill(~valid, -math.inf), dim=-1)
-        return share > limits[..., None]
-
-    def _log_free(self, num_blocks: int) -> float:
-        """Logarithm of the fraction of blocks, of those not always read, that the density leaves."""
-        if self.calibration.density is None:
-            return 0.0
-        always = self.always_density(num_blocks)
-        if always >= 1:
-            return 0.0
-        return log_free(self.calibration.density, always)
 
 
 def log_free(density: float, always: float) -> float:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from seerattention.policies.base import Policy, Rule, softmax
+from seerattention.policies.base import Policy, Rule
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,6 @@ class Threshold(Policy):
         if not 0 <= self.value < 1:
             raise ValueError(f"threshold must be in [0, 1), got {self.value}")
 
-    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
-        """Return the blocks above the threshold, bool ``[B, H, Nq, Nk]``."""
-        return softmax(scores, valid) > self.value
-
     def rule(self, num_blocks: int, block_tokens: int) -> Rule:
-        """Return the choice as data."""
+        """Return the rule; see `Policy.rule`."""
         return Rule("share", self.value)

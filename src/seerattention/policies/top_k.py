@@ -6,19 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from seerattention.policies.base import Policy, Rule, top_blocks
+from seerattention.policies.base import Policy, Rule
 
 
 @dataclass(frozen=True)
 class TopK(Policy):
-    """Take the k best blocks of each row, k such that ``density`` of the causal triangle is read.
+    """Read k blocks in every row, those always read and then the best, k such that ``density`` is read.
 
-    ``k = floor((1 - sqrt(1 - density)) * Nk)``, at least 1: rows shorter than k read everything, and
-    the triangle's area works out to ``density``. k follows the number of blocks present, so a prompt
-    given in pieces has fewer blocks in its early pieces than the same prompt at once; the other
-    policies look at one row at a time and choose alike both ways.
+    ``k = floor((1 - sqrt(1 - density)) * Nk)``, at least 1: rows shorter than k read everything, and the
+    causal triangle's area works out to ``density``. Dense last rows are outside of that, as in the published
+    code: which rows are dense is a rule about rows, and no choice of k would make up for them in short
+    prompts. `Policy.expected_density` tells what both come to, the same whatever the scores. k follows the
+    number of blocks present; a prompt given in pieces by `prefill` goes by that of the whole prompt.
 
     Source: the published code, microsoft/SeerAttention at aba03e3, ``nz_ratio``.
 
@@ -38,14 +37,10 @@ class TopK(Policy):
         """Blocks per row for a sequence of ``num_blocks`` KV blocks."""
         return max(1, int((1 - math.sqrt(1 - self.density)) * num_blocks))
 
-    def expected_density(self, num_blocks: int, block_tokens: int) -> float:
-        """Return the density of a whole prefill; see `Policy.expected_density`."""
-        return self._density_of(self.blocks(num_blocks), num_blocks)
-
-    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
-        """Return the best blocks of each row, bool ``[B, H, Nq, Nk]``."""
-        return top_blocks(scores, valid, self.blocks(scores.shape[-1]))
+    def asked_density(self, num_blocks: int, block_tokens: int) -> float:
+        """Return ``density``."""
+        return self.density
 
     def rule(self, num_blocks: int, block_tokens: int) -> Rule:
-        """Return the choice as data."""
+        """Return the rule; see `Policy.rule`."""
         return Rule("count", self.blocks(num_blocks))

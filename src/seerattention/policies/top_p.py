@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from seerattention.policies.base import Policy, Rule, softmax
+from seerattention.policies.base import Policy, Rule
 
 
 @dataclass(frozen=True)
@@ -29,14 +26,6 @@ class TopP(Policy):
         if not 0 < self.mass <= 1:
             raise ValueError(f"mass must be in (0, 1], got {self.mass}")
 
-    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
-        """Return the smallest covering set of each row, bool ``[B, H, Nq, Nk]``."""
-        share = softmax(scores, valid)
-        share, order = share.sort(dim=-1, descending=True, stable=True)
-        # A block is taken while the blocks before it do not yet cover the mass.
-        taken = share.cumsum(-1) - share < self.mass
-        return torch.zeros_like(taken).scatter(-1, order, taken)
-
     def rule(self, num_blocks: int, block_tokens: int) -> Rule:
-        """Return the choice as data."""
+        """Return the rule; see `Policy.rule`."""
         return Rule("mass", self.mass)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import reference as attention_reference
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.cases.pooled_attention import PoolCase
+from seerattention.ops.options import Options, PoolOptions
 from seerattention.ops.pooled_attention import reference as pooled_reference
-from seerattention.ops.pooled_attention._cases import PoolCase
-from seerattention.ops.pooled_attention._options import PoolOptions
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 from seerattention.testing.budget import Budget
@@ -70,31 +69,34 @@ def _reference(
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the reference as a function of q, k and v, for its output (0) or its lse (1)."""
     both = replace(options, return_lse=True)
-    return lambda q, k, v: attention_reference.run(q, k, v, selection, both)[which]
+    run: Callable[..., Any] = attention_reference.run
+    return lambda q, k, v: run(q, k, v, selection, both)[which]
 
 
 def attention_matches_reference(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check the output against the reference, within the error budget."""
     q, k, v, selection, options = _inputs(case, dtype)
     budget = Budget.of(_reference(selection, options), q, k, v)
-    budget.check(backend.run(q, k, v, selection, options))
+    budget.check(backend.run(q, k, v, selection, options)[0])
 
 
 def attention_lse_matches_reference(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check the logarithm of the softmax's denominator, and that asking for it changes no output."""
     q, k, v, selection, options = _inputs(case, dtype)
     out, lse = backend.run(q, k, v, selection, replace(options, return_lse=True))
-    assert torch.equal(out, backend.run(q, k, v, selection, options)), "return_lse changes the output"
+    plain, nothing = backend.run(q, k, v, selection, replace(options, return_lse=False))
+    assert torch.equal(out, plain), "return_lse changes the output"
+    assert nothing is None, "lse was not asked for"
     Budget.of(_reference(selection, options, 1), q, k, v).check(lse)
 
 
 def attention_full_is_dense(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check that a full selection gives dense attention, within the error budget."""
     q, k, v = random_qkv(case, dtype=dtype)
-    options = Options(scale=case.head_dim**-0.5)
+    options = Options.of(q, k)
     budget = Budget.of(lambda q, k, v: dense_attention(q, k, v, scale=options.scale), q, k, v)
     full = BlockSelection.full(Rows.last(case.queries, case.keys), case.block_size)
-    budget.check(backend.run(q, k, v, full, options))
+    budget.check(backend.run(q, k, v, full, options)[0])
 
 
 def attention_ignores_unread(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
@@ -105,16 +107,16 @@ def attention_ignores_unread(backend: Backend, case: Case, dtype: torch.dtype = 
     """
     q, k, v, selection, options = _inputs(case, dtype)
     assert unread_tokens(selection, case.kv_heads, case.keys).any(), f"{case.name} reads every block"
-    clean = backend.run(q, k, v, selection, options)
+    clean, _ = backend.run(q, k, v, selection, options)
     assert not clean.isnan().any(), "NaN without poison"
-    poisoned = backend.run(q, *poison(k, v, selection), selection, options)
+    poisoned, _ = backend.run(q, *poison(k, v, selection), selection, options)
     assert torch.equal(clean, poisoned), "unread keys or values reach the output"
 
 
 def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Check that a block changes only the rows that select it, and a token only causally later ones."""
     q, k, v, selection, options = _inputs(case, dtype)
-    clean = backend.run(q, k, v, selection, options)
+    clean, _ = backend.run(q, k, v, selection, options)
     block_k = selection.block_size[1]
     reads = attention_reference.token_mask(selection, case.heads, case.queries, case.keys)
     for block in range(0, num_blocks(case.keys, block_k), 2):
@@ -123,7 +125,7 @@ def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype
         other_k, other_v = k.clone(), v.clone()
         other_k[:, :, changed] += 3
         other_v[:, :, changed] -= 3
-        other = backend.run(q, other_k, other_v, selection, options)
+        other, _ = backend.run(q, other_k, other_v, selection, options)
         blind = ~reads[..., changed].any(-1)
         assert torch.equal(clean[blind], other[blind]), f"rows that do not read KV block {block} changed"
         seeing = (clean != other).any(-1)[~blind]
@@ -136,10 +138,10 @@ def attention_equals_expanded_heads(backend: Backend, case: Case, dtype: torch.d
     groups = case.heads // case.kv_heads
     budget = Budget.of(_reference(selection, options), q, k, v)
     wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    budget.check(backend.run(q, wide_k, wide_v, selection, options))
+    budget.check(backend.run(q, wide_k, wide_v, selection, options)[0])
     per_head = selection.to_mask().repeat_interleave(case.heads // selection.shape[1], 1)
     wide = BlockSelection.from_mask(per_head, selection.block_size)
-    budget.check(backend.run(q, k, v, wide, options))
+    budget.check(backend.run(q, k, v, wide, options)[0])
 
 
 def attention_batch_rows_are_independent(
@@ -149,7 +151,7 @@ def attention_batch_rows_are_independent(
     case = replace(case, batch=3)
     q, k, v, selection, options = _inputs(case, dtype)
     first = BlockSelection.from_mask(selection.to_mask()[:1], selection.block_size)
-    out, shared = (backend.run(q, k, v, s, options) for s in (selection, first))
+    out, shared = (backend.run(q, k, v, s, options)[0] for s in (selection, first))
     for b in range(case.batch):
         alone = BlockSelection.from_mask(selection.to_mask()[b : b + 1], selection.block_size)
         one = slice(b, b + 1)
@@ -186,18 +188,20 @@ def check_attention(backend: Backend, case: Case, dtype: torch.dtype = torch.flo
 
 def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], options: PoolOptions) -> Tensor:
     """Return the target one block at a time, ``[B, Hq or Hk, rows, columns]`` in the dtype of q."""
-    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
     pooled = q.new_zeros(*q.shape[:2], *options.map_shape(q, k, block_size)[2:])
     block_q, block_k = block_size
-    start_q, start_k, row = 0, 0, 0
-    for queries, keys in lengths:
-        one_q, one_k = q[:, :, start_q : start_q + queries], k[:, :, start_k : start_k + keys]
-        share = dense_weights(one_q, one_k, scale=options.scale, softcap=options.softcap, sinks=options.sinks)
-        for i in range(num_blocks(queries, block_q)):
-            for j in range(num_blocks(keys, block_k)):
+    row = 0
+    for one in options.rows.sequences():
+        share = dense_weights(
+            q[:, :, one.queries], k[:, :, one.keys],
+            scale=options.scale, softcap=options.softcap, sinks=options.sinks,
+        )  # fmt: skip
+        rows, columns = one.rows.num_blocks(block_size)
+        for i in range(rows):
+            for j in range(columns):
                 tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
                 pooled[:, :, row + i, j] = tile.amax((2, 3))
-        start_q, start_k, row = start_q + queries, start_k + keys, row + num_blocks(queries, block_q)
+        row += rows
     if options.per_kv_head:
         pooled = torch.stack([heads.amax(1) for heads in pooled.tensor_split(k.shape[1], 1)], 1)
     return pooled / pooled.sum(-1, keepdim=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import block_sparse_attention, reference
-from seerattention.ops.block_sparse_attention._cases import Case
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
@@ -28,8 +28,7 @@ def by_name(backend: str) -> Attend:
     ) -> tuple[Tensor, Tensor]:
         return block_sparse_attention(
             q, k, v, selection, scale=options.scale, softcap=options.softcap, sinks=options.sinks,
-            return_lse=True, cu_seqlens_q=options.cu_seqlens_q, cu_seqlens_k=options.cu_seqlens_k,
-            backend=backend,
+            return_lse=True, rows=options.rows, backend=backend,
         )  # fmt: skip
 
     return attend
@@ -40,6 +39,7 @@ def by_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return output and lse of the reference, which autograd differentiates."""
     out, lse = reference.run(q, k, v, selection, replace(options, return_lse=True))
+    assert lse is not None
     return out, lse
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import reference
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import Options, PoolOptions
 from seerattention.selection import BlockSelection
 from seerattention.testing.conformance import Backend
 from seerattention.testing.gradients import Attend, by_reference
@@ -33,16 +32,20 @@ class Mutant:
 class WrongScale(Mutant):
     """The softmax scale is one percent too large."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
-        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``, and lse."""
         return self.backend.run(q, k, v, selection, replace(options, scale=1.01 * options.scale))
 
 
 class DroppedLastBlock(Mutant):
     """The loop over a row's blocks ends one too early, except in rows of one block."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
-        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``, and lse."""
         mask = selection.to_mask()
         last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
         short = BlockSelection.from_mask(
@@ -54,14 +57,16 @@ class DroppedLastBlock(Mutant):
 class SwappedHeadMap(Mutant):
     """Query head ``h`` reads KV head ``h % Hk`` instead of ``h // G``."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
-        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``, and lse."""
         order = torch.arange(q.shape[1]).view(-1, k.shape[1]).T.flatten()
         mask = selection.to_mask().repeat_interleave(q.shape[1] // selection.shape[1], 1)
         moved = BlockSelection.from_mask(mask[:, order], selection.block_size)
         out = torch.empty_like(q)
-        out[:, order] = self.backend.run(q[:, order], k, v, moved, options)
-        return out
+        out[:, order], lse = self.backend.run(q[:, order], k, v, moved, options)
+        return out, lse
 
 
 @dataclass(frozen=True)
@@ -76,20 +81,22 @@ class ShiftedCausalLimit(Mutant):
 
     shift: int = 1
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
-        """Return attention with the bug, ``[B, Hq, Tq, D]``."""
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return attention with the bug, ``[B, Hq, Tq, D]``, and lse."""
         groups = q.shape[1] // k.shape[1]
         mask = selection.to_mask().repeat_interleave(q.shape[1] // selection.shape[1], 1)
         tokens = mask.repeat_interleave(selection.block_size[0], 2)[:, :, : q.shape[2]]
         tokens = tokens.repeat_interleave(selection.block_size[1], 3)[..., : k.shape[2]]
         limit = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-        tokens = tokens & limit.tril(k.shape[2] - q.shape[2] + self.shift)
+        tokens = tokens & limit.tril(options.rows.first + self.shift)
         tokens = tokens.expand(q.shape[0], -1, -1, -1)
         scores = q @ k.repeat_interleave(groups, 1).mT * options.scale
         # A row that sees nothing returns zeros, as kernels do.
         share = torch.softmax(scores.masked_fill(~tokens, float("-inf")), -1).nan_to_num(0)
         values = v.repeat_interleave(groups, 1).masked_fill(~tokens.any(2)[..., None], 0)
-        return share @ values
+        return share @ values, None
 
 
 class ColumnNormalised(Mutant):
@@ -169,7 +176,7 @@ def _forgets_last_block(
 ) -> tuple[Tensor, Tensor]:
     """The last of a row's blocks is left out of the gradients."""
     out, lse = by_reference(q, k, v, selection, options)
-    short = DroppedLastBlock(reference).run(q, k, v, selection, options)
+    short, _ = DroppedLastBlock(reference).run(q, k, v, selection, options)
     return out.detach() + short - short.detach(), lse
 
 

@@ -6,6 +6,7 @@ the row's limit, and nowhere else. The bound comes from the sizes of the factors
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.policies import Policy, Rule
-from seerattention.rows import Rows, num_blocks
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.cases.select_blocks import Case
+from seerattention.policies import Policy, Rule, rule_of
+from seerattention.rows import OneSequence, Rows, num_blocks
 from seerattention.selection import BlockSelection
+from seerattention.testing.inputs import random_qkv
 
 EPS = torch.finfo(torch.float32).eps
+
+
+@torch.no_grad()
+def arguments(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    """Return what `select_blocks` is called with, but for the policy: a gate, and what it summarises."""
+    q, k, _ = random_qkv(case, dtype=dtype, device=device)
+    # As a model hands them over: heads after tokens in memory.
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    torch.manual_seed(1)
+    config = GateConfig.published(**case.design) if case.published else GateConfig(**case.design)
+    gate = AttnGate(config).to(device, dtype)
+    for p in gate.parameters():
+        # Scores of a few units, so that rows are neither uniform nor a single block.
+        p.mul_(60 if case.published else 2)
+    args = {"q": q, "scorer": gate}
+    if not case.lengths:
+        k_blocks = gate.compress(k, positions=torch.arange(case.keys, device=device))
+        return args | {"k_blocks": k_blocks, "rows": Rows.last(case.queries, case.keys)}
+    rows = Rows.packed(case.lengths, device)
+    positions = torch.cat([torch.arange(keys, device=device) for _, keys in case.lengths])
+    k_blocks = gate.compress(k, positions=positions, rows=rows)
+    return args | {"k_blocks": rows.rectangle(k_blocks, case.keys, gate.tokens_per_summary), "rows": rows}
+
+
+def alone(args: dict[str, Any]) -> Iterator[tuple[OneSequence, dict[str, Any]]]:
+    """Iterate over the packed sequences of a call of `select_blocks`, each with a call of its own."""
+    rows, size = args["rows"], args["scorer"].tokens_per_summary
+    for one in rows.sequences():
+        k_blocks = args["k_blocks"][one.index, None, :, : num_blocks(one.rows.num_keys, size)]
+        yield one, args | {"q": args["q"][:, :, one.queries], "k_blocks": k_blocks, "rows": one.rows}
 
 
 @dataclass(frozen=True)
@@ -39,8 +73,6 @@ class Certain:
         policy: Policy,
         q: Tensor,
         k_blocks: Tensor,
-        *,
-        positions: Tensor,
         rows: Rows,
     ) -> Certain:
         """Decide from the scores in fp64 of the summaries that backends get.
@@ -50,40 +82,35 @@ class Certain:
             policy: One with a rule.
             q: ``[B, Hq, Tq, D]``, or packed sequences.
             k_blocks: Summaries of all keys.
-            positions: int64 ``[Tq]`` or ``[B, Tq]``.
             rows: Where the queries lie among the keys.
         """
         if rows.is_packed:
-            return cls._of_packed(scorer, policy, q, k_blocks, positions, rows)
+            args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows}
+            return cls._of_packed(policy, args)
         valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
-        rule = policy.rule(valid.shape[1], scorer.block_size[1])
+        rule = rule_of(policy, valid.shape[1], scorer.block_size[1])
         assert rule is not None
-        queries = scorer.summarise_queries(q, positions=positions)
+        always = policy.always(own, valid)
+        queries = scorer.summarise_queries(q, positions=rows.positions(q.device))
         taken, left = [], []
         # One head at a time: fp64 scores of all of them are large.
         for h in range(queries.shape[1]):
             keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
             scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale)
-            sure, never = _decide(_of_head(rule, h), scores, slack, valid)
+            sure, never = _decide(_of_head(rule, h), scores, slack, valid, always)
             taken.append(sure)
             left.append(never)
-        always = policy.always(own, valid)
         return cls((torch.stack(taken, 1) | always) & valid, (torch.stack(left, 1) & ~always) | ~valid)
 
     @classmethod
-    def _of_packed(
-        cls, scorer: Any, policy: Policy, q: Tensor, k_blocks: Tensor, positions: Tensor, rows: Rows
-    ) -> Certain:
+    def _of_packed(cls, policy: Policy, args: dict[str, Any]) -> Certain:
         """Decide for every sequence alone."""
-        taken, left, columns = [], [], rows.num_blocks(scorer.block_size)[1]
-        for one in rows.sequences():
-            keys = k_blocks[one.index, None, :, : num_blocks(one.rows.num_keys, scorer.tokens_per_summary)]
-            query, places = q[:, :, one.queries], positions[..., one.queries]
-            alone = cls.of(scorer, policy, query, keys, positions=places, rows=one.rows)
-            missing = columns - alone.taken.shape[3]
-            taken.append(F.pad(alone.taken, (0, missing)))
-            left.append(F.pad(alone.left, (0, missing), value=True))
-        return cls(torch.cat(taken, 2), torch.cat(left, 2))
+        columns = args["rows"].num_blocks(args["scorer"].block_size)[1]
+        found = [cls.of(policy=policy, **own) for _, own in alone(args)]
+        return cls(
+            torch.cat([F.pad(x.taken, (0, columns - x.taken.shape[3])) for x in found], 2),
+            torch.cat([F.pad(x.left, (0, columns - x.left.shape[3]), value=True) for x in found], 2),
+        )
 
     @property
     def share(self) -> float:
@@ -126,8 +153,10 @@ def _of_head(rule: Rule, head: int) -> Rule:
     return replace(rule, value=rule.per_head[head]) if rule.per_head else rule
 
 
-def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mark the blocks taken and left out whatever the scores are within their slack."""
+def _decide(
+    rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor, always: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mark the blocks taken besides those always read, and left out, whatever the scores in their slack."""
     low = (scores - slack).masked_fill(~valid, float("-inf"))
     high = (scores + slack).masked_fill(~valid, float("-inf"))
     masked = scores.masked_fill(~valid, float("-inf"))
@@ -147,14 +176,15 @@ def _decide(rule: Rule, scores: Tensor, slack: Tensor, valid: Tensor) -> tuple[T
         off = (limit.log().abs() + 8) * EPS if rule.row_exponent else 0.0
         return least > limit * (1 + off), most <= limit * (1 - off)
     if rule.kind == "count":
-        least = most = valid.double().expand_as(share)
-        rounding = 0.0
+        # Free blocks take what the others leave of the count.
+        least = most = (valid & ~always).double().expand_as(share)
+        bound, rounding = rule.value - always.sum(-1, keepdim=True), 0.0
     else:
-        rounding = blocks * EPS
+        bound, rounding = rule.value, blocks * EPS
     # Before a block come at most all that may be as large, and at least all that must be larger.
     before_most = _sum_where(high, most, low, strictly=False) - most
     before_least = _sum_where(low, least, high, strictly=True)
-    return before_most + rounding < rule.value, before_least - rounding >= rule.value
+    return before_most + rounding < bound, before_least - rounding >= bound
 
 
 def _sum_where(values: Tensor, weights: Tensor, limits: Tensor, *, strictly: bool) -> Tensor:

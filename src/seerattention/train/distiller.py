@@ -222,7 +222,8 @@ def _with_target(
     gate: AttnGate, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
     """Return attention as the model computes it, and the map that the gate should predict."""
-    return pooled_attention(
+    found = pooled_attention(
         q, k, v, gate.block_size, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
         per_kv_head=gate.config.per_kv_head,
     )  # fmt: skip
+    return found.out, found.target

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
-from seerattention.ops.block_sparse_attention._options import Options
 from seerattention.ops.dispatch import explain
+from seerattention.ops.options import Options
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
@@ -188,6 +188,6 @@ def _why_not(model: PreTrainedModel, block_size: int) -> dict[str, list[str]]:
     selection = BlockSelection.full(
         Rows.last(2 * block_size, 2 * block_size), (block_size, block_size), model.device
     )
-    options = Options(scale=1.0)
+    options = Options.of(q, k)
     with torch.enable_grad():
         return explain(BACKENDS, q=q, k=k, v=v, selection=selection, options=options)

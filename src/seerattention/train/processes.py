@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from seerattention.hosts.transformers import device_of
+from seerattention.hosts.transformers import named_device
 
 
 def make_accelerator(device: str = "") -> Accelerator:
@@ -19,7 +19,7 @@ def make_accelerator(device: str = "") -> Accelerator:
     Its state is one per process and refuses a CPU after a GPU; a single process needs no such choice.
     """
     launched = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-    return Accelerator(cpu=launched and device_of(device).type == "cpu")
+    return Accelerator(cpu=launched and named_device(device).type == "cpu")
 
 
 def shard_layers(model: PreTrainedModel, root: nn.Module, accelerator: Accelerator) -> None:

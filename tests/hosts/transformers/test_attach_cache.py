@@ -186,7 +186,7 @@ def test_keys_are_rotated_back(tiny, kind, side):
     mask = torch.ones(2, 72, dtype=torch.long)
     if side:
         mask[1, slice(0, 5) if side == "left" else slice(67, 72)] = 0
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + 3}
     cache, seen = DynamicCache(config=model.config), {}
     with host.dense(model):
@@ -233,7 +233,7 @@ def test_angles_that_depend_on_the_length_are_not_turned_back(tiny):
     model, ids = tiny.make("phi3-longrope"), tiny.tokens(1, 80)
     cache = DynamicCache(config=model.config)
     tiny.logits(model, ids[:, :64], cache=cache)
-    host.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     tiny.logits(model, ids[:, 64:], cache=cache)
     assert list(host.usage(model)) == [
         "dense: cached keys have no summaries, and cannot be rotated back: RoPE is of type longrope, and its "

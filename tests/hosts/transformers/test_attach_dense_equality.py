@@ -72,7 +72,7 @@ def test_padding_changes_nothing_when_sparse(tiny, kind, side):
     model, gold = tiny.make(kind), tiny.make(kind).double()
     ids, mask, positions = padded(tiny, side)
     for one in (model, gold):
-        host.attach(one, tiny.gates_for(one), "top_k:0.3", min_tokens=0)
+        host.attach(one, tiny.gates_for(one), "top_k:0.8", min_tokens=0)
     batch = tiny.logits(model, ids, attention_mask=mask, position_ids=positions)
     for row, real in enumerate(mask.bool()):
         own = ids[row, real][None]

@@ -44,7 +44,7 @@ def test_detach_leaves_the_model_as_it_was(tiny, kind, implementation):
         pytest.skip("transformers has no sdpa for it")
     model.set_attn_implementation(implementation)
     before, dense, checksum = state(model), tiny.logits(model, ids), host.base_checksum(model)
-    assert host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0) is model
+    assert host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0) is model
     assert host.attached(model)
     assert state(model) != before
     assert not torch.equal(tiny.logits(model, ids), dense)
@@ -74,12 +74,12 @@ def test_gates_are_child_modules(tiny, kind):
 def test_attaching_again_replaces(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 70)
     before = state(model)
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     first = tiny.logits(model, ids)
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     assert torch.equal(tiny.logits(model, ids), first)
     assert host.usage(model) == {"sparse": 2}
-    host.attach(model, baselines.create("streaming", block_size=(16, 16)), "top_k:0.2", min_tokens=0)
+    host.attach(model, baselines.create("streaming", block_size=(16, 16)), "top_k:0.8", min_tokens=0)
     assert not any("attn_gate" in key for key in model.state_dict())
     host.detach(model)
     assert state(model) == before
@@ -87,7 +87,7 @@ def test_attaching_again_replaces(tiny):
 
 def test_a_failed_attach_leaves_what_was_attached(tiny):
     model = tiny.make()
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     before = state(model)
     for scorers, policy, error in (
         ("gates/", "top_k:0.1", TypeError),
@@ -115,7 +115,7 @@ def test_partial_rotary_is_refused_before_anything_changes(tiny):
 def test_deep_copy_of_an_attached_model(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 70)
     dense = tiny.logits(model, ids)
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     sparse = tiny.logits(model, ids)
     twin = copy.deepcopy(model)
     assert torch.equal(tiny.logits(twin, ids), sparse)
@@ -132,11 +132,11 @@ def test_set_policy_and_nothing_attached(tiny):
             call(model)
     dense = tiny.logits(model, ids)
     gold = tiny.gold_logits(model, ids)
-    host.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     sparse = tiny.logits(model, ids)
     host.set_policy(model, TopK(1.0))
     tiny.assert_as_close(tiny.logits(model, ids), dense, gold)
-    host.set_policy(model, "top_k:0.1")
+    host.set_policy(model, "top_k:0.8")
     assert torch.equal(tiny.logits(model, ids), sparse)
     with pytest.raises(ValueError, match="unknown policy 'best:1'; write one of"):
         host.set_policy(model, "best:1")
@@ -290,8 +290,8 @@ def test_the_policy_saved_with_the_gates(tiny):
     gates = tiny.gates_for(model)
     with pytest.raises(ValueError, match="saved without a policy; pass one"):
         host.attach(model, gates)
-    gates.policy = "top_k:0.2"
+    gates.policy = "top_k:0.8"
     host.attach(model, gates, min_tokens=0)
     by_default = tiny.logits(model, ids)
-    host.attach(model, gates, "top_k:0.2", min_tokens=0)
+    host.attach(model, gates, "top_k:0.8", min_tokens=0)
     assert torch.equal(tiny.logits(model, ids), by_default)

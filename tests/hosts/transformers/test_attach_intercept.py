@@ -32,7 +32,7 @@ def test_plain_model(tiny, kind):
 def test_attached_model(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 70)
     before, gold = tiny.logits(model, ids), tiny.gold_logits(model, ids)
-    host.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     sparse = tiny.logits(model, ids)
     with host.intercept(model, dense):
         assert host.attached(model)
@@ -70,7 +70,7 @@ def stop(call):
 def test_exceptions_leave_the_model_as_before(tiny, attached):
     model, ids = tiny.make(), tiny.tokens(1, 70)
     if attached:
-        host.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+        host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     before = tiny.logits(model, ids)
     implementation = model.config._attn_implementation
     with pytest.raises(StoppedError), host.intercept(model, stop):
@@ -85,7 +85,7 @@ def test_attach_and_detach_inside_are_refused(tiny, attached):
     model, ids = tiny.make(), tiny.tokens(1, 70)
     gates = tiny.gates_for(model)
     if attached:
-        host.attach(model, gates, "top_k:0.1", min_tokens=0)
+        host.attach(model, gates, "top_k:0.8", min_tokens=0)
     before = tiny.logits(model, ids)
     with host.intercept(model, dense):
         with pytest.raises(ValueError, match=r"is intercepted; leave intercept"):
@@ -131,7 +131,7 @@ def test_under_autocast_handlers_get_one_precision_and_choose_their_own(tiny, sh
         before = model(ids).logits
         with host.intercept(model, handler):
             after = model(ids).logits
-        host.attach(model, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+        host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
         sparse = model(ids).logits
     assert seen == [{torch.bfloat16}] * 2
     tiny.assert_as_close(after, before, tiny.gold_logits(host.detach(model), ids))

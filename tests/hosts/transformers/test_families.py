@@ -27,7 +27,7 @@ def test_scores_by_a_formula(tiny, name):
     )
     order = torch.tensor(tiny.order(model))
     seen = []
-    host.attach(model, gates, "top_k:0.3", min_tokens=0, observe=lambda *call: seen.append(call))
+    host.attach(model, gates, "top_k:0.8", min_tokens=0, observe=lambda *call: seen.append(call))
     tiny.logits(model, tiny.tokens(2, length))
     assert [layer for layer, _, _ in seen] == tiny.full_layers(model)
     for layer, call, _ in seen:
@@ -171,7 +171,7 @@ def test_recall_counts_the_softcap(tiny):
     """Everything read is a recall of 1; else it is the share of capped scores, not of plain ones."""
     model, calls = tiny.make("gemma2"), []
     host.attach(
-        model, tiny.gates_for(model), "top_k:0.2", min_tokens=0, observe=lambda *call: calls.append(call)
+        model, tiny.gates_for(model), "top_k:0.8", min_tokens=0, observe=lambda *call: calls.append(call)
     )
     tiny.logits(model, tiny.tokens(1, 96))
     layer, call, selection = calls[0]

@@ -38,7 +38,7 @@ def test_fingerprint_of_a_float32_model_loaded_in_bfloat16(tiny, family, tmp_pat
     model = tiny.make(family)
     other = loaded(model, tmp_path, torch.bfloat16)
     assert host.BaseInfo.of(other).fingerprint == host.BaseInfo.of(model).fingerprint
-    host.attach(other, tiny.gates_for(model), "top_k:0.1", min_tokens=0)
+    host.attach(other, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     assert tiny.logits(other, tiny.tokens(1, 40)).dtype == torch.bfloat16
 
 
@@ -148,7 +148,7 @@ def test_slowest_pairs_rotate_as_they_do_in_the_head(tiny, rope):
     passed = narrow.linear_k.weight[0, -dim:].round()
     assert torch.equal(passed, torch.eye(dim)[:, kept])
     if rope != "phi3-longrope":
-        host.attach(model, tiny.gates_for(model, gate_dim=8), "top_k:0.2", min_tokens=0)
+        host.attach(model, tiny.gates_for(model, gate_dim=8), "top_k:0.8", min_tokens=0)
         assert tiny.logits(model, tiny.tokens(1, 70)).isfinite().all()
 
 

@@ -20,10 +20,10 @@ def two(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 100)
     fine, coarse = tiny.gates_for(model), host.new_gates(model, block_size=32, init="random")
     alone = {}
-    for name, gates, policy in (("default", fine, "top_k:0.2"), ("coarse", coarse, "top_k:0.4")):
+    for name, gates, policy in (("default", fine, "top_k:0.8"), ("coarse", coarse, "top_k:0.4")):
         host.attach(model, gates, policy, min_tokens=0)
         alone[name] = tiny.logits(model, ids)
-    host.attach(model, fine, "top_k:0.2", min_tokens=0)
+    host.attach(model, fine, "top_k:0.8", min_tokens=0)
     host.add_gates(model, "coarse", coarse, "top_k:0.4")
     return model, ids, {"default": fine, "coarse": coarse}, alone
 
@@ -53,20 +53,20 @@ def test_each_set_keeps_its_policy(tiny, two):
 def test_the_policy_of_added_gates(tiny):
     """Their own, else the one saved with them, else the current one."""
     model = tiny.make()
-    host.attach(model, tiny.gates_for(model), "top_k:0.2")
+    host.attach(model, tiny.gates_for(model), "top_k:0.8")
     saved = tiny.gates_for(model)
     saved.policy = "top_p:0.5"
     host.add_gates(model, "saved", saved)
     host.add_gates(model, "given", saved, TopK(0.7))
     host.add_gates(model, "current", tiny.gates_for(model))
-    for name, policy in (("saved", "top_p:0.5"), ("given", "top_k:0.7"), ("current", "top_k:0.2")):
+    for name, policy in (("saved", "top_p:0.5"), ("given", "top_k:0.7"), ("current", "top_k:0.8")):
         host.set_gates(model, name)
         assert str(active_gates(model)[1]) == policy
 
 
 def test_a_baseline_beside_gates(tiny, two):
     model, ids, _, alone = two
-    host.add_gates(model, "quest", baselines.create("quest", block_size=(16, 16)), "top_k:0.2")
+    host.add_gates(model, "quest", baselines.create("quest", block_size=(16, 16)), "top_k:0.8")
     host.set_gates(model, "quest")
     assert not any("attn_gate" in key for key in model.state_dict())
     assert not torch.equal(tiny.logits(model, ids), alone["default"])
@@ -99,7 +99,7 @@ def test_names_that_do_not_fit(tiny, two):
 def test_attaching_again_replaces_every_set(tiny, two):
     model, ids, gates, alone = two
     host.set_gates(model, "coarse")
-    host.attach(model, gates["default"], "top_k:0.2", name="mine", min_tokens=0)
+    host.attach(model, gates["default"], "top_k:0.8", name="mine", min_tokens=0)
     assert torch.equal(tiny.logits(model, ids), alone["default"])
     with pytest.raises(ValueError, match="no gates named 'coarse'; there are 'mine'"):
         host.set_gates(model, "coarse")
@@ -122,7 +122,7 @@ def test_saving_what_a_model_uses(tiny, two, tmp_path):
     host.detach(model)
     host.attach(model, loaded, min_tokens=0)
     assert torch.equal(tiny.logits(model, ids), alone["coarse"])
-    host.attach(model, baselines.create("quest"), "top_k:0.1")
+    host.attach(model, baselines.create("quest"), "top_k:0.8")
     with pytest.raises(TypeError, match="which is not gates and has no weights to save"):
         host.save_gates(model, tmp_path / "quest")
     with pytest.raises(ValueError, match="nothing is attached"):
@@ -140,7 +140,7 @@ def test_dense_is_the_models_own_attention(tiny, kind, implementation):
         implementation = "eager"
     model.set_attn_implementation(implementation)
     plain, hooks = tiny.logits(model, ids), hooks_of(model)
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     sparse = tiny.logits(model, ids)
     before = host.usage(model)
     with host.dense(model) as same:
@@ -158,7 +158,7 @@ def test_dense_is_the_models_own_attention(tiny, kind, implementation):
 def test_dense_can_what_only_dense_attention_can(tiny):
     model, ids = tiny.make(), tiny.tokens(1, 30)
     model.set_attn_implementation("eager")
-    host.attach(model, tiny.gates_for(model), "top_k:0.2", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     with host.dense(model):
         assert model(ids, output_attentions=True).attentions[0].shape == (1, 4, 30, 30)
     with pytest.raises(ValueError, match="whole attention map"):
@@ -170,7 +170,7 @@ def test_what_dense_forbids_and_allows(tiny, two):
     with pytest.raises(RuntimeError, match="mine"), host.dense(model):  # noqa: PT012
         for call in (
             lambda: host.detach(model),
-            lambda: host.attach(model, gates["default"], "top_k:0.1"),
+            lambda: host.attach(model, gates["default"], "top_k:0.8"),
             lambda: host.intercept(model, print).__enter__(),
         ):
             with pytest.raises(ValueError, match=r"dense for the moment; leave dense\(model\) first"):
@@ -219,13 +219,13 @@ def test_taps_follow_a_module_that_was_replaced(tiny, kind):
         model = tiny.make(kind)
         gates = tiny.gates_for(model)
         if order == "attach first":
-            host.attach(model, gates, "top_k:0.2", min_tokens=0)
+            host.attach(model, gates, "top_k:0.8", min_tokens=0)
         for layer in model.model.layers:
             for name in ("q_proj", "k_proj", "qkv_proj", "q_norm", "k_norm"):
                 if hasattr(layer.self_attn, name):
                     setattr(layer.self_attn, name, Doubled(getattr(layer.self_attn, name)))
         if order == "replace first":
-            host.attach(model, gates, "top_k:0.2", min_tokens=0, check_base=False)
+            host.attach(model, gates, "top_k:0.8", min_tokens=0, check_base=False)
         seen = []
 
         def look(call, seen=seen):

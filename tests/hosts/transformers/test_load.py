@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from seerattention.hosts.transformers import device_of, load_base
+from seerattention.hosts.transformers import load_base, named_device
 from seerattention.measure import bundled
 
 TINY = LlamaConfig(
@@ -33,9 +33,9 @@ def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="got 'int8'"):
         bundled.named_model(bundled.BUNDLED, dtype="int8", device="cpu")
     if not torch.cuda.is_available():
-        assert device_of() == torch.device("cpu")
+        assert named_device() == torch.device("cpu")
         with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees no GPU"):
-            device_of("cuda")
+            named_device("cuda")
 
 
 def test_the_bundled_model_goes_by_two_names() -> None:

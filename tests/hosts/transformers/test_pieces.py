@@ -11,10 +11,10 @@ from seerattention.policies import Policy, TopK, parse
 
 POLICIES = [
     "threshold:0.2",
-    "top_k:0.3",
+    "top_k:0.8",
     "top_p:0.7",
     "token_budget:40",
-    "top_k:0.3,sink_blocks=1,local_blocks=2,dense_last_rows=2",
+    "top_k:0.8,sink_blocks=1,local_blocks=2,dense_last_rows=2",
     "threshold:0.2,dense_last_rows=3",
     "top_p:0.5,dense_last_rows=1",
 ]
@@ -75,7 +75,7 @@ def test_a_turn_in_pieces_selects_like_the_turn(tiny):
     tiny.assert_as_close(pieces[2][:, -1], whole[2][:, -1], whole[2][:, -1].double())
 
 
-@pytest.mark.parametrize("policy", ["top_k:0.5,dense_last_rows=2", "threshold:0.2"])
+@pytest.mark.parametrize("policy", ["top_k:0.8,dense_last_rows=2", "threshold:0.2"])
 def test_a_turn_that_begins_inside_a_block_selects_like_the_text(tiny, policy):
     """The block is completed first; from there on rows are those of the whole text given at once."""
     model, seen, ids = tiny.make(), Blocks(), tiny.tokens(2, 140)
@@ -158,7 +158,7 @@ def test_a_policy_of_ones_own_chooses_as_it_does(tiny):
 
 def test_the_crossover_is_asked_for_the_whole_prompt(tiny):
     model = tiny.make()
-    host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=100)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=100)
     host.prefill(model, tiny.tokens(1, 128), DynamicCache(config=model.config), piece_tokens=32)
     assert host.usage(model) == {"sparse": 8}
     host.prefill(model, tiny.tokens(1, 96), DynamicCache(config=model.config), piece_tokens=32)
@@ -170,7 +170,7 @@ def test_refusals(tiny):
     cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="nothing is attached"):
         host.prefill(model, ids, cache)
-    host.attach(model, tiny.gates_for(model), "top_k:0.3", min_tokens=0)
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     with pytest.raises(ValueError, match="at least a block, 16 tokens, got 15"):
         host.prefill(model, ids, cache, piece_tokens=15)
     with pytest.raises(ValueError, match="without padding; give prompts of other lengths one by one"):
@@ -181,4 +181,4 @@ def test_refusals(tiny):
     with pytest.raises(IndexError):
         host.prefill(model, ids + tiny.vocab, cache, piece_tokens=32)
     assert sparse_prefill(model).prompt_tokens is None
-    assert parse("top_k:0.3") == sparse_prefill(model).policy
+    assert parse("top_k:0.8") == sparse_prefill(model).policy

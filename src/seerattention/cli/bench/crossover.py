@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+#: Columns of the table, and how a row's values are written.
+COLUMNS = {
+    "tokens": "{tokens:,}",
+    "dense": "{dense}",
+    "dense ms": "{dense_ms:.3f}",
+    "selection ms": "{selection_ms:.3f}",
+    "sparse faster up to density": "{densest:.0%}",
+}
+
 
 def run(
     out: Annotated[
@@ -33,7 +42,7 @@ def run(
     from seerattention.bench.crossover import WORTHWHILE, entry_of, merged
     from seerattention.bench.plan import DEFAULTS, Plan
     from seerattention.bench.prefill import measure
-    from seerattention.cli._show import bar, table
+    from seerattention.cli._show import bar, formatted
     from seerattention.cli._show import console as console_of
     from seerattention.cli.bench._reporter import ProgressReporter
     from seerattention.crossover import read_table
@@ -60,18 +69,7 @@ def run(
                 *_, measured = measure(plan, ProgressReporter(console, progress))
         entry = entry_of(measured, gate, block)
         write_json(out, merged(read_table(out), entry))
-    titles = ("tokens", "dense", "dense ms", "selection ms", "sparse faster up to density")
-    rows = [
-        (
-            f"{row['tokens']:,}",
-            row["dense"],
-            f"{row['dense_ms']:.3f}",
-            f"{row['selection_ms']:.3f}",
-            f"{row['densest']:.0%}",
-        )
-        for row in entry["rows"]
-    ]
-    console.print(table(titles, rows))
+    console.print(formatted(COLUMNS, entry["rows"]))
     cudnn = f"; cuDNN from {entry['cudnn_from']:,} tokens" if entry["cudnn_from"] else ""
     console.print(
         f"{entry['device']}, {entry['backend']}, {entry['gate']} gate: dense below "

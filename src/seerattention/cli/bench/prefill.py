@@ -11,6 +11,31 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+#: Columns of the tables, and how a row's values are written.
+ATTENTION = {
+    "tokens": "{tokens:,}",
+    "block": "{block}",
+    "mask": "{mask}",
+    "backend": "{backend}",
+    "density": "{density:.1%}",
+    "ms": "{ms:.4g}",
+    "range": "{range_ms[0]:.4g}-{range_ms[1]:.4g}",
+    "TFLOP/s": "{tflops:.3g}",
+    "matmul": "{share_of_matmul:.0%}",
+    "speedup": "{speedup:.2f}x",
+}
+LAYERS = {
+    "tokens": "{tokens:,}",
+    "block": "{block}",
+    "gate": "{gate}",
+    "density": "{density:.1%}",
+    "selection ms": "{selection_ms:.4g}",
+    "attention ms": "{attention_ms:.4g}",
+    "total ms": "{total_ms:.4g}",
+    "speedup": "{speedup:.2f}x",
+    "extra MB": "{memory_mb}",
+}
+
 
 def run(
     out: Annotated[Path, typer.Option(help="File for the results, JSON.")] = Path("runs/prefill.json"),
@@ -101,7 +126,7 @@ def run(
 
 def _show(report: dict[str, Any], console: Console) -> None:
     """Print the ceilings and the tables of a report."""
-    from seerattention.cli._show import table
+    from seerattention.cli._show import formatted
 
     limits = report["ceilings"]
     l2 = f", reads from L2 {limits['l2_tbs']:.1f} TB/s" if limits["l2_tbs"] else ""
@@ -110,41 +135,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
         f"{report['versions']['device']}: matrix product of {size} x {size} x {size} in {report['dtype']} "
         f"{limits['matmul_tflops']:.3f} TFLOP/s, copy {limits['copy_tbs']:.3f} TB/s{l2}"
     )
-    titles = "tokens block mask backend density ms range TFLOP/s matmul speedup".split()
-    console.print(table(titles, map(_attention_cells, report["rows"])))
+    rows = [row | {"block": row["block"] or ""} for row in report["rows"]]
+    console.print(formatted(ATTENTION, rows))
     if report["layers"]:
-        titles = "tokens,block,gate,density,selection ms,attention ms,total ms,speedup,extra MB".split(",")
-        console.print(table(titles, map(_layer_cells, report["layers"])))
-
-
-def _attention_cells(row: dict[str, Any]) -> list[str]:
-    low, high = row["range_ms"]
-    return [
-        f"{row['tokens']:,}",
-        str(row["block"] or ""),
-        row["mask"],
-        row["backend"],
-        f"{row['density']:.1%}",
-        _ms(row["ms"]),
-        f"{_ms(low)}-{_ms(high)}",
-        f"{row['tflops']:.3f}" if row["tflops"] < 10 else f"{row['tflops']:.0f}",
-        f"{row['share_of_matmul']:.0%}",
-        f"{row['speedup']:.2f}x",
-    ]
-
-
-def _layer_cells(row: dict[str, Any]) -> list[str]:
-    return [
-        f"{row['tokens']:,}",
-        str(row["block"]),
-        row["gate"],
-        f"{row['density']:.1%}",
-        *(_ms(row[f"{part}_ms"]) for part in ("selection", "attention", "total")),
-        f"{row['speedup']:.2f}x",
-        "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}",
-    ]
-
-
-def _ms(value: float) -> str:
-    """Three digits that matter."""
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+        rows = [row | {"memory_mb": row["memory_mb"] or ""} for row in report["layers"]]
+        console.print(formatted(LAYERS, rows))

@@ -142,7 +142,7 @@ def _heads(
     group = true.shape[0] // share.shape[0]
     chosen = []
     for policy in policies:
-        policy = policy.at(call.layer, None)
+        policy = policy.at(call.layer)
         selection = select(policy, scores, rows=rows, block_size=block)
         read = selection.to_mask()[0].repeat_interleave(group, 0)
         always = policy.always(rows.own(block, valid.device), valid)

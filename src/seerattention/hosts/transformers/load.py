@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def device_of(name: str = "") -> torch.device:
+def named_device(name: str = "") -> torch.device:
     """Return the device of a name, by default the GPU if there is one.
 
     Raises:
@@ -50,7 +50,7 @@ def load_base(
     Raises:
         ValueError: If the precision or the device is not known or not there.
     """
-    target, dtype = device_of(device), check_dtype(dtype)
+    target, dtype = named_device(device), check_dtype(dtype)
     more = {} if config is None else {"config": config}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
     if not getattr(model, "is_quantized", False):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention import _gradient
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.block_sparse_attention import _autograd
 from seerattention.ops.dispatch import check_qkv, choose, load_backends
-from seerattention.rows import num_blocks
+from seerattention.ops.options import Options
+from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
 BACKENDS = load_backends(__name__, __path__)
@@ -19,40 +19,38 @@ BACKENDS = load_backends(__name__, __path__)
 ORDER = ("hopper", "triton", "gather")
 
 
-@overload
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: Literal[False] = False,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor: ...
+class Attended(NamedTuple):
+    """What is returned where the softmax's denominators are asked for.
+
+    Attributes:
+        out: ``[B, Hq, Tq, D]``, in the dtype of q.
+        lse: fp32 ``[B, Hq, Tq]`` (fp64 for fp64 inputs), the denominators' natural logarithms.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class _Asked(TypedDict, total=False):
+    """What may be given besides tensors, but for what changes the result's type."""
+
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    rows: Rows | None
+    backend: str
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: Literal[True],
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: Literal[False] = False,
+    **asked: Unpack[_Asked],
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: Literal[True],
+    **asked: Unpack[_Asked],
+) -> Attended: ...  # fmt: skip
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -63,10 +61,9 @@ def block_sparse_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    rows: Rows | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Attended:
     """Compute causal softmax attention in which each query block reads only its selected KV blocks.
 
     Differentiable in q, k, v and sinks, through the output and through ``lse``; once, but for the
@@ -74,7 +71,7 @@ def block_sparse_attention(
     gradient; keys and values that nobody reads get zeros.
 
     Args:
-        q: ``[B, Hq, Tq, D]``, the last ``Tq`` of ``Tk`` tokens, any floating-point dtype.
+        q: ``[B, Hq, Tq, D]``, any floating-point dtype.
         k: ``[B, Hk, Tk, D]``, ``Hk`` a divisor of ``Hq``; never expanded to ``Hq`` heads.
         v: ``[B, Hk, Tk, D]``.
         selection: The blocks to read. Its batch is B or 1, its heads 1, Hk or Hq. Keys and values of
@@ -84,17 +81,14 @@ def block_sparse_attention(
         sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
             only.
         return_lse: Also return the logarithm of the softmax's denominator, sinks included.
-        cu_seqlens_q: int32 ``[S + 1]``, the first query of each of ``S`` sequences packed behind one
-            another, then ``Tq``. B is 1 then, each sequence's queries are the last of its keys, and the
-            selection's rows are every sequence's ``ceil(queries / block)`` rows behind one another; its
-            columns are blocks counted from each sequence's own first key, as many as the longest
-            sequence has. Values are not checked, which would mean to wait for a GPU.
-        cu_seqlens_k: int32 ``[S + 1]``, the same of the keys.
+        rows: Where the queries lie among the keys; default: they are the last of them. Later keys than the
+            rows see may follow and are not read. Of packed sequences B is 1, and the selection's rows are
+            every sequence's ``ceil(queries / block)`` rows behind one another; its columns are blocks counted
+            from each sequence's own first key, as many as the longest sequence has.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
-        ``[B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` also fp32 ``[B, Hq, Tq]`` (fp64 for
-        fp64 inputs), a natural logarithm.
+        ``[B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` a pair, `Attended`.
 
     Raises:
         TypeError: If dtypes differ.
@@ -104,39 +98,34 @@ def block_sparse_attention(
     Source: SeerAttention, section 3.3 (arXiv 2410.13276).
     """
     check_qkv(q, k, v)
-    options = Options(
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=return_lse,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
-    options.check(q, k)
+    options = Options.of(q, k, rows=rows, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    if rows is not None:
+        k, v = k[:, :, : rows.num_keys], v[:, :, : rows.num_keys]
     _check_selection(q, k, selection, options)
-    module = choose(BACKENDS, ORDER, backend, q=q, k=k, v=v, selection=selection, options=options)
-    if _gradient.wanted(q, k, v, sinks) and hasattr(module, "backward"):
-        return _gradient.run(module.__name__, q, k, v, selection, options)
-    return module.run(q, k, v, selection, options)
+    args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}
+    module = choose(BACKENDS, ORDER, backend, **args)
+    differentiable = _autograd.wanted(q, k, v, sinks) and hasattr(module, "backward")
+    out, lse = _autograd.run(module.__name__, **args) if differentiable else module.run(**args)
+    return Attended(out, lse) if return_lse else out
 
 
 def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: Options) -> None:
     b, h, nq, nk = selection.shape
-    block_q, block_k = selection.block_size
-    need = num_blocks(q.shape[2], block_q), num_blocks(k.shape[2], block_k)
-    if options.cu_seqlens_q is not None:
+    rows, (block_q, block_k) = options.rows, selection.block_size
+    if rows.is_packed and rows.lengths is None:
         # The lengths are on the device; every sequence ends in at most one short block.
-        sequences = len(options.cu_seqlens_q) - 1
-        fits = need[0] <= nq < need[0] + sequences and num_blocks(k.shape[2], sequences * block_k) <= nk
-        if not fits or nk > need[1]:
+        least, most = num_blocks(rows.num_queries, block_q), num_blocks(rows.num_keys, block_k)
+        sequences = options.sequences
+        fits = least <= nq < least + sequences
+        if not fits or not num_blocks(rows.num_keys, sequences * block_k) <= nk <= most:
             raise ValueError(
                 f"the selection has {nq} x {nk} blocks of {selection.block_size} tokens, which {sequences} "
-                f"sequences of {q.shape[2]} queries and {k.shape[2]} keys cannot make; select again"
+                f"sequences of {rows.num_queries} queries and {rows.num_keys} keys cannot make; select again"
             )
-    elif (nq, nk) != need:
+    elif (nq, nk) != (need := rows.num_blocks(selection.block_size)):
         raise ValueError(
-            f"the selection has {nq} x {nk} blocks of {selection.block_size} tokens, but {q.shape[2]} "
-            f"queries and {k.shape[2]} keys make {need[0]} x {need[1]}; select again for this input"
+            f"the selection has {nq} x {nk} blocks of {selection.block_size} tokens, but {rows.num_queries} "
+            f"queries and {rows.num_keys} keys make {need[0]} x {need[1]}; select again for this input"
         )
     if b not in (1, q.shape[0]):
         raise ValueError(f"the selection is for a batch of {b}, q has {q.shape[0]}")

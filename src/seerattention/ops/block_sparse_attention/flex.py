@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.rows import Rows
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
 #: Kinds of calls (dtype, head dim, heads, block size, one block or several) compiled per process; the
@@ -38,15 +37,15 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         "softcap": options.softcap is not None,
         "sinks": options.sinks is not None,
         "return_lse": options.return_lse,
-        "packed sequences (cu_seqlens_q, cu_seqlens_k)": options.packed,
+        "packed sequences": options.packed,
     }
     return reasons + [f"it takes no {name}" for name, wanted in asked.items() if wanted]
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> tuple[Tensor, None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
-    mask = selection.to_flex(Rows.last(q.shape[2], k.shape[2]), q.shape[1])
-    return attend(q, k, v, mask, selection.block_size, scale=options.scale)
+    mask = selection.to_flex(options.rows, q.shape[1])
+    return attend(q, k, v, mask, selection.block_size, scale=options.scale), None
 
 
 def attend(

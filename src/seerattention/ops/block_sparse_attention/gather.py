@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
 #: Bytes of gathered keys, values and scores per batched product; at least one row is taken.
@@ -23,15 +23,12 @@ WORK_BYTES = 8 * 2**20
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = []
-    if options.packed:
-        reasons.append("it takes no packed sequences (cu_seqlens_q, cu_seqlens_k)")
-    return reasons
+    return ["it takes no packed sequences"] if options.packed else []
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
     batch, heads, num_queries, dim = q.shape
     block_q, block_k = selection.block_size
@@ -39,7 +36,7 @@ def run(
     keys, values = _to_blocks(k, block_k), _to_blocks(v, block_k)
     out = torch.empty_like(queries)
     lse = queries.new_empty(queries.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for part in _parts(q, k, selection):
+    for part in _parts(q, k, selection, options):
         shape = (len(part.group), part.blocks.shape[1] * block_k, dim)
         scores = part.scores(queries, keys.index_select(0, part.where).view(shape), selection, options)
         if options.sinks is not None:
@@ -50,7 +47,7 @@ def run(
         share = torch.softmax(scores, dim=-1)[..., : shape[1]]
         out[part.group] = torch.bmm(share, values.index_select(0, part.where).view(shape))
     out = out.view(batch, heads, -1, dim)[:, :, :num_queries]
-    return (out, lse.view(batch, heads, -1)[:, :, :num_queries]) if options.return_lse else out
+    return out, lse.view(batch, heads, -1)[:, :, :num_queries] if options.return_lse else None
 
 
 def backward(
@@ -78,7 +75,7 @@ def backward(
     shift, deltas = _to_blocks(lse[..., None], block_q), _to_blocks(delta[..., None], block_q)
     dq = torch.empty_like(queries)
     dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-    for part in _parts(q, k, selection):
+    for part in _parts(q, k, selection, options):
         shape = (len(part.group), part.blocks.shape[1] * block_k, dim)
         key, value = (x.index_select(0, part.where).view(shape) for x in (keys, values))
         query, g = queries[part.group], grads[part.group]
@@ -135,12 +132,11 @@ class _Part:
         return scores
 
 
-def _parts(q: Tensor, k: Tensor, selection: BlockSelection) -> Iterator[_Part]:
+def _parts(q: Tensor, k: Tensor, selection: BlockSelection, options: Options) -> Iterator[_Part]:
     """Yield the rows of equal length together, as many at a time as fit into ``WORK_BYTES``."""
-    batch, heads, num_queries = q.shape[:3]
+    batch, heads = q.shape[:2]
     block_q, block_k = selection.block_size
     nq, nk = selection.shape[2:]
-    past = k.shape[2] - num_queries
     rows = torch.arange(batch * heads * nq, device=q.device)
     b, h, i = rows // (heads * nq), rows // nq % heads, rows % nq
     list_row = b * (selection.shape[0] > 1)
@@ -148,8 +144,11 @@ def _parts(q: Tensor, k: Tensor, selection: BlockSelection) -> Iterator[_Part]:
     first_kv = (b * k.shape[1] + h // (heads // k.shape[1])) * nk
     offsets, indices = selection.rows()
     starts, counts = offsets[list_row], offsets.diff()[list_row]
-    # How many of a row's last blocks hold tokens later than its first query: those need a mask.
-    late = _late_blocks(selection, nq, nk, past, num_queries)[i]
+    # Own blocks are always selected, and they alone hold keys later than a row's first query, which need a
+    # mask: as many as KV blocks between the row's first and last query.
+    first = options.rows.first + i * block_q
+    last = (first + block_q).clamp(max=options.rows.num_keys) - 1
+    late = last // block_k - first // block_k + 1
     order = torch.argsort(counts * (nk + 1) + late, stable=True)
     for start, end, count, masked in _equal_parts(
         counts[order].tolist(), late[order].tolist(), block_q, block_k, q
@@ -157,7 +156,7 @@ def _parts(q: Tensor, k: Tensor, selection: BlockSelection) -> Iterator[_Part]:
         group = order[start:end]
         blocks = indices[starts[group, None] + torch.arange(count, device=q.device)].long()
         where = (blocks + first_kv[group, None]).flatten()
-        yield _Part(group, h[group], i[group], blocks, where, masked, past)
+        yield _Part(group, h[group], i[group], blocks, where, masked, options.rows.first)
 
 
 def _to_blocks(x: Tensor, size: int) -> Tensor:
@@ -166,18 +165,6 @@ def _to_blocks(x: Tensor, size: int) -> Tensor:
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
     return x.reshape(-1, size, x.shape[3])
-
-
-def _late_blocks(selection: BlockSelection, nq: int, nk: int, past: int, num_queries: int) -> Tensor:
-    """Bound the selected blocks per row that reach past the row's first query, int64 ``[Nq]``.
-
-    Own blocks are always selected, and they are the only ones that reach past the first query; there
-    are as many as KV blocks between the row's first and last query.
-    """
-    block_q, block_k = selection.block_size
-    first = past + block_q * torch.arange(nq, device=selection.bits.device)
-    last = (first + block_q).clamp(max=past + num_queries) - 1
-    return last // block_k - first // block_k + 1
 
 
 def _equal_parts(

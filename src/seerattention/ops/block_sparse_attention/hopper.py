@@ -1,6 +1,6 @@
 """Hopper GPUs: TMA and wgmma, two query tiles per multiprocessor, lists read straight from the bits.
 
-The kernel is in ``_hopper_kernel.py``; docs/kernels.md has its design and its measurements.
+The kernel is in ``kernels/hopper.py``; docs/kernels.md has its design and its measurements.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._backward import backward
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.block_sparse_attention.kernels.backward import backward
+from seerattention.ops.options import Options
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
 
@@ -22,7 +22,7 @@ __all__ = ["backward", "run", "unsupported"]
 
 kernel: Any = None
 with contextlib.suppress(ImportError):
-    kernel = importlib.import_module("seerattention.ops.block_sparse_attention._hopper_kernel")
+    kernel = importlib.import_module("seerattention.ops.block_sparse_attention.kernels.hopper")
 
 LOG2E = 1.4426950408889634
 
@@ -67,20 +67,20 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
     if options.softcap is not None:
         reasons.append("it has no softcap")
     if options.packed:
-        reasons.append("it has no packed sequences")
+        reasons.append("it takes no packed sequences")
     return reasons
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
     # A custom operator costs tens of microseconds, which only a compiler needs to spend.
     launch = _operator if torch.compiler.is_compiling() else _launch
     out, lse = launch(
         q, k, v, selection.bits, *selection.block_size, options.scale, options.sinks, options.return_lse
     )
-    return (out, lse) if options.return_lse else out
+    return out, lse if options.return_lse else None
 
 
 def _launch(
@@ -178,18 +178,8 @@ _operator = torch.library.custom_op("seerattention::block_sparse_hopper", _launc
 
 
 @_operator.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    sinks: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    return outputs(q, with_lse)
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return outputs(q, with_lse=rest[-1])
 
 
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.

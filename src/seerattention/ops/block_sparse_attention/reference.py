@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._options import Options
+from seerattention.ops.options import Options
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
 
@@ -27,24 +27,17 @@ def token_mask(selection: BlockSelection, num_heads: int, num_queries: int, num_
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
-    if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
-        out, lse = _attend(q, k, v, selection, options)
-        return (out, lse) if options.return_lse else out
     outs, lses, row = [], [], 0
-    q_starts, k_starts = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
-    for i in range(len(q_starts) - 1):
-        one_q = q[:, :, q_starts[i] : q_starts[i + 1]]
-        one_k, one_v = (x[:, :, k_starts[i] : k_starts[i + 1]] for x in (k, v))
-        rows = num_blocks(one_q.shape[2], selection.block_size[0])
-        if rows:
-            out, lse = _attend(one_q, one_k, one_v, selection.row_slice(row, row + rows), options)
-            outs.append(out)
-            lses.append(lse)
+    for one in options.rows.sequences():
+        rows = num_blocks(one.rows.num_queries, selection.block_size[0])
+        chosen = selection.row_slice(row, row + rows)
+        out, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], chosen, options)
+        outs.append(out)
+        lses.append(lse)
         row += rows
-    out, lse = torch.cat(outs, 2), torch.cat(lses, 2)
-    return (out, lse) if options.return_lse else out
+    return torch.cat(outs, 2), torch.cat(lses, 2) if options.return_lse else None
 
 
 def _attend(

@@ -7,22 +7,25 @@ softmax. The host learns nothing of the selection. Design and roofline: docs/ker
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention._backward import backward
-from seerattention.ops.block_sparse_attention._launch import Launch, power_of_two
-from seerattention.ops.block_sparse_attention._options import Options
-from seerattention.ops.block_sparse_attention._triton_kernel import attention_kernel, triton
+from seerattention.ops.block_sparse_attention.kernels.backward import backward, bit_strides
+from seerattention.ops.block_sparse_attention.kernels.forward import attention_kernel
+from seerattention.ops.language import (
+    padded,
+    power_of_two,
+    unsupported_dtype,
+    unsupported_here,
+    unsupported_strides,
+)
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import Options
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
 
 __all__ = ["backward", "run", "unsupported"]
 
-#: Whether the kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when this file was imported).
-INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 MAX_HEAD_DIM = 256
 BLOCKS_K = (16, 32, 64, 128)
 
@@ -49,60 +52,33 @@ def launch_of(head_dim: int, block_size: tuple[int, int], itemsize: int) -> Laun
         itemsize: Bytes per element of q, k and v.
     """
     choices = LAUNCHES[itemsize, max(64, power_of_two(head_dim))]
-    # A product needs 16 rows at least.
-    block_m = max(16, power_of_two(block_size[0]))
-    launch = next((c for c in choices if c.block_m >= block_m), choices[-1])
-    block_m, block_n = min(block_m, launch.block_m), min(block_size[1], launch.block_n)
-    return replace(launch, block_m=block_m, block_n=block_n)
+    launch = next((c for c in choices if c.block_m >= power_of_two(block_size[0])), choices[-1])
+    return launch.within(*block_size)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
-        return ["it needs a GPU"]
-    if triton is None:
-        return ["triton is not installed; `pip install triton` brings it"]
-    reasons = []
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(
-            f"it computes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
-        )
-    elif INTERPRETED and q.dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
     if selection.block_size[1] not in BLOCKS_K:
         allowed = ", ".join(map(str, BLOCKS_K))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
     tensors = {"q": q, "k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
-    tensors |= {"cu_seqlens_q": options.cu_seqlens_q, "cu_seqlens_k": options.cu_seqlens_k}
-    for name, x in tensors.items():
-        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
-            reasons.append(f"the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
-    return reasons
+    return reasons + unsupported_strides(**tensors, **options.starts)
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
     # A custom operator costs tens of microseconds, which only a compiler needs to spend.
     launch = _operator if torch.compiler.is_compiling() else _launch
     out, lse = launch(
-        q,
-        k,
-        v,
-        selection.bits,
-        list(selection.block_size),
-        selection.shape[3],
-        options.scale,
-        options.softcap,
-        options.sinks,
-        options.return_lse,
-        options.cu_seqlens_q,
-        options.cu_seqlens_k,
-    )
-    return (out, lse) if options.return_lse else out
+        q, k, v, selection.bits, list(selection.block_size), selection.shape[3], options.scale,
+        options.softcap, options.sinks, options.return_lse, **options.starts,
+    )  # fmt: skip
+    return out, lse if options.return_lse else None
 
 
 def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -120,8 +96,8 @@ def _launch(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Start the kernel; everything it needs to know of the selection it reads on the device."""
     if scale <= 0:
@@ -137,7 +113,7 @@ def _launch(
     # A program's list, and one entry more, which is read ahead.
     scratch = torch.empty(programs * (num_kv_blocks + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    sequences = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    sequences = 0 if starts_q is None else len(starts_q) - 1
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
         attention_kernel[(programs,)](
@@ -150,14 +126,13 @@ def _launch(
             scratch,
             counter,
             counter if sinks is None else sinks,
-            counter if cu_seqlens_q is None else cu_seqlens_q,
-            counter if cu_seqlens_k is None else cu_seqlens_k,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            bits.stride(0) if bits.shape[0] > 1 else 0,
-            *bits.stride()[1:3],
+            counter if starts_q is None else starts_q,
+            counter if starts_k is None else starts_k,
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            out.stride()[:3],
+            *bit_strides(bits),
             items,
             bits.shape[2],
             num_kv_blocks,
@@ -170,17 +145,14 @@ def _launch(
             KV_HEADS=k.shape[1],
             BIT_HEADS=bits.shape[1],
             D=head_dim,
-            BLOCK_D=max(power_of_two(head_dim), 16),
+            BLOCK_D=padded(head_dim),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
             SOFTCAP=softcap is not None,
             SINKS=sinks is not None,
             LSE=return_lse,
             SEQUENCES=power_of_two(sequences) if sequences else 0,
-            STAGES=launch.stages,
-            **launch.options(),
+            **launch.constants(),
         )
     return out, lse
 
@@ -191,6 +163,6 @@ _operator = torch.library.custom_op("seerattention::block_sparse_triton", _launc
 @_operator.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, bits: Tensor, block_size: list[int], num_kv_blocks: int, scale: float,
-    softcap: float | None, sinks: Tensor | None, return_lse: bool, *cu_seqlens: Tensor | None,
+    softcap: float | None, sinks: Tensor | None, return_lse: bool, *starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _outputs(q, return_lse)

@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention._triton_kernel import (
-    _cap,
-    _jit,
-    _product,
-    _product_in_parts,
+from seerattention.ops.language import (
+    add_values,
+    cap,
+    jit,
+    load_tile,
+    score,
+    sequence_of,
+    softmax_start,
+    softmax_step,
+    store_tile,
     tl,
 )
 
-#: Numbers that change from call to call: a kernel each for those that 16 divides would be compiled anew
-#: for another length.
-_LENGTHS = [
-    *("items", "rows", "map_rows", "columns", "cells", "num_queries", "num_keys", "sequences"),
-]
 
-
-@_jit
+@jit
 def _keep(ptrs, values, DIRECT: tl.constexpr):
     """Store values; ``DIRECT`` does it from the threads that have them, several the same one.
 
@@ -35,8 +34,8 @@ def _keep(ptrs, values, DIRECT: tl.constexpr):
         tl.store(ptrs, values)
 
 
-@_jit
-def _step(  # noqa: PLR0915
+@jit
+def _step(
     q,
     acc,
     maximum,
@@ -58,7 +57,7 @@ def _step(  # noqa: PLR0915
     softcap,
     MASKED: tl.constexpr,
     DIRECT: tl.constexpr,
-    COPIES: tl.constexpr,
+    TMA: tl.constexpr,
     HAS_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -69,9 +68,8 @@ def _step(  # noqa: PLR0915
 ):
     """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax and keep the maxima of their cells.
 
-    ``scores * scale`` are logarithms to base 2, and so are the maxima; in fp32 both are left unscaled, since
-    scaling a difference rounds less than the difference of two scaled numbers. ``first_query`` is the place
-    of the tile's first query among the keys; no query of the tile sees ``end_key`` or a later one.
+    ``scale`` makes logarithms to base 2 of scores, and maxima are kept as `softmax_step` keeps them.
+    ``first_query`` is the position of the tile's first query; no query sees ``end_key`` or a later key.
     """
     CELLS: tl.constexpr = BLOCK_N // CELL
     keys, rows, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -80,23 +78,21 @@ def _step(  # noqa: PLR0915
     if MASKED:
         inside = keys < end_key - first_key
         k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
-    elif COPIES:
+    elif TMA:
         k = tl.reshape(k_desc.load([b, kv_head, start_k + first_key, 0]), [BLOCK_N, BLOCK_D]).T
     elif BLOCK_D == D:
         k = tl.load(k_ptrs)
     else:
         k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
-    if q.dtype == tl.float32:
-        scores = _product_in_parts(q, k, scale * 0.0, (BLOCK_D + 31) // 32)
-    else:
-        scores = tl.dot(q, k)
+    exact: tl.constexpr = q.dtype == tl.float32
+    scores = score(q, k, scale)
     if SOFTCAP:
-        scores = _cap(scores * scale, softcap, q.dtype == tl.float32)
+        scores = cap(scores * scale, softcap, exact)
         scale = 1.4426950408889634
     if MASKED:
         later = (first_key + keys)[None, :] > (first_query + rows)[:, None]
         scores = tl.where(later | (keys >= end_key - first_key)[None, :], float("-inf"), scores)
-    unit = 1.0 if q.dtype == tl.float32 else scale
+    unit = 1.0 if exact else scale
     # A maximum of the cells' maxima would have another layout than the scores, and so would all after it.
     largest = tl.max(scores, 1) * unit
     # Cell by cell: what a cell holds of the tile's rows lies together.
@@ -106,56 +102,21 @@ def _step(  # noqa: PLR0915
         by_cell = tl.max(tl.reshape(scores, [BLOCK_M, CELLS, CELL]), 2) * unit
         places = first_key // CELL + tl.arange(0, CELLS)
         _keep(cells_ptr + places[None, :] * BLOCK_M + rows[:, None], by_cell, DIRECT)
-    new = tl.maximum(maximum, largest)
-    # Infinite while a query has seen nothing.
-    finite = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
-    if q.dtype == tl.float32:
-        p = tl.exp2((scores - finite[:, None]) * scale)
-        fade = tl.exp2((maximum - finite) * scale)
-    else:
-        p = tl.exp2(scores * scale - finite[:, None])
-        fade = tl.exp2(maximum - finite)
-    total = total * fade + tl.sum(p, 1)
+    p, fade, maximum, total = softmax_step(scores, largest, maximum, total, scale, exact, MASKED)
     if HAS_V:
         if MASKED:
             v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-        elif COPIES:
+        elif TMA:
             v = tl.reshape(v_desc.load([b, kv_head, start_k + first_key, 0]), [BLOCK_N, BLOCK_D])
         elif BLOCK_D == D:
             v = tl.load(v_ptrs)
         else:
             v = tl.load(v_ptrs, mask=(dims < D)[None, :], other=0.0)
-        if q.dtype == tl.float32:
-            # A sum per step and then their sum: in one chain of all keys the rounding errors would add up.
-            acc = acc * fade[:, None] + _product(p, v, scale * 0.0)
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
-    return acc, new, total
+        acc = add_values(acc, fade, p, v, scale)
+    return acc, maximum, total
 
 
-@_jit
-def _sequence_of(
-    row, cu_q_ptr, cu_k_ptr, sequences, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, SEQUENCES: tl.constexpr
-):
-    """Find the packed sequence of an item's row: the row there, the map's first row, starts, lengths."""
-    s = tl.arange(0, SEQUENCES)
-    start = tl.load(cu_q_ptr + s, mask=s < sequences, other=0)
-    end = tl.load(cu_q_ptr + s + 1, mask=s < sequences, other=0)
-    rows = (end - start + ROWS - 1) // ROWS
-    before = (tl.cumsum(rows, 0) <= row) & (s < sequences)
-    which = tl.sum(before.to(tl.int32), 0)
-    row -= tl.sum(tl.where(before, rows, 0), 0)
-    map_start = tl.sum(tl.where(before, (end - start + BLOCK_Q - 1) // BLOCK_Q, 0), 0)
-    # Past the last sequence there are no queries.
-    inside = which < sequences
-    start_q = tl.load(cu_q_ptr + which, mask=inside, other=0)
-    len_q = tl.load(cu_q_ptr + which + 1, mask=inside, other=0) - start_q
-    start_k = tl.load(cu_k_ptr + which, mask=inside, other=0)
-    len_k = tl.load(cu_k_ptr + which + 1, mask=inside, other=0) - start_k
-    return row, map_start, start_q, len_q, start_k, len_k
-
-
-@_jit
+@jit
 def _pool(
     cells_ptr,
     map_tile,
@@ -208,7 +169,7 @@ def _pool(
     return sums
 
 
-@_jit
+@jit
 def _divide(map_tile, sums, valid_rows, seen_columns, columns, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Divide rows of the map by their sums."""
     map_rows = tl.arange(0, ROWS)
@@ -222,7 +183,7 @@ def _divide(map_tile, sums, valid_rows, seen_columns, columns, ROWS: tl.constexp
         tl.store(ptrs, tl.div_rn(weights, tl.broadcast_to(sums[:, None], weights.shape)), mask=here)
 
 
-@_jit(do_not_specialize=_LENGTHS)
+@jit("items", "rows", "map_rows", "columns", "cells", "num_queries", "num_keys", "sequences")
 def pooled_kernel(  # noqa: PLR0915
     q_ptr,
     k_ptr,
@@ -235,20 +196,12 @@ def pooled_kernel(  # noqa: PLR0915
     scratch_ptr,
     counter_ptr,
     sinks_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
+    starts_q_ptr,
+    starts_k_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
     items,
     rows,
     map_rows,
@@ -270,7 +223,7 @@ def pooled_kernel(  # noqa: PLR0915
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     DIRECT: tl.constexpr,
-    COPIES: tl.constexpr,
+    TMA: tl.constexpr,
     HAS_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -288,7 +241,7 @@ def pooled_kernel(  # noqa: PLR0915
     MAP_ROWS: tl.constexpr = BLOCK_M // min(BLOCK_Q, BLOCK_M)
     CELL: tl.constexpr = min(BLOCK_K, BLOCK_N)
     MERGE: tl.constexpr = BLOCK_K // CELL
-    places, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    places = tl.arange(0, BLOCK_M)
     cells_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * cells * BLOCK_M
     item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < items:
@@ -299,11 +252,10 @@ def pooled_kernel(  # noqa: PLR0915
         row = rows - 1 - row % rows
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
 
-        map_start, start_q, start_k, len_q, len_k = 0, 0, 0, num_queries, num_keys
-        if SEQUENCES > 0:
-            row, map_start, start_q, len_q, start_k, len_k = _sequence_of(
-                row, cu_q_ptr, cu_k_ptr, sequences, TILES * BLOCK_M, BLOCK_Q, SEQUENCES
-            )
+        row, map_start, start_q, len_q, start_k, len_k = sequence_of(
+            row, starts_q_ptr, (starts_q_ptr, starts_k_ptr, sequences), num_queries, num_keys,
+            TILES * BLOCK_M, BLOCK_Q, SEQUENCES,
+        )  # fmt: skip
         map_head = kv_head if PER_KV_HEAD else first_head
         map_row = map_start + row * MAP_ROWS
         map_tile = map_ptr + ((b * MAP_HEADS + map_head).to(tl.int64) * map_rows + map_row) * columns
@@ -312,10 +264,9 @@ def pooled_kernel(  # noqa: PLR0915
         seen = (len_k - len_q + item_end + BLOCK_K - 1) // BLOCK_K
         seen_columns = tl.where(row * TILES * BLOCK_M < item_end, seen, 0)
         # Products with strides may need 64 bits.
-        k_head = k_ptr + b.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
-        k_head += tl.cast(start_k, tl.int64) * stride_kt
-        v_head = v_ptr + b.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
-        v_head += tl.cast(start_k, tl.int64) * stride_vt
+        b64, group64, first_k = b.to(tl.int64), kv_head.to(tl.int64), tl.cast(start_k, tl.int64)
+        k_head = k_ptr + b64 * k_strides[0] + group64 * k_strides[1] + first_k * k_strides[2]
+        v_head = v_ptr + b64 * v_strides[0] + group64 * v_strides[1] + first_k * v_strides[2]
         log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
         natural_scale = 1.0 if SOFTCAP else scale
         sums = tl.zeros([MAP_ROWS], dtype=tl.float32)
@@ -324,48 +275,37 @@ def pooled_kernel(  # noqa: PLR0915
             head = first_head + turn // TILES
             first = row * TILES * BLOCK_M + turn % TILES * BLOCK_M
             end = tl.minimum(first + BLOCK_M, len_q)
-            here = (places < end - first)[:, None] & (dims < D)[None, :]
-            # 64 bits for where a tile starts, 32 within it.
-            token = tl.cast(start_q + first, tl.int64)
-            q_tile = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + token * stride_qt
-            q = tl.load(q_tile + (places[:, None] * stride_qt + dims[None, :]), mask=here, other=0.0)
+            q_head = q_ptr + b64 * q_strides[0] + head.to(tl.int64) * q_strides[1]
+            q = load_tile(q_head, q_strides[2], start_q + first, end - first, BLOCK_M, D, BLOCK_D)
             # What one unit of `maximum` is in natural logarithms, and in logarithms to base 2.
             unit = natural_scale if q.dtype == tl.float32 else 0.6931471805599453
             unit2 = unit * 1.4426950408889634 if q.dtype == tl.float32 else 1.0
             acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-            if SINKS:
-                sink = tl.load(sinks_ptr + head).to(tl.float32) / unit
-                maximum = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
-                total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
-            else:
-                maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-                total = tl.zeros([BLOCK_M], dtype=tl.float32)
-
+            maximum, total = softmax_start(sinks_ptr, head, unit, BLOCK_M, SINKS)
             first_query = len_k - len_q + first
             end_key = tl.where(first < end, len_k - len_q + end, 0)
             # Keys that every query of the tile sees need no mask.
             open_keys = tl.minimum(end_key, tl.maximum(first_query + 1, 0)) // BLOCK_N * BLOCK_N
             for first_key in tl.range(0, open_keys, BLOCK_N, num_stages=STAGES):
                 acc, maximum, total = _step(
-                    q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, stride_kt, stride_vt,
-                    b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
-                    False, DIRECT, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                    q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, k_strides[2],
+                    v_strides[2], b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
+                    False, DIRECT, TMA, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
                 )  # fmt: skip
             for first_key in tl.range(open_keys, end_key, BLOCK_N, num_stages=1):
                 acc, maximum, total = _step(
-                    q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, stride_kt, stride_vt,
-                    b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
-                    True, DIRECT, COPIES, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                    q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, k_strides[2],
+                    v_strides[2], b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
+                    True, DIRECT, TMA, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
                 )  # fmt: skip
 
             if HAS_V:
                 # A query that sees nothing gets zeros.
                 acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-                out_tile = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-                out_tile += token * stride_ot
-                tl.store(out_tile + (places[:, None] * stride_ot + dims[None, :]), acc.to(q.dtype), mask=here)
+                out_head = out_ptr + b64 * out_strides[0] + head.to(tl.int64) * out_strides[1]
+                store_tile(out_head, out_strides[2], start_q + first, end - first, acc, D)
             if LSE:
-                lse_tile = lse_ptr + (b * HEADS + head).to(tl.int64) * num_queries + token
+                lse_tile = lse_ptr + (b * HEADS + head).to(tl.int64) * num_queries + start_q + first
                 natural = maximum * unit + tl.log2(total) * 0.6931471805599453
                 tl.store(lse_tile + places, natural, mask=places < end - first)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 from seerattention.rows import num_blocks
 
 #: Bytes of scores held at a time (fp32); at least one query block of one head is taken. Small enough for
@@ -33,29 +33,27 @@ def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
-    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
     target = torch.zeros(options.map_shape(q, k, block_size), dtype=torch.float32, device=q.device)
     out = None if v is None else torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    start_q, start_k, row = 0, 0, 0
-    for queries, keys in lengths:
-        own_q, own_k = slice(start_q, start_q + queries), slice(start_k, start_k + keys)
-        own_rows = slice(row, row + num_blocks(queries, block_size[0]))
+    row, sinks = 0, options.sinks
+    for one in options.rows.sequences():
+        rows = slice(row, row + num_blocks(one.rows.num_queries, block_size[0]))
         for b in range(q.shape[0]):
             for h in range(k.shape[1]):
                 # Heads of a group meet their shared keys in one product: [G * rows, D] x [D, Tk].
                 heads = slice(h * (q.shape[1] // k.shape[1]), (h + 1) * (q.shape[1] // k.shape[1]))
                 _attend(
-                    q[b, heads, own_q],
-                    k[b, h, own_k],
-                    None if v is None else v[b, h, own_k],
-                    None if out is None else out[b, heads, own_q],
-                    target[b, slice(h, h + 1) if options.per_kv_head else heads, own_rows],
-                    lse[b, heads, own_q],
+                    q[b, heads, one.queries],
+                    k[b, h, one.keys],
+                    None if v is None else v[b, h, one.keys],
+                    None if out is None else out[b, heads, one.queries],
+                    target[b, slice(h, h + 1) if options.per_kv_head else heads, rows],
+                    lse[b, heads, one.queries],
                     block_size,
-                    replace(options, sinks=None if options.sinks is None else options.sinks[heads]),
+                    replace(options, rows=one.rows, sinks=None if sinks is None else sinks[heads]),
                 )
-        start_q, start_k, row = own_q.stop, own_k.stop, own_rows.stop
+        row = rows.stop
     target /= target.sum(-1, keepdim=True)
     return out, target, lse if options.return_lse else None
 
@@ -71,7 +69,7 @@ def _attend(
     options: PoolOptions,
 ) -> None:
     """Fill output, largest weights and lse of a group of heads ``[G, Tq, D]`` in one sequence."""
-    past = k.shape[0] - q.shape[1]
+    past = options.rows.first
     budget = CUDA_WORK_BYTES if q.is_cuda else WORK_BYTES
     work = torch.promote_types(q.dtype, torch.float32)
     block_q, first, last = block_size[0], 0, num_blocks(q.shape[1], block_size[0])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import hopper
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 from seerattention.rows import num_blocks
 
 #: Both consumers read one ring of keys and values where a query block has 128 tokens.
@@ -25,8 +25,6 @@ def unsupported(
     if v is None:
         return ["it computes the output, for which it needs v"]
     reasons = hopper.why_not(q, k, v, options)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        reasons.append("it has no backward; use backend='reference' for gradients")
     if block_size[0] % hopper.TILE or block_size[1] % hopper.TILE:
         reasons.append(f"blocks must be multiples of {hopper.TILE} tokens, got {block_size}")
     return reasons

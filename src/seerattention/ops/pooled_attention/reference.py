@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.pooled_attention._options import PoolOptions
+from seerattention.ops.options import PoolOptions
 
 
 def unsupported(
@@ -25,18 +25,14 @@ def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
-    lengths = options.lengths or ((q.shape[2], k.shape[2]),)
     columns = options.map_shape(q, k, block_size)[3]
-    outs, maps, lses, start_q, start_k = [], [], [], 0, 0
-    for queries, keys in lengths:
-        one_q, one_k = q[:, :, start_q : start_q + queries], k[:, :, start_k : start_k + keys]
-        one_v = None if v is None else v[:, :, start_k : start_k + keys]
-        start_q, start_k = start_q + queries, start_k + keys
-        if queries:
-            out, pooled, lse = _attend(one_q, one_k, one_v, block_size, options)
-            outs.append(out)
-            maps.append(F.pad(pooled, (0, columns - pooled.shape[3])))
-            lses.append(lse)
+    outs, maps, lses = [], [], []
+    for one in options.rows.sequences():
+        values = None if v is None else v[:, :, one.keys]
+        out, pooled, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], values, block_size, options)
+        outs.append(out)
+        maps.append(F.pad(pooled, (0, columns - pooled.shape[3])))
+        lses.append(lse)
     return (
         None if v is None else torch.cat(outs, 2),
         torch.cat(maps, 2),

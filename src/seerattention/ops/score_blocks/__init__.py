@@ -12,7 +12,7 @@ from seerattention.rows import Rows, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; on a CPU not Triton, which would be its interpreter.
+#: What ``auto`` tries, in order.
 ORDER = ("triton", "chunked")
 
 
@@ -57,10 +57,9 @@ def score_blocks(
     Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks are this project's (docs/method.md).
     """
     _check(queries, keys, sub_blocks, rows, block_size)
-    order = ORDER if queries.device.type != "cpu" else ("chunked",)
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     options = {"sub_blocks": sub_blocks, "scale": scale, "rows": rows, "block_size": block_size}
-    run = choose(BACKENDS, order, backend, queries=queries, keys=keys, **options).run
+    run = choose(BACKENDS, ORDER, backend, queries=queries, keys=keys, **options).run
     if rows is None or not rows.is_packed:
         return run(queries, keys, **options)
     size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
@@ -87,8 +86,7 @@ def _check(
         raise TypeError(
             f"queries and keys must share one floating-point dtype, got {queries.dtype} and {keys.dtype}"
         )
-    packed = rows is not None and rows.is_packed
-    batch = (1, len(rows.known)) if packed else (queries.shape[0],) * 2
+    batch = (queries.shape[0],) * 2 if rows is None or not rows.is_packed else (1, len(rows.known))
     if (queries.shape[0], keys.shape[0]) != batch or queries.shape[3] != keys.shape[3]:
         raise ValueError(
             f"queries {list(queries.shape)} and keys {list(keys.shape)} must agree in batch and dimension"
@@ -107,7 +105,7 @@ def _check(
     size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
     down = rows.places(rows.num_queries, size_q)[-1].stop
     across = num_blocks(max(k for _, k in rows.known), size_k)
-    if queries.shape[2] != down or (keys.shape[2] < across if packed else keys.shape[2] != across):
+    if queries.shape[2] != down or (keys.shape[2] < across if rows.is_packed else keys.shape[2] != across):
         raise ValueError(
             f"{rows.num_queries} queries and {rows.num_keys} keys have {down} and {across} summaries, got "
             f"{queries.shape[2]} and {keys.shape[2]}"

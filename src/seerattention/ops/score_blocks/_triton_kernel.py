@@ -5,27 +5,15 @@ so that whatever belongs to a block pair lies in the same place of every tile: m
 the winning pair, are taken register by register.
 """
 
-# Kernels are in Triton's language, which a type checker of Python does not know.
-# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
-from typing import Any
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # so that `unsupported` can say it
-    triton = tl = None
+from seerattention.ops.language import jit, tl
 
 
-def _jit(*plain: str) -> Any:
-    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
-    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
-
-
-@_jit("query_subs", "key_subs", "rows", "columns", "past")
+@jit("query_subs", "key_subs", "rows", "columns", "past")
 def score(
     queries,
     keys,
@@ -57,9 +45,7 @@ def score(
     down = tl.cdiv(rows, ROWS) - 1 - tl.program_id(1) // across
     row = down * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    seen = (
-        tl.minimum(columns, _last((down + 1) * ROWS - 1, past, BLOCK_Q, BLOCK_K) + 1) if CAUSAL else columns
-    )
+    seen = tl.minimum(columns, (past + (down + 1) * ROWS * BLOCK_Q - 1) // BLOCK_K + 1) if CAUSAL else columns
     if (tl.program_id(1) % across) * COLUMNS < seen:
         head = tl.program_id(0).to(tl.int64)
         e = tl.arange(0, E_PAD)
@@ -86,7 +72,8 @@ def score(
                     best = tl.maximum(best, product)
         best *= scale
         if CAUSAL:
-            best = tl.where(column[None, :] <= _last(row, past, BLOCK_Q, BLOCK_K)[:, None], best, 0.0)
+            last_query = past + row * BLOCK_Q + (BLOCK_Q - 1)
+            best = tl.where(column[None, :] * BLOCK_K <= last_query[:, None], best, 0.0)
         at = head * rows * columns + row[:, None] * columns + column[None, :]
         kept = (row < rows)[:, None] & (column < columns)[None, :]
         tl.store(scores + at, best, mask=kept)
@@ -94,7 +81,7 @@ def score(
             tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=kept)
 
 
-@_jit("query_subs", "key_subs", "rows", "columns", "past")
+@jit("query_subs", "key_subs", "rows", "columns", "past")
 def back_to_queries(
     gradient,
     winners,
@@ -127,12 +114,15 @@ def back_to_queries(
     keys += (head // GROUP) * key_subs * E + e[None, :]
     gradient += head * rows * columns
     winners += head * rows * columns
-    end = tl.minimum(columns, _last((down + 1) * ROWS - 1, past, BLOCK_Q, BLOCK_K) + 1) if CAUSAL else columns
+    end = tl.minimum(columns, (past + (down + 1) * ROWS * BLOCK_Q - 1) // BLOCK_K + 1) if CAUSAL else columns
+    last = (past + row * BLOCK_Q + (BLOCK_Q - 1)) // BLOCK_K
     total = tl.zeros([ROWS, E_PAD], tl.float32)
     for start in range(0, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        last = _last(row, past, BLOCK_Q, BLOCK_K)[:, None]
-        weight, pair = _weights(gradient, winners, row[:, None], column[None, :], rows, columns, last, CAUSAL)
+        given = (row < rows)[:, None] & (column < columns)[None, :]
+        if CAUSAL:
+            given &= column[None, :] <= last[:, None]
+        weight, pair = _weights(gradient, winners, row[:, None] * columns + column[None, :], given)
         if unit is not None:
             weight /= tl.load(unit)
         pair -= sub_q * SUBS_K
@@ -144,7 +134,7 @@ def back_to_queries(
     _store(out + head * query_subs * E, total, row * SUBS_Q + sub_q, query_subs, unit, scale, E)
 
 
-@_jit("query_subs", "key_subs", "rows", "columns", "past")
+@jit("query_subs", "key_subs", "rows", "columns", "past")
 def back_to_keys(
     gradient,
     winners,
@@ -175,6 +165,8 @@ def back_to_keys(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     e = tl.arange(0, E_PAD)
     first = tl.maximum(tile * COLUMNS * BLOCK_K - past, 0) // (BLOCK_Q * ROWS) * ROWS if CAUSAL else 0
+    # How far a row's first query may be before the KV block, for the row to see it.
+    before = column * BLOCK_K - (past + BLOCK_Q - 1)
     total = tl.zeros([COLUMNS, E_PAD], tl.float32)
     for member in range(GROUP):
         head = head_k * GROUP + member
@@ -184,16 +176,11 @@ def back_to_keys(
         sum_of_head = total * 0.0 if queries.dtype.element_ty == tl.float32 else total
         for start in range(first, rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            weight, pair = _weights(
-                gradient + at_head,
-                winners + at_head,
-                row[None, :],
-                column[:, None],
-                rows,
-                columns,
-                _last(row, past, BLOCK_Q, BLOCK_K)[None, :],
-                CAUSAL,
-            )
+            given = (row < rows)[None, :] & (column < columns)[:, None]
+            if CAUSAL:
+                given &= before[:, None] <= (row * BLOCK_Q)[None, :]
+            place = row[None, :] * columns + column[:, None]
+            weight, pair = _weights(gradient + at_head, winners + at_head, place, given)
             if unit is not None:
                 weight /= tl.load(unit)
             pair -= sub_k
@@ -206,7 +193,7 @@ def back_to_keys(
     _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
 
 
-@_jit()
+@jit
 def _add_product(a, b, total, scale):
     """Return ``total + a @ b``; in fp32 a sum per product and then their sum.
 
@@ -221,24 +208,14 @@ def _add_product(a, b, total, scale):
     return total
 
 
-@_jit()
-def _last(row, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the KV block of a row's last query, or one after the last KV block."""
-    return (row * BLOCK_Q + (BLOCK_Q - 1) + past) // BLOCK_K
-
-
-@_jit()
-def _weights(gradient, winners, row, column, rows, columns, last, CAUSAL: tl.constexpr):
-    """Load gradients and winning pairs of the block pairs that two index tiles span; 0 elsewhere."""
-    given = (row < rows) & (column < columns)
-    if CAUSAL:
-        given &= column <= last
-    at = row * columns + column
+@jit
+def _weights(gradient, winners, at, given):
+    """Load the gradients and winning pairs of a tile of block pairs; 0 where they are not given."""
     weight = tl.load(gradient + at, mask=given, other=0.0)
     return weight, tl.load(winners + at, mask=given, other=0).to(tl.int32)
 
 
-@_jit()
+@jit
 def _store(out, total, sub, subs, unit, scale, E: tl.constexpr):
     """Write the gradients of the sub-blocks that there are."""
     e = tl.arange(0, total.shape[1])
@@ -247,6 +224,3 @@ def _store(out, total, sub, subs, unit, scale, E: tl.constexpr):
         total *= tl.load(unit)
     kept = (sub < subs)[:, None] & (e < E)[None, :]
     tl.store(out + sub[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=kept)
-
-
-INTERPRETED = triton is not None and not isinstance(score, triton.JITFunction)

@@ -6,8 +6,6 @@ the gradients, placed where that pair won, by the summaries. Nothing is added up
 are the same every time. Design and floor: docs/kernels.md.
 """
 
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import math
@@ -17,13 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seerattention.ops.precision import DTYPES, products
-from seerattention.ops.score_blocks import _triton_kernel as kernels
-from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score, triton
+from seerattention.ops.language import padded, products, unsupported_dtype, unsupported_here
+from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score
 from seerattention.rows import Rows, num_blocks
-
-#: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when their file was imported).
-INTERPRETED: bool = kernels.INTERPRETED
 
 #: Launch settings: query blocks and KV blocks of a tile, summaries per query block that the forward kernel
 #: holds in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256
@@ -49,15 +43,7 @@ def unsupported(
     block_size: tuple[int, int],
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    if triton is None:
-        return ["the package triton is not installed"]
-    reasons = []
-    if queries.device.type == "cpu" and not INTERPRETED:
-        reasons.append("it needs a GPU")
-    if queries.dtype not in DTYPES:
-        reasons.append(f"summaries must be float16, bfloat16 or float32, not {queries.dtype}")
-    if INTERPRETED and queries.dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    reasons = unsupported_here(queries) + unsupported_dtype(queries.dtype)
     if queries.shape[-1] * queries.element_size() > 512:
         reasons.append("it takes summaries of up to 512 bytes")
     if math.prod(sub_blocks) > 2**15:
@@ -125,7 +111,7 @@ def _forward(
     winners = scores.new_empty(shape, dtype=torch.uint8 if small else torch.int16) if keep else None
     options = dict(LAUNCH[_kind(queries)]["score"])
     options["RESIDENT"] = math.gcd(sub_blocks[0], options["RESIDENT"])
-    tiles = triton.cdiv(shape[2], options["ROWS"]) * triton.cdiv(shape[3], options["COLUMNS"])
+    tiles = num_blocks(shape[2], options["ROWS"]) * num_blocks(shape[3], options["COLUMNS"])
     with torch.cuda.device_of(queries):
         score[shape[0] * shape[1], tiles](
             queries,
@@ -167,7 +153,7 @@ def _backward(
         if not wanted[place]:
             continue
         out = torch.empty_like(mine)
-        tiles = triton.cdiv(shape[2 + place], options[side]) * sub_blocks[place]
+        tiles = num_blocks(shape[2 + place], options[side]) * sub_blocks[place]
         with torch.cuda.device_of(queries):
             kernel[mine.shape[0] * mine.shape[1], tiles](
                 gradient,
@@ -210,7 +196,7 @@ def _constants(
     return {
         "GROUP": queries.shape[1] // keys.shape[1],
         "E": dim,
-        "E_PAD": max(16, triton.next_power_of_2(dim)),
+        "E_PAD": padded(dim),
         "SUBS_Q": sub_blocks[0],
         "SUBS_K": sub_blocks[1],
         "BLOCK_Q": block_size[0],

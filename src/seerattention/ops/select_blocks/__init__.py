@@ -12,7 +12,7 @@ from seerattention.selection import BlockSelection
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; on a CPU not Triton, which would be its interpreter.
+#: What ``auto`` tries, in order.
 ORDER = ("triton", "composed")
 
 
@@ -54,9 +54,8 @@ def select_blocks(
     if positions is None:
         positions = rows.positions(q.device)
     k_blocks = _fitting(q, k_blocks, scorer, rows)
-    order = ORDER if q.device.type != "cpu" else ("composed",)
     args = {"q": q, "k_blocks": k_blocks, "scorer": scorer, "policy": policy, "rows": rows}
-    module = choose(BACKENDS, order, backend, **args)
+    module = choose(BACKENDS, ORDER, backend, **args)
     return module.run(**args, positions=positions)
 
 

@@ -6,9 +6,8 @@ at a time, finds where the policy's rule ends by bisection on the bits of its fl
 taken.
 """
 
-# Kernels are in Triton's language, which a type checker of Python does not know.
-# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
@@ -21,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.precision import DTYPES, products
-from seerattention.policies import Policy, Rule
+from seerattention.ops.language import (
+    jit,
+    padded,
+    power_of_two,
+    products,
+    tl,
+    unsupported_dtype,
+    unsupported_here,
+)
+from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # so that `unsupported` can say it
-    triton = tl = None
 
 #: Launch settings of the score kernel: query blocks and KV blocks of a tile, summaries per query block held
 #: in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256 bytes;
@@ -58,24 +59,18 @@ KINDS = ("share", "count", "mass")
 
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    if triton is None:
-        return ["the package triton is not installed"]
-    reasons = []
-    if q.device.type == "cpu" and not INTERPRETED:
-        reasons.append("it needs a GPU")
+    reasons = unsupported_here(q) + unsupported_dtype(k_blocks.dtype)
     if getattr(scorer, "sub_blocks", None) is None:
         reasons.append(f"{type(scorer).__name__} does not say that its scores are products (sub_blocks)")
     if rows.is_packed and rows.lengths is None:
         return [*reasons, "the host does not know the lengths of the packed sequences"]
     blocks = rows.num_blocks(scorer.block_size)[1]
-    if policy.rule(blocks, scorer.block_size[1]) is None:
+    if rule_of(policy, blocks, scorer.block_size[1]) is None:
         reasons.append(f"the policy {policy.name} gives no rule")
+    if type(policy).always is not Policy.always:
+        reasons.append(f"the policy {policy.name} always reads blocks of its own")
     if blocks > MAX_BLOCKS:
         reasons.append(f"it takes rows of at most {MAX_BLOCKS} blocks, not {blocks}")
-    if k_blocks.dtype not in DTYPES:
-        reasons.append(f"summaries must be float16, bfloat16 or float32, not {k_blocks.dtype}")
-    if INTERPRETED and k_blocks.dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if k_blocks.shape[-1] * k_blocks.element_size() > 512:
         reasons.append("it takes summaries of up to 512 bytes")
     return reasons
@@ -90,7 +85,7 @@ def run(
     down, columns = rows.num_blocks(scorer.block_size)
     packed = rows if rows.is_packed else None
     lengths = [(one.rows.num_queries, one.rows.num_keys) for one in rows.sequences()]
-    asked = (policy.rule(num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
+    asked = (rule_of(policy, num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
     rules = [rule for rule in asked if rule is not None]
     launch = choose_op if torch.compiler.is_compiling() else choose_rows
     keys = k_blocks.contiguous()
@@ -103,7 +98,7 @@ def run(
         queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part], rows=packed)
         if bits is None:
             heads = queries.shape[1]
-            values = _values(policy, rules, heads, packed is not None, q.device)
+            values = _values(rules, heads, packed is not None, q.device)
             shape = (q.shape[0], heads, down, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
         launch(
@@ -181,12 +176,12 @@ def choose_rows(
     # A packed sequence may see more in an earlier row than the ones that have later rows.
     widths = list(accumulate(widths, max))
     chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), options["ROWS"]))
-    space = max((stop - start) * _padded(widths[stop - 1]) for start, stop in chunks)
+    space = max((stop - start) * _stride(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             width = widths[stop - 1]
-            tiles = triton.cdiv(stop - start, options["ROWS"]) * triton.cdiv(width, options["COLUMNS"])
+            tiles = num_blocks(stop - start, options["ROWS"]) * num_blocks(width, options["COLUMNS"])
             _score[batch * heads, tiles](
                 queries,
                 keys,
@@ -197,7 +192,7 @@ def choose_rows(
                 start,
                 stop,
                 width,
-                _padded(width),
+                _stride(width),
                 (first * block_q + past),
                 scale,
                 HEADS=heads,
@@ -211,14 +206,14 @@ def choose_rows(
                 PRECISION=products(keys),
                 **options,
             )
-            wide = max(WORD, triton.next_power_of_2(width))
+            wide = max(WORD, power_of_two(width))
             _choose[batch * heads, stop - start](
                 scores,
                 bits,
                 sequences,
                 first + start,
                 stop - start,
-                _padded(width),
+                _stride(width),
                 bits.shape[2],
                 bits.shape[3],
                 tokens,
@@ -268,18 +263,12 @@ def _sequences(rows: Rows, scorer: Any, device: torch.device) -> Tensor:
     return rows.kept(("sequences", scorer.block_size, size_q, scorer.tokens_per_summary), device, make)
 
 
-def _values(
-    policy: Policy, rules: list[Rule], heads: int, packed: bool, device: torch.device
-) -> Tensor | None:
+def _values(rules: list[Rule], heads: int, packed: bool, device: torch.device) -> Tensor | None:
     """Return the rule's value for each head, of packed sequences for each head of each; None if it is one."""
     if not packed and not rules[0].per_head:
         return None
-    values = [rule.per_head or (rule.value,) * heads for rule in rules]
-    if len(values[0]) != heads:
-        raise ValueError(
-            f"the policy {policy.name} has limits for {len(values[0])} heads, the scores have "
-            f"{heads}; calibrate these gates"
-        )
+    rules[0].check_heads(heads)
+    values = (rule.per_head or (rule.value,) * heads for rule in rules)
     return _on_device(tuple(chain.from_iterable(values)), device)
 
 
@@ -294,9 +283,9 @@ def _widths(dim: int, precision: str) -> dict[str, int]:
 
     Not where three products make one of fp32: added to what is there already they lose digits.
     """
-    whole = max(16, triton.next_power_of_2(dim))
+    whole = padded(dim)
     low = whole // 2
-    rest = max(16, triton.next_power_of_2(dim - low))
+    rest = padded(dim - low)
     if precision == "tf32x3" or low < 16 or low + rest == whole:
         return {"E_LOW": whole, "E_REST": 0}
     return {"E_LOW": low, "E_REST": rest}
@@ -306,7 +295,7 @@ def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, in
     """Rows ``start <= row < stop`` whose scores are at most ``scores`` per head, the last rows first."""
     stop = len(widths)
     while stop:
-        rows = max(1, scores // _padded(widths[stop - 1]))
+        rows = max(1, scores // _stride(widths[stop - 1]))
         # Whole tiles, as long as there is room for one.
         rows = rows // tile * tile or rows
         start = max(0, stop - rows)
@@ -314,7 +303,7 @@ def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, in
         stop = start
 
 
-def _padded(width: int) -> int:
+def _stride(width: int) -> int:
     """Distance between rows of scores: rows begin at the edge of a cache line."""
     return num_blocks(width, WORD) * WORD
 
@@ -323,12 +312,7 @@ choose_op = torch.library.custom_op("seerattention::choose_rows", choose_rows, m
 choose_op.register_fake(lambda *_: None)
 
 
-def _jit(*plain: str) -> Any:
-    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
-    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
-
-
-@_jit("query_subs", "key_subs", "start", "stop", "width", "past")
+@jit("query_subs", "key_subs", "start", "stop", "width", "past")
 def _score(
     queries,
     keys,
@@ -364,10 +348,10 @@ def _score(
     batch, first_q = head // HEADS, queries + head * query_subs * E
     last_q, last_k = query_subs - 1, key_subs - 1
     if sequences is not None:
-        place = sequences + batch * 7
-        batch = tl.load(place).to(tl.int64)
-        first_q = queries + ((head % HEADS) * query_subs + tl.load(place + 1)) * E
-        last_q, last_k, past = tl.load(place + 2) - 1, tl.load(place + 3) - 1, tl.load(place + 5)
+        entry = sequences + batch * 7
+        batch = tl.load(entry).to(tl.int64)
+        first_q = queries + ((head % HEADS) * query_subs + tl.load(entry + 1)) * E
+        last_q, last_k, past = tl.load(entry + 2) - 1, tl.load(entry + 3) - 1, tl.load(entry + 5)
     latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
     wanted = (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest
     if sequences is not None:
@@ -406,7 +390,7 @@ def _score(
         tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
 
 
-@_jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
+@jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
 def _choose(
     scores,
     bits,
@@ -435,9 +419,9 @@ def _choose(
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
     if sequences is not None:
-        place = sequences + (head // HEADS) * 7
-        tokens, past, value = tl.load(place + 4), tl.load(place + 5), tl.load(values + head)
-        row_of_bits = (head % HEADS) * all_rows + tl.load(place + 6) + row
+        entry = sequences + (head // HEADS) * 7
+        tokens, past, value = tl.load(entry + 4), tl.load(entry + 5), tl.load(values + head)
+        row_of_bits = (head % HEADS) * all_rows + tl.load(entry + 6) + row
         dense_from += tl.cdiv(tokens, BLOCK_Q) - all_rows
         if row * BLOCK_Q >= tokens:
             return
@@ -449,8 +433,12 @@ def _choose(
     valid = block <= last
     at = scores + (head * rows + tl.program_id(1)) * stride
     score = tl.load(at + block, mask=valid, other=float("-inf"))
+    always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if KIND == 1:
-        taken = _best(_order(score), tl.where(valid, 1.0, 0.0), 1.0, value, valid)
+        # Those read anyway are the first of the count.
+        free = valid & (always == 0)
+        room = value - tl.sum(always.to(tl.float32), 0)
+        taken = _best(_order(score), tl.where(free, 1.0, 0.0), 1.0, room, free)
     else:
         share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
         share /= tl.sum(share, 0)
@@ -462,15 +450,14 @@ def _choose(
         else:
             # Bits of floats >= 0 are in the floats' order.
             taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
-    taken |= (block < sink) | (block > own - local) | (row >= dense_from)
-    taken &= valid
+    taken = (taken | always) & valid
     place = tl.arange(0, 32)[None, :]
     packed = tl.sum(tl.reshape(taken.to(tl.int32), [WIDTH // 32, 32]) << place, 1)
     word = tl.arange(0, WIDTH // 32)
     tl.store(bits + row_of_bits * words + word, packed, mask=word < words)
 
 
-@_jit()
+@jit
 def _order(score):
     """Unsigned integers in the order of the scores, -0 and 0 alike."""
     image = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
@@ -479,9 +466,9 @@ def _order(score):
     return (image ^ flip).to(tl.uint32, bitcast=True)
 
 
-@_jit()
-def _best(key, weight, tied: tl.constexpr, limit, valid):
-    """Take blocks from the largest key down while those before weigh less than ``limit``.
+@jit
+def _best(key, weight, tied: tl.constexpr, limit, free):
+    """Take free blocks from the largest key down while those before weigh less than ``limit``.
 
     ``tied`` is the weight of every block of a tie, 0 where it is the key itself, as a float.
     """
@@ -493,11 +480,8 @@ def _best(key, weight, tied: tl.constexpr, limit, valid):
         before = tl.sum(tl.where(key > (found | (bit - 1)), weight, 0.0), 0)
         found = tl.where(before >= limit, found | bit, found)
     before = tl.sum(tl.where(key > found, weight, 0.0), 0)
-    tie = ((key == found) & valid).to(tl.int32)
+    tie = ((key == found) & free).to(tl.int32)
     earlier = (tl.cumsum(tie, 0) - tie).to(tl.float32)
     if tied == 0.0:
         earlier *= found.to(tl.float32, bitcast=True)
     return (key > found) | ((tie > 0) & (before + earlier < limit))
-
-
-INTERPRETED = triton is not None and not isinstance(_score, triton.JITFunction)

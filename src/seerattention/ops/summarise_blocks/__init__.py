@@ -13,7 +13,7 @@ from seerattention.rows import Rows, num_blocks
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; on a CPU only the reference, where Triton would be its interpreter.
+#: What ``auto`` tries, in order.
 ORDER = ("triton", "reference")
 
 
@@ -73,8 +73,7 @@ def summarise_blocks(
                 f"{name} must be [{x.shape[0]} or 1, {turns[0]}, {turns[1]}], got {list(angles.shape)}"
             )
     dtype = x.dtype if dtype is None else dtype
-    order = ORDER if x.device.type != "cpu" else ("reference",)
     options = {"dtype": dtype, "weight": weight, "merge": merge, "norm": norm, "rotary": rotary}
     options["rows"] = packed
-    module = choose(BACKENDS, order, backend, x=x, size=size, pools=pools, **options)
+    module = choose(BACKENDS, ORDER, backend, x=x, size=size, pools=pools, **options)
     return module.run(x, size, pools, eps=eps, **options)

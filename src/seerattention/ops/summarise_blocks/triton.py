@@ -1,25 +1,17 @@
 """One read of the tokens: pooling, projection, norm and rotation in one Triton kernel."""
 
-# Kernels are in Triton's language, which a type checker of Python does not know.
-# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalOperand=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from seerattention.ops.precision import DTYPES, products
+from seerattention.ops.language import DTYPES, INTERPRETED, jit, padded, products, tl, unsupported_here
 from seerattention.rows import Rows, num_blocks
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # so that `unsupported` can say it
-    triton = tl = None
 
 #: Launch settings: tokens per program, tokens of each block loaded between two turns of the loop, and
 #: warps. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
@@ -43,11 +35,7 @@ def unsupported(
     rows: Rows | None,
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    if triton is None:
-        return ["the package triton is not installed"]
-    reasons = []
-    if x.device.type == "cpu" and not INTERPRETED:
-        reasons.append("it needs a GPU")
+    reasons = unsupported_here(x)
     given = [t for t in (x, weight, norm) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("it has no backward; use backend='reference' for gradients")
@@ -110,7 +98,7 @@ def summarise(
         size, max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1
     )
     with torch.cuda.device_of(x):
-        _summarise[batch * heads, triton.cdiv(blocks, options["ROWS"])](
+        _summarise[batch * heads, num_blocks(blocks, options["ROWS"])](
             x,
             None if weight is None else weight.contiguous(),
             norm,
@@ -127,8 +115,9 @@ def summarise(
             GROUPS=heads_out // heads,
             D=width,
             E=dim,
-            D_PAD=_half(width),
-            E_PAD=_half(dim),
+            # Half of a vector each.
+            D_PAD=padded(num_blocks(width, 2)),
+            E_PAD=padded(num_blocks(dim, 2)),
             SIZE=size,
             MAX=place["max"],
             MIN=place["min"],
@@ -170,21 +159,11 @@ def _options(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
     return options | {"num_stages": 1}
 
 
-def _half(dim: int) -> int:
-    """Width of the tile that holds half of a vector; 16 is the least that a product takes."""
-    return max(16, triton.next_power_of_2(-(-dim // 2)))
-
-
-def _jit(*plain: str) -> Any:
-    """Compile a kernel; its ``plain`` integers may have any value without being compiled anew."""
-    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=plain)
-
-
 # Every vector is held as two halves, so that a rotation, which mixes entry i with entry i + E / 2, needs
 # no exchange between threads.
 
 
-@_jit("tokens", "blocks")
+@jit("tokens", "blocks")
 def _summarise(
     x,
     weight,
@@ -271,7 +250,7 @@ def _summarise(
                 tl.store(to + AVG * E + E_HALF, mean_b, mask=kept_b)
 
 
-@_jit()
+@jit
 def _pool(
     x,
     edges,
@@ -321,7 +300,7 @@ def _pool(
     return high_a, high_b, low_a, low_b, sum_a / count, sum_b / count
 
 
-@_jit()
+@jit
 def _normalise(first, second, norm, eps, E: tl.constexpr):
     """Divide a vector in two halves by its root mean square and multiply by the norm's weight."""
     E_HALF: tl.constexpr = (E + 1) // 2
@@ -333,7 +312,7 @@ def _normalise(first, second, norm, eps, E: tl.constexpr):
     return first, second
 
 
-@_jit()
+@jit
 def _turn(cos, sin, kept):
     """Load one half of the cosines and sines of a tile."""
     return (
@@ -342,7 +321,7 @@ def _turn(cos, sin, kept):
     )
 
 
-@_jit()
+@jit
 def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
     """Add the product of one pool, two halves of its width, with a `[D, E]` matrix, to two halves of E."""
     D_HALF: tl.constexpr = (D + 1) // 2
@@ -356,12 +335,9 @@ def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr, PRECISION
     return first, second
 
 
-@_jit()
+@jit
 def _product(pool, w, row, here, column: tl.constexpr, total, E: tl.constexpr, PRECISION: tl.constexpr):
     e = tl.arange(0, total.shape[1])[None, :]
     inside = (column + e < E) & (e < (E + 1) // 2)
     part = tl.load(w + row * E + column + e, mask=here & inside, other=0.0)
     return tl.dot(pool, part, total, input_precision=PRECISION)
-
-
-INTERPRETED = triton is not None and not isinstance(_summarise, triton.JITFunction)

@@ -1,0 +1,1 @@
+"""Device functions of the backends beside this folder, which start them."""

@@ -1,0 +1,331 @@
+"""Gradients by Triton kernels, whichever kernel the forward ran on.
+
+Probabilities are computed anew from the logarithms that the forward kept: once row by row, for the
+gradient of the queries, and once column by column, for those of keys and values, whose heads of a group
+are added up within one program. Nothing is added up in an order that may change, so two runs agree bit
+for bit. Design and floor: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seerattention.ops.block_sparse_attention.kernels.backward_columns import (
+    count_kernel,
+    join_kernel,
+    keys_kernel,
+)
+from seerattention.ops.block_sparse_attention.kernels.backward_rows import queries_kernel, rows_kernel
+from seerattention.ops.language import padded, power_of_two
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import Options
+from seerattention.ops.tma import line, tiles
+from seerattention.rows import num_blocks
+from seerattention.selection import BlockSelection
+
+#: By bytes per element and padded head dimension. Registers and shared memory of each: docs/kernels.md.
+QUERIES = {
+    (2, 64): Launch(64, 64, 4, 3, 2),
+    (2, 128): Launch(64, 64, 4, 2, 2),
+    (2, 256): Launch(64, 32, 8, 2, 1),
+    # fp32 products run outside the tensor cores, hold their operands in registers, and never wait for loads.
+    (4, 64): Launch(32, 32, 8, 2, 2, tma=False),
+    (4, 128): Launch(32, 32, 8, 2, 1, tma=False),
+    (4, 256): Launch(16, 16, 8, 2, 1, tma=False),
+}
+KEYS = {
+    (2, 64): Launch(64, 64, 4, 3, 2, 255),
+    (2, 128): Launch(32, 64, 4, 4, 2, 255),
+    (2, 256): Launch(16, 64, 8, 2, 1, 255),
+    (4, 64): Launch(32, 32, 8, 2, 1, tma=False),
+    (4, 128): Launch(16, 32, 8, 2, 1, 255, tma=False),
+    (4, 256): Launch(16, 16, 16, 2, 1, 128, tma=False),
+}
+#: The same where registers are short: without TMA, whose work takes some, or with a softcap.
+KEYS_TIGHT = KEYS | {
+    (2, 64): Launch(32, 64, 4, 2, 2, 255),
+    (2, 128): Launch(32, 64, 4, 2, 2, 255),
+}
+#: Queries per program of the first kernel, and to which a head's numbers are padded.
+ROWS, TILE = 32, 128
+#: Entries of a list below which no part of a column is worth the writing and adding up of its share.
+FEWEST = 16
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: BlockSelection,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, and fp32 ``[B, Hq, Tq]`` with what sinks gain from each query.
+
+    Args:
+        grad: Gradient of the output, ``[B, Hq, Tq, D]``.
+        grad_lse: Gradient of ``lse``.
+        q: ``[B, Hq, Tq, D]``, as the forward got it, like what follows.
+        k: ``[B, Hk, Tk, D]``.
+        v: ``[B, Hk, Tk, D]``.
+        out: The output.
+        lse: fp32 ``[B, Hq, Tq]``, contiguous.
+        selection: The blocks that were read.
+        options: The options.
+    """
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    # Triton launches on the current device.
+    with torch.cuda.device_of(q):
+        shift, delta = rows(grad, grad_lse.contiguous(), out, lse)
+        dq = queries(grad, q, k, v, shift, delta, selection, options)
+        dk, dv = keys(grad, q, k, v, shift, delta, selection, options)
+    return dq, dk, dv, delta[..., : q.shape[2]]
+
+
+def rows(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what both other parts need of every query, shift and delta, each fp32 ``[B, Hq, padded]``.
+
+    Heads are padded to whole tiles, so that a tile's numbers can be copied as they lie.
+    """
+    batch, heads, num_queries, dim = out.shape
+    length = num_blocks(num_queries, TILE) * TILE
+    shift, delta = (lse.new_empty(batch, heads, length) for _ in range(2))
+    steps = length // ROWS
+    rows_kernel[(batch * heads * steps,)](
+        out,
+        grad,
+        lse,
+        grad_lse,
+        delta,
+        shift,
+        out.stride()[:3],
+        grad.stride()[:3],
+        num_queries,
+        length,
+        steps,
+        HEADS=heads,
+        D=dim,
+        BLOCK_D=padded(dim),
+        TILE=ROWS,
+        EXACT=out.dtype == torch.float32,
+    )
+    return shift, delta
+
+
+def queries(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    delta: Tensor,
+    selection: BlockSelection,
+    options: Options,
+) -> Tensor:
+    """Return the gradient of the queries, row by row of the selection."""
+    launch = _launch_of(QUERIES, q, selection.block_size)
+    dq = torch.empty_like(q)
+    bits = selection.bits
+    items = q.shape[0] * q.shape[1] * bits.shape[2] * num_blocks(selection.block_size[0], launch.block_m)
+    programs = min(items, launch.most_programs(q.device))
+    # A program's list, and one entry more, which is read ahead.
+    scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    # A tile of keys may reach into the next sequence, whose values are none of this one's business.
+    described = None if options.packed else _tiles(launch, launch.block_n, k, v)
+    queries_kernel[(programs,)](
+        q,
+        k,
+        v,
+        grad,
+        *(described or (k, v)),
+        dq,
+        shift,
+        delta,
+        bits,
+        scratch,
+        counter,
+        *_starts(options, counter),
+        *(x.stride()[:3] for x in (q, k, v, grad, dq)),
+        *bit_strides(bits),
+        items,
+        bits.shape[2],
+        selection.shape[3],
+        q.shape[2],
+        shift.shape[2],
+        k.shape[2],
+        *_numbers(options),
+        BIT_HEADS=bits.shape[1],
+        TMA=described is not None,
+        **_constants(q, k, selection, options, launch),
+    )
+    return dq
+
+
+def keys(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    delta: Tensor,
+    selection: BlockSelection,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of keys and values, column by column of the selection."""
+    tight = options.softcap is not None
+    launch = _launch_of(KEYS_TIGHT if tight else KEYS, q, selection.block_size)
+    # A tile of queries must not reach into another row.
+    whole = not options.packed and selection.block_size[0] % launch.block_m == 0
+    described = _tiles(launch, launch.block_m, q, grad) if whole else None
+    if described is None:
+        launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    bits = selection.bits
+    group = q.shape[1] // k.shape[1]
+    programs = launch.most_programs(q.device)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    starts = _starts(options, counter)
+    columns = num_blocks(k.shape[2], selection.block_size[1])
+    # Every sequence ends in at most one short block.
+    columns += max(0, options.sequences - 1)
+    constants = _constants(q, k, selection, options, launch)
+    counts = torch.empty(q.shape[0] * k.shape[1] * columns, dtype=torch.int32, device=q.device)
+    count_kernel[(len(counts),)](
+        bits,
+        counts,
+        *starts,
+        *bit_strides(bits),
+        columns,
+        q.shape[2],
+        k.shape[2],
+        options.sequences,
+        KV_HEADS=k.shape[1],
+        GROUP=group,
+        SHARED=q.shape[1] // bits.shape[1],
+        **{name: constants[name] for name in ("BLOCK_Q", "BLOCK_K", "SEQUENCES")},
+    )
+    counts = counts.repeat_interleave(selection.block_size[1] // launch.block_n)
+    owner, plan = split_columns(counts, programs)
+    length = group * bits.shape[2] + 1
+    scratch = torch.empty(programs * length, dtype=torch.int32, device=q.device)
+    # A column that is split has more entries than a part may have: no more than 4 parts per program.
+    partial = torch.empty(
+        8 * programs * launch.block_n * padded(q.shape[3]), dtype=torch.float32, device=q.device
+    )
+    sizes = len(counts), columns, q.shape[2]
+    strides = dk.stride()[:3], dv.stride()[:3]
+    keys_kernel[(min(programs, len(owner)),)](
+        q,
+        k,
+        v,
+        grad,
+        *(described or (q, grad)),
+        *(line(launch.block_m, x) if described else x for x in (shift, delta)),
+        dk,
+        dv,
+        shift,
+        delta,
+        bits,
+        scratch,
+        counter,
+        owner,
+        plan,
+        partial,
+        *starts,
+        *(x.stride()[:3] for x in (q, k, v, grad)),
+        *strides,
+        *bit_strides(bits),
+        length,
+        *sizes,
+        shift.shape[2],
+        k.shape[2],
+        *_numbers(options),
+        BIT_HEADS=bits.shape[1],
+        TMA=described is not None,
+        **constants,
+    )
+    kept = ("KV_HEADS", "D", "BLOCK_D", "BLOCK_Q", "BLOCK_K", "BLOCK_N", "SEQUENCES")
+    join_kernel[(len(counts),)](
+        dk,
+        dv,
+        plan,
+        partial,
+        *starts,
+        *strides,
+        *sizes,
+        k.shape[2],
+        options.sequences,
+        **{n: constants[n] for n in kept},
+    )
+    return dk, dv
+
+
+def split_columns(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+    """Split columns so that no part is more than half of what a program gets, without asking the device.
+
+    Args:
+        counts: Entries per column, ``[C]``.
+        programs: How many share them, ``P``.
+
+    Returns:
+        ``owner``, int32 ``[C + 2 P]``, the column of every part. And int32 ``[3 C + 2]``: every column's
+        first part, how many it has, and its first place in the workspace, if it has several, no place being
+        ``4 P`` or later; then the number of parts, and the most entries of a part.
+    """
+    total = counts.sum()
+    limit = ((total + 2 * programs - 1) // (2 * programs)).clamp(min=FEWEST)
+    # A column that nobody reads has one part, which writes zeros.
+    parts = ((counts + limit - 1) // limit).clamp(min=1)
+    ends = parts.cumsum(0)
+    several = torch.where(parts > 1, parts, 0)
+    numbers = torch.arange(len(counts) + 2 * programs, device=counts.device)
+    owner = torch.searchsorted(ends, numbers, right=True)
+    plan = torch.cat([ends - parts, parts, several.cumsum(0) - several, ends[-1:], limit[None]])
+    return owner.to(torch.int32), plan.to(torch.int32)
+
+
+def _launch_of(launches: dict[tuple[int, int], Launch], x: Tensor, block_size: tuple[int, int]) -> Launch:
+    return launches[x.element_size(), max(64, power_of_two(x.shape[3]))].within(*block_size)
+
+
+def _tiles(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
+    """Describe tiles to TMA, if that is to bring them."""
+    return tiles(rows, padded(tensors[0].shape[3]), *tensors) if launch.tma else None
+
+
+def _starts(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where sequences start; a tensor that is not used still needs a pointer."""
+    starts = options.rows.starts_q, options.rows.starts_k
+    return unused if starts[0] is None else starts[0], unused if starts[1] is None else starts[1]
+
+
+def bit_strides(bits: Tensor) -> tuple[int, int, int]:
+    """Return a selection's strides but for the words of a row; batch entries may share one selection."""
+    return bits.stride(0) if bits.shape[0] > 1 else 0, bits.stride(1), bits.stride(2)
+
+
+def _numbers(options: Options) -> tuple[int, float, float]:
+    return options.sequences, options.scale, 0.0 if options.softcap is None else options.softcap
+
+
+def _constants(
+    q: Tensor, k: Tensor, selection: BlockSelection, options: Options, launch: Launch
+) -> dict[str, Any]:
+    return {
+        "HEADS": q.shape[1],
+        "KV_HEADS": k.shape[1],
+        "D": q.shape[3],
+        "BLOCK_D": padded(q.shape[3]),
+        "BLOCK_Q": selection.block_size[0],
+        "BLOCK_K": selection.block_size[1],
+        "SOFTCAP": options.softcap is not None,
+        "SEQUENCES": power_of_two(options.sequences) if options.sequences else 0,
+        **launch.constants(),
+    }

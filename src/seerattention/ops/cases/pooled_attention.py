@@ -1,0 +1,90 @@
+"""Named calls of `pooled_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seerattention.ops.cases import AttentionCase
+from seerattention.ops.options import PoolOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolCase(AttentionCase):
+    """A shape, and what else is asked for.
+
+    Attributes:
+        per_kv_head: Whether the heads of a group share one map.
+    """
+
+    per_kv_head: bool = False
+
+    def options(self, device: str = "cpu", *, return_lse: bool = False) -> PoolOptions:
+        """Return the options of the case, its tensors on a device."""
+        return PoolOptions(per_kv_head=self.per_kv_head, **self.asked(device, return_lse))
+
+
+CASES = (
+    # Several, since the error of a reference that computes four numbers is a matter of luck.
+    PoolCase(name="one-token", heads=4, kv_heads=2, queries=1, keys=1, head_dim=64, batch=16),
+    PoolCase(name="below-block", heads=4, kv_heads=2, queries=63, keys=63, head_dim=64),
+    PoolCase(name="one-block", heads=4, kv_heads=2, queries=64, keys=64, head_dim=64),
+    PoolCase(name="block-plus-one", heads=4, kv_heads=2, queries=65, keys=65, head_dim=64),
+    PoolCase(name="thousand", heads=4, kv_heads=2, queries=1000, keys=1000, head_dim=64),
+    PoolCase(name="batch", heads=6, kv_heads=2, queries=200, keys=200, head_dim=80, batch=3),
+    PoolCase(name="no-groups", heads=3, kv_heads=3, queries=200, keys=200, head_dim=96),
+    PoolCase(name="wide-128", heads=4, kv_heads=1, queries=190, keys=190, head_dim=128),
+    PoolCase(name="wide-256", heads=2, kv_heads=1, queries=150, keys=150, head_dim=256),
+    PoolCase(name="later-chunk", heads=4, kv_heads=2, queries=100, keys=420, head_dim=64),
+    PoolCase(name="last-token", heads=4, kv_heads=2, queries=1, keys=500, head_dim=64),
+    PoolCase(name="wide-rows", heads=4, kv_heads=2, queries=300, keys=300, head_dim=64, block_size=(128, 64)),
+    PoolCase(name="small-blocks", heads=4, kv_heads=2, queries=90, keys=90, head_dim=64, block_size=(8, 16)),
+    PoolCase(
+        name="block-row", heads=2, kv_heads=1, queries=140, keys=300, head_dim=64, block_size=(128, 128)
+    ),
+    PoolCase(
+        name="narrow-columns", heads=2, kv_heads=1, queries=100, keys=200, head_dim=64, block_size=(32, 16)
+    ),
+    PoolCase(name="group", heads=6, kv_heads=2, queries=150, keys=190, head_dim=64, per_kv_head=True),
+    PoolCase(
+        name="decode",
+        heads=6,
+        kv_heads=2,
+        queries=70,
+        keys=170,
+        head_dim=64,
+        block_size=(1, 32),
+        per_kv_head=True,
+    ),
+    PoolCase(name="token-rows", heads=4, kv_heads=2, queries=70, keys=170, head_dim=64, block_size=(1, 64)),
+    PoolCase(name="softcap", heads=4, kv_heads=2, queries=150, keys=200, head_dim=64, softcap=2.0),
+    PoolCase(name="sinks", heads=4, kv_heads=2, queries=150, keys=200, head_dim=64, sinks=True),
+    PoolCase(
+        name="packed",
+        heads=4,
+        kv_heads=2,
+        queries=284,
+        keys=414,
+        head_dim=64,
+        lengths=((130, 130), (1, 1), (0, 0), (63, 193), (90, 90)),
+    ),
+    PoolCase(
+        name="packed-decode",
+        heads=4,
+        kv_heads=2,
+        queries=164,
+        keys=294,
+        head_dim=96,
+        block_size=(1, 16),
+        per_kv_head=True,
+        lengths=((100, 100), (64, 194)),
+        softcap=3.0,
+        sinks=True,
+    ),
+    PoolCase(name="teacher-8k", heads=6, kv_heads=2, queries=8192, keys=8192, head_dim=64, large=True),
+    PoolCase(name="teacher-16k", heads=6, kv_heads=2, queries=16384, keys=16384, head_dim=64, large=True),
+    PoolCase(name="llama-8b-32k", heads=32, kv_heads=8, queries=32768, keys=32768, head_dim=128, large=True),
+    PoolCase(name="llama-8b-8k", heads=32, kv_heads=8, queries=8192, keys=8192, head_dim=128, large=True),
+    PoolCase(
+        name="llama-8b-128k", heads=32, kv_heads=8, queries=131072, keys=131072, head_dim=128, large=True
+    ),
+)

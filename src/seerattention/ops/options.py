@@ -1,0 +1,122 @@
+"""What a call of an attention op may ask for besides its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from torch import Tensor
+
+from seerattention.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Options:
+    """The optional parts of one call, as every backend gets them.
+
+    Attributes:
+        rows: Where queries lie among keys.
+        scale: Softmax scale.
+        softcap: Scores become ``softcap * tanh(scores * scale / softcap)``; None leaves them alone.
+        sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
+            only.
+        return_lse: Also return the logarithm of the softmax's denominator.
+    """
+
+    rows: Rows
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    return_lse: bool = False
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, *, rows: Rows | None = None, scale: float | None = None, **more: Any
+    ) -> Self:
+        """Check what a caller gave and fill in the rest.
+
+        Args:
+            q: ``[B, Hq, Tq, D]``.
+            k: ``[B, Hk, Tk, D]``.
+            rows: Default: the queries are the last of the keys.
+            scale: Default ``D ** -0.5``.
+            more: The other attributes.
+
+        Raises:
+            TypeError: If sinks are not floating point.
+            ValueError: If shapes or devices do not fit, or softcap is not positive.
+        """
+        if rows is None:
+            rows = Rows.last(q.shape[2], k.shape[2])
+        options = cls(rows=rows, scale=q.shape[-1] ** -0.5 if scale is None else scale, **more)
+        options._check_rows(q, k)
+        if options.softcap is not None and not options.softcap > 0:
+            raise ValueError(f"softcap must be positive, got {options.softcap}; None switches it off")
+        if options.sinks is not None:
+            options._check_sinks(options.sinks, q)
+        return options
+
+    @property
+    def packed(self) -> bool:
+        """Whether several sequences lie behind one another in one batch entry."""
+        return self.rows.is_packed
+
+    @property
+    def starts(self) -> dict[str, Tensor | None]:
+        """What tells kernels where packed sequences lie; None if there are none."""
+        return {"starts_q": self.rows.starts_q, "starts_k": self.rows.starts_k}
+
+    @property
+    def sequences(self) -> int:
+        """Packed sequences, 0 if there are none."""
+        return 0 if self.rows.starts_q is None else len(self.rows.starts_q) - 1
+
+    def __repr__(self) -> str:
+        """Name what differs from the defaults, tensors by their shape: values may be on a device."""
+        shown = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Rows):
+                packed = f" of {self.sequences} packed sequences" if self.packed else ""
+                shown.append(f"rows={value.num_queries} of {value.num_keys} tokens{packed}")
+            elif value is not field.default:
+                is_tensor = isinstance(value, Tensor)
+                shown.append(f"{field.name}={list(value.shape) if is_tensor else value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _check_rows(self, q: Tensor, k: Tensor) -> None:
+        rows = self.rows
+        if rows.num_queries != q.shape[2] or rows.num_keys > k.shape[2]:
+            raise ValueError(
+                f"rows are of {rows.num_queries} queries and {rows.num_keys} keys, but q has {q.shape[2]} "
+                f"tokens and k {k.shape[2]}"
+            )
+        if rows.starts_q is not None:
+            if q.shape[0] != 1:
+                raise ValueError(f"packed sequences are one batch entry, q has {q.shape[0]}")
+            if rows.starts_q.device != q.device:
+                raise ValueError(f"rows are on {rows.starts_q.device}, q on {q.device}")
+
+    @staticmethod
+    def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+        if not sinks.dtype.is_floating_point:
+            raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
+        if tuple(sinks.shape) != (q.shape[1],):
+            raise ValueError(f"sinks must be a logit per query head [{q.shape[1]}], got {list(sinks.shape)}")
+        if sinks.device != q.device:
+            raise ValueError(f"sinks are on {sinks.device}, q on {q.device}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PoolOptions(Options):
+    """The optional parts of one call of `pooled_attention`.
+
+    Attributes:
+        per_kv_head: One map per KV head, for gates that choose for a whole group of query heads.
+    """
+
+    per_kv_head: bool = False
+
+    def map_shape(self, q: Tensor, k: Tensor, block_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return the shape of the map, ``[B, Hq or Hk, rows, columns]``."""
+        return q.shape[0], (k if self.per_kv_head else q).shape[1], *self.rows.num_blocks(block_size)

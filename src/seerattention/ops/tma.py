@@ -1,0 +1,50 @@
+"""Tiles described to TMA, by which Hopper GPUs and later copy into shared memory."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+
+def tiles(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | None:
+    """Describe tiles of tensors; None where there is no TMA or it cannot serve.
+
+    Args:
+        rows: Tokens per tile.
+        columns: Numbers per token that a kernel wants, zeros past the last dimension's end.
+        tensors: ``[B, H, T, D]``; the first is described again in the place of one that is None.
+    """
+    if tensors[0] is None or not tensors[0].is_cuda or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+        return None
+    described: list[object] = []
+    for x in tensors:
+        if x is None:
+            described.append(described[0])
+            continue
+        # It wants addresses and strides of whole 16 bytes.
+        steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
+        if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
+            return None
+        described.append(describe(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
+    return described
+
+
+def line(numbers: int, x: Tensor) -> object:
+    """Describe pieces of a contiguous tensor, as if it had one dimension.
+
+    Args:
+        numbers: Length of a piece, a power of two of at least 16 bytes.
+        x: The tensor.
+    """
+    return describe(x, [x.numel()], [1], [numbers])
+
+
+def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
+    """Describe blocks of a tensor, which is seen with the shape and strides given."""
+    # Only backends that found Triton come here.
+    tools = importlib.import_module("triton.tools.tensor_descriptor")
+    return tools.TensorDescriptor(x, shape, strides, block)

@@ -1,0 +1,184 @@
+"""The Triton kernel in Triton's interpreter, on a CPU.
+
+`tests/ops/test_triton.py` runs this file in a process of its own: the interpreter is chosen by an environment
+variable when the kernel's file is imported. On a GPU `tests/gpu` runs the compiled kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seerattention import BlockSelection, block_sparse_attention
+from seerattention.ops.block_sparse_attention import triton as backend
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.language import INTERPRETED
+from seerattention.ops.options import Options
+from seerattention.ops.shapes import Shape
+from seerattention.testing import conformance
+from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.testing.mutants import DroppedLastBlock, SwappedHeadMap, WrongScale
+
+# A query that sees nothing has a denominator of 0, whose logarithm the kernel takes on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
+a_nan_is_planted = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+
+BY_NAME = {case.name: case for case in (*CASES, *OPTION_CASES)}
+# The interpreter takes milliseconds per block: what these are larger in, a smaller one has as well.
+SLOW = {"thousand", "batch", "big-blocks"}
+SMALL = [case for case in BY_NAME.values() if not case.large and case.name not in SLOW]
+TINY = Case(name="tiny", heads=4, kv_heads=2, queries=20, keys=110, head_dim=32, block_size=(16, 16))
+TINY_PACKED = replace(
+    TINY, name="tiny-packed", queries=56, keys=88, lengths=((20, 20), (1, 1), (0, 0), (17, 49), (18, 18))
+)
+#: One of each way in which the kernel walks its blocks: what dtype they are in is another question.
+HALF = [BY_NAME[name] for name in ("kv-selection", "decode-rows", "wide-columns", "packed-with-all")]
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, BlockSelection]:
+    return *random_qkv(case, dtype=dtype), random_selection(
+        case, density=case.density, heads=case.selection_heads
+    )
+
+
+def test_this_is_the_interpreter() -> None:
+    assert INTERPRETED
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_output(case: Case) -> None:
+    conformance.attention_matches_reference(backend, case)
+
+
+@pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
+def test_half_precision(case: Case) -> None:
+    conformance.attention_matches_reference(backend, case, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "case", [TINY, TINY_PACKED, BY_NAME["softcap-and-sinks"]], ids=lambda case: case.name
+)
+def test_lse(case: Case) -> None:
+    conformance.attention_lse_matches_reference(backend, case)
+
+
+def test_everything_else() -> None:
+    conformance.check_attention(backend, replace(TINY, keys=62))
+
+
+@pytest.mark.parametrize("name", ["unaligned-chunk", "decode-rows", "many-words"])
+def test_unread_keys_and_values_are_never_read(name: str) -> None:
+    conformance.attention_ignores_unread(backend, BY_NAME[name], torch.float16)
+
+
+@a_nan_is_planted
+def test_no_sequence_reads_its_neighbours() -> None:
+    case = BY_NAME["packed"]
+    q, k, v, selection = inputs(case)
+    out, _ = backend.run(q, k, v, selection, case.options())
+    # The second sequence, of one token, lies behind 130 and before 193 keys.
+    k[:, :, 131:], v[:, :, 131:] = torch.nan, torch.nan
+    first, _ = backend.run(q, k, v, selection, case.options())
+    assert torch.equal(first[:, :, :131], out[:, :, :131])
+    assert first[:, :, 131:].isnan().all()
+
+
+def test_runs_are_alike_bit_for_bit() -> None:
+    q, k, v, selection = inputs(BY_NAME["kv-selection"], torch.float16)
+    options = Options.of(q, k, return_lse=True)
+    for one, other in zip(*(backend.run(q, k, v, selection, options) for _ in range(2)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mutant", [WrongScale, DroppedLastBlock, SwappedHeadMap])
+def test_planted_bugs_are_noticed(mutant: Any) -> None:
+    with pytest.raises(AssertionError):
+        conformance.attention_matches_reference(mutant(backend), TINY)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    q, k, v, selection = inputs(TINY)
+    out = block_sparse_attention(q, k, v, selection, scale=scale, backend="triton")
+    expected = block_sparse_attention(q, k, v, selection, scale=scale, backend="reference")
+    torch.testing.assert_close(out, expected)
+
+
+def test_strides_do_not_matter() -> None:
+    q, k, v, selection = inputs(TINY)
+    options = Options.of(q, k)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    wide = torch.cat([v, v], -1)[..., :32]
+    expected, _ = backend.run(q, k, v, selection, options)
+    out, _ = backend.run(*strided, wide, selection, options)
+    assert out.stride() == strided[0].stride()
+    assert torch.equal(out, expected)
+
+
+def test_bits_that_no_selection_may_have_are_ignored() -> None:
+    q, k, v, selection = inputs(TINY)
+    options = Options.of(q, k)
+    bits = selection.bits.clone()
+    # Columns past Nk, and blocks after the row's queries.
+    bits |= ~0 << 7
+    bits[:, :, 0] |= 0b1100000
+    dirty = replace(selection, bits=bits)
+    expected, _ = backend.run(q, k, v, selection, options)
+    assert torch.equal(backend.run(q, k, v, dirty, options)[0], expected)
+
+
+def test_a_query_that_sees_nothing_gets_zeros() -> None:
+    shape = Shape(name="", heads=1, kv_heads=1, queries=32, keys=32, head_dim=16, block_size=(16, 16))
+    q, k, v = random_qkv(shape)
+    mask = torch.tensor([[0, 1], [1, 1]]).bool()[None, None]
+    selection = BlockSelection.from_mask(mask, (16, 16))
+    out, lse = backend.run(q, k, v, selection, Options.of(q, k, return_lse=True))
+    assert (out[:, :, :16] == 0).all()
+    assert lse is not None
+    assert (lse[:, :, :16] == -torch.inf).all()
+    assert out[:, :, 16:].isfinite().all()
+
+
+def test_compiled_without_a_break() -> None:
+    q, k, v, selection = inputs(TINY)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = block_sparse_attention(q, k, v, selection, return_lse=True, backend="triton")
+        return 2 * out, lse
+
+    expected = call(q, k, v)
+    for one, other in zip(
+        torch.compile(call, fullgraph=True, backend="eager")(q, k, v), expected, strict=True
+    ):
+        assert torch.equal(one, other)
+    op = torch.ops.seerattention.block_sparse_triton.default
+    args = q, k, v, selection.bits, [16, 16], selection.shape[3], 0.2, None, None, True, None, None
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_reasons_why_not() -> None:
+    q, k, v, selection = inputs(TINY)
+    options = Options.of(q, k)
+    assert backend.unsupported(q, k, v, selection, options) == []
+
+    def why(x: Tensor, s: BlockSelection = selection) -> list[str]:
+        return backend.unsupported(x, x, x, s, options)
+
+    assert why(q.double()) == ["it computes float16, bfloat16 and float32, not float64"]
+    assert why(q.bfloat16()) == ["Triton's interpreter multiplies bfloat16 matrices wrongly"]
+    assert why(q.clone().requires_grad_()) == []
+    assert why(torch.zeros(1, 4, 40, 257)) == ["head_dim must be at most 256, got 257"]
+    assert why(q, replace(selection, block_size=(16, 24))) == [
+        "KV blocks must have one of 16, 32, 64, 128 tokens, got 24"
+    ]
+    across = q.mT.contiguous().mT
+    assert why(across)[0] == "the last dimension of q must be contiguous, its stride is 20"
+    apart = replace(options, sinks=torch.zeros(8)[::2])
+    assert backend.unsupported(q, k, v, selection, apart) == [
+        "the last dimension of sinks must be contiguous, its stride is 2"
+    ]
+    assert why(q.to("meta")) == ["it needs a GPU"]

@@ -1,0 +1,103 @@
+"""What can be said of the Hopper backend without a GPU: its reasons, and that its kernel compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from seerattention import BlockSelection
+from seerattention.ops.block_sparse_attention import hopper
+from seerattention.ops.options import Options
+from seerattention.rows import Rows
+
+PLAIN = Options(rows=Rows.last(128, 128), scale=1.0)
+
+#: The kernel with and without sharing, of both head dimensions, with all outputs and with the map.
+KINDS = [(0, 128, 0, 0), (1, 128, 1, 0), (0, 64, 0, 0), (1, 128, 0, 1)]
+
+COMPILE = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from seerattention.ops.block_sparse_attention.kernels import hopper as kernel
+
+made = []
+for share, dim, options, pooled in json.loads(sys.argv[1]):
+    tile = f"tensordesc<bf16[1, 1, 64, {dim}],{kernel.TILES!r}>"
+    pointers = {"out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "bits": "*i32", "counter": "*i32"}
+    pointers |= {"maxima": "*fp32", "shares": "*fp32", "scale": "fp32"}
+    constants = {
+        "D": dim, "BLOCK_Q": 128 if share else 64, "PARTS": 2 if share else 1,
+        "STAGES": 229376 // (128 * dim) // (1 if share else 2), "WORDS": 32,
+        "SHARE": bool(share), "LSE": bool(options), "SINKS": bool(options), "MAP": bool(pooled),
+    }
+    names = kernel.attend.arg_names
+    kinds = {name: pointers.get(name, "i32") for name in names} | dict.fromkeys(("qd", "kd", "vd"), tile)
+    source = GluonASTSource(
+        kernel.attend,
+        kinds | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    made.append([compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async")])
+print(json.dumps(made))
+"""
+
+
+def reasons(dtype=torch.bfloat16, dim=128, block=(64, 64), options=PLAIN, tokens=128):
+    q = torch.zeros(1, 2, tokens, dim, dtype=dtype)
+    return hopper.unsupported(q, q, q, BlockSelection.full(Rows.last(tokens, tokens), block), options)
+
+
+def test_a_cpu_is_refused() -> None:
+    assert reasons() == ["it needs a Hopper GPU"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "take bfloat16 and float16, not torch.float32"),
+        ({"dim": 96}, r"head_dim must be one of (64, 128), got 96"),
+        ({"block": (32, 64)}, r"blocks must be multiples of 64 tokens, got (32, 64)"),
+        ({"block": (64, 32)}, r"blocks must be multiples of 64 tokens, got (64, 32)"),
+        ({"options": replace(PLAIN, softcap=30.0)}, "it has no softcap"),
+        ({"options": replace(PLAIN, scale=-0.5)}, "the scale must be positive, not -0.5"),
+        ({"options": replace(PLAIN, scale=0.0)}, "the scale must be positive, not 0.0"),
+    ],
+)
+def test_reasons(change, reason) -> None:
+    before, after = reasons(), reasons(**change)
+    assert not any(reason in r for r in before)
+    assert any(reason in r for r in after)
+
+
+def test_views_that_tma_cannot_read() -> None:
+    whole = torch.zeros(1, 2, 128, 132, dtype=torch.bfloat16)
+    selection = BlockSelection.full(Rows.last(128, 128), (64, 64))
+    fine = torch.zeros(1, 128, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+    for x, wrong in ((whole[..., :128], True), (fine, False), (fine.mT[..., :64].mT, False)):
+        found = hopper.unsupported(x, fine, fine, selection, PLAIN)
+        assert any(r.startswith("q must be 16-byte aligned") for r in found) == wrong
+
+
+def test_the_kernel_compiles_for_hopper() -> None:
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(hopper.__file__).parents[3])
+    command = [sys.executable, "-c", COMPILE, json.dumps(KINDS)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (_, dim, _, _), (shared, products) in zip(KINDS, json.loads(done.stdout), strict=True):
+        # A Hopper multiprocessor lends a program 227 KiB.
+        assert shared <= 227 * 1024
+        # Per consumer: the first pair, the first alone, the loop's scores and values, the last values.
+        steps = dim // 16
+        assert products == 2 * (2 * steps + steps + 2 * steps + 2 * 4 + 2 * 4)
