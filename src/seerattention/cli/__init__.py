@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperCommand
+
+from seerattention.cli._show import table
 
 #: Errors that a person can do something about: they end in one sentence and exit code 2.
 EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ModuleNotFoundError)
@@ -84,10 +84,9 @@ def _explaining(keys: Callable[[], Iterable[Sequence[str]]]) -> type[TyperComman
     class Explaining(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
-            table = Table("setting", "default", "what it is", box=SIMPLE_HEAD, padding=(0, 1))
-            for row in keys():
-                table.add_row(*map(escape, row))
-            Console().print("Settings, in the file of --config or by --set setting=value:", table)
+            rows = [[escape(cell) for cell in row] for row in keys()]
+            shown = table(("setting", "default", "what it is"), rows, words=True)
+            Console().print("Settings, in the file of --config or by --set setting=value:", shown)
 
     return Explaining
 

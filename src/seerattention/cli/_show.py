@@ -35,11 +35,13 @@ def console(width: int = 120, *, quiet: bool = False) -> Console:
     return made
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
-    """Return a table; its first column is words, the others numbers."""
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", *, words: bool = False
+) -> Table:
+    """Return a table; its first column is words, the others are numbers, or all are words that wrap."""
     made = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title or None, title_justify="left")
     for i, name in enumerate(titles):
-        made.add_column(name, justify="right" if i else "left", no_wrap=True)
+        made.add_column(name, justify="right" if i and not words else "left", no_wrap=not words)
     for row in rows:
         made.add_row(*row)
     return made

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.files import write_whole
 from seerattention.gate import GateConfig
-from seerattention.hosts.transformers import Gates, load_base, load_gates, new_gates
+from seerattention.hosts.transformers import load_base, load_gates, new_gates
 from seerattention.hosts.transformers.checkpoint import check_replaceable
 from seerattention.policies import parse
 from seerattention.settings import flat, to_toml
-from seerattention.train.config import DistillConfig, FinetuneConfig
+from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
 from seerattention.train.distiller import Distiller
 from seerattention.train.finetuner import Finetuner
 from seerattention.train.loop import Loop
@@ -72,8 +70,11 @@ class Recipe(Generic[Trainer]):
         report: Measure the gates at the end, on held-out text.
     """
 
+    kind: ClassVar[type[Any]]
+
     model: str
     source: Source
+    config: TrainConfig
     policy: str = ""
     gates: str = ""
     gate: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +107,10 @@ class Recipe(Generic[Trainer]):
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
         gates = given or new_gates(base, **self.gate)
         text = self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size)
-        trainer = self.trainer(wrapped, gates, text, out, accelerator)
+        trainer = self.kind(
+            wrapped, gates, text.batches, self.config, out=out, accelerator=accelerator,
+            shard=self.shard or None, **self.more(text),
+        )  # fmt: skip
         if out is not None and accelerator.is_main_process:
             settings = self if self.gates else replace(self, gate=_design(gates.config))
             written = to_toml(flat(settings))
@@ -118,28 +122,23 @@ class Recipe(Generic[Trainer]):
         base = load_base(self.model, dtype=self.dtype, device=device)
         return base, base
 
-    @abstractmethod
-    def trainer(
-        self, model: Any, gates: Gates, text: Text, out: Path | None, accelerator: Accelerator
-    ) -> Trainer:
-        """Return the loop."""
+    def more(self, text: Text) -> dict[str, Any]:
+        """Return what this trainer takes besides what all do."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Recipe[Distiller]):
     """Gates for a frozen model."""
 
+    kind = Distiller
+
     config: DistillConfig = field(default_factory=DistillConfig)
     policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
 
-    def trainer(
-        self, model: Any, gates: Gates, text: Text, out: Path | None, accelerator: Accelerator
-    ) -> Distiller:
-        """Return the loop."""
-        return Distiller(
-            model, gates, text.batches, self.config, out=out, heldout=text.heldout,
-            accelerator=accelerator, shard=self.shard or None,
-        )  # fmt: skip
+    def more(self, text: Text) -> dict[str, Any]:
+        """Return the held-out text, on which the best gates are found."""
+        return {"heldout": text.heldout}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +156,8 @@ class Finetuning(Recipe[Finetuner]):
         gradient_checkpointing: Less memory for a second forward pass.
         backend: Of block-sparse attention.
     """
+
+    kind = Finetuner
 
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: int = 0
@@ -192,14 +193,9 @@ class Finetuning(Recipe[Finetuner]):
             checkpoint_layers(base)
         return base, wrapped
 
-    def trainer(
-        self, model: Any, gates: Gates, text: Text, out: Path | None, accelerator: Accelerator
-    ) -> Finetuner:
-        """Return the loop."""
-        return Finetuner(
-            model, gates, text.batches, self.config, out=out, accelerator=accelerator,
-            shard=self.shard or None, backend=self.backend,
-        )  # fmt: skip
+    def more(self, text: Text) -> dict[str, Any]:
+        """Return the backend."""
+        return {"backend": self.backend}
 
 
 def _design(config: GateConfig) -> dict[str, Any]:

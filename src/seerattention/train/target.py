@@ -1,4 +1,4 @@
-"""What the gates learn from: targets, the rows that count, and what a sparse selection would catch."""
+"""How much of a target a sparse selection would catch, on the rows that count."""
 
 from __future__ import annotations
 
@@ -8,39 +8,12 @@ from torch import Tensor
 from seerattention.policies import TopK
 from seerattention.selection import causal_blocks
 
-#: Share of the query-block rows, from the start, that objectives leave out: they see few blocks.
+#: Share of the query-block rows, from the start, that objectives leave out: they see few blocks. Source: the
+#: published code.
 SKIPPED_ROWS = 0.25
 
 #: Rows on which recall is measured while training: all would cost a top-k of the whole map in every layer.
 RECALL_ROWS = 64
-
-
-def counted_rows(
-    target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return target, scores and the causally valid blocks of the rows that count.
-
-    Args:
-        target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
-        scores: fp32 ``[B, H, N, N]`` from `AttnGate`, before softmax.
-        block_size: Tokens per (query block, KV block).
-        num_tokens: Tokens of the sequence.
-
-    Returns:
-        Target and scores ``[B, H, R, N]`` and bool ``[R, N]``: the last ``R`` rows. The first quarter
-        is left out, as in the published code.
-
-    Raises:
-        ValueError: If target and scores differ in shape.
-    """
-    if target.shape != scores.shape:
-        raise ValueError(
-            f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates with "
-            "one score per KV head learn from pooled_attention(..., per_kv_head=True)"
-        )
-    valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)
-    first = int(SKIPPED_ROWS * scores.shape[2])
-    return target[:, :, first:], scores[:, :, first:], valid[first:]
 
 
 def target_recall(
