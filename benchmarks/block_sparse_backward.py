@@ -7,24 +7,18 @@ python benchmarks/block_sparsebackward.py --tokens 32768 --set keys.stages=3 que
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from script import kernel_parser, launches, override, sweep, times, write
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention import BlockSelection, block_sparse_attention
-from seerattention.files import staged
-from seerattention.measure.timing import interleaved
-from seerattention.measure.versions import versions
+from seerattention.bench import peers
+from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
 from seerattention.ops.block_sparse_attention.kernels import backward
 from seerattention.ops.cases.block_sparse_attention import Case
@@ -34,6 +28,9 @@ from seerattention.ops.shapes import Shape
 from seerattention.selection import causal_blocks
 from seerattention.testing.gradients import by_name, check_gradients
 from seerattention.testing.inputs import random_qkv, random_selection
+
+#: Causal attention by cuDNN.
+dense = partial(peers.dense, peers.DENSE["cudnn"])
 
 #: Tried by ``--sweep``. Each takes seconds to compile; registers and shared memory: docs/kernels.md.
 SWEEP = {
@@ -60,13 +57,6 @@ SWEEP = {
 TABLES = {"queries": (backward.QUERIES,), "keys": (backward.KEYS, backward.KEYS_TIGHT)}
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention by cuDNN."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-
-
 def differentiable_dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     """Return cuDNN's attention on heads as they are, or as often as its backward wants them."""
     try:
@@ -76,16 +66,6 @@ def differentiable_dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor
         group = q.shape[1] // k.shape[1]
         return lambda: dense(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
     return lambda: dense(q, k, v)
-
-
-def peak_mb(run: Callable[[], object]) -> float:
-    """Peak memory of a call beyond what is there before it, in MB."""
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 class Work:
@@ -161,7 +141,7 @@ def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
     #: Matrix products over the pairs that are read, 2 * D FLOPs each.
     products = {"rows": 0, "queries": 3, "keys": 4}
     rows = []
-    for name, times in seconds.items():
+    for name, found in seconds.items():
         share = 1.0 if name.startswith("dense") else work.density
         # Both recompute the scores; the sparse backward does so twice, which is not counted as work done.
         count = products.get(name, 7 if name.endswith("backward") else 2)
@@ -169,10 +149,9 @@ def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
             "tokens": shape.keys,
             "variant": name,
             "density": round(share, 4),
-            "ms": round(median(times) * 1e3, 3),
-            "range_ms": [round(min(times) * 1e3, 3), round(max(times) * 1e3, 3)],
-            "tflops": round(count * 2 * shape.head_dim * pairs * share / median(times) / 1e12, 1),
-            "speedup": round(base / median(times), 3) if name.endswith("backward") else None,
+            **times(found),
+            "tflops": round(count * 2 * shape.head_dim * pairs * share / median(found) / 1e12, 1),
+            "speedup": round(base / median(found), 3) if name.endswith("backward") else None,
             "peak_mb": round(memory[name], 1) if name in memory else None,
         }
         rows.append(row)
@@ -189,99 +168,32 @@ def key_of(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return dtype.itemsize, max(64, 1 << (dim - 1).bit_length())
 
 
-def override(dim: int, dtype: torch.dtype, settings: list[str]) -> None:
-    """Change the launches that a shape gets, e.g. ``keys.stages=3``."""
-    key = key_of(dim, dtype)
-    for text in settings:
-        name, _, value = text.partition("=")
-        part, _, field = name.partition(".")
-        if part not in TABLES or field not in asdict(TABLES[part][0][key]):
-            raise ValueError(f"{text!r} names no setting; e.g. keys.stages=3 is one")
-        new = bool(int(value)) if field == "tma" else int(value)
-        use(part, key, replace(TABLES[part][0][key], **{field: new}))
-
-
-def use(part: str, key: tuple[int, int], launch: Launch) -> None:
-    """Have a part run with a launch, wherever it looks for one."""
-    for table in TABLES[part]:
-        table[key] = launch
-
-
-def sweep(work: Work, rounds: int) -> None:
-    """Print the times of both kernels under many launches, the best first."""
-    key = key_of(work.shape.head_dim, work.q.dtype)
-    parts = work.parts()
-    for part, launches in SWEEP.items():
-        before = [table[key] for table in TABLES[part]]
-        timed: dict[str, Callable[[], object]] = {}
-        for launch in launches:
-
-            def run(launch: Launch = launch, part: str = part) -> object:
-                use(part, key, launch)
-                return parts[part]()
-
-            try:
-                run()
-                torch.cuda.synchronize()
-            except Exception as error:  # too much shared memory: another type in every version of Triton
-                print(f"{part} {launch}: {type(error).__name__}", flush=True)
-                continue
-            timed[str(launch)] = run
-        seconds = interleaved(timed, repeats=rounds, warmup=1, device="cuda")
-        for table, old in zip(TABLES[part], before, strict=True):
-            table[key] = old
-        for name, times in sorted(seconds.items(), key=lambda item: median(item[1])):
-            print(f"{work.shape.keys:7} {part:8} {median(times) * 1e3:9.3f} ms  {name}", flush=True)
-
-
 def main() -> None:
     """Measure the lengths asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser = kernel_parser(__doc__, [8192, 32768, 131072])
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("HQ", "HK"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--density", type=float, default=0.1, help="share of earlier blocks that are read")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--set", nargs="+", default=[], metavar="PART.NAME=VALUE")
-    parser.add_argument("--sweep", action="store_true", help="try launches at every length instead")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    heads = args.heads[0], args.heads[1]
-    override(args.head_dim, dtype, args.set)
+    dtype, heads = getattr(torch, args.dtype), (args.heads[0], args.heads[1])
+    key = key_of(args.head_dim, dtype)
+    places = {part: [(table, key) for table in tables] for part, tables in TABLES.items()}
+    override(places, args.set)
     check(heads, args.head_dim, args.block, dtype)
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         work = Work(tokens, heads, args.head_dim, args.block, args.density, dtype)
         if args.sweep:
-            sweep(work, 2)
+            for part, tried in SWEEP.items():
+                sweep(f"{tokens:7} {part:8}", places[part], tried, work.parts()[part])
         else:
             rows += measure(work, args.repeats)
         del work
         torch.cuda.empty_cache()
-    if args.out and rows:
-        report = {
-            "versions": versions(),
-            "device": torch.cuda.get_device_name(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "dtype": args.dtype,
-            "heads": args.heads,
-            "head_dim": args.head_dim,
-            "block": args.block,
-            "density": args.density,
-            "set": args.set,
-            "launches": {
-                part: {str(key): asdict(launch) for key, launch in table.items()}
-                for part, (table, *_) in TABLES.items()
-            },
-            "rows": rows,
-        }
-        with staged(args.out.parent) as folder:
-            (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
+    about = {"dtype": args.dtype, "heads": heads, "head_dim": args.head_dim, "block": args.block}
+    about |= {"density": args.density, "set": args.set}
+    write(args.out, rows, **about, launches=launches({part: table for part, (table, *_) in TABLES.items()}))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from seerattention.calibration.fit import Target, fit
 from seerattention.calibration.gains import Maps, record
-from seerattention.calibration.search import Target, fit, measure
+from seerattention.calibration.search import RECALL_ROWS
 from seerattention.files import staged
 from seerattention.hosts.transformers import Gates
 from seerattention.measure import bundled
-from seerattention.measure.perplexity import perplexity
+from seerattention.measure.compare import measured
 from seerattention.measure.versions import versions
 from seerattention.policies import Calibrated, Policy, Threshold, TokenBudget, TopK
 
@@ -51,7 +52,6 @@ class Bench:
     def __init__(self, length: int, windows: int) -> None:
         self.model, tokenizer = bundled.load_teacher()
         self.gates: Gates = bundled.load_teacher_gates()
-        self.gates.use_rotary_of(self.model)
         self.training, self.text = bundled.text_tokens(tokenizer)
         self.length, self.windows = length, windows
         self.began = time.perf_counter()
@@ -63,15 +63,17 @@ class Bench:
 
     def measure(self, name: str, policy: Policy, length: int) -> dict[str, Any]:
         """Measure a policy and print it."""
-        found = measure(self.model, self.gates, policy, self.held_out(length))
-        row = {"method": name, "tokens": length, **found}
+        found = measured(
+            self.model, self.gates, policy, windows=self.held_out(length), recall_rows=RECALL_ROWS
+        ).values()
+        kept = ("tokens", "density", "recall", "perplexity")
+        row = {"method": name, **{key: found[key] for key in kept}}
         print(f"{time.perf_counter() - self.began:5.0f} s", json.dumps(row), flush=True)
         return row
 
     def dense(self, length: int) -> float:
         """Return the perplexity without gates."""
-        texts = self.held_out(length)
-        return perplexity(self.model, np.concatenate(texts), window=length, windows=len(texts))
+        return measured(self.model, None, windows=self.held_out(length)).values()["perplexity"]
 
     def threshold(self, density: float, maps: Maps) -> dict[str, Any]:
         """Find the one threshold whose measured density is the given one, and measure it."""

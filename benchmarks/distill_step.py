@@ -7,27 +7,23 @@ The forward pass is the decoder alone with cuDNN's attention; a training step is
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import script
 import torch
 from end_to_end import SHAPES, Parts, make_model
 from torch.nn.attention import sdpa_kernel
 
-from seerattention.files import staged
 from seerattention.hosts.transformers import new_gates
-from seerattention.measure.versions import versions
 from seerattention.ops.dense_attention import CUDNN_FIRST
-from seerattention.train import DistillConfig, Distiller, trainer
+from seerattention.train import DistillConfig, Distiller, distiller
 
 PARTS = ("pooled attention", "gate", "optimizer", "rest")
 #: Tokens of the published recipe, which took about 40 A100 hours (arXiv 2410.13276, section 4).
@@ -45,8 +41,8 @@ def forward(model: Any, ids: torch.Tensor) -> None:
 def watched(parts: Parts, training: Distiller) -> Iterator[None]:
     """Count the parts of every step inside this context."""
     replaced = (
-        (trainer, "pooled_attention", "pooled attention"),
-        (trainer, "learn", "gate"),
+        (distiller, "pooled_attention", "pooled attention"),
+        (distiller, "learn", "gate"),
         (training.optimizer, "step", "optimizer"),
     )
     with ExitStack() as stack:
@@ -103,33 +99,18 @@ def measure(model: Any, tokens: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every length; the report is written after each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/distill_step.json"), help="default: %(default)s"
-    )
-    parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 32768 and 65536")
+    parser = script.parser(__doc__, [32768, 65536], repeats=3)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="default: %(default)s")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = make_model(args.shape, args.layers, args.device, dtype)
-    report: dict[str, Any] = {
-        "versions": versions(args.device),
-        "date": datetime.now(UTC).date().isoformat(),
-        "shape": args.shape,
-        "layers": model.config.num_hidden_layers,
-        "dtype": str(dtype).removeprefix("torch."),
-        "rows": [],
-    }
-    for tokens in args.tokens or [32768, 65536]:
-        report["rows"].append(measure(model, tokens, args.repeats))
-        with staged(args.out.parent) as folder:
-            (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report["rows"][-1], indent=2), flush=True)
+    rows: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        rows.append(measure(model, tokens, args.repeats))
+        script.write(args.out, rows, args.device, **script.model_settings(model, args.shape))
+        print(json.dumps(rows[-1], indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,30 +9,26 @@ whatever the scores are.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import script
 import torch
 from rich.progress import Progress
 from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from seerattention import attention
-from seerattention.engine import layer
-from seerattention.files import staged
+from seerattention.engine import summaries
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers import attach, detach, new_gates, usage
-from seerattention.measure.versions import versions
 from seerattention.ops.dense_attention import CUDNN_FIRST
 
 POLICY = "top_k:0.1,sink_blocks=1"
@@ -107,6 +103,14 @@ class Parts:
         self.spans[part].append((start, self.now()))
         return result
 
+    def _counted(self, part: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function, or a method, that counts its time."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            return self.wrapped(part, run, *args, **kwargs)
+
+        return counted
+
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:
         """Count the parts of everything the model computes inside this context."""
@@ -123,12 +127,11 @@ class Parts:
             (functional, "scaled_dot_product_attention", "attention"),
             (attention, "block_sparse_attention", "attention"),
             (attention, "select_blocks", "selection"),
-            (layer, "_update_summaries", "selection"),
+            (summaries.Growing, "follow", "selection"),
         )
         with ExitStack() as stack:
             for owner, name, part in replaced:
-                run = partial(self.wrapped, part, getattr(owner, name))
-                stack.enter_context(patch.object(owner, name, run))
+                stack.enter_context(patch.object(owner, name, self._counted(part, getattr(owner, name))))
             for name, module in model.named_modules():
                 if part := MODULES.get(name.rpartition(".")[2]):
                     stack.callback(module.register_forward_pre_hook(before).remove)
@@ -222,43 +225,28 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure every length and write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/end_to_end.json"), help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 32768 and 131072")
+    parser = script.parser(__doc__, [32768, 131072], repeats=2)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="default: %(default)s")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument(
         "--gate", choices=("published", "default"), action="append", help="repeatable; default both"
     )
     parser.add_argument("--backend", default="auto", help="of block_sparse_attention (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=2, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    lengths = args.tokens or [32768, 131072]
     model = make_model(args.shape, args.layers, args.device, dtype)
     designs = args.gate or ("published", "default")
     gates = {"dense": None} | {name: make_gates(model, name) for name in designs}
-    report: dict[str, Any] = {
-        "versions": versions(args.device),
-        "date": datetime.now(UTC).date().isoformat(),
-        "shape": args.shape,
-        "layers": model.config.num_hidden_layers,
-        "dtype": str(dtype).removeprefix("torch."),
-        "policy": POLICY,
-        "backend": args.backend,
-        "rows": [],
-    }
+    about = script.model_settings(model, args.shape) | {"policy": POLICY, "backend": args.backend}
+    rows: list[dict[str, Any]] = []
     with Progress() as progress:
-        task = progress.add_task("prefill", total=len(lengths) * len(gates) * (args.repeats + 2))
-        for tokens in lengths:
-            report["rows"] += measure(model, gates, tokens, args, lambda: progress.advance(task))
+        task = progress.add_task("prefill", total=len(args.tokens) * len(gates) * (args.repeats + 2))
+        for tokens in args.tokens:
+            rows += measure(model, gates, tokens, args, lambda: progress.advance(task))
             # Long ones come last: what is stopped there keeps what it has.
-            with staged(args.out.parent) as folder:
-                (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
-    show(report["rows"])
+            script.write(args.out, rows, args.device, **about)
+    show(rows)
 
 
 if __name__ == "__main__":

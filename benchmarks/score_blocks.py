@@ -9,41 +9,19 @@ PyTorch's path is left out where it would take more than half of the memory or t
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from script import override, parser, times, write
 from torch import Tensor
 
-from seerattention.files import staged
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.measure.versions import versions
+from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
 from seerattention.train import layer, objectives
-
-
-def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Return the median milliseconds on the device after a first call, and the extra peak memory in MB."""
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, times = torch.cuda.memory_allocated(), []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The queue is kept full, so that launches cost nothing, as behind a model's own layers.
-        torch.cuda._sleep(20_000_000)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times), (torch.cuda.max_memory_allocated() - before) / 1e6
+from seerattention.train.target import sampled_recall
 
 
 def scoring(case: Case, backend: str) -> dict[str, Callable[[], object]]:
@@ -88,11 +66,11 @@ def learning(case: Case) -> dict[str, Callable[[], object]]:
         "learn: whole": lambda: layer.learn(gate, q, k, target, kl, 1.0, 0.1),
         "learn: summaries forward": pool,
         "learn: loss, both passes": lambda: kl(target, scores, (64, 64), tokens).backward(),
-        "learn: recall": lambda: layer.sampled_recall(target, scores.detach(), (64, 64), tokens, (0.1,)),
+        "learn: recall": lambda: sampled_recall(target, scores.detach(), (64, 64), tokens, (0.1,)),
     }
 
 
-def flops(case: Case, name: str) -> float | None:
+def flops(case: Case, name: str) -> float:
     """Operations of the causal products: one forward, one per gradient backward."""
     pairs = case.heads * case.queries * case.keys / 2
     return 2 * case.dim * pairs * (2 if name.endswith("backward") else 1)
@@ -100,46 +78,34 @@ def flops(case: Case, name: str) -> float | None:
 
 def main() -> None:
     """Print a table and write a report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__, [8192, 32768, 65536])
+    options.add_argument(
+        "--set", nargs="+", default=[], metavar="KERNEL.NAME=VALUE", help="e.g. back.num_stages=2"
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 65536])
-    parser.add_argument("--torch-up-to", type=int, default=32768, help="tokens (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KERNEL.NAME=VALUE",
-        help="launch settings, e.g. back.num_stages=2",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    for text in args.set:
-        place, value = text.split("=")
-        kernel, setting = place.split(".")
-        BACKENDS["triton"].LAUNCH["narrow"][kernel][setting] = int(value)
+    options.add_argument("--torch-up-to", type=int, default=32768, help="tokens (default: %(default)s)")
+    args = options.parse_args()
+    table = BACKENDS["triton"].LAUNCH["narrow"]
+    override({kernel: [(table, kernel)] for kernel in table}, args.set)
     rows: list[dict[str, Any]] = []
     for case in (c for c in CASES if c.large and c.queries * 8 in args.tokens):
         tokens = case.queries * 8
         calls = scoring(case, "triton") | learning(case)
         if tokens <= args.torch_up_to:
-            calls |= scoring(case, "reference")
-        for name, run in calls.items():
-            ms, extra = timed(run, args.repeats)
-            row = {"tokens": tokens, "call": name, "ms": round(ms, 3), "extra_mb": round(extra, 1)}
+            calls |= scoring(case, "chunked")
+        memory = {name: peak_mb(run) for name, run in calls.items()}
+        for name, found in interleaved(calls, repeats=args.repeats, device="cuda").items():
+            row = {"tokens": tokens, "call": name, **times(found), "extra_mb": round(memory[name], 1)}
             rate = ""
             if not name.startswith("learn"):
-                row["tflops"] = round(flops(case, name) / ms / 1e9, 1)
+                row["tflops"] = round(flops(case, name) / row["ms"] / 1e9, 1)
                 rate = f"{row['tflops']:7.1f} TFLOP/s"
             rows.append(row)
-            print(f"{tokens:7} {name:28} {ms:9.3f} ms {extra:9.1f} MB extra {rate}", flush=True)
+            print(
+                f"{tokens:7} {name:28} {row['ms']:9.3f} ms {row['extra_mb']:9.1f} MB extra {rate}", flush=True
+            )
         del calls
         torch.cuda.empty_cache()
-    if args.out:
-        report = {
-            "versions": versions(), "device": torch.cuda.get_device_name(),
-            "date": datetime.now(UTC).date().isoformat(), "set": args.set, "rows": rows,
-        }  # fmt: skip
-        with staged(args.out.parent) as folder:
-            (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
+    write(args.out, rows, set=args.set)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,17 @@ python benchmarks/select_blocks.py --gates sixteen --sweep
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from statistics import median
-from types import ModuleType
 from typing import Any
 
 import torch
+from script import Place, kernel_parser, override, sweep, times, write
 
-from seerattention.files import staged
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.measure.versions import versions
+from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
@@ -49,22 +43,6 @@ SUMMARY_SETTINGS = [
 ]
 
 
-def gpu_ms(run: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds on the device; the queue is kept full, so that launches cost nothing."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
-
-
 def call_ms(run: Callable[[], object], repeats: int) -> float:
     """Milliseconds a call takes in a row of calls, launches included."""
     torch.cuda.synchronize()
@@ -73,19 +51,6 @@ def call_ms(run: Callable[[], object], repeats: int) -> float:
         run()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats * 1e3
-
-
-def extra_mb(run: Callable[[], object]) -> float:
-    """Peak memory beyond what is there before and what the call returns, in MB."""
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = run()
-    kept = torch.cuda.memory_allocated() - before
-    peak = torch.cuda.max_memory_allocated() - before - kept
-    del result
-    return peak / 1e6
 
 
 @contextmanager
@@ -151,18 +116,11 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
 
 def measure(case: Case, policies: list[Policy], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """Time every part of one case."""
-    rows = []
-    for name, run in parts(case, policies, dtype).items():
-        few = max(3, repeats // 5) if name.startswith("torch") else repeats
-        times = gpu_ms(run, few)
-        row = {
-            "case": case.name,
-            "part": name,
-            "ms": round(median(times), 4),
-            "range_ms": [round(min(times), 4), round(max(times), 4)],
-            "call_ms": round(call_ms(run, few), 4),
-            "extra_mb": round(extra_mb(run), 1),
-        }
+    rows, timed = [], parts(case, policies, dtype)
+    for name, found in interleaved(timed, repeats=repeats, device="cuda").items():
+        run = timed[name]
+        row = {"case": case.name, "part": name, **times(found, 4)}
+        row |= {"call_ms": round(call_ms(run, 10), 4), "extra_mb": round(peak_mb(run, result=False), 1)}
         rows.append(row)
         low, high = row["range_ms"]
         print(
@@ -173,84 +131,42 @@ def measure(case: Case, policies: list[Policy], dtype: torch.dtype, repeats: int
     return rows
 
 
-def sweep(case: Case, policy: Policy, dtype: torch.dtype, repeats: int) -> None:
+def try_launches(case: Case, policy: Policy, dtype: torch.dtype) -> None:
     """Print the times of every part under many launch settings, the best first."""
-    timed = parts(case, [policy], dtype)
-    wide = dtype == torch.float32
-    tried = [
+    timed, wide = parts(case, [policy], dtype), dtype == torch.float32
+    for part, kernel, group, settings in (
         ("summarise q", "summarise", "pool" if case.published else "project", SUMMARY_SETTINGS),
         ("summarise k", "summarise", "project", SUMMARY_SETTINGS),
         (f"score+policy {policy}", "select", "narrow", SCORE_SETTINGS),
-    ]
-    for part, kernel, group, settings in tried:
-        group = "wide" if wide else group
-        launch, found = KERNELS[kernel].LAUNCH, []
-        before = launch[group]
-        for setting in settings:
-            launch[group] = dict(setting)
-            try:
-                found.append((median(gpu_ms(timed[part], repeats)), setting))
-            except Exception as error:  # too much shared memory: another type in every version of Triton
-                print(f"{part} {setting}: {type(error).__name__}", flush=True)
-        launch[group] = before
-        for ms, setting in sorted(found, key=lambda f: f[0])[:8]:
-            print(f"{case.name:16} {part:28} {ms:9.3f} ms  {setting}", flush=True)
-
-
-def override(text: str) -> None:
-    """Change one launch setting, e.g. ``select.narrow.ROWS=128`` or ``select.SCORE_BYTES=16777216``."""
-    path, _, value = text.partition("=")
-    kernel, *names, last = path.split(".")
-    module: ModuleType = KERNELS[kernel]
-    if names:
-        settings = module.LAUNCH[names[0]]
-        if last not in settings:
-            raise ValueError(f"{text!r} names no setting; there are {sorted(settings)}")
-        settings[last] = int(value)
-    else:
-        if not hasattr(module, last):
-            raise ValueError(f"{text!r} names no constant of {module.__name__}")
-        setattr(module, last, int(value))
+    ):
+        places: list[Place] = [(KERNELS[kernel].LAUNCH, "wide" if wide else group)]
+        sweep(f"{case.name:16} {part:28}", places, settings, timed[part])
 
 
 def main() -> None:
     """Measure the cases asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
+    parser = kernel_parser(__doc__, [32768, 131072])
     parser.add_argument("--gates", nargs="+", default=["published", "sixteen", "eight", "default"])
     parser.add_argument("--policies", nargs="+", default=["top_k:0.1", "threshold:5e-4"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KERNEL.GROUP.NAME=VALUE")
-    parser.add_argument("--sweep", action="store_true", help="try launch settings of every kernel")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    for text in args.set:
-        override(text)
+    places: dict[str, list[Place]] = {}
+    for name, module in KERNELS.items():
+        places |= {f"{name}.{group}": [(module.LAUNCH, group)] for group in module.LAUNCH}
+        places |= {f"{name}.{key}": [(vars(module), key)] for key in vars(module) if key.endswith("_BYTES")}
+    override(places, args.set)
     dtype, policies = getattr(torch, args.dtype), [parse(text) for text in args.policies]
     cases = {c.name: c for c in CASES}
-    wanted = [cases[f"{gate}-{tokens // 1024}k"] for tokens in args.tokens for gate in args.gates]
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for case in wanted:
-            if args.sweep:
-                sweep(case, policies[0], dtype, max(5, args.repeats // 5))
-            else:
-                rows += measure(case, policies, dtype, args.repeats)
-            torch.cuda.empty_cache()
-    if args.out and rows:
-        report = {
-            "versions": versions(),
-            "device": torch.cuda.get_device_name(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "dtype": args.dtype,
-            "set": args.set,
-            "rows": rows,
-        }
-        with staged(args.out.parent) as folder:
-            (folder / args.out.name).write_text(json.dumps(report, indent=2) + "\n")
+        for tokens in args.tokens:
+            for gate in args.gates:
+                case = cases[f"{gate}-{tokens // 1024}k"]
+                if args.sweep:
+                    try_launches(case, policies[0], dtype)
+                else:
+                    rows += measure(case, policies, dtype, args.repeats)
+                torch.cuda.empty_cache()
+    write(args.out, rows, dtype=args.dtype, set=args.set)
 
 
 if __name__ == "__main__":

@@ -7,160 +7,55 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import string
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from seerattention.cli.info import markdown
+from seerattention.hosts.transformers import families
+from seerattention.policies import forms
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
-BENCH = ROOT / "benchmarks" / "results" / "cpu" / "prefill.json"
-GPU = ROOT / "benchmarks" / "results" / "h200"
-ROOFLINE = ROOT / "docs" / "figures" / "prefill-h200.png"
-CROSSOVER = ROOT / "src" / "seerattention" / "data" / "crossover.json"
-TEACHER = ROOT / "src" / "seerattention" / "data" / "teacher" / "results.json"
-CALIBRATE = ROOT / "benchmarks" / "results" / "cpu" / "calibrate.json"
-DESIGNS = ROOT / "benchmarks" / "results" / "gates"
-EVAL = ROOT / "benchmarks" / "results" / "h100" / "eval" / "summary.json"
-BACKWARD = ROOT / "benchmarks" / "results" / "h200" / "block_sparse_backward.json"
-SWEEP = ROOT / "benchmarks" / "results" / "h100" / "block_sparse_backward_sweep.json"
-YARN = ROOT / "benchmarks" / "results" / "h200" / "yarn"
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / "src" / "seerattention" / "data"
 POLICY = "top_k:{density},sink_blocks=1"
-GATES = ROOT / "src" / "seerattention" / "data" / "teacher-gates" / "results.json"
+#: Under tables of selections by count that were measured before blocks read anyway counted.
+FORMER = "Measured at f9ee062 or before, where the own block came on top of the count."
+FORMER_DENSITY = f"{FORMER[:-1]}; the density column is as measured."
+#: The methods of the README's table, under the names they have there.
+HEADLINE = {
+    "dense": "dense attention",
+    "gates": "**SeerAttention gates**",
+    "quest": "Quest",
+    "xattention": "XAttention",
+    "meanpool": "mean-pool (MoBA)",
+    "streaming": "first and latest blocks (StreamingLLM)",
+}
+
+Report = dict[str, Any]
 
 
-def machine(report: dict[str, Any]) -> str:
-    """Say what a report was measured with."""
-    v = report["versions"]
-    return (
-        f"{v['device']}, {v['threads']} threads, torch {v['torch']}, transformers {v['transformers']}, "
-        f"Python {v['python']}"
-    )
+def read(*path: str, base: Path = RESULTS) -> Any:
+    """Read a result file."""
+    return json.loads(base.joinpath(*path).read_text())
 
 
-def quality(report: dict[str, Any]) -> str:
-    """Return the demo's comparison as a table, dense first."""
-    rows = report["rows"]
-    lines = [
-        f"At {rows[0]['tokens']:,} tokens; {report['questions']} needle questions; {machine(report)}:",
-        "",
-        "| method | density | perplexity | needles | needles, last rows dense | recall | prefill s | "
-        "speedup |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['method']} | {r['density']:.1%} | {r['perplexity']:.2f} | {r['needle']:.0%} | "
-        f"{r['needle_dense_last']:.0%} | {r['recall']:.1%} | {r['prefill_s']:.2f} | {r['speedup']:.2f}x |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+class Cells(string.Formatter):
+    """Format strings that also know ``~``, three digits, and a leading ``?``, nothing for 0 and None."""
 
+    def format_field(self, value: Any, spec: str) -> str:
+        """Format one value."""
+        if spec.startswith("?"):
+            return self.format_field(value, spec[1:]) if value else ""
+        return digits(value) if spec == "~" else format(value, spec)
 
-def times(report: dict[str, Any]) -> str:
-    """Return the time curve as a table."""
-    lines = [
-        "| tokens | model dense s | model sparse s | speedup | one layer's attention dense ms | sparse ms | "
-        "choosing blocks ms | attention speedup | with choosing |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in report["lengths"]:
-        total = r["sparse_attention_s"] + r["selection_s"]
-        lines.append(
-            f"| {r['tokens']:,} | {r['dense_prefill_s']:.2f} | {r['sparse_prefill_s']:.2f} | "
-            f"{r['prefill_speedup']:.2f}x | {r['dense_attention_s'] * 1e3:.0f} | "
-            f"{r['sparse_attention_s'] * 1e3:.0f} | {r['selection_s'] * 1e3:.0f} | "
-            f"{r['attention_speedup']:.1f}x | {r['dense_attention_s'] / total:.1f}x |"
-        )
-    return "\n".join(lines)
-
-
-def lengths() -> str:
-    """Return the bundled gates' evaluation at several lengths, dense first."""
-    rows = json.loads(GATES.read_text())
-    lines = ["| tokens | method | density | perplexity | needles |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r['tokens']:,} | {r['method']} | {r['density']:.1%} | {r['perplexity']:.2f} | "
-        f"{r['needle']:.0%} of {r['questions']} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def table_of_all() -> str:
-    """Return every method at every density and length, dense first."""
-    report = json.loads(EVAL.read_text())
-    rows = {(r["task"], r["length"], r["method"], r["asked"]): r for r in report["rows"]}
-    lengths = sorted({n for _, n, *_ in rows})
-    (count,) = {r["samples"] for r in rows.values()}
-    later = sorted({r["device"] for r in rows.values() if "device" in r})
-    widest = {
-        task: max(
-            (r["interval"][1] - r["interval"][0]) / 2 / (r["score"] if task == "perplexity" else 1)
-            for r in rows.values()
-            if r["task"] == task
-        )
-        for task in ("perplexity", "needle")
-    }
-    dtype = report["dtype"].removeprefix("torch.")
-    lines = [
-        f"{report['date']}, {machine(report)}, {dtype}; `{POLICY}`, no dense last rows; {count} samples "
-        f"a cell (of eight needles each). 95 % intervals are at most ± {widest['perplexity']:.1%} of a "
-        f"perplexity, most of it the texts', the same for every method, and ± {widest['needle']:.0%} of "
-        f"needles. {sum('device' in r for r in rows.values())} of {len(rows)} figures are from an "
-        f"{', '.join(later)}, where all that was measured on both cards was the same:",
-        "",
-        "| method | blocks asked | "
-        + " | ".join(f"{n // 1024}k: read, perplexity, needles" for n in lengths)
-        + " |",
-        "|---" * (2 + len(lengths)) + "|",
-    ]
-    for method, asked in dict.fromkeys((m, a) for _, _, m, a in rows):
-        cells = []
-        for n in lengths:
-            loss, needle = (rows[task, n, method, asked] for task in ("perplexity", "needle"))
-            cells.append(f"{loss['density']:.0%}, {loss['score']:.2f}, {needle['score']:.0%}")
-        name = f"**{method}**" if method in ("dense", "gates") else method
-        lines.append(f"| {name} | {'all' if asked is None else f'{asked:.0%}'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def backward() -> str:
-    """Return forward and backward beside dense attention's, the parts alone, and the launches tried."""
-    report = json.loads(BACKWARD.read_text())
-    lines = [
-        f"{report['date']}, {machine(report)}; {report['dtype']}, {report['heads'][0]} query and "
-        f"{report['heads'][1]} KV heads of {report['head_dim']}, blocks of {report['block']}, "
-        f"{report['density']:.0%} of the earlier blocks at random:",
-        "",
-        "| tokens | what | median ms | range ms | TFLOP/s | speedup | peak MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in report["rows"]:
-        speedup = "" if r["speedup"] is None else f"{r['speedup']:.2f}x"
-        low, high = r["range_ms"]
-        lines.append(
-            f"| {r['tokens']:,} | {r['variant']} | {r['ms']:.3f} | {low:.3f}-{high:.3f} | "
-            f"{r['tflops'] or ''} | {speedup} | {r['peak_mb'] or ''} |"
-        )
-    report = json.loads(SWEEP.read_text())
-    lines += ["", f"{report['date']}, {machine(report)}:", "", "| part, 32k | launch | ms |", "|---|---|---|"]
-    lines += [f"| {r['part']} | `{r['launch']}` | {r['ms']:.3f} |" for r in report["sweep"]]
-    return "\n".join(lines)
-
-
-def measured_with(report: dict[str, Any]) -> str:
-    """Say what a prefill report was measured with, and the ceilings of that run."""
-    shape, limits = report["shape"], report["ceilings"]
-    size = limits["matmul_size"]
-    text = (
-        f"{report['date']}, {machine(report)}; {report['dtype']}, {shape['heads']} query and "
-        f"{shape['kv_heads']} KV heads of {shape['head_dim']}, batch 1; a matrix product of {size} x "
-        f"{size} x {size} ran at {digits(limits['matmul_tflops'])} TFLOP/s"
-    )
-    for name, what in (("copy_tbs", "copies"), ("l2_tbs", "reads from the L2 cache")):
-        text += f", {what} at {digits(limits[name])} TB/s" if limits[name] else ""
-    return text + ":"
+    def of(self, text: str, row: Report) -> str:
+        """Fill in a row's values by name, or by ``row`` where a name is no word."""
+        return self.vformat(text, (), {**row, "row": row})
 
 
 def digits(value: float) -> str:
@@ -168,406 +63,517 @@ def digits(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def table(columns: str, rows: Iterable[Report]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        columns: Title and cell of every column, as in ``"tokens: {tokens:,} | gate: {gate}"``.
+        rows: What cells take their values from.
+    """
+    titles, cells = zip(*(column.split(": ", 1) for column in columns.split(" | ")), strict=True)
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return "\n".join(lines + [f"| {Cells().of(' | '.join(cells), row)} |" for row in rows])
+
+
+def parts(*texts: str) -> str:
+    """Return paragraphs and tables under one another, empty ones left out."""
+    return "\n\n".join(filter(None, texts))
+
+
+def machine(report: Report) -> str:
+    """Say what a report was measured with."""
+    versions = "{device}, {threads} threads, torch {torch}, transformers {transformers}, Python {python}"
+    return Cells().of(versions, report["versions"])
+
+
+def attention_of(report: Report) -> str:
+    """Say when, with what and on which heads something was measured."""
+    return f"{report['date']}, {machine(report)}; " + Cells().of(
+        "{dtype}, {heads[0]} query and {heads[1]} KV heads of {head_dim}", report
+    )
+
+
+def model_of(report: Report) -> str:
+    """Say when, with what and on which model something was measured."""
+    return f"{report['date']}, {machine(report)}; " + Cells().of(
+        "shape {shape} with {layers} layers and random weights, {dtype}", report
+    )
+
+
+def headline() -> str:
+    """Return the README's sentence and its table: methods at 10 % of 32k tokens, and what that saves."""
+    by = {r["method"]: r for r in read("teacher-gates", "results.json", base=DATA) if r["tokens"] == 32768}
+    cpu = read("cpu", "demo.json")["lengths"][-1]
+    asked = {"backend": "hopper", "tokens": 32768, "block": 64, "mask": "gate", "asked": 0.1}
+    (gpu,) = (r for r in read("h200", "prefill.json")["rows"] if asked.items() <= r.items())
+    text = (
+        f"Reading 10 % of the blocks of 32k tokens, the bundled model finds {by['gates']['needle']:.0%} of "
+        f"the numbers hidden in a novel, where dense attention finds {by['dense']['needle']:.0%}; prefill is "
+        f"{cpu['prefill_speedup']:.1f} times as fast on two CPU cores, and one layer's attention "
+        f"{gpu['speedup']:.1f} times as fast on an H200."
+    )
+    return parts(
+        textwrap.fill(text, 118),
+        table(
+            "32,768 tokens: {name} | blocks read: {density:.1%} | perplexity: {perplexity:.2f} | "
+            "needles found: {needle:.0%}",
+            ({"name": name} | by[method] for method, name in HEADLINE.items()),
+        ),
+        FORMER_DENSITY,
+    )
+
+
+def supported() -> str:
+    """Return the README's lines about models and policies."""
+    policies = ", ".join(f"`{form}`" for form in forms())
+    return f"- Models: {', '.join(families())}.\n- Policies: {policies}. One set of gates serves all of them."
+
+
+def quality() -> str:
+    """Return the demo's comparison, dense first."""
+    report = read("cpu", "demo.json")
+    tokens = report["rows"][0]["tokens"]
+    return parts(
+        f"At {tokens:,} tokens; {report['questions']} needle questions; {machine(report)}:",
+        table(
+            "method: {method} | density: {density:.1%} | perplexity: {perplexity:.2f} | "
+            "needles: {needle:.0%} | needles, last rows dense: {needle_dense_last:.0%} | "
+            "recall: {recall:.1%} | prefill s: {prefill_s:.2f} | speedup: {speedup:.2f}x",
+            report["rows"],
+        ),
+        FORMER_DENSITY,
+    )
+
+
+def times() -> str:
+    """Return the demo's time curve."""
+    rows = read("cpu", "demo.json")["lengths"]
+    for r in rows:
+        r["with"] = r["dense_attention_s"] / (r["sparse_attention_s"] + r["selection_s"])
+        r |= {f"{k}_ms": r[f"{k}_s"] * 1e3 for k in ("dense_attention", "sparse_attention", "selection")}
+    return table(
+        "tokens: {tokens:,} | model dense s: {dense_prefill_s:.2f} | "
+        "model sparse s: {sparse_prefill_s:.2f} | speedup: {prefill_speedup:.2f}x | "
+        "one layer's attention dense ms: {dense_attention_ms:.0f} | sparse ms: {sparse_attention_ms:.0f} | "
+        "selecting blocks ms: {selection_ms:.0f} | attention speedup: {attention_speedup:.1f}x | "
+        "with selecting: {with:.1f}x",
+        rows,
+    )
+
+
+def lengths() -> str:
+    """Return the bundled gates' evaluation at several lengths, dense first."""
+    columns = (
+        "tokens: {tokens:,} | method: {method} | density: {density:.1%} | perplexity: {perplexity:.2f} | "
+        "needles: {needle:.0%} of {questions}"
+    )
+    return parts(table(columns, read("teacher-gates", "results.json", base=DATA)), FORMER_DENSITY)
+
+
+def table_of_all() -> str:
+    """Return every method at every density and length, dense first."""
+    report = read("h100", "eval", "summary.json")
+    rows = {(r["task"], r["length"], r["method"], r["asked"]): r for r in report["rows"]}
+    lengths = sorted({n for _, n, *_ in rows})
+    (count,) = {r["samples"] for r in rows.values()}
+    others = [r["device"] for r in rows.values() if "device" in r]
+
+    def widest(task: str, relative: bool) -> float:
+        found = (r for r in rows.values() if r["task"] == task)
+        return max((r["interval"][1] - r["interval"][0]) / 2 / (r["score"] if relative else 1) for r in found)
+
+    def line(method: str, asked: float | None) -> Report:
+        cells = {
+            f"at{n}": Cells().of("{density:.0%}, {score:.2f}", rows["perplexity", n, method, asked])
+            + f", {rows['needle', n, method, asked]['score']:.0%}"
+            for n in lengths
+        }
+        name = f"**{method}**" if method in ("dense", "gates") else method
+        return {"name": name, "asked": "all" if asked is None else f"{asked:.0%}", **cells}
+
+    return parts(
+        f"{report['date']}, {machine(report)}, {report['dtype'].removeprefix('torch.')}; `{POLICY}`, no "
+        f"dense last rows; {count} samples a cell, of eight needles each. 95 % intervals are at most "
+        f"± {widest('needle', False):.0%} of needles and ± {widest('perplexity', True):.1%} of a perplexity; "
+        "the latter is mostly the spread of the texts, which is the same for every method. "
+        f"{len(others)} of {len(rows)} figures are from an {', '.join(sorted(set(others)))}. What was "
+        "measured on both cards was the same.",
+        table(
+            "method: {name} | blocks asked: {asked} | "
+            + " | ".join(f"{n // 1024}k (read, perplexity, needles): {{at{n}}}" for n in lengths),
+            (line(*key) for key in dict.fromkeys((m, a) for _, _, m, a in rows)),
+        ),
+        FORMER_DENSITY,
+    )
+
+
+def backward() -> str:
+    """Return forward and backward beside dense attention's, and the parts alone."""
+    report = read("h200", "block_sparse_backward.json")
+    return parts(
+        f"{attention_of(report)}, blocks of {report['block']}, {report['density']:.0%} of the earlier blocks "
+        "at random:",
+        table(
+            "tokens: {tokens:,} | what: {variant} | median ms: {ms:.3f} | "
+            "range ms: {range_ms[0]:.3f}-{range_ms[1]:.3f} | TFLOP/s: {tflops:?} | speedup: {times} | "
+            "peak MB: {peak_mb:?}",
+            (r | {"times": f"{r['speedup']:.2f}x" if r["speedup"] else ""} for r in report["rows"]),
+        ),
+    )
+
+
+def backward_sweep() -> str:
+    """Return the launches of the backward that were tried."""
+    report = read("h100", "block_sparse_backward_sweep.json")
+    launches = table("part, 32k: {part} | launch: `{launch}` | ms: {ms:.3f}", report["sweep"])
+    return parts(f"{report['date']}, {machine(report)}:", launches)
+
+
+def measured_with(report: Report) -> str:
+    """Say what a prefill report was measured with, and the ceilings of that run."""
+    heads, limits = report["shape"], report["ceilings"]
+    n = limits["matmul_size"]
+    text = attention_of(report | heads | {"heads": (heads["heads"], heads["kv_heads"])}) + (
+        f", batch 1; a matrix product of {n} x {n} x {n} ran at {digits(limits['matmul_tflops'])} TFLOP/s"
+    )
+    for name, what in (("copy_tbs", "copies"), ("l2_tbs", "reads from the L2 cache")):
+        text += f", {what} at {digits(limits[name])} TB/s" if limits[name] else ""
+    return text + ":"
+
+
 def bench() -> str:
-    """Return the prefill benchmark on a CPU as a table, dense first at every length."""
-    report = json.loads(BENCH.read_text())
-    lines = [
-        measured_with(report),
-        "",
-        "| tokens | block | mask | backend | density | median ms | range ms | TFLOP/s | of the matrix rate | "
-        "speedup |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['tokens']:,} | {r['block'] or ''} | {r['mask']} | {r['backend']} | {r['density']:.1%} | "
-        f"{r['ms']:.1f} | {r['range_ms'][0]:.1f}-{r['range_ms'][1]:.1f} | {r['tflops']:.3f} | "
-        f"{r['share_of_matmul']:.0%} | {r['speedup']:.2f}x |"
-        for r in report["rows"]
-    ]
-    lines += ["", *layers(report)] if report["layers"] else []
-    lines += ["", *report["notes"]] if report["notes"] else []
-    return "\n".join(lines)
+    """Return the prefill benchmark on a CPU, dense first at every length."""
+    report = read("cpu", "prefill.json")
+    columns = (
+        "tokens: {tokens:,} | block: {block:?} | mask: {mask} | backend: {backend} | "
+        "density: {density:.1%} | median ms: {ms:.1f} | range ms: {range_ms[0]:.1f}-{range_ms[1]:.1f} | "
+        "TFLOP/s: {tflops:.3f} | of the matrix rate: {share_of_matmul:.0%} | speedup: {speedup:.2f}x"
+    )
+    whole = layers(report) if report["layers"] else ""
+    return parts(measured_with(report), table(columns, report["rows"]), whole, "\n".join(report["notes"]))
 
 
-def layers(report: dict[str, Any]) -> list[str]:
-    """Return whole layers of a report as a table."""
-    lines = [
-        "| tokens | block | gate | density | selection ms | attention ms | together ms | dense ms | "
-        "speedup | extra MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in report["layers"]:
-        memory = "" if r["memory_mb"] is None else digits(r["memory_mb"])
-        lines.append(
-            f"| {r['tokens']:,} | {r['block']} | {r['gate']} | {r['density']:.1%} | "
-            f"{digits(r['selection_ms'])} | {digits(r['attention_ms'])} | {digits(r['total_ms'])} | "
-            f"{digits(r['dense_ms'])} | {r['speedup']:.2f}x | {memory} |"
-        )
-    return lines
+def layers(report: Report) -> str:
+    """Return whole layers of a report."""
+    return table(
+        "tokens: {tokens:,} | block: {block} | gate: {gate} | density: {density:.1%} | "
+        "selection ms: {selection_ms:~} | attention ms: {attention_ms:~} | together ms: {total_ms:~} | "
+        "dense ms: {dense_ms:~} | speedup: {speedup:.2f}x | extra MB: {memory_mb:?~}",
+        report["layers"],
+    )
 
 
 def gpu() -> str:
-    """Return what was measured on a GPU: picture, targets, attention, layers, whole model; or nothing."""
-    parts = []
-    if (path := GPU / "prefill.json").exists():
-        report = json.loads(path.read_text())
-        if ROOFLINE.exists():
-            parts.append(f"![Rate against density under the device's ceilings](figures/{ROOFLINE.name})")
-        parts += [measured_with(report), attention(report), "\n".join(layers(report)), targets(report)]
-        parts += ["\n".join(f"- {note}" for note in report["notes"])] if report["notes"] else []
-    if (path := GPU / "end_to_end.json").exists():
-        parts.append(end_to_end(json.loads(path.read_text())))
-    return "\n\n".join(parts)
+    """Return what was measured on a GPU: picture, attention, layers, targets, whole model."""
+    report = read("h200", "prefill.json")
+    return parts(
+        "![Rate against density under the device's ceilings](figures/prefill-h200.png)",
+        measured_with(report),
+        by_density(report),
+        layers(report),
+        FORMER_DENSITY,
+        table(
+            "target: {what} | wanted: {sign} {bound} | reached: {reached:?~} | met: {word}",
+            (
+                r
+                | {"sign": "at most" if r["at_most"] else "at least"}
+                | {"word": {True: "yes", False: "**no**", None: "not measured"}[r["met"]]}
+                for r in report["targets"]
+            ),
+        ),
+        "\n".join(f"- {note}" for note in report["notes"]),
+        end_to_end(),
+    )
+
+
+def by_density(report: Report) -> str:
+    """Return attention alone, one line per backend, one column per density asked for."""
+    asked = sorted({r["asked"] for r in report["rows"]}, reverse=True)
+    lines: dict[tuple[Any, ...], Report] = {}
+    for r in report["rows"]:
+        key = r["tokens"], r["block"], r["mask"], r["backend"]
+        line = lines.setdefault(key, r | {f"at{i}": "" for i in range(len(asked))})
+        cell = Cells().of("{ms:~} ms, {tflops:~} TFLOP/s, {speedup:.2f}x", r)
+        line[f"at{asked.index(r['asked'])}"] = cell
+    return table(
+        "tokens: {tokens:,} | block: {block:?} | mask: {mask} | backend: {backend} | "
+        + " | ".join(f"{a:.0%}: {{at{i}}}" for i, a in enumerate(asked)),
+        lines.values(),
+    )
+
+
+def end_to_end() -> str:
+    """Return the time to the first token and its parts."""
+    report = read("h200", "end_to_end.json")
+    return parts(
+        f"Time to the first token, {model_of(report)}, `{report['policy']}`:",
+        table(
+            "tokens: {tokens:,} | method: {method} | first token s: {first_token_s:.2f} | "
+            "speedup: {speedup:.2f}x | "
+            + "".join(f"{p} s: {{parts_s[{p}]:.2f}} | " for p in report["rows"][0]["parts_s"])
+            + "peak GB: {peak_gb:?}",
+            report["rows"],
+        ),
+        FORMER,
+    )
 
 
 def gpu_short() -> str:
     """Return a GPU's attention at 10 % and everything read, per length and block size; dense first."""
-    report = json.loads((GPU / "prefill.json").read_text())
-    rows = report["rows"]
-    lines = [
+    report = read("h200", "prefill.json")
+    by = {(r["backend"], r["tokens"], r["block"], r["mask"], r["asked"]): r for r in report["rows"]}
+    dense = {r["tokens"]: r for r in report["rows"] if r["backend"] == "dense cudnn"}
+    return parts(
         measured_with(report),
-        "",
-        "| tokens | block | blocks read | cuDNN dense ms | `hopper` ms | speedup | `triton` ms | speedup |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    dense = {r["tokens"]: r["ms"] for r in rows if r["backend"] == "dense cudnn"}
-    for hopper in rows:
-        shown = hopper["mask"], hopper["asked"]
-        if hopper["backend"] != "hopper" or shown not in (("full", 1.0), ("random", 0.1), ("gate", 0.1)):
-            continue
-        same = ("tokens", "block", "mask", "asked")
-        triton = next(r for r in rows if r["backend"] == "triton" and all(r[k] == hopper[k] for k in same))
-        read = "all" if hopper["mask"] == "full" else f"{hopper['mask']}, {hopper['density']:.1%}"
-        lines.append(
-            f"| {hopper['tokens']:,} | {hopper['block']} | {read} | {digits(dense[hopper['tokens']])} | "
-            f"{digits(hopper['ms'])} | {hopper['speedup']:.2f}x | {digits(triton['ms'])} | "
-            f"{triton['speedup']:.2f}x |"
-        )
-    return "\n".join(lines)
-
-
-def attention(report: dict[str, Any]) -> str:
-    """Return attention alone, one line per backend, one column per density asked for."""
-    asked = sorted({r["asked"] for r in report["rows"]}, reverse=True)
-    lines = [
-        f"| tokens | block | mask | backend | {' | '.join(f'{a:.0%}' for a in asked)} |",
-        "|---" * (4 + len(asked)) + "|",
-    ]
-    found: dict[tuple[Any, ...], dict[float, str]] = {}
-    for r in report["rows"]:
-        key = f"{r['tokens']:,}", r["block"] or "", r["mask"], r["backend"]
-        cell = f"{digits(r['ms'])} ms, {digits(r['tflops'])} TFLOP/s, {r['speedup']:.2f}x"
-        found.setdefault(key, {})[r["asked"]] = cell
-    for key, cells in found.items():
-        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells.get(a, '') for a in asked)} |")
-    return "\n".join(lines)
-
-
-def targets(report: dict[str, Any]) -> str:
-    """Return the targets and what was reached."""
-    words = {True: "yes", False: "**no**", None: "not measured"}
-    lines = ["| target | wanted | reached | met |", "|---|---|---|---|"]
-    for r in report["targets"]:
-        reached = "" if r["reached"] is None else digits(r["reached"])
-        sign = "at most" if r["at_most"] else "at least"
-        lines.append(f"| {r['what']} | {sign} {r['bound']} | {reached} | {words[r['met']]} |")
-    return "\n".join(lines)
-
-
-def end_to_end(report: dict[str, Any]) -> str:
-    """Return the time to the first token and its parts."""
-    parts = list(report["rows"][0]["parts_s"])
-    lines = [
-        f"Time to the first token, {report['date']}, {machine(report)}; shape {report['shape']} with "
-        f"{report['layers']} layers and random weights, {report['dtype']}, `{report['policy']}`:",
-        "",
-        f"| tokens | method | first token s | speedup | {' | '.join(f'{p} s' for p in parts)} | peak GB |",
-        "|---" * (5 + len(parts)) + "|",
-    ]
-    lines += [
-        f"| {r['tokens']:,} | {r['method']} | {r['first_token_s']:.2f} | {r['speedup']:.2f}x | "
-        + "".join(f"{r['parts_s'][part]:.2f} | " for part in parts)
-        + f"{r['peak_gb'] or ''} |"
-        for r in report["rows"]
-    ]
-    return "\n".join(lines)
+        table(
+            "tokens: {tokens:,} | block: {block} | blocks read: {what} | cuDNN dense ms: {dense[ms]:~} | "
+            "`hopper` ms: {ms:~} | speedup: {speedup:.2f}x | `triton` ms: {triton[ms]:~} | "
+            "speedup: {triton[speedup]:.2f}x",
+            (
+                r
+                | {"what": "all" if r["mask"] == "full" else Cells().of("{mask}, {density:.1%}", r)}
+                | {"dense": dense[r["tokens"]], "triton": by["triton", *key]}
+                for (backend, *key), r in by.items()
+                if backend == "hopper" and tuple(key[2:]) in (("full", 1.0), ("random", 0.1), ("gate", 0.1))
+            ),
+        ),
+    )
 
 
 def crossover() -> str:
     """Return up to which density sparse prefill is faster, per device and length."""
-    lines = []
-    for entry in json.loads(CROSSOVER.read_text()):
+    texts = []
+    for entry in read("crossover.json", base=DATA):
         if entry["device"] is None:
-            lines += [
-                f"On a {entry['device_type']} device no table was measured yet: prefill is dense below "
-                f"{entry['dense_below']:,} tokens, a cautious guess.",
-                "",
-            ]
+            guess = (
+                "On a {device_type} device no table was measured yet: prefill is dense below "
+                "{dense_below:,} tokens, a cautious guess."
+            )
+            texts.append(Cells().of(guess, entry))
             continue
-        lines += [
-            f"{entry['device']}, {entry['date']}, torch {entry['versions']['torch']}, {entry['dtype']}, "
-            f"`{entry['backend']}`, {entry['gate']} gate, blocks of {entry['block']}: dense below "
-            f"{entry['dense_below']:,} tokens.",
-            "",
-            "| tokens | fastest dense | dense ms | selection ms | sparse is faster up to density |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r['tokens']:,} | {r['dense']} | {digits(r['dense_ms'])} | {digits(r['selection_ms'])} | "
-            f"{r['densest']:.0%} |"
-            for r in entry["rows"]
-        ]
-        lines.append("")
-    return "\n".join(lines).strip()
+        measured = (
+            "{device}, {date}, torch {versions[torch]}, {dtype}, `{backend}`, {gate} gate, "
+            "blocks of {block}: dense below {dense_below:,} tokens."
+        )
+        columns = (
+            "tokens: {tokens:,} | fastest dense: {dense} | dense ms: {dense_ms:~} | "
+            "selection ms: {selection_ms:~} | sparse is faster up to density: {densest:.0%}"
+        )
+        texts += [Cells().of(measured, entry), table(columns, entry["rows"])]
+    return parts(*texts)
 
 
 def dense_below() -> str:
     """Return from which length prefill is sparse, per device."""
-    entries = json.loads(CROSSOVER.read_text())
     below = ", ".join(
         f"{e['dense_below']:,} tokens on {e['device'] or 'a ' + e['device_type'] + ' device (a guess)'}"
-        for e in entries
+        for e in read("crossover.json", base=DATA)
     )
     return (
-        "- Shorter prompts than this are prefilled densely, since choosing costs more than it saves:\n"
+        "- Shorter prompts than this are prefilled densely, since selecting costs more than it saves:\n"
         f"  {below}; `min_tokens=` changes it."
     )
 
 
 def calibrated_targets() -> str:
     """Return what calibrated thresholds do at half, once and twice the length they were calibrated at."""
-    report = json.loads(CALIBRATE.read_text())
-    on = report["calibrated_on"]
-    lines = [
+    report = read("cpu", "calibrate.json")
+    on, dense = report["calibrated_on"], report["dense"]
+    for r in (r for target in report["targets"] for r in target["rows"]):
+        rise = r["perplexity"] / dense[str(r["tokens"])] - 1
+        r["cell"] = f"{r['density']:.1%}, {r['recall']:.1%}, {rise:+.1%}"
+    return parts(
         f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, {report['held_out_tokens']:,} "
         f"others to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over "
         "dense:",
-        "",
-        "| target | " + " | ".join(f"{int(n):,} tokens" for n in report["dense"]) + " |",
-        "|---" * (1 + len(report["dense"])) + "|",
-    ]
-    for target in report["targets"]:
-        cells = [
-            f"{r['density']:.1%}, {r['recall']:.1%}, "
-            f"{r['perplexity'] / report['dense'][str(r['tokens'])] - 1:+.1%}"
-            for r in target["rows"]
-        ]
-        lines.append(f"| {target['target']} {target['value']:.0%} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table(
+            "target: {target} {value:.0%} | "
+            + " | ".join(f"{int(n):,} tokens: {{rows[{i}][cell]}}" for i, n in enumerate(dense)),
+            report["targets"],
+        ),
+    )
 
 
 def calibrated_compared() -> str:
     """Return calibrated thresholds, one threshold and top-k at equal measured density."""
-    report = json.loads(CALIBRATE.read_text())
+    report = read("cpu", "calibrate.json")
     tokens = report["calibrated_on"]["tokens"]
-    lines = [
-        f"At {tokens:,} tokens, the density measured; dense has a perplexity of "
-        f"{report['dense'][str(tokens)]:.2f}:",
-        "",
-        "| | density | recall | perplexity |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for entry in sorted(report["compared"], key=lambda e: -e["density"]):
-        mine, threshold, *top_k = entry["rows"]
-        rows = [("calibrated", mine), ("one threshold", threshold)]
-        rows += [("top-k", row) for row in top_k]
+        names = ("calibrated", "one threshold", "top-k", "top-k")
+        rows += [{"name": name} | row for name, row in zip(names, entry["rows"], strict=False)]
+        mine, _, *top_k = entry["rows"]
         if len(top_k) == 2:
             low, high = top_k
             part = (mine["density"] - low["density"]) / (high["density"] - low["density"])
             line = {k: low[k] + part * (high[k] - low[k]) for k in ("density", "recall", "perplexity")}
-            rows.append(("top-k, the line between", line))
-        for name, row in rows:
-            lines.append(f"| {name} | {row['density']:.2%} | {row['recall']:.1%} | {row['perplexity']:.2f} |")
-    exponents = ", ".join(
+            rows.append({"name": "top-k, the line between"} | line)
+    exponents = (
         f"{r['row_exponent']:g}: {r['perplexity']:.2f} at {r['density']:.1%}" for r in report["row_exponents"]
     )
-    return "\n".join([*lines, "", f"With other exponents of `n` than 0, for a density of 10 %: {exponents}."])
+    return parts(
+        f"At {tokens:,} tokens, the density measured; dense has a perplexity of "
+        f"{report['dense'][str(tokens)]:.2f}:",
+        table(
+            "policy: {name} | density: {density:.2%} | recall: {recall:.1%} | perplexity: {perplexity:.2f}",
+            rows,
+        ),
+        FORMER_DENSITY,
+        f"With other exponents of `n` than 0, for a density of 10 %: {', '.join(exponents)}.",
+    )
 
 
-def gap(rows: dict[tuple[str, int, float], dict[str, Any]], method: str, tokens: int, asked: float) -> float:
-    """Return how far a method's perplexity is from the oracle's, as a share of XAttention's distance."""
+Designs = dict[tuple[str, int, float], dict[str, Any]]
+
+
+def gap(rows: Designs, method: str, tokens: int, asked: float) -> float:
+    """Return how far a method's perplexity is from the oracle's, in units of XAttention's distance."""
     one, best, other = (rows[m, tokens, asked]["perplexity"] for m in (method, "oracle", "xattention"))
     return (one - best) / (other - best)
 
 
+def designs(name: str) -> tuple[Report, Designs, list[str], list[str]]:
+    """Return a run of the gate designs, its rows, the gates trained and the other scorers."""
+    report = read("gates", f"{name}.json")
+    by = {(r["method"], r["tokens"], r["asked"]): r for r in report["rows"]}
+    trained = [v["name"] for v in report["variants"]]
+    first = ["oracle", "oracle_mass", "xattention"]
+    found = [m for m in dict.fromkeys(m for m, *_ in by) if m not in (*first, *trained, "dense")]
+    return report, by, trained, [m for m in first if any(key[0] == m for key in by)] + found
+
+
 def gates(name: str) -> str:
-    """Return what one run of benchmarks/gate_design.py trained, beside the scorers of that run."""
-    report = json.loads((DESIGNS / f"{name}.json").read_text())
-    settings, rows = report["settings"], report["rows"]
+    """Return what one run of the gate designs trained, beside the scorers of that run."""
+    report, by, trained, free = designs(name)
+    settings, variants = report["settings"], {v["name"]: v for v in report["variants"]}
     steps = {g["group"]: g["rows"][-1]["step"] for g in report["training"]}
-    by = {(r["method"], r["tokens"], r["asked"]): r for r in rows}
-    asked, lengths = settings["densities"], settings["eval_lengths"]
-    lines = [
+    shown = [(n, a) for n in settings["eval_lengths"] for a in settings["densities"]]
+
+    def line(method: str) -> Report:
+        v = variants.get(method)
+        return {
+            "method": method,
+            "needles": f"{v['shares']['needles']:.0%}" if v else "",
+            "cost": f"{v['cost_32k']:.2%}" if v else "",
+            "steps": steps[v["group"]] if v else "",
+            "at": [f"{gap(by, method, *at):.2f}, {by[method, *at]['needle']:.0%}" for at in shown],
+        }
+
+    return parts(
         f"{settings['batch']:,} tokens per step; `top_k`, the first and the own block forced, no dense last "
         f"rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per "
-        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a share of XAttention's "
-        "gap, and the needles found:",
-        "",
-        "| method | needle documents | cost at 32k | steps | "
-        + " | ".join(f"{n // 1024}k, {a:.0%}" for n in lengths for a in asked)
-        + " |",
-        "|---" * (4 + len(asked) * len(lengths)) + "|",
-    ]
-    trained = {v["name"]: v for v in report["variants"]}
-    free = [m for m in dict.fromkeys(r["method"] for r in rows) if m not in trained and m != "dense"]
-    order = {"oracle": 0, "oracle_mass": 1, "xattention": 2}
-    for method in [*sorted(free, key=lambda m: order.get(m, 9)), *trained]:
-        cells = [
-            f"{gap(by, method, n, a):.2f}, {by[method, n, a]['needle']:.0%}" for n in lengths for a in asked
-        ]
-        what = " | | "
-        if variant := trained.get(method):
-            what = (
-                f"{variant['shares']['needles']:.0%} | {variant['cost_32k']:.2%} | {steps[variant['group']]}"
-            )
-        lines.append(f"| {method} | {what} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a fraction of "
+        "XAttention's gap, and the needles found:",
+        table(
+            "method: {method} | needle documents: {needles} | cost at 32k: {cost} | steps: {steps} | "
+            + " | ".join(f"{n // 1024}k, {a:.0%}: {{at[{i}]}}" for i, (n, a) in enumerate(shown)),
+            map(line, [*free, *trained]),
+        ),
+        FORMER,
+    )
 
 
 def gates_final(name: str) -> str:
     """Return the final gates of several seeds beside every scorer: perplexity, its gap, and needles."""
-    report = json.loads((DESIGNS / f"{name}.json").read_text())
-    settings = report["settings"]
-    by = {(r["method"], r["tokens"], r["asked"]): r for r in report["rows"]}
-    asked, lengths = settings["densities"], settings["eval_lengths"]
-    seeds = [v["name"] for v in report["variants"]]
-    free = [m for m in dict.fromkeys(m for m, *_ in by) if m not in seeds and m != "dense"]
-    order = {"oracle": 0, "oracle_mass": 1, "xattention": 2, "quest": 3}
+    report, by, seeds, free = designs(name)
+    asked = report["settings"]["densities"]
+
+    def ends(rows: list[Report], key: str, form: str) -> str:
+        values = [r[key] for r in rows]
+        return " to ".join(f"{x:{form}}" for x in sorted({min(values), max(values)}))
 
     def cell(methods: list[str], tokens: int, density: float) -> str:
         rows = [by[m, tokens, density] for m in methods]
-        perplexity, needles = (
-            f"{min(values):{form}} to {max(values):{form}}" if len(set(values)) > 1 else f"{values[0]:{form}}"
-            for values, form in (
-                ([r["perplexity"] for r in rows], ".2f"),
-                ([r["needle"] for r in rows], ".1%"),
-            )
-        )
-        shares = [gap(by, m, tokens, density) for m in methods]
-        share = f" (gap {max(shares):.2f})" if len(methods) > 1 else ""
-        return f"{perplexity}{share}, {needles}"
+        widest = max(gap(by, m, tokens, density) for m in methods)
+        share = f" (gap {widest:.2f})" if len(methods) > 1 else ""
+        return f"{ends(rows, 'perplexity', '.2f')}{share}, {ends(rows, 'needle', '.1%')}"
 
-    lines = [
-        f"{report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per cell, "
-        f"no dense last rows; lowest to highest of the gates' {len(seeds)} seeds, with the largest gap to "
-        f"the oracle as a share of XAttention's; {machine(report)}:",
-        "",
-        "| tokens | method | " + " | ".join(f"{a:.0%} of the blocks" for a in asked) + " |",
-        "|---|---" + "|---" * len(asked) + "|",
-    ]
-    for n in lengths:
-        row = by["dense", n, 1.0]
-        lines.append(
-            f"| {n:,} | dense, all blocks | {row['perplexity']:.2f}, {row['needle']:.1%} |"
-            + " |" * (len(asked) - 1)
-        )
-        for label, methods in [
-            *((m, [m]) for m in sorted(free, key=lambda m: order.get(m, 9))),
-            (f"**gates, {len(seeds)} seeds**", seeds),
-        ]:
-            lines.append(f"| {n:,} | {label} | {' | '.join(cell(methods, n, a) for a in asked)} |")
-    return "\n".join(lines)
+    lines = []
+    for n in report["settings"]["eval_lengths"]:
+        dense = Cells().of("{perplexity:.2f}, {needle:.1%}", by["dense", n, 1.0])
+        lines.append({"n": n, "name": "dense, all blocks", "at": [dense] + [""] * (len(asked) - 1)})
+        for label, methods in [*((m, [m]) for m in free), (f"**gates, {len(seeds)} seeds**", seeds)]:
+            lines.append({"n": n, "name": label, "at": [cell(methods, n, a) for a in asked]})
+    return parts(
+        f"{report['questions']} questions and {report['settings']['text_tokens']:,} tokens of held-out text "
+        f"per cell, no dense last rows; lowest to highest of the gates' {len(seeds)} seeds, with the largest "
+        f"gap to the oracle as a fraction of XAttention's; {machine(report)}:",
+        table(
+            "tokens: {n:,} | method: {name} | "
+            + " | ".join(f"{a:.0%} of the blocks: {{at[{i}]}}" for i, a in enumerate(asked)),
+            lines,
+        ),
+        FORMER,
+    )
 
 
 def pooled() -> str:
     """Return attention with its map beside dense attention on a GPU."""
-    report = json.loads((GPU / "pooled_attention.json").read_text())
-    lines = [
-        f"{report['date']}, {machine(report)}; {report['dtype']}, {report['heads'][0]} query and "
-        f"{report['heads'][1]} KV heads of {report['head_dim']}:",
-        "",
-        "| tokens | what | ms | range | over dense | MB beyond the outputs |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['tokens']:,} | {r['variant']} | {digits(r['ms'])} | {digits(r['range_ms'][0])}-"
-        f"{digits(r['range_ms'][1])} | {r['times_dense']:.2f}x | {r['extra_mb']:.0f} |"
-        for r in report["rows"]
-    ]
-    return "\n".join(lines)
+    report = read("h200", "pooled_attention.json")
+    columns = (
+        "tokens: {tokens:,} | what: {variant} | ms: {ms:~} | range: {range_ms[0]:~}-{range_ms[1]:~} | "
+        "over dense: {times_dense:.2f}x | MB beyond the outputs: {extra_mb:.0f}"
+    )
+    return parts(f"{attention_of(report)}:", table(columns, report["rows"]))
 
 
 def distill_step() -> str:
     """Return the cost of a training step beside the dense forward pass."""
-    report = json.loads((GPU / "distill_step.json").read_text())
-    lines = [
-        f"{report['date']}, {machine(report)}; shape {report['shape']} with {report['layers']} layers and "
-        f"random weights, {report['dtype']}, one sequence per step:",
-        "",
-        "| tokens | dense forward s | step s | ratio | pooled attention s | gate s | optimizer s | rest s | "
-        "forward peak GB | step peak GB | GPU hours for 0.5 B tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in report["rows"]:
-        parts = r["parts_s"]
-        lines.append(
-            f"| {r['tokens']:,} | {r['forward_s']:.2f} | {r['step_s']:.2f} | {r['ratio']:.2f} | "
-            f"{parts['pooled attention']:.2f} | {parts['gate']:.2f} | {parts['optimizer']:.3f} | "
-            f"{parts['rest']:.2f} | {r['forward_peak_gb']:.1f} | {r['step_peak_gb']:.1f} | "
-            f"{r['gpu_hours_per_0.5b_tokens']:.1f} |"
-        )
-    return "\n".join(lines)
+    report = read("h200", "distill_step.json")
+    columns = (
+        "tokens: {tokens:,} | dense forward s: {forward_s:.2f} | step s: {step_s:.2f} | ratio: {ratio:.2f} | "
+        "pooled attention s: {parts_s[pooled attention]:.2f} | gate s: {parts_s[gate]:.2f} | "
+        "optimizer s: {parts_s[optimizer]:.3f} | rest s: {parts_s[rest]:.2f} | "
+        "forward peak GB: {forward_peak_gb:.1f} | step peak GB: {step_peak_gb:.1f} | "
+        "GPU hours for 0.5 B tokens: {row[gpu_hours_per_0.5b_tokens]:.1f}"
+    )
+    return parts(f"{model_of(report)}, one sequence per step:", table(columns, report["rows"]))
 
 
 def yarn() -> str:
     """Return the context extension: dense, with gates afterwards, jointly with them."""
-    sys.path.insert(0, str(ROOT / "experiments" / "yarn"))
-    from table import learning_rates, table
+    made = runpy.run_path(str(ROOT / "experiments" / "yarn" / "table.py"))
+    folder = RESULTS / "h200" / "yarn"
+    reports = [json.loads(path.read_text()) for path in folder.glob("lr-*.json")]
+    shown = made["table"](read("lr-1e-3.json", base=folder))
+    return parts(shown, made["learning_rates"](reports), FORMER)
 
-    reports = [json.loads(path.read_text()) for path in YARN.glob("lr-*.json")]
-    shown = json.loads((YARN / "lr-1e-3.json").read_text())
-    return f"{table(shown)}\n\n{learning_rates(reports)}"
 
-
-def filled(path: Path, parts: dict[str, str]) -> str:
-    """Return a page with its generated parts made anew."""
-    text = path.read_text()
-    for name, body in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
-        if found != 1:
-            sys.exit(f"{path.name} must hold one part marked <!-- {name} -->, it holds {found}")
-    return text
+#: The generated parts of every page.
+PAGES = {
+    "README.md": {"headline": headline, "supported": supported},
+    "docs/results.md": {
+        "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
+    },
+    "docs/support.md": {"support": markdown, "dense": dense_below},
+    "docs/kernels.md": {
+        "bench": bench, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
+        "backward": backward,
+    },
+    "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
+    "docs/method.md": {
+        "gates-path": lambda: gates("path"), "gates-objectives": lambda: gates("objectives"),
+        "gates-narrow": lambda: gates("narrow"), "gates-final": lambda: gates_final("llama"),
+        "gates-second": lambda: gates_final("qwen3"), "calibrated-targets": calibrated_targets,
+        "calibrated-compared": calibrated_compared, "yarn": yarn,
+    },
+}  # fmt: skip
 
 
 def main() -> None:
     """Write the pages, or compare them."""
-    report = json.loads(DEMO.read_text())
-    pages = {
-        ROOT / "README.md": {
-            "quality": quality(report),
-            "times": times(report),
-            "lengths": lengths(),
-            "table": table_of_all(),
-            "gpu-short": gpu_short(),
-            "support": markdown(),
-            "dense": dense_below(),
-        },
-        ROOT / "docs" / "kernels.md": {
-            "bench": bench(),
-            "gpu": gpu(),
-            "crossover": crossover(),
-            "pooled": pooled(),
-            "distill-step": distill_step(),
-            "backward": backward(),
-        },
-        ROOT / "docs" / "method.md": {
-            "gates-path": gates("path"),
-            "gates-objectives": gates("objectives"),
-            "gates-narrow": gates("narrow"),
-            "gates-final": gates_final("llama"),
-            "gates-second": gates_final("qwen3"),
-            "calibrated-targets": calibrated_targets(),
-            "calibrated-compared": calibrated_compared(),
-            "yarn": yarn(),
-        },
-    }
-    for path, parts in pages.items():
-        after = filled(path, parts)
+    for name, bodies in PAGES.items():
+        page = ROOT / name
+        before = text = page.read_text()
+        for part, body in bodies.items():
+            made, pattern = body(), rf"(<!-- {part} -->\n).*?(<!-- end -->)"
+            text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+            if found != 1:
+                sys.exit(f"{name} must hold one part marked <!-- {part} -->, it holds {found}")
         if "--check" not in sys.argv:
-            path.write_text(after)
-        elif after != path.read_text():
-            sys.exit(f"{path.name} differs from the result files; run python docs/readme.py")
+            page.write_text(text)
+        elif text != before:
+            sys.exit(f"{name} differs from the result files; run python docs/readme.py")
 
 
 if __name__ == "__main__":

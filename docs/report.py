@@ -1,6 +1,6 @@
 """Write the README's pictures of the report, light and dark, for the bundled model.
 
-python docs/report.py, after the evaluation that it shows:
+python -m docs.report, after the evaluation that it shows:
 seerattention eval recipes/eval/report.toml
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from seerattention.cli.report import run as report
-from seerattention.testing.browser import chromium, screen
+from tests.browser import chromium, screen
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "eval"

@@ -24,16 +24,22 @@ def _seed() -> None:
 def run_script(monkeypatch, capsys):
     """Run a script in this process, where what it imports is there already, and return what it printed.
 
-    Called with the script and its arguments; a script that ends in an error raises it, as an exit does.
+    Called with the script, or the name of a module of the repository, and its arguments; a script that ends
+    in an error raises it, as an exit does.
     """
 
-    def run(script: Path, *arguments: object) -> str:
+    def run(script: Path | str, *arguments: object) -> str:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(script.parent))
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            if isinstance(script, str):
+                # A fresh one, though a test file has imported it.
+                monkeypatch.delitem(sys.modules, script, raising=False)
+                runpy.run_module(script, run_name="__main__")
+            else:
+                monkeypatch.syspath_prepend(str(script.parent))
+                runpy.run_path(str(script), run_name="__main__")
         finally:
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(precision)

@@ -20,6 +20,7 @@ from seerattention.policies import TopK
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.train import objectives
 
 
 def shape(tokens, head_dim):
@@ -151,6 +152,20 @@ def test_a_baseline_is_one_file(add):
     assert isinstance(selection, BlockSelection)
     # k = floor((1 - sqrt(0.5)) * 8) = 2: the latest two blocks.
     assert selection.to_mask()[0, 0, 5].nonzero().flatten().tolist() == [4, 5]
+
+
+def test_an_objective_is_one_file(add):
+    add(
+        objectives,
+        "difference",
+        """
+        def create():
+            return lambda target, scores, block_size, num_tokens: (scores.softmax(-1) - target).square().sum()
+        """,
+    )
+    assert "difference" in objectives.names()
+    target = torch.eye(4)[None, None]
+    assert objectives.create("difference")(target, torch.zeros(1, 1, 4, 4), (16, 16), 64) == 3
 
 
 def test_a_task_is_one_file(add, tmp_path):

@@ -18,7 +18,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 #: What a part may import besides itself, read from docs/design.md: everything in the layers before.
 LAYERS = [
     {"rows"},
-    {"selection", "scorer", "files", "device"},
+    {"selection", "scorer", "files", "device", "settings"},
     {"policies", "crossover"},
     {"ops"},
     {"gate"},

@@ -1,16 +1,16 @@
 """Extend a short-context teacher four times by YaRN: densely, with gates distilled afterwards, and jointly.
 
-    python experiments/yarn/run.py --tokens runs/tokens --out runs/yarn --teacher-only
-    python experiments/yarn/run.py --tokens runs/tokens --out runs/yarn --seconds 480
-    python experiments/yarn/run.py --smoke --out runs/smoke
+    python -m experiments.yarn.run --tokens runs/tokens --out runs/yarn --teacher-only
+    python -m experiments.yarn.run --tokens runs/tokens --out runs/yarn --seconds 480
+    python -m experiments.yarn.run --smoke --out runs/smoke
 
 Every method sees the same text in the same order. What is finished is kept: stopped at any point, or by
 --seconds, the same command goes on from there. Results are in OUT/results.json, as a table in OUT/results.md.
 
 With several GPUs, first the command with an empty --only, which prepares what all share, then at once
 
-    CUDA_VISIBLE_DEVICES=0 python experiments/yarn/run.py ... --only dense posthoc
-    CUDA_VISIBLE_DEVICES=1 python experiments/yarn/run.py ... --only joint-0.5 joint-0.1
+    CUDA_VISIBLE_DEVICES=0 python -m experiments.yarn.run ... --only dense posthoc
+    CUDA_VISIBLE_DEVICES=1 python -m experiments.yarn.run ... --only joint-0.5 joint-0.1
 """
 
 from __future__ import annotations
@@ -35,23 +35,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parents[1] / "recipes" / "teacher"
-sys.path[:0] = [str(RECIPE), str(HERE)]
-
-from data import Mixture, tokenise  # noqa: E402
-from table import table  # noqa: E402
-
-from seerattention.evals import bundled  # noqa: E402
-from seerattention.files import staged  # noqa: E402
-from seerattention.hosts.transformers import attach, detach, load_gates, new_gates, save_gates  # noqa: E402
-from seerattention.measure.needle import NeedleTask  # noqa: E402
-from seerattention.measure.perplexity import next_token_losses  # noqa: E402
-from seerattention.measure.retrieval import retrieval  # noqa: E402
-from seerattention.measure.versions import versions  # noqa: E402
-from seerattention.policies import parse  # noqa: E402
-from seerattention.rows import num_blocks  # noqa: E402
-from seerattention.train import (  # noqa: E402  # noqa: E402
+from experiments.teacher.data import Mixture, tokenise
+from experiments.yarn.table import table
+from seerattention.files import staged
+from seerattention.hosts.transformers import load_gates, new_gates, save_gates
+from seerattention.measure import bundled
+from seerattention.measure.compare import measured
+from seerattention.measure.needle import NeedleTask
+from seerattention.measure.versions import versions
+from seerattention.train import (
     DistillConfig,
     Distiller,
     FinetuneConfig,
@@ -60,6 +52,9 @@ from seerattention.train import (  # noqa: E402  # noqa: E402
     prepare,
     save_finetuned,
 )
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "teacher" / "recipe.toml"
 
 #: Policy of training and evaluation: the first and the own block forced, no dense last rows.
 POLICY = "top_k:{:g},sink_blocks=1"
@@ -151,9 +146,7 @@ class Experiment:
         self.teacher = self._teacher()
         self.tokenizer = AutoTokenizer.from_pretrained(self.teacher)
         books, self.heldout = self._tokens()
-        self.mixture = Mixture(
-            books, self.tokenizer, tomllib.loads((RECIPE / "recipe.toml").read_text())["data"]["digits"]
-        )
+        self.mixture = Mixture(books, self.tokenizer, tomllib.loads(RECIPE.read_text())["data"]["digits"])
         task = NeedleTask(self.tokenizer, self.heldout, num_needles=settings.needles)
         self.documents = {
             n: [task.make(n, seed) for seed in range(settings.documents)] for n in settings.lengths
@@ -222,7 +215,7 @@ class Experiment:
                     os.symlink((self.args.tokens / f"{name}.npy").resolve(), folder / f"{name}.npy")
                 sources += [f"--{name}", *map(str, getattr(self.args, name) or [self.args.tokens])]
             left = max(1.0, self.deadline - time.perf_counter())
-            command = [sys.executable, str(RECIPE / "train.py"), *sources, "--out", str(folder)]
+            command = [sys.executable, "-m", "experiments.teacher.train", *sources, "--out", str(folder)]
             command += ["--recipe", str(HERE / "teacher.toml")]
             command += ["--device", self.args.device, "--max-seconds", str(left)]
             if subprocess.run(command, check=False).returncode:
@@ -387,45 +380,41 @@ class Experiment:
             return
         self._look_at_the_clock()
         model, gates, densities = load()
-        rows = []
-        for density in densities or (None,):
-            if density is not None:
-                attach(model, gates.float(), POLICY.format(density), min_tokens=0)
-            rows += [
-                {"method": method, "key": key, "asked": density, **self._cell(model, length, density)}
-                for length in self.settings.lengths
-            ]
-            if density is not None:
-                detach(model)
+        rows = [
+            {"method": method, "key": key, "asked": density, **self._cell(model, gates, length, density)}
+            for density in densities or (None,)
+            for length in self.settings.lengths
+        ]
         self._keep("rows", rows, key)
 
-    def _cell(self, model: Any, length: int, density: float | None) -> dict[str, Any]:
+    def _cell(self, model: Any, gates: Any, length: int, density: float | None) -> dict[str, Any]:
         s, started = self.settings, time.perf_counter()
-        windows = max(1, s.text_tokens // length)
-        losses = torch.stack(
-            [next_token_losses(model, self.heldout[i * length : (i + 1) * length]) for i in range(windows)]
-        ).double()
-        edges = np.linspace(0, length - 1, s.parts + 1).astype(int)
-        size = self.settings.block_size
-        read = 1.0
-        if density is not None:
-            read = parse(POLICY.format(density)).expected_density(num_blocks(length, size), size)
+        windows = self.heldout[: max(1, s.text_tokens // length) * length].reshape(-1, length)
+        found = measured(
+            model,
+            None if density is None else gates.float(),
+            None if density is None else POLICY.format(density),
+            windows=list(windows),
+            documents=self.documents[length],
+        )
+        losses, edges = np.stack(found.losses), np.linspace(0, length - 1, s.parts + 1).astype(int)
         row = {
             "tokens": length,
-            "density": read,
-            "perplexity": float(losses.mean().exp()),
+            "density": found.density,
+            "perplexity": found.perplexity,
             # Losses at index i are of the token at position i + 1.
             "by_position": [
-                {"first": int(a) + 1, "last": int(b), "perplexity": float(losses[:, a:b].mean().exp())}
+                {"first": int(a) + 1, "last": int(b), "perplexity": math.exp(losses[:, a:b].mean())}
                 for a, b in itertools.pairwise(edges)
             ],
-            "text_tokens": windows * length,
-            "needle": retrieval(model, self.documents[length]),
+            "text_tokens": windows.size,
+            "needle": found.needles,
             "questions": sum(len(d.answers) for d in self.documents[length]),
         }
         row["seconds"] = round(time.perf_counter() - started, 2)
         print(
-            f"  {length} tokens, {read:.0%}: perplexity {row['perplexity']:.3f}, needles {row['needle']:.3f}",
+            f"  {length} tokens, {found.density:.0%}: perplexity {found.perplexity:.3f}, needles "
+            f"{found.needles:.3f}",
             flush=True,
         )
         return row
@@ -484,7 +473,7 @@ def main() -> None:
         type=Path,
         help="short-context teacher; default: one is trained by teacher.toml first",
     )
-    parser.add_argument("--tokens", type=Path, help="folder made by benchmarks/gate_design.py prepare")
+    parser.add_argument("--tokens", type=Path, help="folder made by experiments.gates.run prepare")
     parser.add_argument("--books", type=Path, nargs="+", help="instead: texts to train on")
     parser.add_argument("--heldout", type=Path, nargs="+", help="and texts to measure on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

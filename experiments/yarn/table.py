@@ -1,4 +1,4 @@
-"""The experiment's results as Markdown, dense first: ``python experiments/yarn/table.py results.json``."""
+"""The experiment's results as Markdown, dense first: ``python -m experiments.yarn.table results.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""START HERE: the whole method on one page.
+"""The method in two calls, select and attend; examples/method.py has every step of it in plain PyTorch.
 
 Dense attention reads every earlier token. SeerAttention first asks a small gate which blocks of
 tokens matter, then reads only those:

@@ -1,17 +1,44 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all: on the disk under another name, before they get theirs."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file that then becomes ``path``; on failure nothing changes.
+
+    The temporary file has one name, so that a process that is killed again and again leaves one behind.
+    """
+    temporary = path.with_name(f".{path.name}")
+    try:
+        write(temporary)
+        _flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain JSON types into a file, whole or not at all; its folder is made if it does not exist.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    with staged(path.parent) as folder:
+        (folder / path.name).write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """Write files into a folder together: they appear in it once all of them are complete.
+    """Write files into a folder together: they appear in it, one by one, once all of them are complete.
 
     Other files in the folder stay. Fails before any work where the folder cannot be written.
 
@@ -26,14 +53,11 @@ def staged(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    except OSError as error:
-        raise OSError(f"cannot write {folder} ({error}); choose a folder that can be written") from error
+    temporary = _temporary(folder, ".writing-", folder)
     complete = False
     try:
         yield temporary
+        _flush(temporary)
         for file in sorted(temporary.iterdir()):
             file.replace(folder / file.name)
         complete = True
@@ -41,3 +65,45 @@ def staged(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if made and not complete:
             folder.rmdir()
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Write a folder all or nothing: yields a temporary one that replaces ``folder`` on success.
+
+    Raises:
+        OSError: If the parent folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    temporary = _temporary(folder.parent, f".{folder.name}-", folder)
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        yield new
+        _flush(new)
+        if folder.exists():
+            folder.replace(old)
+        try:
+            new.replace(folder)
+        except OSError:
+            if old.exists():
+                old.replace(folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(parent: Path, prefix: str, wanted: Path) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        raise OSError(f"cannot write {wanted} ({error}); choose a folder that can be written") from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or every file of a folder, is on the disk."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())

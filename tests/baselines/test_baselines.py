@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from seerattention import TopK, baselines, causal_blocks, select_blocks
-from seerattention.baselines import oracle_mass
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
+from seerattention.ops import attention_scores
 from seerattention.ops.options import PoolOptions
 from seerattention.ops.shapes import Shape
 from seerattention.rows import num_blocks
@@ -140,9 +140,9 @@ def test_oracle_mass(
                 for c, weight in enumerate(weights):
                     expected[b, h, r // block_size[0], c // block_size[1]] += weight / sum(weights)
     scorer = baselines.create("oracle_mass", block_size=block_size)
-    for work in (oracle_mass.WORK_BYTES, 1, 4 * 2 * keys * block_size[0] * 2):
+    for work in (attention_scores.WORK_BYTES["cpu"], 1, 4 * 2 * keys * block_size[0] * 2):
         # One slice, one query block at a time, two at a time.
-        monkeypatch.setattr(oracle_mass, "WORK_BYTES", work)
+        monkeypatch.setitem(attention_scores.WORK_BYTES, "cpu", work)
         torch.testing.assert_close(scores_of(scorer, q, k), expected.log())
 
 

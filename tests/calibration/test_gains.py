@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seerattention.baselines.oracle_mass import OracleMass
-from seerattention.calibration import gains as block_gains
+from seerattention.baselines.oracle import Oracle
 from seerattention.calibration.gains import record
 from seerattention.hosts.transformers import intercept
 from seerattention.measure import bundled
+from seerattention.measure import maps as maps_module
 from seerattention.policies import TopK
 
 KNOBS = TopK(1.0, sink_blocks=1)
@@ -52,7 +52,7 @@ def test_recorded_rows_are_the_gates_and_the_true_ones(teacher):
         share = scores.masked_fill(acausal, -math.inf).softmax(-1)
         torch.testing.assert_close(maps.log_share[part].exp(), share)
         # The short last block's mean is over its own tokens.
-        sums = OracleMass().score(call.q, call.k, positions=positions, valid=~acausal)[0].exp()
+        sums = Oracle(pool="sum").score(call.q, call.k, positions=positions, valid=~acausal)[0].exp()
         per_query = sums / torch.tensor([64.0] * 15 + [40.0])[:, None]
         torch.testing.assert_close(maps.mass[part], per_query, rtol=1e-4, atol=1e-6)
 
@@ -64,7 +64,7 @@ def test_gain_is_how_much_nearer_the_output_comes(teacher, sinks, monkeypatch):
     gates.use_rotary_of(model)
     if sinks:
         # As a model whose heads have a learnt sink each would call it.
-        monkeypatch.setattr(block_gains, "intercept", with_sinks)
+        monkeypatch.setattr(maps_module, "intercept", with_sinks)
     maps = record(model, gates, [tokens], replace(KNOBS, local_blocks=2, dense_last_rows=1))
     call = calls_of(model, tokens)[2]
     q, k, v = call.q[0].double(), call.k[0].double(), call.v[0].double()

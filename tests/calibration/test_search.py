@@ -1,16 +1,19 @@
 """Calibration: how blocks are shared among heads, what targets hold, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from seerattention.calibration import search as calibration
+from seerattention.calibration.fit import Length, Target, fit
 from seerattention.calibration.gains import Maps
-from seerattention.calibration.search import Target, calibrate, fit, measure
+from seerattention.calibration.search import calibrate
 from seerattention.hosts import transformers as host
 from seerattention.measure import bundled
+from seerattention.measure.compare import measured
 from seerattention.policies import Calibrated, TopK
 
 KNOBS = TopK(1.0, sink_blocks=1)
@@ -73,7 +76,7 @@ def test_the_law_carries_to_twice_the_length_where_fixed_thresholds_do_not(targe
 
 
 def test_no_exchange_between_heads_gains():
-    length = calibration._Length(synthetic(), 64)
+    length = Length(synthetic(), 64)
     counts = length.spend(length.fraction, 0.2)
     assert length.fraction(counts) >= 0.2
     assert len(set(counts.tolist())) == 3, "heads as different as these share unequally"
@@ -90,7 +93,7 @@ def test_no_exchange_between_heads_gains():
 
 
 def test_limits_and_counts_are_inverse():
-    length = calibration._Length(synthetic(), 32)
+    length = Length(synthetic(), 32)
     for fraction in (0.0, 0.1, 0.5, 0.95):
         counts = length.spend(length.fraction, fraction)
         assert length.counts(length.limits(counts)).equal(counts)
@@ -156,15 +159,24 @@ def test_gates_that_are_not_finite_are_refused(teacher):
         calibrate(model, gates, text, Target(density=0.4), length=1024, windows=2)
 
 
+def sparse(monkeypatch, rise):
+    """Let sparse perplexity be the dense one, risen by what a function says of the policy."""
+
+    dense = []
+
+    def stand_in(model, scorer, policy=None, **given):
+        if scorer is None:
+            dense.append(measured(model, None, **given))
+            return dense[-1]
+        return replace(dense[-1], perplexity=dense[-1].perplexity * rise(policy), recall=1.0)
+
+    monkeypatch.setattr(calibration, "measured", stand_in)
+
+
 def test_a_perplexity_out_of_reach_says_the_best(teacher, monkeypatch):
     model, gates, text = teacher
     rises = iter([1.5])
-    dense = calibration.perplexity(model, text[1024:2048], window=1024, windows=1)
-
-    def measured(*_):
-        return {"density": 0.9, "recall": 1.0, "perplexity": dense * next(rises)}
-
-    monkeypatch.setattr(calibration, "measure", measured)
+    sparse(monkeypatch, lambda policy: next(rises))
     with pytest.raises(
         ValueError, match=r"increase of 1.0% is out of reach: at a density of 90% it is 50.0%"
     ):
@@ -173,13 +185,7 @@ def test_a_perplexity_out_of_reach_says_the_best(teacher, monkeypatch):
 
 def test_the_least_density_within_a_perplexity_is_found(teacher, monkeypatch):
     model, gates, text = teacher
-    dense = calibration.perplexity(model, text[1024:2048], window=1024, windows=1)
-
-    def measured(_model, _gates, policy, _windows):
-        rise = 0.01 * 0.5 / policy.calibration.density
-        return {"density": policy.calibration.density, "recall": 1.0, "perplexity": dense * (1 + rise)}
-
-    monkeypatch.setattr(calibration, "measure", measured)
+    sparse(monkeypatch, lambda policy: 1 + 0.01 * 0.5 / policy.calibration.density)
     found = calibrate(model, gates, text, Target(ppl_increase=0.01), length=1024, windows=2)
     assert found.policy.calibration.density == pytest.approx(0.5, rel=0.03)
     assert found.policy.calibration.density >= 0.5
@@ -195,8 +201,12 @@ def test_measured_on_text_that_was_not_fitted_to(teacher):
         assert row["recall"] == pytest.approx(0.9, abs=0.02)
         assert row["density"] < 0.8
     assert half["density"] > whole["density"], "a longer text needs a smaller part"
-    again = measure(model, gates, found.policy, [text[2048:4096]])
-    assert again == {name: whole[name] for name in again}
+    again = measured(
+        model, gates, found.policy, windows=[text[2048:4096]], recall_rows=calibration.RECALL_ROWS
+    )
+    assert (again.density, again.recall, again.perplexity) == (
+        whole["density"], whole["recall"], whole["perplexity"],
+    )  # fmt: skip
     assert f"reads {whole['density']:.1%} of the blocks at 2,048 tokens" in found.recommendation()
     heads = np.array(found.head_densities)
     assert heads.shape == (8, 6)

@@ -94,7 +94,7 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing(calibrated, tmp_path)
         (["--layers", "3,9", "--tokens", 1024], "no gates in layers [9]; these gates are for layers [0, 1"),
         (["--layers", "all"], "--layers must be like 0,7,15, got 'all'"),
         (["--density", 1.5], "1.5"),
-        (["--tokens", 32_768, "--layers", "0,1,2,3,4,5,6,7"], "give fewer --layers or fewer --tokens"),
+        (["--tokens", 32_768, "--layers", "0,1,2,3,4,5,6,7"], "give fewer layers or fewer tokens"),
     ):
         result = invoke(*arguments, "--out", out)
         assert result.exit_code == 2, result.output

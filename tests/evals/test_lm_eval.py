@@ -174,7 +174,7 @@ def other_gates(teacher, tmp_path_factory):
         ({"policy": "threshold:1e-3", "density": 0.1}, "give policy or density, not both"),
         ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
         ({"density": "few"}, "density in policy 'top_k:few,sink_blocks=1' must be a number, got 'few'"),
-        ({"batch_size": "auto"}, "--batch_size must be a number with the model seerattention, got 'auto'"),
+        ({"batch_size": "auto"}, "batch_size must be a number with the model seerattention, got 'auto'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_the_model_is_loaded(arguments, message, monkeypatch):

@@ -24,7 +24,7 @@ from seerattention.hosts.transformers import attach, detach, intercept
 from seerattention.measure import bundled
 from seerattention.measure.perplexity import hidden_states
 from seerattention.policies import parse
-from seerattention.testing.browser import chromium, missing, screen
+from tests.browser import chromium, missing, screen
 
 TOKENS, LAYERS = 680, [0, 7]
 #: What must stay text wherever it is shown.
@@ -172,7 +172,7 @@ def test_as_many_layers_are_kept_as_fit_into_a_page():
     some = fitting_layers(gates, 32768, 3)
     assert 1 <= len(some) < 8
     assert some[0] == 0
-    with pytest.raises(ValueError, match="too large for a page; give fewer --tokens"):
+    with pytest.raises(ValueError, match="too large for a page; give fewer tokens"):
         fitting_layers(gates, 200_000, 3)
     model, tokenizer = bundled.load_teacher()
     with pytest.raises(ValueError, match="at least two blocks, 128 tokens, got 100"):

@@ -1,6 +1,5 @@
 """The YaRN experiment on a CPU, at a size that shows it runs: stopped on the way, it continues."""
 
-import importlib.util
 import json
 import sys
 import tomllib
@@ -8,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("yarn_run", ROOT / "experiments" / "yarn" / "run.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-experiment = importlib.util.module_from_spec(SPEC)
-# A dataclass looks its module up.
-sys.modules["yarn_run"] = experiment
-SPEC.loader.exec_module(experiment)
+from experiments.yarn import run as experiment
+
+FOLDER = Path(experiment.__file__).parent
 
 
 def run(monkeypatch, out, *more):
@@ -78,7 +72,7 @@ def test_a_stopped_run_continues_and_compares_dense_posthoc_and_joint(monkeypatc
 
 
 def test_the_teacher_is_one_of_8192_tokens():
-    recipe = tomllib.loads((ROOT / "experiments" / "yarn" / "teacher.toml").read_text())
+    recipe = tomllib.loads((FOLDER / "teacher.toml").read_text())
     assert [stage["length"] for stage in recipe["stage"]] == [512, 2048, 8192]
     assert recipe["model"]["max_position_embeddings"] == 8192
 

@@ -27,7 +27,6 @@ def test_prefill_report(tmp_path):
     assert {"dense cudnn", "dense fa2"} <= {r["backend"] for r in report["rows"]}
     assert all(row["memory_mb"] > 0 for row in report["layers"])
     assert all(value > 0 for value in report["ceilings"].values())
-    assert report["targets"]
 
 
 def test_ceilings_are_plausible():

@@ -39,7 +39,7 @@ def start(text, out=None, dtype=torch.bfloat16, backend="auto", **settings):
 
 
 def gradients(tuner):
-    tuner._accumulate(tuner.batches(0), 0, 0.2)
+    tuner.accumulate(tuner.batches(0), 0.2)
     return {n: p.grad for n, p in tuner.named.items()}
 
 

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import random
@@ -56,7 +55,7 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
     batch = TextWindows(text, 256)
     gates = gates_of(model)
     trainer = Distiller(model, gates, batch, DistillConfig(steps=1, objective="kl"))
-    trainer._accumulate(torch.from_numpy(batch(0)))
+    trainer.accumulate(batch(0), 0.1)
     mine = {n: p.grad.clone() for n, p in gates.named_parameters()}
     gates.zero_grad()
     losses, by_layer = [], dict(gates.items())
@@ -104,24 +103,6 @@ def test_memory_does_not_grow_with_depth(model, text, monkeypatch):
     assert len(alive) == 6
     # The previous call's tensor dies when the handler's frame is left, before the next layer's is made.
     assert most == 1
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    config = DistillConfig(steps=100, lr=1.0, warmup=0.1)
-    rates = [config.learning_rate(step) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == 1
-    assert rates[55] == pytest.approx(0.5)
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert 0 < rates[-1] < 0.001
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"save_every": 0}, {"recall_density": 0.0}]
-)
-def test_settings_out_of_range_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        DistillConfig(**wrong)
 
 
 def test_a_stopped_run_continues_exactly(model, text, tmp_path):
@@ -204,13 +185,13 @@ def test_a_killed_run_continues_bit_for_bit(model, text, tmp_path, capsys):
 def test_checkpoints_of_another_run_are_refused(model, text, tmp_path):
     config = DistillConfig(steps=2, save_every=1)
     list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
-    with pytest.raises(ValueError, match="another run, config differ"):
+    with pytest.raises(ValueError, match=r"another run, config\.steps differ"):
         Distiller(
             model, gates_of(model), TextWindows(text, 128), DistillConfig(steps=3, save_every=1), out=tmp_path
         )
     with pytest.raises(ValueError, match="another run, text differ"):
         Distiller(model, gates_of(model), TextWindows(text[::-1], 128), config, out=tmp_path)
-    with pytest.raises(ValueError, match="another run, gate differ"):
+    with pytest.raises(ValueError, match=r"another run, gate\.k_sub_block differ"):
         Distiller(model, gates_of(model, k_sub_block=16), TextWindows(text, 128), config, out=tmp_path)
 
 
@@ -234,14 +215,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_gates_change(model, text, tm
     good, saved = state_of(gates), (tmp_path / "checkpoint.safetensors").read_bytes()
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 2 has loss nan.*last good one"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 2, on batch 1 of the text, has loss nan.*is of step 1"
+    ):
         next(run)
     assert same(state_of(gates), good)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(model, text, tmp_path, monkeypatch):
-    from seerattention.train import loop as module
+    from seerattention.train import checkpoint as module
 
     config = DistillConfig(steps=4, save_every=1)
     run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()
@@ -296,13 +279,13 @@ def test_documents_of_a_pack_learn_as_each_would_alone(model, text):
     tokens = text[:256][None]
     gates = gates_of(model)
     trainer = Distiller(model, gates, lambda step: Packed(tokens, (lengths,)), DistillConfig(steps=1))
-    values = trainer._accumulate(Packed(tokens, (lengths,)))
+    values = trainer.accumulate(Packed(tokens, (lengths,)), 0.1)
     mine = {n: p.grad.clone() for n, p in gates.named_parameters()}
     expected, total = {}, torch.zeros(2)
     for start, length in ((0, 150), (190, 66)):
         gates.zero_grad()
         share = length / 216
-        total += share * trainer._accumulate(tokens[:, start : start + length])
+        total += share * trainer.accumulate(tokens[:, start : start + length], 0.1)
         for name, p in gates.named_parameters():
             expected[name] = expected.get(name, 0) + share * p.grad
     assert values.tolist() == pytest.approx(total.tolist(), rel=1e-5)

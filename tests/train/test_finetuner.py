@@ -158,7 +158,7 @@ def test_block_rope_follows_the_models_scaling(tiny, text):
         # Gates distilled before the extension.
         gates = tiny.gates_of(plain)
         tuner = Finetuner(prepare(model), gates, TextWindows(text, 300), FinetuneConfig(steps=1))
-        tuner._accumulate(tuner.batches(0), 0, 0.3)
+        tuner.accumulate(tuner.batches(0), 0.3)
         positions = torch.arange(0, 300, 8)[None]
         expected = model.model.rotary_emb(torch.zeros(1), positions)
         for _, gate in gates.items():
@@ -187,31 +187,6 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch_and_loses_nothing(t
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
 
 
-def test_densities_fall_from_dense_and_are_drawn_from_their_range():
-    config = FinetuneConfig(steps=1000, density=(0.1, 0.5), dense_share=0.2)
-    densities = [config.density_at(step) for step in range(1000)]
-    assert densities[0] == 1
-    assert densities[100] > 0.5
-    rest = densities[200:]
-    assert 0.1 <= min(rest) < 0.11
-    assert 0.48 < max(rest) <= 0.5
-    middle = sum(d < (0.1 * 0.5) ** 0.5 for d in rest)
-    assert 330 < middle < 470
-    assert FinetuneConfig(density=(0.2, 0.2)).density_at(7) == 0.2
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"steps": 0}, {"lr": 0.0}, {"gate_weight": -1.0}, {"density": (0.5, 0.1)}, {"density": (0.0, 0.1)},
-        {"dense_share": 1.5}, {"temperature": 0.0}, {"warmup": 1.0}, {"warmup_gate_steps": -1},
-    ],
-)  # fmt: skip
-def test_settings_out_of_range_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        FinetuneConfig(**wrong)
-
-
 def test_another_runs_checkpoint_is_refused(tiny, text, tmp_path):
     def start(config, **rope):
         model = tiny.make()
@@ -220,9 +195,9 @@ def test_another_runs_checkpoint_is_refused(tiny, text, tmp_path):
         return Finetuner(prepare(model), tiny.gates_of(model), TextWindows(text, 96), config, out=tmp_path)
 
     list(start(FinetuneConfig(steps=1)).run())
-    with pytest.raises(ValueError, match="another run, config differ"):
+    with pytest.raises(ValueError, match=r"another run, config\.steps differ"):
         start(FinetuneConfig(steps=2))
-    with pytest.raises(ValueError, match="another run, rope differ"):
+    with pytest.raises(ValueError, match=r"another run, rope\.rope_type, rope\.factor"):
         start(FinetuneConfig(steps=1), kind="yarn", factor=2, length=300)
 
 
@@ -235,7 +210,7 @@ def test_a_backend_without_a_backward_is_refused_with_those_that_have_one(tiny, 
         )
 
     with pytest.raises(
-        ValueError, match=r"'triton' cannot train through selected blocks: .*can: .*reference"
+        ValueError, match=r"'triton' cannot train through selected blocks here .*can: .*reference"
     ):
         start("triton")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):

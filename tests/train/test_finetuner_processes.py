@@ -22,7 +22,7 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
 from seerattention.train import TextWindows
-from seerattention.train.loop import make_accelerator
+from seerattention.train.processes import make_accelerator
 from seerattention.train import FinetuneConfig, Finetuner, prepare, save_finetuned
 from seerattention.hosts.transformers import new_gates
 base, text, out, settings = sys.argv[1:5]

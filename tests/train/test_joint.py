@@ -35,7 +35,7 @@ def accumulated(model, gates, batch, **settings):
     model.zero_grad(set_to_none=True)
     gates.zero_grad(set_to_none=True)
     tuner = Finetuner(model, gates, lambda step: batch, config)
-    values = tuner._accumulate(batch, 0, config.density[0])
+    values = tuner.accumulate(batch, config.densities[0])
     return gradients(model), gradients(gates), values
 
 
@@ -71,7 +71,7 @@ def test_the_gates_loss_does_not_move_the_model_nor_the_language_loss_the_gates(
 def test_the_gates_gradient_is_that_of_distillation_times_the_weight(tiny, model, batch):
     gates = tiny.gates_of(model)
     config = DistillConfig(steps=1)
-    Distiller(model, gates, lambda step: batch, config)._accumulate(batch)
+    Distiller(model, gates, lambda step: batch, config).accumulate(batch, 0.1)
     distilled = gradients(gates)
     _, joint, values = accumulated(prepare(model), gates, batch, density=(1.0, 1.0))
     close(joint, {name: 10 * g for name, g in distilled.items()})

@@ -9,6 +9,7 @@ from seerattention.ops.score_blocks import chunked
 from seerattention.ops.summarise_blocks import reference as summarise
 from seerattention.testing.memory import LargestTensor
 from seerattention.train import layer, objectives, target_recall
+from seerattention.train.target import sampled_recall
 
 
 def inputs(tokens):
@@ -87,7 +88,7 @@ def test_recall_on_all_rows_is_target_recall():
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
     target = pooled_attention(q, k, torch.randn_like(k), (16, 16)).target
     scores = gate(q, k).detach()
-    found = layer.sampled_recall(target, scores, (16, 16), 250, (0.2, 0.5))
+    found = sampled_recall(target, scores, (16, 16), 250, (0.2, 0.5))
     for density, value in zip((0.2, 0.5), found.tolist(), strict=True):
         assert value == pytest.approx(target_recall(target, scores, (16, 16), 250, density), rel=1e-6)
 

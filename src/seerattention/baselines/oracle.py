@@ -1,4 +1,4 @@
-"""Oracle: the true block-max-pooled attention map, which the gates learn to predict.
+"""Oracle: the true attention map pooled over blocks, by the maximum as the gates learn to predict it.
 
 It costs as much as dense attention: an upper bound on quality, not a method.
 
@@ -8,9 +8,11 @@ Source: SeerAttention, section 3.2 (arXiv 2410.13276).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
+from seerattention.ops.attention_scores import block_mass
 from seerattention.ops.pooled_attention import pooled_map
 
 
@@ -20,9 +22,11 @@ class Oracle:
 
     Attributes:
         block_size: Tokens per (query block, KV block).
+        pool: ``max`` takes a block's largest weight, ``sum`` all of them.
     """
 
     block_size: tuple[int, int] = (64, 64)
+    pool: Literal["max", "sum"] = "max"
     after_rope = True
     tokens_per_summary = 1
 
@@ -32,7 +36,9 @@ class Oracle:
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
         """Return the log of the pooled map, fp32 ``[B, Hq, Nq, Nk]``."""
-        return pooled_map(q, k_blocks, self.block_size).log()
+        if self.pool == "max":
+            return pooled_map(q, k_blocks, self.block_size).log()
+        return block_mass(q, k_blocks, self.block_size, scale=q.shape[-1] ** -0.5).log_()
 
 
 create = Oracle

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.attention import select_blocks
 from seerattention.bench.peers import Peer
-from seerattention.bench.plan import Plan
+from seerattention.bench.plan import Plan, Reporter
 from seerattention.gate import AttnGate
-from seerattention.measure.timing import interleaved
+from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import Policy, TopK
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection, causal_blocks
-
-if TYPE_CHECKING:
-    from seerattention.bench.prefill import Reporter
 
 
 def measure_layers(
@@ -121,16 +118,8 @@ class _Layer:
 
     def measured_selection(self) -> tuple[BlockSelection, float | None]:
         """Return the selection and the extra peak memory of making it in MB, None on a CPU."""
-        if not self.q.is_cuda:
-            return self.choose(), None
-        # What is made once and kept, such as compiled kernels' workspaces, is not the selection's.
-        self.choose()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         selection = self.choose()
-        torch.cuda.synchronize()
-        return selection, round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        return selection, round(peak_mb(self.choose), 1) if self.q.is_cuda else None
 
 
 def _fastest(rows: list[dict[str, Any]], block: int, density: float) -> str:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from seerattention.measure import bundled
+from seerattention.measure.maps import record_layers
 from seerattention.ops.shapes import Shape
 from seerattention.policies import TopK, select
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
-#: What ``--mask`` may name.
+#: Kinds of masks.
 MASKS = ("random", "gate", "band")
 
 #: How far a repeated passage's scores move, in standard deviations of the head's scores.
@@ -137,9 +139,7 @@ def _coarser(scores: Tensor, factor: int) -> Tensor:
     if factor <= 1:
         return scores
     size = scores.shape[-1] // factor * factor
-    # Acausal parts of a block on the diagonal were never trained.
-    tail = scores.masked_fill(~torch.ones_like(scores[0, 0], dtype=torch.bool).tril(), float("-inf"))
-    tail = tail[..., :size, :size].unflatten(-1, (-1, factor)).amax(-1)
+    tail = scores[..., :size, :size].unflatten(-1, (-1, factor)).amax(-1)
     return tail.unflatten(-2, (-1, factor)).amax(-2)
 
 
@@ -155,7 +155,6 @@ def _per_head(shape: Shape, mask: Callable[[int], Tensor]) -> BlockSelection:
     )
 
 
-@torch.inference_mode()
 def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
     """Return the bundled gates' scores on the bundled text, one group of heads per (layer, KV head).
 
@@ -164,24 +163,13 @@ def teacher_scores(device: str, tokens: int = 8192) -> Tensor:
         tokens: Length of the text; 64 tokens make a block.
 
     Returns:
-        fp32 ``[layers * Hk, G, N0, N0]``, before softmax.
+        fp32 ``[layers * Hk, G, N0, N0]``, before softmax, -inf where acausal.
     """
-    from seerattention.hosts.transformers import AttentionCall, intercept
-    from seerattention.measure import bundled
-
-    model, tokenizer = bundled.load_teacher()
-    # pyright takes the argument for self (transformers' `to` is decorated).
-    model.to(device)  # type: ignore[arg-type]
-    gates = bundled.load_teacher_gates().to(device)
-    gates.use_rotary_of(model)
-    by_layer, found = dict(gates.items()), []
-
-    def handler(call: AttentionCall) -> Tensor:
-        scores = by_layer[call.layer](call.q_nope, call.k_nope, positions=call.positions)
-        found.append(scores[0].unflatten(0, (call.k.shape[1], -1)))
-        return call.dense()
-
-    ids = torch.from_numpy(bundled.text_tokens(tokenizer)[1][:tokens].copy())[None].to(device)
-    with intercept(model, handler):
-        model.get_decoder()(ids, use_cache=False)
-    return torch.cat(found)
+    model, tokenizer = bundled.named_model(bundled.BUNDLED, device=device)
+    found = record_layers(
+        model,
+        bundled.load_teacher_gates().to(device),
+        [bundled.text_tokens(tokenizer)[1][:tokens]],
+        lambda call, gate, scores: scores[0].unflatten(0, (call.k.shape[1], -1)),
+    )
+    return torch.cat([scores for (scores,) in found.values()])

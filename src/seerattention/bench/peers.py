@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seerattention.ops.block_sparse_attention import flex as flex_backend
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
 #: Computes attention of q ``[B, Hq, T, D]``, k and v ``[B, Hk, T, D]`` ; dense ones ignore the selection.
 Peer = Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor]
+
+#: Dense kernels of a GPU.
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 
 #: Bytes of FlexAttention's index lists above which it is left out: they hold every block pair as int32,
 #: twice, and making them takes several times that.
@@ -34,19 +37,23 @@ def dense_peers(device: str, names: list[str]) -> dict[str, Peer]:
         ValueError: If none is left to measure speedups by.
     """
     if torch.device(device).type == "cpu":
-        return {"dense sdpa": functools.partial(_sdpa, None)}
-    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+        return {"dense sdpa": functools.partial(dense, None)}
     found: dict[str, Peer] = {
-        f"dense {name}": functools.partial(_sdpa, kind) for name, kind in kinds.items() if name in names
+        f"dense {name}": functools.partial(dense, kind) for name, kind in DENSE.items() if name in names
     }
     if not found:
-        raise ValueError(
-            f"--peers must name a dense kernel, cudnn or fa2, to measure speedups by; got {names}"
-        )
+        raise ValueError(f"peers must name a dense kernel, cudnn or fa2, to measure speedups by; got {names}")
     return found
 
 
-def _sdpa(kind: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
+def dense(
+    kind: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None = None
+) -> Tensor:
+    """Compute causal attention by one of torch's kernels, or by its own choice for None.
+
+    Raises:
+        NotImplementedError: If that kernel cannot.
+    """
     gqa = q.shape[1] != k.shape[1]
     if kind is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -69,20 +76,10 @@ def flex_bytes(selection: BlockSelection, heads: int) -> int:
 
 def flex(q: Tensor, k: Tensor, selection: BlockSelection) -> Peer:
     """Return FlexAttention for one selection, whose lists are made here and not timed."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     mask = selection.to_flex(Rows.last(q.shape[2], k.shape[2]), q.shape[1])
-    block_q, block_k = selection.block_size
-    # The default tile is larger than a 64-token block and would be refused.
-    options: Any = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
-    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    def peer(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
-        gqa = q.shape[1] != k.shape[1]
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return compiled(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)
-
-    return peer
+    return lambda q, k, v, selection: flex_backend.attend(
+        q, k, v, mask, selection.block_size, scale=q.shape[-1] ** -0.5
+    )
 
 
 def load(name: str) -> Peer:
@@ -94,11 +91,11 @@ def load(name: str) -> Peer:
     """
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise ValueError(f"--peer must be module:function, got {name!r}")
+        raise ValueError(f"a peer must be module:function, got {name!r}")
     try:
         found: Peer | None = getattr(importlib.import_module(module), function, None)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"--peer {name}: {error}; is its folder on PYTHONPATH?") from error
+        raise ModuleNotFoundError(f"peer {name}: {error}; is its folder on PYTHONPATH?") from error
     if not callable(found):
-        raise ValueError(f"--peer {name}: {module} has no function {function!r}")
+        raise ValueError(f"peer {name}: {module} has no function {function!r}")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,8 +11,21 @@ from seerattention.bench.masks import MASKS
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.shapes import Shape
 
-#: Gate designs that ``--gate`` may name.
+#: Gate designs.
 GATES = ("published", "sub16", "sub8", "default")
+
+
+class Reporter(Protocol):
+    """Hears how far a run is."""
+
+    def stage(self, what: str, steps: int) -> None:
+        """A part of the run begins that takes so many steps."""
+
+    def step(self, name: str) -> None:
+        """One step is done."""
+
+    def note(self, text: str) -> None:
+        """Something the reader of the results must know, such as what was left out and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +69,31 @@ class Plan:
 
     def __post_init__(self) -> None:
         known = {
-            "--mask": (self.masks, MASKS),
-            "--gate": (self.gates, GATES),
-            "--peers": (self.peers, ("cudnn", "fa2", "flex")),
-            "--dtype": ((self.dtype,), ("float32", "bfloat16", "float16")),
-            "--device": ((self.device,), ("cpu", "cuda")),
+            "masks": (self.masks, MASKS),
+            "gates": (self.gates, GATES),
+            "peers": (self.peers, ("cudnn", "fa2", "flex")),
+            "dtype": ((self.dtype,), ("float32", "bfloat16", "float16")),
+            "device": ((self.device,), ("cpu", "cuda")),
         }
-        for option, (given, allowed) in known.items():
+        for name, (given, allowed) in known.items():
             for value in given:
                 if value not in allowed:
-                    raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+                    raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for density in self.densities:
             if not 0 < density <= 1:
-                raise ValueError(f"--density must be in (0, 1], got {density}")
-        for option, values in (
-            ("--tokens", self.tokens),
-            ("--block", self.blocks),
-            ("--repeats", (self.repeats,)),
+                raise ValueError(f"densities must be in (0, 1], got {density}")
+        for name, values in (
+            ("tokens", self.tokens),
+            ("blocks", self.blocks),
+            ("repeats", (self.repeats,)),
         ):
             for value in values:
                 if value < 1:
-                    raise ValueError(f"{option} must be a whole number >= 1, got {value}")
+                    raise ValueError(f"{name} must be a whole number >= 1, got {value}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"--heads {self.heads} must be a multiple of --kv-heads {self.kv_heads}")
+            raise ValueError(f"heads, {self.heads}, must be a multiple of kv_heads, {self.kv_heads}")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a CUDA device, and torch sees none")
+            raise ValueError("device cuda needs a CUDA device, and torch sees none")
 
     @property
     def kind(self) -> torch.dtype:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,9 @@ from torch import Tensor
 from seerattention.bench import masks, peers
 from seerattention.bench.ceilings import ceilings
 from seerattention.bench.layer import measure_layers
-from seerattention.bench.plan import Plan
-from seerattention.bench.targets import judge
+from seerattention.bench.plan import Plan, Reporter
 from seerattention.device import capability
-from seerattention.measure.timing import interleaved
+from seerattention.measure.timing import interleaved, timed
 from seerattention.measure.versions import versions
 from seerattention.ops import block_sparse_attention as op
 from seerattention.rows import Rows
@@ -32,19 +30,6 @@ NOT_TIMED = {"cpu": {"reference"}, "cuda": {"reference", "gather", "flex"}}
 
 #: Query blocks of an output that are compared with the reference, and the longest sequence to do it at.
 CHECKED_ROWS, CHECKED_TOKENS = 3, 32768
-
-
-class Reporter(Protocol):
-    """Hears how far the run is."""
-
-    def stage(self, what: str, steps: int) -> None:
-        """A part of the run begins that takes so many steps."""
-
-    def step(self, name: str) -> None:
-        """One step is done."""
-
-    def note(self, text: str) -> None:
-        """Something the reader of the results must know, such as what was left out and why."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +112,6 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
                 row["share_of_matmul"] = round(row["tflops"] / (limits["matmul_tflops"] or 1), 3)
             report["rows"] += found
             report["layers"] += measure_layers(plan, (q, k, v), dense, found, reporter)
-            report["targets"] = judge(report) if plan.device == "cuda" else []
             yield report
 
 
@@ -225,7 +209,7 @@ def _rows(
             note(f"left out: {str(error).split('because')[-1].strip()}")
         reporter.step(variant.name)
     if not any(v.kind == "dense" for v in running):
-        raise ValueError(f"no dense kernel runs at {tokens:,} tokens here; name another by --peers")
+        raise ValueError(f"no dense kernel runs at {tokens:,} tokens here; name another as a peer")
     reporter.stage(f"{tokens:,} tokens: timing", len(running) * (plan.repeats + 1))
     runs = {variant.name: variant.run for variant in running}
     seconds = interleaved(runs, repeats=plan.repeats, device=plan.device, after=reporter.step)
@@ -236,11 +220,7 @@ def _rows(
 def _first_call(qkv: tuple[Tensor, Tensor, Tensor], variant: Variant) -> float:
     """Run a variant once and check what it returns; return the milliseconds of the call."""
     tokens = qkv[0].shape[2]
-    start = time.perf_counter()
-    out = variant.run()
-    if out.is_cuda:
-        torch.cuda.synchronize()
-    first_ms = (time.perf_counter() - start) * 1e3
+    out, seconds = timed(variant.run)
     if tokens <= CHECKED_TOKENS:
         try:
             check_rows(qkv, variant.selection, out)
@@ -248,7 +228,7 @@ def _first_call(qkv: tuple[Tensor, Tensor, Tensor], variant: Variant) -> float:
             raise ValueError(
                 f"{variant.name} is wrong at {tokens:,} tokens and is not timed: {error}"
             ) from error
-    return first_ms
+    return seconds * 1e3
 
 
 def check_rows(qkv: tuple[Tensor, Tensor, Tensor], selection: BlockSelection, out: Tensor) -> None:
@@ -314,6 +294,6 @@ def _row(
         "range_ms": [round(min(times) * 1e3, 4), round(max(times) * 1e3, 4)],
         "first_ms": round(first_ms, 1),
         # Two products of 2 * D FLOPs for every pair of tokens.
-        "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 4),
+        "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 6),
         "speedup": round(dense_ms / ms, 3),
     }

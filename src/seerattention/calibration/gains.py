@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from seerattention.hosts.transformers import AttentionCall, Gates, intercept
-from seerattention.measure.perplexity import hidden_states
+from seerattention.gate import AttnGate
+from seerattention.hosts.transformers import AttentionCall, Gates
+from seerattention.measure.maps import check_finite, record_layers
+from seerattention.ops.attention_scores import attention_scores, by_block
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
-from seerattention.selection import causal_blocks
 
 #: Rows of query blocks per window whose maps are kept.
 ROWS = 64
@@ -72,38 +73,24 @@ def record(
     Raises:
         FloatingPointError: If the gates' scores or the attention are not finite.
     """
-    by_layer = dict(gates.items())
     block = gates.config.block_size
-    blocks = num_blocks(len(windows[0]), block)
-    rows = torch.linspace(0, blocks - 1, min(ROWS, blocks)).round().long()
-    whole, size = Rows.last(blocks * block, blocks * block), (block, block)
+    geometry = Rows.last(*2 * (num_blocks(len(windows[0]), block) * block,))
+    valid, own = (mask((block, block)) for mask in (geometry.causal, geometry.own))
+    rows = torch.linspace(0, len(valid) - 1, min(ROWS, len(valid))).round().long()
     # Of shorter texts other rows are the last, so that none is dense here.
-    always = replace(knobs, dense_last_rows=0).always(whole.own(size), whole.causal(size))[rows]
-    seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in by_layer}
+    always = replace(knobs, dense_last_rows=0).always(own, valid)[rows]
 
-    def handler(call: AttentionCall) -> Tensor:
-        gate = by_layer[call.layer]
-        valid = causal_blocks(call.q.shape[2], call.q.shape[2], gate.block_size, call.q.device)
-        scores = gate(call.q_nope, call.k_nope, positions=call.positions)[0].float()
-        share = torch.log_softmax(scores.masked_fill(~valid, -math.inf), -1)[:, rows.to(scores.device)]
+    def look(call: AttentionCall, gate: AttnGate, scores: Tensor) -> tuple[Tensor, ...]:
+        share = scores[0, :, rows.to(scores.device)].log_softmax(-1)
         mass, gain = _true_rows(call, rows, block, share, always.to(share.device))
-        if not bool(torch.isfinite(gain).all()) or bool(share.isnan().any()):
-            raise FloatingPointError(
-                f"the scores or the attention of layer {call.layer} are NaN or infinite; check the gates, "
-                "and load the model in float32 or bfloat16"
-            )
-        seen[call.layer].append((share.cpu(), mass.cpu(), gain.cpu()))
-        if step is not None:
-            step()
-        return call.dense()
+        check_finite(call.layer, gain)
+        return share.cpu(), mass.cpu(), gain.cpu()
 
-    with intercept(model, handler):
-        for window in windows:
-            hidden_states(model, window)
+    seen = record_layers(model, gates, windows, look, step)
     share, mass, gain = (
-        torch.cat([torch.cat([w[i] for w in seen[layer]], 1) for layer in by_layer]) for i in range(3)
+        torch.cat([torch.cat([w[i] for w in of_layer], 1) for of_layer in seen.values()]) for i in range(3)
     )
-    return Maps(list(by_layer), (block, block), rows.repeat(len(windows)), share, mass, gain, knobs)
+    return Maps(list(seen), (block, block), rows.repeat(len(windows)), share, mass, gain, knobs)
 
 
 def _true_rows(
@@ -118,27 +105,20 @@ def _true_rows(
         share: ``[H, S, N]``, what blocks are read by, the largest first.
         always: bool ``[S, N]``, the blocks read before all others.
     """
-    heads = share.shape[0]
-    tokens = call.k.shape[2]
-    blocks = num_blocks(tokens, block)
+    heads, tokens = share.shape[0], call.k.shape[2]
     groups = call.q.shape[1] // call.k.shape[1]
-    mass = torch.zeros(call.q.shape[1], len(rows), blocks, device=call.q.device)
+    mass = torch.zeros(call.q.shape[1], *share.shape[1:], device=call.q.device)
     gain, output = torch.zeros_like(mass), torch.zeros((), device=call.q.device)
     orders = share.masked_fill(always, math.inf).repeat_interleave(call.q.shape[1] // heads, 0)
     for at, row in enumerate(rows.tolist()):
         first, end = row * block, min((row + 1) * block, tokens)
         position = torch.arange(first, end, device=call.q.device)
-        acausal = torch.arange(end, device=call.q.device) > position[:, None]
         for h in range(call.k.shape[1]):
             part = slice(h * groups, (h + 1) * groups)
-            k, v = call.k[0, h, :end].float(), call.v[0, h, :end].float()
-            scores = call.q[0, part, first:end].float() @ k.mT * call.scale
-            if call.softcap is not None:
-                scores = call.softcap * torch.tanh(scores / call.softcap)
-            scores = scores.masked_fill(acausal, -math.inf)
-            pad = -end % block
-            weights = torch.nn.functional.pad(scores.softmax(-1), (0, pad)).unflatten(-1, (-1, block))
-            values = torch.nn.functional.pad(v, (0, 0, 0, pad)).unflatten(0, (-1, block))
+            q, k = call.q[0, part, first:end], call.k[0, h : h + 1, :end]
+            scores = attention_scores(q, k, position, scale=call.scale, softcap=call.softcap)
+            weights = by_block(scores.softmax(-1), block)
+            values = by_block(call.v[0, h, :end].float(), block, 0)
             in_block = weights.sum(-1)
             mass[part, at, : row + 1] = in_block.mean(1)
             order = orders[part, at, : row + 1].argsort(-1, descending=True)

@@ -1,7 +1,8 @@
 """The command line: one file per command, found by its name; a folder is a group of commands.
 
-Each file defines ``run``, whose signature and docstring are the command's options and help. Files here
-import what is heavy inside ``run``, so that ``--help`` answers at once.
+Each file defines ``run``, whose signature and docstring are the command's options and help; where it takes
+settings too, ``keys`` returns what the end of the help says about them. Files here import what is heavy
+inside these functions, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from seerattention.cli._show import table
 
 #: Errors that a person can do something about: they end in one sentence and exit code 2.
 EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ModuleNotFoundError)
@@ -66,9 +71,24 @@ def _add(to: typer.Typer, package: str, names: list[str]) -> None:
             _add(group, module.__name__, _names(module.__path__))
             to.add_typer(group, name=name)
         else:
-            to.command(name)(_guarded(module.run))
+            to.command(name, cls=_explaining(module.keys) if hasattr(module, "keys") else None)(
+                _guarded(module.run)
+            )
     # A group even with one command, so that the command is always named.
     to.callback()(lambda: None)
+
+
+def _explaining(keys: Callable[[], Iterable[Sequence[str]]]) -> type[TyperCommand]:
+    """Return a kind of command whose help ends with its settings, asked for when somebody wants it."""
+
+    class Explaining(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            rows = [[escape(cell) for cell in row] for row in keys()]
+            shown = table(("setting", "default", "what it is"), rows, words=True)
+            Console().print("Settings, in the file of --config or by --set setting=value:", shown)
+
+    return Explaining
 
 
 def main() -> None:

@@ -45,11 +45,12 @@ def run(
     Saves it with the gates as their default policy, calibrated; sink_blocks, local_blocks and
     dense_last_rows stay those of the policy the gates were saved with.
     """
-    from rich.console import Console
-
-    from seerattention.calibration.search import Target, calibrate
-    from seerattention.cli._base import base_of_gates
+    from seerattention.calibration.fit import Target
+    from seerattention.calibration.search import calibrate
+    from seerattention.cli._show import bar
+    from seerattention.cli._show import console as console_of
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
+    from seerattention.measure import bundled
     from seerattention.measure.plot import require_matplotlib
     from seerattention.train import read_tokens
 
@@ -58,10 +59,10 @@ def run(
         require_matplotlib()
     loaded = load_gates(gates)
     _check_place(gates, out)
-    base, tokenizer = base_of_gates(model or loaded.base.name, dtype, device)
+    base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)
     knobs = _knobs(loaded.policy)
-    console = Console()
-    with _bar(console) as bar:
+    console = console_of()
+    with bar(console) as progress:
         outcome = calibrate(
             base,
             loaded.to(base.device),
@@ -70,7 +71,7 @@ def run(
             length=length,
             windows=windows,
             knobs=knobs,
-            progress=_phases(bar, console),
+            progress=_phases(progress, console),
         )
     if out is None:
         save_calibration(gates, outcome.policy)
@@ -80,14 +81,13 @@ def run(
     for row in outcome.rows:
         console.print(
             f"{row['tokens']:>9,} tokens   density {row['density']:6.1%}   recall {row['recall']:6.1%}   "
-            f"perplexity {row['perplexity']:.2f}, dense {row['dense_perplexity']:.2f}",
-            highlight=False,
+            f"perplexity {row['perplexity']:.2f}, dense {row['dense_perplexity']:.2f}"
         )
-    console.print(f"{outcome.policy} {outcome.recommendation()}", highlight=False, soft_wrap=True)
-    console.print(f"saved in {out or gates}; attach(model, load_gates(...)) uses it", highlight=False)
+    console.print(f"{outcome.policy} {outcome.recommendation()}", soft_wrap=True)
+    console.print(f"saved in {out or gates}; attach(model, load_gates(...)) uses it")
     if plot is not None:
         _draw(outcome, plot)
-        console.print(f"drawn in {plot}", highlight=False)
+        console.print(f"drawn in {plot}")
 
 
 def _share(text: str) -> float | None:
@@ -127,25 +127,18 @@ def _knobs(text: str | None) -> Policy:
     return parse(",".join(["top_k:1", *text.split(",")[1:]]))
 
 
-def _bar(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def _phases(bar: Progress, console: Console) -> Callable[[str, int], Callable[[], None]]:
+def _phases(progress: Progress, console: Console) -> Callable[[str, int], Callable[[], None]]:
     def start(phase: str, steps: int) -> Callable[[], None]:
         if not console.is_terminal:
             console.print(phase)
-        task = bar.add_task(phase, total=steps)
-        return lambda: bar.advance(task)
+        task = progress.add_task(phase, total=steps)
+        return lambda: progress.advance(task)
 
     return start
 
 
 def _draw(outcome: Outcome, picture: Path) -> None:
-    from seerattention.demo.figures import draw_calibration
+    from seerattention.calibration.figure import draw_calibration
     from seerattention.files import staged
 
     with staged(picture.parent) as folder:

@@ -26,8 +26,7 @@ def run(
     ] = "",
 ) -> None:
     """Write published gates as safetensors, precision kept. Code in the source is refused, never run."""
-    from rich.console import Console
-
+    from seerattention.cli._show import console
     from seerattention.hosts.transformers import load_gates, save_gates
     from seerattention.policies import parse
 
@@ -39,7 +38,7 @@ def run(
     first = next(gate for _, gate in gates.items())
     parameters = list(gates.parameters())
     size = sum(p.numel() for p in parameters)
-    Console().print(
+    console().print(
         f"gates       {kind}, for {gates.base.name}\n"
         f"layers      {len(gates.layers)}, of {config.num_heads} query and {config.num_kv_heads} KV heads of "
         f"{config.head_dim}; blocks of {config.block_size} tokens\n"
@@ -47,7 +46,6 @@ def run(
         f"size        {size / 1e6:.2f} M parameters, {parameters[0].dtype}\n"
         f"policy      {chosen or gates.policy or 'none in the settings; give attach one'}\n"
         f"output      {target}",
-        highlight=False,
         markup=False,
         soft_wrap=True,
     )

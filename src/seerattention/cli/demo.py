@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 #: Tokens per sequence of the live distillation, and the bounds of its number of steps.
 LIVE_TOKENS, FEWEST_STEPS, MOST_STEPS = 2048, 20, 200
 
+#: Columns of the tables, and how a row's values are written.
+METHODS = {
+    "method": "{method}",
+    "density": "{density:.1%}",
+    "perplexity": "{perplexity:.2f}",
+    "needles": "{needle:.0%}",
+    "last rows dense": "{needle_dense_last:.0%}",
+    "recall": "{recall:.1%}",
+    "prefill s": "{prefill_s:.2f}",
+    "speedup": "{speedup:.2f}x",
+}
+TIMES = {
+    "tokens": "{tokens:,}",
+    "model dense s": "{dense_prefill_s:.2f}",
+    "model sparse s": "{sparse_prefill_s:.2f}",
+    "model speedup": "{prefill_speedup:.2f}x",
+    "layer dense ms": "{dense:.0f}",
+    "layer sparse ms": "{sparse:.0f}",
+    "choosing ms": "{select:.0f}",
+    "attention speedup": "{attention_speedup:.1f}x",
+    "with choosing": "{both:.1f}x",
+}
+
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for report.json and the figures.")] = Path("runs/demo"),
@@ -30,8 +53,7 @@ def run(
     """Distil gates, compare dense attention and other methods, draw pictures; under 6 minutes on 2 cores."""
     from dataclasses import replace
 
-    from rich.console import Console
-
+    from seerattention.cli._show import console as console_of
     from seerattention.demo import figures
     from seerattention.demo.run import Demo, Plan, methods
     from seerattention.files import staged
@@ -45,9 +67,7 @@ def run(
     if longest < (least := min(plan.lengths)):
         raise ValueError(f"--longest must be at least {least}, got {longest}")
     plan = replace(plan, lengths=tuple(n for n in plan.lengths if n <= longest))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
+    console = console_of(110)
     # Fails now, not after minutes, where nothing can be written.
     with staged(out) as folder:
         model, tokenizer = bundled.load_teacher()
@@ -59,7 +79,6 @@ def run(
             f"The teacher: a {parameters / 1e6:.1f} M parameter Llama with a context of "
             f"{model.config.max_position_embeddings:,} tokens.\n"
             f"The text: The Enchanted April (1922), {len(training) + len(text):,} tokens it never saw.\n",
-            highlight=False,
         )
         live = _distil(demo, training, distil_seconds, console)
         rows = _compare(demo, methods(gates, live), console)
@@ -82,8 +101,7 @@ def run(
         f"\n{out}/report.json has these numbers; the pictures beside it:\n"
         "  maps.png     true attention map, the gate's prediction and the blocks read, for four heads\n"
         "  quality.png  needles and perplexity against density\n"
-        "  time.png     prefill time against length",
-        highlight=False,
+        "  time.png     prefill time against length"
     )
 
 
@@ -91,7 +109,7 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
     """Distil gates from their initialisation for about ``seconds``."""
     import torch
 
-    from seerattention.cli._progress import show
+    from seerattention.cli._show import train
     from seerattention.demo.run import LiveBatches
     from seerattention.hosts.transformers import new_gates
     from seerattention.measure.needle import NeedleTask
@@ -107,10 +125,9 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
     gates = new_gates(demo.model)
     console.print(
         f"1. The teacher teaches gates to predict its attention, from their initialisation: {steps} steps of "
-        f"{LIVE_TOKENS:,} tokens",
-        highlight=False,
+        f"{LIVE_TOKENS:,} tokens"
     )
-    done = show(
+    done = train(
         Distiller(demo.model, gates, batches, DistillConfig(steps=steps, lr=2e-3, objective="kl")), console
     )
     few = max(1, min(8, len(done) // 4))
@@ -121,95 +138,52 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
     first, last = done[:few], done[-few:]
     console.print(
         f"   loss {mean(first, 'loss'):.4f} -> {mean(last, 'loss'):.4f}, recall of the map's mass at 10 % "
-        f"density {mean(first, 'recall'):.3f} -> {mean(last, 'recall'):.3f} (means of {few} steps)\n",
-        highlight=False,
+        f"density {mean(first, 'recall'):.3f} -> {mean(last, 'recall'):.3f} (means of {few} steps)\n"
     )
     return gates
 
 
 def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[str, Any]]:
     """Measure every method and print the table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.progress import track
-    from rich.table import Table
+    from seerattention.cli._show import bar, formatted
 
     console.print(
         f"2. Dense attention and what reads less, at {demo.plan.tokens:,} tokens: perplexity over "
-        f"{demo.plan.windows} windows, {demo.questions} needle questions in {demo.plan.documents} documents",
-        highlight=False,
+        f"{demo.plan.windows} windows, {demo.questions} needle questions in {demo.plan.documents} documents"
     )
     rows: list[dict[str, Any]] = []
-    for method in track(methods, "measuring", console=console, disable=not console.is_terminal):
-        rows.append(demo.measure(method, rows[0]["prefill_s"] if rows else None))
-        if not console.is_terminal:
-            console.print(f"  measured {method.name}", highlight=False)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("method", no_wrap=True)
-    for title in ("density", "perplexity", "needles", "last rows dense", "recall", "prefill s", "speedup"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['density']:.1%}",
-            f"{row['perplexity']:.2f}",
-            f"{row['needle']:.0%}",
-            f"{row['needle_dense_last']:.0%}",
-            f"{row['recall']:.1%}",
-            f"{row['prefill_s']:.2f}",
-            f"{row['speedup']:.2f}x",
-        )
-    console.print(table)
+    with bar(console) as progress:
+        for method in progress.track(methods, description="measuring"):
+            rows.append(demo.measure(method, rows[0]["prefill_s"] if rows else None))
+            if not console.is_terminal:
+                console.print(f"  measured {method.name}")
+    console.print(formatted(METHODS, rows))
     console.print(
         "   needles: numbers found in the text; 'last rows dense': the same with the last two query blocks,\n"
         "   where the questions stand, dense. recall: share of the true attention mass in the blocks read.\n"
-        "   The oracle reads the true map first, which costs more than it saves: a bound, not a method.\n",
-        highlight=False,
+        "   The oracle reads the true map first, which costs more than it saves: a bound, not a method.\n"
     )
     return rows
 
 
 def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
     """Time dense and sparse over the lengths and print the table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.progress import Progress
-    from rich.table import Table
+    from seerattention.cli._show import bar, formatted
 
     density = demo.plan.density
-    console.print(
-        f"3. Time against length: dense SDPA and the gates at {density:.0%} density", highlight=False
-    )
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    console.print(f"3. Time against length: dense SDPA and the gates at {density:.0%} density")
+    with bar(console) as progress:
         task = progress.add_task("timing", total=sum(demo.plan.lengths))
         rows = demo.curve(gates, lambda length: progress.advance(task, length))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for title in (
-        "tokens",
-        "model dense s",
-        "model sparse s",
-        "model speedup",
-        "layer dense ms",
-        "layer sparse ms",
-        "choosing ms",
-        "attention speedup",
-        "with choosing",
-    ):
-        table.add_column(title, justify="right")
-    for row in rows:
-        with_selection = row["dense_attention_s"] / (row["sparse_attention_s"] + row["selection_s"])
-        table.add_row(
-            f"{row['tokens']:,}",
-            f"{row['dense_prefill_s']:.2f}",
-            f"{row['sparse_prefill_s']:.2f}",
-            f"{row['prefill_speedup']:.2f}x",
-            f"{row['dense_attention_s'] * 1e3:.0f}",
-            f"{row['sparse_attention_s'] * 1e3:.0f}",
-            f"{row['selection_s'] * 1e3:.0f}",
-            f"{row['attention_speedup']:.1f}x",
-            f"{with_selection:.1f}x",
-        )
-    console.print(table)
+    console.print(formatted(TIMES, map(_in_ms, rows)))
     console.print(
-        "   layer: the attention of one layer alone; choosing: pooling, scores and policy of that layer.",
-        highlight=False,
+        "   layer: the attention of one layer alone; choosing: pooling, scores and policy of that layer."
     )
     return rows
+
+
+def _in_ms(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the curve with what one layer took in milliseconds."""
+    names = "dense_attention_s", "sparse_attention_s", "selection_s"
+    dense, sparse, select = (row[name] * 1e3 for name in names)
+    return row | {"dense": dense, "sparse": sparse, "select": select, "both": dense / (sparse + select)}

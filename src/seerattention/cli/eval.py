@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seerattention.cli._training import Set
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,6 +25,7 @@ def run(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; default the file's, or the GPU if there is one.")
     ] = "",
+    overrides: Set = None,
     dry_run: Annotated[
         bool,
         typer.Option(help="Print the plan, the number of samples and about how long they take, and stop."),
@@ -50,18 +53,16 @@ def run(
     """
     from dataclasses import replace
 
-    from rich.console import Console
     from transformers.utils import logging
 
+    from seerattention.cli._show import console as console_of
     from seerattention.evals.config import read_config
     from seerattention.evals.harness import Evaluation, load_model
     from seerattention.evals.records import RecordFile
     from seerattention.evals.summary import write_summary
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    settings = read_config(config)
+    console = console_of(160)
+    settings = read_config(config, overrides or ())
     settings = replace(settings, out=out or settings.out, device=device or settings.device)
     logging.disable_progress_bar()
     with RecordFile(settings.out, readonly=dry_run) as file:
@@ -72,7 +73,6 @@ def run(
             console.print(
                 f"time     about {_duration(seconds)}, if every method takes as long as dense attention, "
                 "timed now at the shortest length",
-                highlight=False,
             )
             return
         rows: list[dict[str, Any]] = []
@@ -81,15 +81,13 @@ def run(
         finally:
             rows = write_summary(evaluation, file.records)
     _print_rows(console, rows)
-    console.print(f"samples.jsonl, summary.md and summary.json are in {settings.out}", highlight=False)
+    console.print(f"samples.jsonl, summary.md and summary.json are in {settings.out}")
 
 
 def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
     config, cells = evaluation.config, evaluation.cells
     for line in file.corrupt:
-        console.print(
-            f"corrupt  {line}; its sample is made again", style="yellow", highlight=False, markup=False
-        )
+        console.print(f"corrupt  {line}; its sample is made again", style="yellow", markup=False)
     total = sum(len(cell.seeds) for cell in cells)
     left = evaluation.missing(file)
     policies: dict[str, list[str]] = {}
@@ -115,43 +113,33 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
         lines.append(f"         {total - there - left:,} are not asked: dense attention cannot do them")
     if others := len(file.records) - there:
         lines.append(f"         {others:,} more in {file.path} belong to other settings and are left alone")
-    console.print("\n".join(lines), highlight=False, markup=False)
+    console.print("\n".join(lines), markup=False)
 
 
 def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
     """Make what is missing, with a bar; without a terminal a line per cell."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from seerattention.cli._show import bar
     from seerattention.evals.summary import cells, summary_rows
 
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn(),
-        TextColumn("{task.fields[cell]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=evaluation.missing(file), cell="")
+    with bar(console) as progress:
+        task = progress.add_task("samples", total=evaluation.missing(file))
         seen: set[str] = set()
 
         def done(cell: Cell, record: Record | None) -> None:
             if record is None and evaluation.skipped(cell, file):
-                console.print(
-                    f"  {cell.name}: not asked, dense attention cannot do it", highlight=False, markup=False
-                )
-                progress.update(bar, total=progress.tasks[bar].completed + evaluation.missing(file))
+                console.print(f"  {cell.name}: not asked, dense attention cannot do it", markup=False)
+                progress.update(task, total=progress.tasks[task].completed + evaluation.missing(file))
                 return
             if record is None:
                 row = cells(summary_rows([cell], file.records)[0])
-                console.print(
-                    f"  {cell.name}: {row[4]} ({row[5]}), {row[3]} samples", highlight=False, markup=False
-                )
+                console.print(f"  {cell.name}: {row[4]} ({row[5]}), {row[3]} samples", markup=False)
                 return
-            progress.update(bar, advance=1, cell=cell.name)
+            progress.update(task, advance=1, said=cell.name)
             for fault in set(record.faults) - seen:
                 seen.add(fault)
                 console.print(
                     f"  {fault}: {cell.name}, seed {record.seed}; counted in the tables",
                     style="yellow",
-                    highlight=False,
                     markup=False,
                 )
 
@@ -159,32 +147,14 @@ def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
 
 
 def _print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    from seerattention.cli._show import table
     from seerattention.evals.summary import cells
 
     for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
         part = [row for row in rows if (row["task"], row["length"]) == (task, length)]
-        table = Table(
-            box=SIMPLE_HEAD, padding=(0, 1), title=f"{task}, {length:,} tokens", title_justify="left"
-        )
-        table.add_column("method", no_wrap=True)
-        for title in (
-            "asked",
-            "density",
-            "n",
-            part[0]["metric"],
-            "95 %",
-            "minus dense",
-            "prefill s",
-            "s",
-            "faults",
-        ):
-            table.add_column(title, justify="right")
-        for row in part:
-            table.add_row(*cells(row))
-        console.print(table)
+        titles = ("method", "asked", "density", "n", part[0]["metric"], "95 %", "minus dense")
+        titles += ("prefill s", "s", "faults")
+        console.print(table(titles, map(cells, part), f"{task}, {length:,} tokens"))
 
 
 def _duration(seconds: float) -> str:

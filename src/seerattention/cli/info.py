@@ -173,32 +173,31 @@ def run(
     if as_markdown:
         print(markdown())
         return
-    from rich.console import Console
-    from rich.table import Table
-
     from seerattention.baselines import names
+    from seerattention.cli._show import console as console_of
+    from seerattention.cli._show import table
     from seerattention.hosts.transformers import families, refused
     from seerattention.hosts.transformers.support import features
     from seerattention.measure.versions import versions
     from seerattention.policies import forms
 
-    console = Console()
-    console.print("  ".join(f"{k} {v}" for k, v in versions().items()), highlight=False)
-    table = Table("operation", "backend", "device", "dtype", "runs")
-    for row in support():
-        runs = "[green]yes[/]" if not row.reasons else "[yellow]no[/]: " + "; ".join(row.reasons)
-        table.add_row(row.op, row.backend, row.device, row.dtype, runs)
-    console.print(table)
-    console.print(f"model families   {', '.join(families())}", highlight=False)
+    console = console_of()
+    console.print("  ".join(f"{k} {v}" for k, v in versions().items()))
+    rows = []
+    for r in support():
+        runs = f"[yellow]no[/]: {'; '.join(r.reasons)}" if r.reasons else "[green]yes[/]"
+        rows.append((r.op, r.backend, r.device, r.dtype, runs))
+    console.print(table(("operation", "backend", "device", "dtype", "runs"), rows, words=True))
+    console.print(f"model families   {', '.join(families())}")
     for name, reason in refused().items():
-        console.print(f"{'':<17}not {name}: {reason}", highlight=False)
-    console.print(f"policies         {', '.join(forms())}", highlight=False, markup=False)
-    console.print(f"baselines        {', '.join(names())}", highlight=False)
+        console.print(f"{'':<17}not {name}: {reason}")
+    console.print(f"policies         {', '.join(forms())}", markup=False)
+    console.print(f"baselines        {', '.join(names())}")
     for line in crossover_lines():
-        console.print(line, highlight=False)
+        console.print(line)
     for f in features():
-        console.print(f"{f.kind:<16} {f.name}: {answer(f.reason, f.note)}", highlight=False, markup=False)
+        console.print(f"{f.kind:<16} {f.name}: {answer(f.reason, f.note)}", markup=False)
     if model:
-        console.print(f"\n{model}", highlight=False)
+        console.print(f"\n{model}")
         for layers, what in layer_report(model):
-            console.print(f"  layers {layers}: {what}", highlight=False)
+            console.print(f"  layers {layers}: {what}")

@@ -58,14 +58,14 @@ def run(
     It needs no network and opens from a file. Give results, gates, or both; with neither, the bundled
     model and its gates are explored.
     """
-    from rich.console import Console
     from transformers.utils import logging
 
-    from seerattention.evals.config import BUNDLED
+    from seerattention.cli._show import console as console_of
     from seerattention.evals.report import page, read_results
     from seerattention.files import staged
+    from seerattention.measure.bundled import BUNDLED
 
-    console = Console()
+    console = console_of()
     logging.disable_progress_bar()
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give --out a file, such as {out / 'report.html'}")
@@ -80,9 +80,7 @@ def run(
                 console, source, model, text or [], tokens, density or [], layers, dtype, device
             )
         (folder / out.name).write_text(page(measured, explorer), encoding="utf-8")
-    console.print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser", highlight=False, soft_wrap=True
-    )
+    console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser", soft_wrap=True)
 
 
 def _explore(
@@ -97,25 +95,24 @@ def _explore(
     device: str,
 ) -> dict[str, Any]:
     """Load model, gates and text, and return the explorer's data."""
-    from rich.progress import Progress
-
-    from seerattention.cli._base import base_of_gates
-    from seerattention.evals.config import BUNDLED
+    from seerattention.cli._show import bar
     from seerattention.evals.report import explore
-    from seerattention.hosts.transformers import load_gates
     from seerattention.measure import bundled
+    from seerattention.measure.compare import short_of
 
-    loaded = bundled.load_teacher_gates() if source == BUNDLED else load_gates(source)
+    loaded = bundled.named_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
-    base, tokenizer = base_of_gates(model or loaded.base.name, dtype, device)
+    base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"--tokens {tokens:,} is past the model's limit of {limit:,}; give fewer")
     # The bundled model learned to find numbers; what others do with the questions would say little.
     needles = loaded.base.name == bundled.TEACHER_NAME
     window, name = _window(text, tokenizer, tokens, needles)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("maps", total=base.config.get_text_config().num_hidden_layers)
+    for why in filter(None, (short_of(loaded, policy, tokens) for policy in policies)):
+        console.print(f"too short: {why}", markup=False)
+    with bar(console) as progress:
+        task = progress.add_task("maps", total=base.config.get_text_config().num_hidden_layers)
         explorer = explore(
             base,
             tokenizer,
@@ -123,13 +120,12 @@ def _explore(
             window,
             policies,
             layers=chosen,
-            step=lambda: progress.advance(bar),
+            step=lambda: progress.advance(task),
         )
     if len(explorer["layers"]) < len(explorer["all_layers"]) and chosen is None:
         console.print(
             f"maps of layers {', '.join(map(str, explorer['layers']))}: all "
             f"{len(explorer['all_layers'])} would make the page too large; --layers chooses others",
-            highlight=False,
         )
     explorer["text"] = name
     return explorer

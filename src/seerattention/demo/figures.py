@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from seerattention.calibration.search import Outcome
-from seerattention.hosts.transformers import AttentionCall, Gates, intercept
+from seerattention.gate import AttnGate
+from seerattention.hosts.transformers import AttentionCall, Gates
+from seerattention.measure.maps import record_layers, true_map
 from seerattention.measure.plot import COLOURS, pyplot
-from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
 from seerattention.rows import Rows
 
 
-@torch.inference_mode()
 def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: TopK) -> list[dict[str, Any]]:
     """Return, for the clearest and the most mixed heads, the true map, the gate's and the selection.
 
@@ -30,37 +30,28 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
     Returns:
         Four heads, each ``{"layer", "head", "true", "gate", "selected"}`` with ``[Nq, Nk]`` arrays.
     """
-    by_layer = dict(gates.items())
-    found: list[dict[str, Any]] = []
 
-    def handler(call: AttentionCall) -> torch.Tensor:
-        gate = by_layer[call.layer]
-        true = pooled_map(call.q, call.k, gate.block_size, scale=call.scale)
-        scores = gate(call.q_nope, call.k_nope, positions=call.positions)
-        length = call.q.shape[2]
+    def look(call: AttentionCall, gate: AttnGate, scores: Tensor) -> list[dict[str, Any]]:
+        true, share, length = true_map(call, gate.block_size), scores.softmax(-1), call.q.shape[2]
         chosen = select(policy, scores, rows=Rows.last(length, length), block_size=gate.block_size).to_mask()
-        valid = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
-        share = torch.softmax(scores.masked_fill(~valid, float("-inf")), -1)
         # Entropy tells sharp heads from diffuse ones.
         spread = -torch.special.xlogy(true, true).sum(-1).mean(-1)[0]
         # A gate may have one score per KV head, for all query heads of its group.
         group = true.shape[1] // scores.shape[1]
-        for head in range(true.shape[1]):
-            found.append(
-                {
-                    "layer": call.layer,
-                    "head": head,
-                    "spread": float(spread[head]),
-                    "true": true[0, head].numpy(),
-                    "gate": share[0, head // group].numpy(),
-                    "selected": chosen[0, head // group].numpy(),
-                }
-            )
-        return call.dense()
+        return [
+            {
+                "layer": call.layer,
+                "head": head,
+                "spread": float(spread[head]),
+                "true": true[0, head].cpu().numpy(),
+                "gate": share[0, head // group].cpu().numpy(),
+                "selected": chosen[0, head // group].cpu().numpy(),
+            }
+            for head in range(true.shape[1])
+        ]
 
-    with intercept(model, handler):
-        ids = torch.from_numpy(np.ascontiguousarray(tokens))[None]
-        model.get_decoder()(ids, use_cache=False)
+    layers = record_layers(model, gates, [tokens], look)
+    found = [head for (heads,) in layers.values() for head in heads]
     found.sort(key=lambda f: f["spread"])
     picks = np.linspace(0, len(found) - 1, 4).round().astype(int)
     return [found[i] for i in picks]
@@ -167,39 +158,5 @@ def draw_time(lengths: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"Prefill time, dense against {lengths[-1]['density']:.0%} density")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_calibration(outcome: Outcome, path: Path) -> None:
-    """Draw what more or less density would give, and how a calibrated policy shares it among heads."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
-    tokens, row = outcome.policy.calibration.tokens, outcome.rows[-1]
-    left.plot(
-        [p["density"] for p in outcome.curve],
-        [p["recall"] for p in outcome.curve],
-        "o-",
-        color=COLOURS["gate"],
-        label="best thresholds, from the true maps",
-    )
-    rise = row["perplexity"] / row["dense_perplexity"] - 1
-    chosen = f"calibrated, measured: perplexity {rise:+.1%}"
-    left.plot(row["density"], row["recall"], "*", markersize=14, color=COLOURS["live"], label=chosen)
-    left.set_xlabel("density: fraction of blocks read")
-    left.set_ylabel("recall: share of attention kept")
-    left.grid(alpha=0.3)
-    left.set_xlim(left=0)
-    left.legend(fontsize=8)
-    heads = np.array(outcome.head_densities)
-    image = right.imshow(
-        heads, cmap="Blues", vmin=0, vmax=heads.max(), interpolation="nearest", aspect="auto"
-    )
-    layers = sorted(outcome.policy.calibration.laws)
-    right.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-    right.set_xlabel("head")
-    right.set_ylabel("layer")
-    figure.colorbar(image, ax=right, label="density of the head")
-    figure.suptitle(f"Calibrated at {tokens:,} tokens")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -19,7 +17,6 @@ from seerattention import baselines
 from seerattention.attention import select_blocks
 from seerattention.gate import Scorer
 from seerattention.hosts.transformers import (
-    LOGIT_ROWS,
     AttentionCall,
     Gates,
     attach,
@@ -28,8 +25,11 @@ from seerattention.hosts.transformers import (
     logits_of,
     set_policy,
 )
-from seerattention.measure.needle import NeedleDocument, NeedleTask
+from seerattention.measure.compare import attached, measured
+from seerattention.measure.needle import NeedleTask
 from seerattention.measure.observe import Watch
+from seerattention.measure.perplexity import hidden_states
+from seerattention.measure.retrieval import predictions
 from seerattention.measure.timing import interleaved
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import TopK
@@ -152,46 +152,25 @@ class Demo:
             method: What to measure.
             dense_seconds: Prefill time of dense attention in the same run; None when measuring it.
         """
-        reading, recalling = Watch(), Watch(self.plan.recall_rows)
-        if method.scorer is not None:
-            attach(self.model, method.scorer, method.policy, min_tokens=0, observe=reading)
-        try:
-            perplexity, seconds = self._perplexity()
-            if method.scorer is not None:
-                attach(self.model, method.scorer, method.policy, min_tokens=0, observe=recalling)
+        tokens = self.plan.tokens
+        windows = [self.text[i * tokens : (i + 1) * tokens] for i in range(self.plan.windows)]
+        row = measured(self.model, method.scorer, method.policy, method=method.name, windows=windows)
+        assert row.prefill_s is not None
+        # Looking at true maps takes time, so it is not done where prefill is timed.
+        with attached(self.model, method.scorer, method.policy, recall_rows=self.plan.recall_rows) as watch:
             found, found_dense_last = self._needles(method)
-        finally:
-            if method.scorer is not None:
-                detach(self.model)
         return {
-            "method": method.name,
-            "density": reading.density,
-            "tokens": self.plan.tokens,
-            "perplexity": perplexity,
+            "method": row.method,
+            "density": row.density,
+            "tokens": row.tokens,
+            "perplexity": row.perplexity,
             "needle": found,
             "needle_dense_last": found_dense_last,
-            "recall": recalling.recall,
-            "prefill_s": seconds,
-            "speedup": 1.0 if dense_seconds is None else dense_seconds / seconds,
+            "recall": watch.recall,
+            "prefill_s": row.prefill_s,
+            "speedup": 1.0 if dense_seconds is None else dense_seconds / row.prefill_s,
         }
 
-    @torch.inference_mode()
-    def _perplexity(self) -> tuple[float, float]:
-        """Return perplexity over the windows and the median seconds of their prefill."""
-        losses, seconds = [], []
-        for i in range(self.plan.windows):
-            tokens = self._ids(self.text[i * self.plan.tokens : (i + 1) * self.plan.tokens])
-            start = time.perf_counter()
-            hidden = self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[0]
-            logits_of(self.model, hidden[-1:])
-            seconds.append(time.perf_counter() - start)
-            for part, target in zip(
-                hidden[:-1].split(LOGIT_ROWS), tokens[0, 1:].split(LOGIT_ROWS), strict=True
-            ):
-                losses.append(F.cross_entropy(logits_of(self.model, part).float(), target, reduction="none"))
-        return math.exp(float(torch.cat(losses).double().mean())), median(seconds)
-
-    @torch.inference_mode()
     def _needles(self, method: Method) -> tuple[float, float]:
         """Return the share of answers found without and with dense last rows.
 
@@ -201,29 +180,21 @@ class Demo:
         found = found_dense_last = 0
         for document in self.documents:
             cache = DynamicCache(config=self.model.config)
-            cached = cache_argument(self.model, cache)
-            tokens = self._ids(document.tokens)
-            hidden = self.model.get_decoder()(tokens, **cached, use_cache=True)
-            found += self._answers(document, hidden.last_hidden_state[0])
+            cached = {**cache_argument(self.model, cache), "use_cache": True}
+            hidden = hidden_states(self.model, document.tokens, **cached)
+            found += document.correct(predictions(self.model, document, hidden))
             if method.scorer is None:
                 continue
             rows = DENSE_LAST_ROWS * 64
             cache.crop(-rows)
-            set_policy(self.model, TopK(method.density, sink_blocks=1, dense_last_rows=DENSE_LAST_ROWS))
-            last = self.model.get_decoder()(tokens[:, -rows:], **cached, use_cache=True)
-            both = torch.cat([hidden.last_hidden_state[0, :-rows], last.last_hidden_state[0]])
-            found_dense_last += self._answers(document, both)
+            set_policy(self.model, replace(method.policy, dense_last_rows=DENSE_LAST_ROWS))
+            last = hidden_states(self.model, document.tokens[-rows:], **cached)
             set_policy(self.model, method.policy)
+            hidden = torch.cat([hidden[:-rows], last])
+            found_dense_last += document.correct(predictions(self.model, document, hidden))
         if method.scorer is None:
             found_dense_last = found
         return found / self.questions, found_dense_last / self.questions
-
-    def _answers(self, document: NeedleDocument, hidden: Tensor) -> int:
-        where = torch.from_numpy(document.query_positions).to(hidden.device)
-        return document.correct(logits_of(self.model, hidden[where]).argmax(-1).cpu().numpy())
-
-    def _ids(self, tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.model.device)[None]
 
     def curve(self, gates: Gates, done: Callable[[int], None] = lambda length: None) -> list[dict[str, Any]]:
         """Time dense against sparse over the lengths, the model's prefill and one layer's attention.
@@ -243,7 +214,7 @@ class Demo:
 
     @torch.inference_mode()
     def _time(self, gates: Gates, length: int) -> dict[str, Any]:
-        tokens = self._ids(self.text[:length])
+        tokens = self.text[:length]
         policy = TopK(self.plan.density, sink_blocks=1)
         middle = self.model.config.num_hidden_layers // 2
         kept: list[tuple[AttentionCall, BlockSelection]] = []
@@ -255,7 +226,7 @@ class Demo:
                 kept.append((call, selection))
 
         def prefill() -> None:
-            logits_of(self.model, self.model.get_decoder()(tokens, use_cache=False).last_hidden_state[:, -1])
+            logits_of(self.model, hidden_states(self.model, tokens)[-1:])
 
         def sparse_prefill() -> None:
             attach(self.model, gates, policy, min_tokens=0, observe=observe, check_base=False)

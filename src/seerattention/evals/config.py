@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from seerattention import baselines
 from seerattention.evals import tasks
+from seerattention.measure.bundled import BUNDLED
 from seerattention.policies import parse
+from seerattention.settings import build, known, read, typed
 
 #: Policies that methods without one of their own use.
 POLICY = "top_k:{density},sink_blocks=1"
@@ -17,11 +19,32 @@ POLICY = "top_k:{density},sink_blocks=1"
 #: Instead of a policy: the one saved with the gates.
 SAVED = "saved"
 
-#: Instead of a folder or file: what ships with the package.
-BUNDLED = "bundled"
 
-_TOP = ("out", "text", "lengths", "densities", "samples", "seed", "policy", "model", "methods", "tasks")
-_MODEL = ("name", "dtype", "device", "chat", "max_length")
+@dataclass(frozen=True)
+class _File:
+    """What a file may have."""
+
+    out: str = ""
+    text: tuple[str, ...] = (BUNDLED,)
+    lengths: tuple[int, ...] = ()
+    densities: tuple[float, ...] = ()
+    samples: int = 50
+    seed: int = 0
+    policy: str = POLICY
+    model: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What its table ``model`` may have."""
+
+    name: str = BUNDLED
+    dtype: str = "auto"
+    device: str = ""
+    chat: bool = False
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,62 +130,54 @@ class EvalConfig:
         return sorted({length for plan in self.plans for length in plan.lengths})
 
 
-def read_config(path: Path) -> EvalConfig:
+def read_config(path: Path, overrides: Sequence[str] = ()) -> EvalConfig:
     """Read an evaluation.
 
     Args:
         path: The TOML file; folders and files in it are relative to the working directory.
+        overrides: ``key=value`` over what the file has, see `settings.read`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no TOML, or something in it is unknown, missing or out of range.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
-    _known(str(path), content, _TOP)
-    model = _table("model", content.get("model", {}))
-    _known("[model]", model, _MODEL)
-    densities = [_number(d) for d in _list("densities", content.get("densities", []))]
-    for density in densities:
+    file = build(_File, read(path, overrides), str(path))
+    model = build(_Model, file.model, "[model]", "model.")
+    for density in file.densities:
         if not 0 < density <= 1:
             raise ValueError(f"densities must be in (0, 1], got {density}")
-    lengths = _lengths("lengths", content.get("lengths", []))
-    policy = _typed("policy", content.get("policy", POLICY), str)
-    samples = _whole("samples", content.get("samples", 50))
-    text = content.get("text", BUNDLED)
+    if model.max_length is not None:
+        _whole("model.max_length", model.max_length)
+    lengths, densities = _lengths("lengths", file.lengths), list(file.densities)
     return EvalConfig(
-        out=Path(_typed("out", content.get("out", f"runs/eval/{path.stem}"), str)),
-        model=_typed("model.name", model.get("name", BUNDLED), str),
-        methods=_methods(_table("methods", content.get("methods", {})), policy, densities),
-        plans=_plans(_table("tasks", content.get("tasks", {})), samples, lengths),
+        out=Path(file.out or f"runs/eval/{path.stem}"),
+        model=model.name,
+        methods=_methods(file.methods, file.policy, densities),
+        plans=_plans(file.tasks, _whole("samples", file.samples), lengths),
         densities=densities,
-        text=[text] if isinstance(text, str) else [_typed("text", t, str) for t in _list("text", text)],
-        seed=_whole("seed", content.get("seed", 0), least=0),
-        dtype=_typed("model.dtype", model.get("dtype", "auto"), str),
-        device=_typed("model.device", model.get("device", ""), str),
-        chat=_typed("model.chat", model.get("chat", False), bool),
-        max_length=None if "max_length" not in model else _whole("model.max_length", model["max_length"]),
+        text=list(file.text),
+        seed=_whole("seed", file.seed, least=0),
+        dtype=model.dtype,
+        device=model.device,
+        chat=model.chat,
+        max_length=model.max_length,
     )
 
 
 def _methods(tables: dict[str, Any], policy: str, densities: list[float]) -> list[Method]:
     found = [Method("dense", "dense")]
     for label, content in tables.items():
-        table = _table(f"methods.{label}", content)
+        table = dict(typed(f"methods.{label}", content, dict))
         if label == "dense":
-            _known("[methods.dense]", table, ())
+            known("[methods.dense]", table, ())
             continue
-        template = _typed(f"methods.{label}.policy", table.pop("policy", policy), str)
+        template = typed(f"methods.{label}.policy", table.pop("policy", policy), str)
         if "gates" in table:
-            of = _typed(f"methods.{label}.gates", table.pop("gates"), str)
-            _known(f"[methods.{label}]", table, ("gates", "policy"))
+            of = typed(f"methods.{label}.gates", table.pop("gates"), str)
+            known(f"[methods.{label}]", table, ("gates", "policy"))
             method = Method(label, "gates", of, template)
         else:
-            name = _typed(f"methods.{label}.baseline", table.pop("baseline", label), str)
+            name = typed(f"methods.{label}.baseline", table.pop("baseline", label), str)
             if name not in baselines.names():
                 raise ValueError(
                     f"unknown method {name!r}; there are dense, {', '.join(baselines.names())}, and gates by "
@@ -197,12 +212,12 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
         raise ValueError(f"give at least one [tasks.<name>]; there are {', '.join(tasks.names())}")
     plans = []
     for label, content in tables.items():
-        options = _table(f"tasks.{label}", content)
-        name = _typed(f"tasks.{label}.task", options.pop("task", label), str)
+        options = dict(typed(f"tasks.{label}", content, dict))
+        name = typed(f"tasks.{label}.task", options.pop("task", label), str)
         count = _whole(f"tasks.{label}.samples", options.pop("samples", samples))
         own = _lengths(f"tasks.{label}.lengths", options.pop("lengths", lengths))
-        skip = options.pop("skip_below", 0.0)
-        if isinstance(skip, bool) or not isinstance(skip, int | float) or not 0 <= skip <= 1:
+        skip = typed(f"tasks.{label}.skip_below", options.pop("skip_below", 0.0), float)
+        if not 0 <= skip <= 1:
             raise ValueError(f"tasks.{label}.skip_below must be a share from 0 to 1, got {skip!r}")
         if not own:
             raise ValueError("give lengths = [4096, ...], in tokens")
@@ -214,41 +229,11 @@ def _plans(tables: dict[str, Any], samples: int, lengths: list[int]) -> list[Tas
     return plans
 
 
-def _known(where: str, table: dict[str, Any], known: tuple[str, ...]) -> None:
-    if unknown := sorted(set(table) - set(known)):
-        what = f"it may have {', '.join(known)}" if known else "it has no settings"
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; {what}")
-
-
-def _table(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a table [{name}], got {value!r}")
-    return dict(value)
-
-
-def _list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, got {value!r}")
-    return value
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"densities must be numbers, got {value!r}")
-    return value
-
-
 def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if typed(name, value, int) < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
 
 
 def _lengths(name: str, value: Any) -> list[int]:
-    return sorted({_whole(name, length) for length in _list(name, value)})
+    return sorted({_whole(name, length) for length in typed(name, value, tuple[int, ...])})

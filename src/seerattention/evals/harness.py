@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,22 +14,21 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from seerattention import baselines
 from seerattention.evals import tasks
-from seerattention.evals.config import BUNDLED, SAVED, EvalConfig, Method, TaskPlan
+from seerattention.evals.config import SAVED, EvalConfig, Method, TaskPlan
 from seerattention.evals.records import Record, RecordFile
 from seerattention.evals.tasks import Sample, Source, Task, share_found
 from seerattention.evals.tasks._base import generate
 from seerattention.gate import Scorer
-from seerattention.hosts.transformers import Gates, attach, base_checksum, detach, load_gates
+from seerattention.hosts.transformers import Gates, base_checksum
 from seerattention.measure import bundled
+from seerattention.measure.bundled import BUNDLED
+from seerattention.measure.compare import attached, short_of
 from seerattention.measure.observe import Watch
 from seerattention.measure.versions import versions
-from seerattention.policies import parse
-from seerattention.rows import num_blocks
 from seerattention.train.data import text_documents
 
 #: A prompt that falls short of its length by more than this share was cut.
@@ -75,23 +74,7 @@ def load_model(config: EvalConfig) -> tuple[PreTrainedModel, Source]:
         FileNotFoundError: If a text does not exist.
         ValueError: If dtype or device are not known, or the text is empty.
     """
-    known = ("auto", "float32", "bfloat16", "float16")
-    if config.dtype not in known:
-        raise ValueError(f"model.dtype must be one of {', '.join(known)}, got {config.dtype!r}")
-    try:
-        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"model.device {config.device!r} is not a device: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'model.device is "{device}", but torch sees no GPU; write "cpu"')
-    if config.model == BUNDLED:
-        model, tokenizer = bundled.load_teacher(
-            torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        )
-    else:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    model.to(device)  # type: ignore[arg-type]
+    model, tokenizer = bundled.named_model(config.model, dtype=config.dtype, device=config.device)
     if config.text == [BUNDLED]:
         documents = [bundled.text_tokens(tokenizer)[1]]
     else:
@@ -148,7 +131,7 @@ class Evaluation:
         for method in self.config.methods:
             if method.kind != "dense":
                 for policy, _ in method.policies(self.config.densities):
-                    with self._attached(method, policy, Watch()):
+                    with self._attached(method, policy):
                         pass
 
     def _cells(self) -> Iterator[Cell]:
@@ -184,17 +167,9 @@ class Evaluation:
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    @contextmanager
-    def _attached(self, method: Method, policy: str, watch: Watch) -> Iterator[None]:
+    def _attached(self, method: Method, policy: str) -> AbstractContextManager[Watch]:
         scorer = self.scorers[method.label]
-        if scorer is None:
-            yield
-            return
-        attach(self.model, scorer, None if policy == SAVED else policy, min_tokens=0, observe=watch)
-        try:
-            yield
-        finally:
-            detach(self.model)
+        return attached(self.model, scorer, None if policy == SAVED else policy)
 
     def _sample(self, label: str, length: int, seed: int) -> tuple[Sample, list[str]]:
         task = self.tasks[label]
@@ -229,15 +204,8 @@ class Evaluation:
         """Return where texts are too short for the density asked for; see `Policy.short_of`."""
         found: dict[str, None] = {}
         for cell in self.cells:
-            scorer = self.scorers.get(cell.method.label)
-            if scorer is None:
-                continue
-            if isinstance(scorer, Gates):
-                text = str(scorer.policy) if cell.policy == SAVED else cell.policy
-                policy, block = parse(text, scorer.calibration), scorer.config.block_size
-            else:
-                policy, block = parse(cell.policy), scorer.block_size[1]
-            if why := policy.short_of(num_blocks(cell.length, block), block):
+            scorer, policy = self.scorers[cell.method.label], None if cell.policy == SAVED else cell.policy
+            if scorer is not None and (why := short_of(scorer, policy, cell.length)):
                 found[why] = None
         return list(found)
 
@@ -253,9 +221,8 @@ class Evaluation:
                 done(cell, None)
                 continue
             seeds = [seed for seed in cell.seeds if (cell.of, seed) not in file.records]
-            watch = Watch()
             if seeds:
-                with self._attached(cell.method, cell.policy, watch):
+                with self._attached(cell.method, cell.policy) as watch:
                     for seed in seeds:
                         record = self._record(cell, seed, watch)
                         file.append(record)
@@ -351,7 +318,7 @@ def _scorer(method: Method) -> Gates | Scorer | None:
         return None
     if method.kind == "baseline":
         return baselines.create(method.of, **method.options)
-    return bundled.load_teacher_gates() if method.of == BUNDLED else load_gates(method.of)
+    return bundled.named_gates(method.of)
 
 
 def _weights(gates: Gates) -> str:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from seerattention.evals.config import BUNDLED, POLICY
-from seerattention.hosts.transformers import Gates, attach, load_gates, usage
+from seerattention.evals.config import POLICY
+from seerattention.hosts.transformers import Gates, attach, usage
 from seerattention.measure import bundled
+from seerattention.measure.bundled import BUNDLED
 from seerattention.measure.observe import Watch
 from seerattention.policies import parse
 
@@ -81,14 +82,13 @@ class SeerAttentionLM(HFLM):
             raise ValueError("model_args must name the model: pretrained=<folder or hub id>")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(
-                f"--batch_size must be a number with the model seerattention, got {batch_size!r}: how much "
+                f"batch_size must be a number with the model seerattention, got {batch_size!r}: how much "
                 "memory a batch takes depends on what the gates choose"
             )
         loaded, text = _gates(gates, policy, density)
         where = str(bundled.TEACHER) if pretrained == BUNDLED else pretrained
         super().__init__(where, batch_size=batch_size, **kwargs)
         self.watch = Watch()
-        self.blocks_read = self.blocks_valid = 0
         self.policy = text
         if loaded is not None:
             attach(self.model, loaded, text, min_tokens=min_tokens, observe=self.watch, check_base=check_base)
@@ -96,14 +96,7 @@ class SeerAttentionLM(HFLM):
     @property
     def density(self) -> float:
         """Fraction of the causally valid blocks that prefills read so far; 1 if none ran sparse."""
-        self._count()
-        return self.blocks_read / self.blocks_valid if self.blocks_valid else 1.0
-
-    def _count(self) -> None:
-        """Add up what was watched, so that no counter of every layer and batch stays on the device."""
-        self.blocks_read += self.watch.read
-        self.blocks_valid += self.watch.valid
-        self.watch.reset()
+        return self.watch.density
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval writes beside its results: policy and density as measured, among others.
@@ -173,17 +166,11 @@ class SeerAttentionLM(HFLM):
                 use_cache=False,
                 logits_to_keep=keep.to(self.device),
             ).logits
-        self._count()
         starts = torch.searchsorted(keep, torch.tensor([r.start for r in ranges])).tolist()
         return [
             F.log_softmax(part[start : start + count].float(), -1)
             for part, start, count in zip(logits, starts, wanted, strict=True)
         ]
-
-    def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        made = super()._model_generate(*args, **kwargs)
-        self._count()
-        return made
 
 
 def _likelihood(shares: Tensor, continuation: list[int]) -> tuple[float, bool]:
@@ -210,7 +197,7 @@ def _gates(gates: str | None, policy: str | None, density: float | None) -> tupl
         raise ValueError(f"give policy or density, not both; got {policy!r} and {density}")
     if density is not None:
         policy = POLICY.format(density=density)
-    loaded = bundled.load_teacher_gates() if gates == BUNDLED else load_gates(gates)
+    loaded = bundled.named_gates(gates)
     policy = policy or loaded.policy
     if policy is None:
         raise ValueError("these gates were saved without a policy; give density=0.1 or a policy")

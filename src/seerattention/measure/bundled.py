@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.hosts.transformers import Gates, load_gates
+from seerattention.hosts.transformers import Gates, load_base, load_gates, named_device
+from seerattention.hosts.transformers.load import check_dtype
 
 DATA = Path(__file__).parents[1] / "data"
 TEACHER = DATA / "teacher"
 GATES = DATA / "teacher-gates"
 TEXT = DATA / "text" / "the-enchanted-april.txt"
+
+#: What stands for the bundled model, gates or text in the place of a folder or hub id.
+BUNDLED = "bundled"
 
 #: The name of the bundled model, in its configuration and in its gates.
 TEACHER_NAME = "seerattention/teacher"
@@ -54,6 +58,33 @@ def load_teacher_gates() -> Gates:
         FileNotFoundError: If the package was installed without its data.
     """
     return load_gates(_present(GATES)).float()
+
+
+def named_model(
+    name: str, *, dtype: str = "auto", device: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model on a device, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: Hub id or folder; `BUNDLED` or `TEACHER_NAME` for the bundled teacher.
+        dtype: Precision as `load_base` takes it; the teacher's ``auto`` is float32.
+        device: As `load_base` takes it.
+
+    Raises:
+        ValueError: If there is no name, or the precision or the device is not known or not there.
+    """
+    if not name:
+        raise ValueError("these gates do not name their base model; give its name")
+    if name not in (BUNDLED, TEACHER_NAME):
+        return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
+    target, dtype = named_device(device), check_dtype(dtype)
+    model, tokenizer = load_teacher(torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    return model.to(target), tokenizer  # type: ignore[arg-type]
+
+
+def named_gates(name: str) -> Gates:
+    """Load gates from a folder or hub id; `BUNDLED` are those of the bundled teacher."""
+    return load_teacher_gates() if name == BUNDLED else load_gates(name)
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from seerattention.hosts.transformers import logits_of
@@ -12,14 +15,20 @@ from seerattention.measure.perplexity import hidden_states
 
 
 @torch.inference_mode()
-def predictions(model: PreTrainedModel, document: NeedleDocument) -> np.ndarray:
-    """Return the most likely next token at each of a document's ``query_positions``, int64, in one pass."""
-    hidden = hidden_states(model, document.tokens)
+def predictions(model: PreTrainedModel, document: NeedleDocument, hidden: Tensor | None = None) -> np.ndarray:
+    """Return the most likely next token at each of a document's ``query_positions``, int64, in one pass.
+
+    Args:
+        model: A causal language model, with or without gates attached.
+        document: From `NeedleTask.make`.
+        hidden: The document's last hidden states, ``[T, hidden]``, where they are known.
+    """
+    hidden = hidden_states(model, document.tokens) if hidden is None else hidden
     where = torch.from_numpy(document.query_positions).to(hidden.device)
     return np.asarray(logits_of(model, hidden[where]).argmax(-1).cpu())
 
 
-def retrieval(model: PreTrainedModel, documents: list[NeedleDocument]) -> float:
+def retrieval(model: PreTrainedModel, documents: Sequence[NeedleDocument]) -> float:
     """Return the fraction of all answers that the model predicts right in every digit.
 
     Args:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 #: A sample on a GPU is as many launches behind one another as fit into this time, in seconds, at most
 #: ``MOST_LAUNCHES``: long enough for the clock to settle at the power that the kernel draws.
@@ -44,7 +47,7 @@ def interleaved(
                 run()
                 fit = int(SAMPLE_SECONDS / _events(run, 1))
                 launches[name] = max(1, min(MOST_LAUNCHES, fit))
-            sample = _captured(run, launches[name]) if cuda else _wall(run)
+            sample = _captured(run, launches[name]) if cuda else timed(run)[1]
             if round_ >= warmup:
                 seconds[name].append(sample)
             if after is not None:
@@ -52,12 +55,13 @@ def interleaved(
     return seconds
 
 
-def _wall(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """Return what a call returns and its wall time in seconds, the GPU waited for before and after."""
     _wait()
     start = time.perf_counter()
-    run()
+    result = run()
     _wait()
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def _captured(run: Callable[[], object], launches: int) -> float:
@@ -88,3 +92,21 @@ def _events(run: Callable[[], object], launches: int) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def peak_mb(run: Callable[[], object], *, result: bool = True) -> float:
+    """Return the peak memory of a call on a GPU beyond what is there before it, in MB of 10^6 bytes.
+
+    Args:
+        run: Called twice: what the first call makes and keeps, such as a compiled kernel, is not counted.
+        result: Count what the call returns, too.
+    """
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made = run()
+    torch.cuda.synchronize()
+    kept = before if result else torch.cuda.memory_allocated()
+    del made
+    return (torch.cuda.max_memory_allocated() - max(before, kept)) / 1e6

@@ -118,7 +118,7 @@ def attention_rows_are_isolated(backend: Backend, case: Case, dtype: torch.dtype
     q, k, v, selection, options = _inputs(case, dtype)
     clean, _ = backend.run(q, k, v, selection, options)
     block_k = selection.block_size[1]
-    reads = attention_reference.token_mask(selection, case.heads, case.queries, case.keys)
+    reads = attention_reference.token_mask(selection, case.heads, options.rows)
     for block in range(0, num_blocks(case.keys, block_k), 2):
         # From the block's middle on, so that a limit off by one inside the block is seen as well.
         changed = slice(min(block * block_k + block_k // 2, case.keys - 1), (block + 1) * block_k)

@@ -6,20 +6,23 @@ grow with depth. `Finetuner` trains the model through its gates, and the gates w
 language model's, through block-sparse attention, plus the gates' own. docs/method.md maps symbols to code.
 """
 
+from seerattention.train.config import DistillConfig as DistillConfig
 from seerattention.train.config import FinetuneConfig as FinetuneConfig
 from seerattention.train.config import JointStep as JointStep
+from seerattention.train.config import Step as Step
 from seerattention.train.data import Packed as Packed
 from seerattention.train.data import Packs as Packs
 from seerattention.train.data import TextWindows as TextWindows
 from seerattention.train.data import dataset_documents as dataset_documents
 from seerattention.train.data import read_tokens as read_tokens
 from seerattention.train.data import text_documents as text_documents
-from seerattention.train.distiller import DistillConfig as DistillConfig
 from seerattention.train.distiller import Distiller as Distiller
-from seerattention.train.distiller import Step as Step
 from seerattention.train.finetuner import Finetuner as Finetuner
 from seerattention.train.prepare import checkpoint_layers as checkpoint_layers
 from seerattention.train.prepare import extend_context as extend_context
 from seerattention.train.prepare import prepare as prepare
+from seerattention.train.recipe import Distillation as Distillation
+from seerattention.train.recipe import Finetuning as Finetuning
 from seerattention.train.save import save_finetuned as save_finetuned
+from seerattention.train.source import Source as Source
 from seerattention.train.target import target_recall as target_recall

@@ -1,27 +1,28 @@
-"""A training run's files: whole or not there, and refused where they belong to another run."""
+"""A training run's state on disk: whole or not there, and refused where it belongs to another run."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seerattention.files import write_whole
+from seerattention.train.processes import like
+
+#: Of the names in a checkpoint; one of another number is of another run.
+FORMAT = 2
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file that then becomes ``path``; on failure nothing changes."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and, as JSON types, progress and identity of a run."""
+    metadata = {"state": json.dumps(state)}
+    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
 def read_checkpoint(path: Path, mine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -42,12 +43,46 @@ def read_checkpoint(path: Path, mine: dict[str, Any]) -> tuple[dict[str, Any], d
         raise ValueError(
             f"the checkpoint {path} is truncated or damaged ({error}); delete it to start again"
         ) from error
-    if differing := [key for key in mine if state.get(key) != mine[key]]:
+    if differing := list(_differing(mine, state)):
         raise ValueError(
             f"the checkpoint {path} is of another run, {', '.join(differing)} differ; give another "
             "output folder, or delete it to start again"
         )
     return state, tensors
+
+
+def _differing(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the names under which two runs differ, those of tables with the tables' before them."""
+    for name, value in mine.items():
+        other = theirs.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differing(value, other, f"{prefix}{name}.")
+        elif value != other:
+            yield f"{prefix}{name}"
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield an optimizer's state by name."""
+    for name, parameter in named.items():
+        for key, value in optimizer.state[parameter].items():
+            yield f"optimizer.{name}.{key}", value
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Give an optimizer the state that `optimizer_tensors` named."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for name, parameter in named.items():
+        prefix = f"optimizer.{name}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        optimizer.state[parameter] = {
+            # Only a fused optimizer keeps its step counts on the device.
+            key: value if key == "step" and not fused else like(value, parameter)
+            for key, value in state.items()
+        }
 
 
 def trim_metrics(path: Path, done: int) -> None:

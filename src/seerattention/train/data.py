@@ -145,13 +145,13 @@ def dataset_documents(
         split: Which split.
 
     Raises:
-        ImportError: If ``datasets`` is not installed.
+        ModuleNotFoundError: If ``datasets`` is not installed.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "--dataset needs the package datasets: pip install 'seerattention[train]'"
+        raise ModuleNotFoundError(
+            "a dataset needs the package datasets: pip install 'seerattention[train]'"
         ) from error
     path, _, configuration = name.partition(":")
     stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
@@ -198,9 +198,7 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
         ValueError: If a file is of another kind, a line of a ``.jsonl`` cannot be read, or all are empty.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts = []
-    for path in paths:
-        parts += [row_tokens(row, tokenizer) for row in _rows(path)]
+    parts = list(text_documents(paths, tokenizer)())
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
     if len(tokens) <= len(parts) * len(end):
         raise ValueError(f"there is no text in {', '.join(map(str, paths))}")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +13,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seerattention.hosts.transformers import Gates, attached, intercept
-from seerattention.hosts.transformers.base import BaseInfo, fingerprint
+from seerattention.hosts.transformers import BaseInfo, Gates, attached, intercept
 from seerattention.hosts.transformers.intercept import unwrapped
-from seerattention.train import DistillConfig, Distiller, objectives
-from seerattention.train.config import FinetuneConfig, JointStep
-from seerattention.train.data import Packed
+from seerattention.train.config import DistillConfig, FinetuneConfig, JointStep
+from seerattention.train.distiller import Distiller
 from seerattention.train.joint import JointPass
 from seerattention.train.language import IGNORED, LanguageLoss
-from seerattention.train.loop import (
-    Batch,
-    Documents,
-    Loop,
-    Share,
-    like,
-    make_accelerator,
-    optimizer_tensors,
-    packed_arguments,
-    restore_optimizer,
-    shard_layers,
-    whole,
-)
+from seerattention.train.loop import Loop
 from seerattention.train.prepare import training_backend
+from seerattention.train.processes import shard_layers, whole
+from seerattention.train.share import Batch, Documents, Share, packed_arguments
 
 
 class Finetuner(Loop):
@@ -51,13 +35,11 @@ class Finetuner(Loop):
     Args:
         model: The model, also wrapped by PEFT; trained in place.
         gates: Its gates, trained in place.
-        batches: See `Distiller`; the steps that warm up the gates come first.
+        batches: See `Loop`; the steps that warm up the gates come first.
         config: How to train.
-        out: Folder for the checkpoint, metrics and ``run.json``; ``warmup`` in it has those of the gates'
-            own steps. None keeps nothing. A checkpoint found there is continued.
-        accelerator: Default a new one, as the launcher set it up.
-        shard: Shard the model over the processes with FSDP2; default where Accelerate's configuration
-            says FSDP2.
+        out: See `Loop`; ``warmup`` in it has what belongs to the gates' own steps.
+        accelerator: See `Loop`.
+        shard: See `Loop`.
         backend: Of `block_sparse_attention`.
 
     Raises:
@@ -65,6 +47,8 @@ class Finetuner(Loop):
             damaged or of another run.
         OSError: If ``out`` cannot be written.
     """
+
+    VALUES = ("loss", "gate loss", "recall")
 
     def __init__(
         self,
@@ -78,73 +62,29 @@ class Finetuner(Loop):
         shard: bool | None = None,
         backend: str = "auto",
     ) -> None:
-        self.config: FinetuneConfig = config or FinetuneConfig()
+        config = config or FinetuneConfig()
         base: PreTrainedModel = unwrapped(model)
-        accelerator = accelerator or make_accelerator(base.device.type)
-        super().__init__(batches, self.config, out, accelerator)
-        self.model, self.gates = base, gates
+        trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
+        _refuse(base, gates, config, bool(trained))
+        self.backend = training_backend(
+            base, gates.config.block_size, backend, trained=bool(trained), soft=config.soft_gates
+        )
+        super().__init__(base, gates, batches, config, out, accelerator, shard)
+        self.config: FinetuneConfig = config
         self.wrapped = model
-        self.objective = objectives.create(self.config.objective)
-        self.device = base.device
+        self.first = config.warmup_gate_steps
         #: Precision in which the model came, and in which it is saved.
         self.dtype = base.dtype
-        trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
-        self._refuse(base, trained)
-        self.backend = training_backend(
-            base, gates.config.block_size, backend, trained=bool(trained), soft=self.config.soft_gates
-        )
-        self._about = {
-            "base": fingerprint(base),
-            "rope": getattr(base.config.get_text_config(), "rope_parameters", None),
-            "trained": hashlib.sha256("\n".join(sorted(trained)).encode()).hexdigest()[:16],
-        }
-        gates.use_rotary_of(base)
         for parameter in trained.values():
             parameter.data = parameter.data.float()
-        found = None
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            found = self._saved(out)
-        if found is not None:
-            self._load(found[1], trained)
-        self.sharded = bool(accelerator.is_fsdp2) if shard is None else shard
         self.language = LanguageLoss(base)
         if self.sharded:
             self._shard()
         self.named = {f"model.{n}": p for n, p in base.named_parameters() if p.requires_grad}
-        self.named_gates = {f"gates.{n}": p for n, p in gates.named_parameters()}
         self.optimizer = self._make_optimizer()
-        if found is not None:
-            restore_optimizer(self.optimizer, {**self.named, **self.named_gates}, found[1])
-        if out is not None:
-            self._write_run(out, sharded=self.sharded, base_model=gates.base.to_dict())
+        self._resume()
+        self._write_run()
         self._warm_up: Distiller | None = None
-
-    def _refuse(self, base: PreTrainedModel, trained: dict[str, nn.Parameter]) -> None:
-        """Refuse what cannot be trained, before any work."""
-        if attached(base):
-            raise ValueError("gates are attached to this model; detach(model) first, they are given apart")
-        if dropout := getattr(base.config.get_text_config(), "attention_dropout", 0.0):
-            raise ValueError(
-                f"the model has attention dropout ({dropout}), which blocks cannot be read with; set "
-                "attention_dropout to 0 in its config.json"
-            )
-        repeats = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
-        if self.config.soft_gates and repeats:
-            raise ValueError(
-                "soft gates keep the maps of all layers for the backward pass, which gradient checkpointing "
-                "would repeat; use one of them"
-            )
-        if different := self.gates.base.differences(BaseInfo.of(base)):
-            raise ValueError(
-                f"these gates were made for {self.gates.base.name or 'another model'}: "
-                f"{'; '.join(different)}; distil gates for this one, or start from new ones"
-            )
-        if not trained and not self.config.soft_gates and not self.config.gate_weight:
-            raise ValueError(
-                "no parameter of the model requires a gradient and gate_weight is 0, so nothing would "
-                "learn; call prepare(model), or give the gates a weight"
-            )
 
     def _shard(self) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
@@ -175,8 +115,8 @@ class Finetuner(Loop):
             config = DistillConfig(
                 steps=self.config.warmup_gate_steps,
                 lr=self.config.gate_lr,
-                save_every=self.config.save_every,
                 objective=self.config.objective,
+                save_every=self.config.save_every,
                 grad_accum=self.config.grad_accum,
             )
             self.model.eval()
@@ -193,25 +133,20 @@ class Finetuner(Loop):
         return None if self._warm_up.finished else self._warm_up
 
     def run(self) -> Iterator[JointStep]:
-        """Train step by step, after the gates' own steps if those are not done; yield after each.
-
-        Raises:
-            FloatingPointError: If a loss is not finite. Weights and gates keep their last good values and
-                the last checkpoint stays.
-        """
+        """Train as `Loop.run`, after the gates' own steps if those are not done."""
         if (first := self.warm_up()) is not None:
             for _ in first.run():
                 pass
         yield from super().run()
 
-    def time_a_step(self) -> float:
-        """Return the seconds of a joint step's forward and backward pass; nothing changes."""
-        started = time.perf_counter()
-        self.model.train()
-        least = self.config.density[0]
-        self._reduce(self._accumulate(self.batches(self.done), self.done, least))
-        self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - started
+    def memory(self, length: int) -> dict[str, int]:
+        """Return what weights and optimizer take; the layers' activations come on top."""
+        parameters = list(self.model.parameters())
+        return {
+            "frozen weights": sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
+            # Weight, gradient and two moments in fp32.
+            "trained ones with gradient and optimizer": 16 * self.learned_parameters,
+        }
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the trained parameters by name, whole, on the main process; all processes must ask."""
@@ -230,53 +165,38 @@ class Finetuner(Loop):
         half = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
-    def _step(self) -> JointStep:
-        started = time.perf_counter()
-        index = self.config.warmup_gate_steps + self.done
-        batch, density = self.batches(index), self.config.density_at(self.done)
-        tokens = batch.tokens if isinstance(batch, Packed) else batch
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.config.rate(self.done)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
-        values, (norm, gate_norm) = self._reduce(self._accumulate(batch, index, density))
-        loss, gate_loss, recall = values
-        self._check_finite(
-            index, {"loss": loss, "gate loss": gate_loss, "norm": norm, "gate norm": gate_norm}
-        )
-        _clip(self.named, norm, self.config.clip)
-        self.optimizer.step()
-        self.done += 1
-        seconds = time.perf_counter() - started
-        if not (self.config.gate_weight or self.config.soft_gates):
-            gate_loss = recall = None
-        return JointStep(self.done, loss, gate_loss, recall, density, norm, gate_norm, tokens.size, seconds)
+    def _report(
+        self, values: list[float], norms: list[float], density: float, tokens: int, seconds: float
+    ) -> JointStep:
+        learn = self.config.gate_weight or self.config.soft_gates
+        loss, *rest = values
+        gate_loss, recall = rest if learn else (None, None)
+        norm, gate_norm = norms
+        return JointStep(self.done, loss, gate_loss, recall, density, norm, gate_norm, tokens, seconds)
 
-    def _check_finite(self, batch: int, values: dict[str, float]) -> None:
-        """Raise before the optimizer spreads what is not finite."""
-        if all(math.isfinite(value) for value in values.values()):
-            return
-        kept = ""
-        if self.out is not None:
-            last = f"the checkpoint in {self.out} is of step {self.saved}"
-            kept = f"; {last}" if self.saved else "; there is no checkpoint yet"
-        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise FloatingPointError(
-            f"step {self.done + 1}, on batch {batch} of the text, has {found}; it changed nothing{kept}. "
-            "Lower the learning rate or look at this batch"
-        )
+    def _clip(self, norm: float) -> None:
+        """Scale the model's gradients down to the norm that they may have."""
+        if norm > self.config.clip:
+            for parameter in self.named.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.config.clip / norm)
 
-    def _accumulate(self, batch: Batch, index: int, density: float) -> Tensor:
+    def accumulate(self, batch: Batch, density: float) -> Tensor:
         """Run this process's share of a batch; leave gradients in model and gates.
+
+        Args:
+            batch: The global batch.
+            density: Fraction of the causally valid blocks to read.
 
         Returns:
             fp32 ``[3]``, this share's part of the global loss, gate loss and recall.
         """
-        share = self._share(batch, self.gates.config.block_size)
+        share = self._share(batch)
+        self.model.train()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             # Random numbers are those of the step, whatever came before: a resumed run draws the same.
-            seed = self.config.seed, index, self.accelerator.process_index
+            seed = self.config.seed, self.index, self.accelerator.process_index
             torch.manual_seed(int(np.random.default_rng(seed).integers(2**62)))
             totals = [self._forward(*one, share, density) for one in share.passes]
         return torch.stack(totals).sum(0)
@@ -300,40 +220,39 @@ class Finetuner(Loop):
                 (total * (self.accelerator.num_processes if self.sharded else 1)).backward()
         return torch.cat([loss.detach()[None].float(), joint.values(self.device)])
 
-    def _reduce(self, values: Tensor) -> tuple[list[float], list[float]]:
-        """Sum values and gradients over processes; return the values, and the norms of model and gates."""
-        if self.accelerator.num_processes > 1:
-            values = self._sum(values)
-            for name, parameter in {**self.named, **self.named_gates}.items():
-                if self.sharded and name in self.named:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.copy_(self._sum(parameter.grad))
-        norms = [_norm(named) for named in (self.named, self.named_gates)]
-        found = torch.cat([values, *(norm.to(values.device)[None] for norm in norms)]).tolist()
-        return found[: len(values)], found[len(values) :]
+    def _about(self) -> dict[str, Any]:
+        names = sorted(name.removeprefix("model.") for name in self.named)
+        return {
+            "rope": getattr(self.model.config.get_text_config(), "rope_parameters", None),
+            "trained": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+        }
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        summed = self.accelerator.reduce(tensor, "sum")
-        assert isinstance(summed, Tensor)
-        return summed
 
-    def _settings(self) -> dict[str, Any]:
-        about = {"config": asdict(self.config), "gate": self.gates.config.to_dict(), **self._about}
-        return json.loads(json.dumps(about))
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        named = {**self.named, **self.named_gates}
-        yield from named.items()
-        yield from optimizer_tensors(self.optimizer, named)
-
-    @torch.no_grad()
-    def _load(self, tensors: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> None:
-        for name, parameter in trained.items():
-            parameter.copy_(like(tensors[f"model.{name}"], parameter))
-        for name, parameter in self.gates.named_parameters():
-            parameter.copy_(tensors[f"gates.{name}"])
+def _refuse(base: PreTrainedModel, gates: Gates, config: FinetuneConfig, trained: bool) -> None:
+    """Refuse what cannot be trained, before any work."""
+    if attached(base):
+        raise ValueError("gates are attached to this model; detach(model) first, they are given apart")
+    if dropout := getattr(base.config.get_text_config(), "attention_dropout", 0.0):
+        raise ValueError(
+            f"the model has attention dropout ({dropout}), which blocks cannot be read with; set "
+            "attention_dropout to 0 in its config.json"
+        )
+    repeats = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
+    if config.soft_gates and repeats:
+        raise ValueError(
+            "soft gates keep the maps of all layers for the backward pass, which gradient checkpointing "
+            "would repeat; use one of them"
+        )
+    if different := gates.base.differences(BaseInfo.of(base)):
+        raise ValueError(
+            f"these gates were made for {gates.base.name or 'another model'}: "
+            f"{'; '.join(different)}; distil gates for this one, or start from new ones"
+        )
+    if not trained and not config.soft_gates and not config.gate_weight:
+        raise ValueError(
+            "no parameter of the model requires a gradient and gate_weight is 0, so nothing would "
+            "learn; call prepare(model), or give the gates a weight"
+        )
 
 
 def _next_tokens(tokens: Tensor, documents: Documents) -> Tensor:
@@ -345,16 +264,3 @@ def _next_tokens(tokens: Tensor, documents: Documents) -> Tensor:
             targets[:, start : start + length - 1] = tokens[:, start + 1 : start + length]
         start += length
     return targets
-
-
-def _clip(named: dict[str, nn.Parameter], norm: float, most: float) -> None:
-    """Scale gradients of this norm down to ``most``."""
-    if norm > most:
-        for parameter in named.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(most / norm)
-
-
-def _norm(named: dict[str, nn.Parameter]) -> Tensor:
-    gradients = [p.grad for p in named.values() if p.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(gradients)).float() if gradients else torch.zeros(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,32 +16,15 @@ from seerattention.ops.pooled_attention import pooled_map
 from seerattention.policies import TopK, select
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
-from seerattention.train.layer import gate_scores, learn, sampled_recall
-from seerattention.train.loop import Documents, Share
+from seerattention.train.config import FinetuneConfig
+from seerattention.train.layer import gate_scores, learn
 from seerattention.train.objectives import Objective
+from seerattention.train.share import Documents, Share
 from seerattention.train.soft import log_gates, soft_attention
+from seerattention.train.target import sampled_recall
 
 #: q and k before the rotary embedding, without a gradient.
 Nope = tuple[Tensor, Tensor]
-
-
-class JointSettings(Protocol):
-    """What a pass reads of a trainer's settings."""
-
-    @property
-    def gate_weight(self) -> float:
-        """Factor of the gates' loss."""
-        ...
-
-    @property
-    def soft_gates(self) -> bool:
-        """Whether the language loss reaches the gates."""
-        ...
-
-    @property
-    def temperature(self) -> float:
-        """Of soft gates."""
-        ...
 
 
 def policy_of(density: float) -> TopK:
@@ -65,7 +48,7 @@ class JointPass:
         share: The step's batch, for the weight of each document.
         density: Fraction of the causally valid blocks to read; 1 is dense.
         objective: What the gates minimise.
-        settings: See `JointSettings`.
+        settings: Those of the trainer.
         backend: Of `block_sparse_attention`.
         losses: With soft gates, the gates' weighted losses, which the caller differentiates.
     """
@@ -75,7 +58,7 @@ class JointPass:
     share: Share
     density: float
     objective: Objective
-    settings: JointSettings
+    settings: FinetuneConfig
     backend: str = "auto"
     losses: list[Tensor] = field(default_factory=list)
     _chosen: dict[tuple[int, int], BlockSelection | None] = field(default_factory=dict)

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from seerattention.gate import AttnGate
-from seerattention.policies import TopK
 from seerattention.rows import Rows
-from seerattention.selection import causal_blocks
 from seerattention.train.objectives import Objective
-from seerattention.train.target import SKIPPED_ROWS
-
-#: Rows on which recall is measured: all of them would cost a top-k of the whole map in every layer.
-RECALL_ROWS = 64
+from seerattention.train.target import sampled_recall
 
 
 def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tensor) -> Tensor:
@@ -74,16 +69,3 @@ def learn(
     scores = scores.detach()
     recall = sampled_recall(target, scores, size, length, (density,))[0]
     return torch.stack((loss.detach(), recall * weight)), scores
-
-
-@torch.no_grad()
-def sampled_recall(
-    target: Tensor, scores: Tensor, size: tuple[int, int], length: int, densities: tuple[float, ...]
-) -> Tensor:
-    """Return `target_recall` per density on at most ``RECALL_ROWS`` evenly spaced rows, on the device."""
-    first, last = int(SKIPPED_ROWS * scores.shape[2]), scores.shape[2] - 1
-    count = min(RECALL_ROWS, last - first + 1)
-    rows = torch.linspace(first, last, count, device=scores.device, dtype=torch.float64).round().long()
-    valid = causal_blocks(length, length, size, scores.device)[rows]
-    target, scores = target[:, :, rows], scores[:, :, rows]
-    return torch.stack([(target * TopK(d).choose(scores, valid, size[1])).sum(-1).mean() for d in densities])

@@ -161,23 +161,17 @@ def training_backend(
     if not trained:
         return backend
     reasons = _why_not(model, block_size)
-    if backend == "auto":
-        if any(not reasons[name] for name in ORDER):
-            return backend
-        if on_cpu:
-            return "reference"
-        able = "; ".join(f"{name}: {reasons[name][0]}" for name in ORDER)
-        raise ValueError(
-            f"no fast backend can train through selected blocks here ({able}); use the backend reference on "
-            "short sequences, or train the gates alone"
-        )
-    if reasons[backend]:
-        able = [name for name, why in reasons.items() if not why]
-        raise ValueError(
-            f"backend {backend!r} cannot train through selected blocks: {'; '.join(reasons[backend])}. "
-            f"Backends that can: {', '.join(able)}"
-        )
-    return backend
+    asked = ORDER if backend == "auto" else (backend,)
+    if not all(reasons[name] for name in asked):
+        return backend
+    if backend == "auto" and on_cpu:
+        return "reference"
+    why = "; ".join(f"{name}: {'; '.join(reasons[name])}" for name in asked)
+    able = ", ".join(name for name, reason in reasons.items() if not reason)
+    raise ValueError(
+        f"backend {backend!r} cannot train through selected blocks here ({why}). Backends that can: {able}; "
+        "reference is for short sequences. Or train the gates alone"
+    )
 
 
 def _why_not(model: PreTrainedModel, block_size: int) -> dict[str, list[str]]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from seerattention.files import atomic_folder
 from seerattention.hosts.transformers import BaseInfo, save_gates
-from seerattention.hosts.transformers.checkpoint import atomic_folder
 from seerattention.hosts.transformers.intercept import unwrapped
 from seerattention.train.finetuner import Finetuner
 

@@ -72,7 +72,7 @@ def soft_attention(
         ``[B, Hq, T, D]``, differentiable in q, k, v and bias.
     """
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
-    mask = token_mask(selection, q.shape[1], length, length)
+    mask = token_mask(selection, q.shape[1], Rows.last(length, length))
     scores = (q * scale) @ k.repeat_interleave(groups, 1).mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -1,4 +1,4 @@
-"""What the gates learn from: targets, the rows that count, and what a sparse selection would catch."""
+"""How much of a target a sparse selection would catch, on the rows that count."""
 
 from __future__ import annotations
 
@@ -8,54 +8,14 @@ from torch import Tensor
 from seerattention.policies import TopK
 from seerattention.selection import causal_blocks
 
-#: Share of the query-block rows, from the start, that objectives leave out: they see few blocks.
+#: Share of the query-block rows, from the start, that objectives leave out: they see few blocks. Source: the
+#: published code.
 SKIPPED_ROWS = 0.25
 
-
-def counted_rows(
-    target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return target, scores and the causally valid blocks of the rows that count.
-
-    Args:
-        target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
-        scores: fp32 ``[B, H, N, N]`` from `AttnGate`, before softmax.
-        block_size: Tokens per (query block, KV block).
-        num_tokens: Tokens of the sequence.
-
-    Returns:
-        Target and scores ``[B, H, R, N]`` and bool ``[R, N]``: the last ``R`` rows. The first quarter
-        is left out, as in the published code.
-
-    Raises:
-        ValueError: If target and scores differ in shape.
-    """
-    if target.shape != scores.shape:
-        raise ValueError(
-            f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates with "
-            "one score per KV head learn from pooled_attention(..., per_kv_head=True)"
-        )
-    valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)
-    first = int(SKIPPED_ROWS * scores.shape[2])
-    return target[:, :, first:], scores[:, :, first:], valid[first:]
+#: Rows on which recall is measured while training: all would cost a top-k of the whole map in every layer.
+RECALL_ROWS = 64
 
 
-def free_blocks(valid: Tensor) -> Tensor:
-    """Mark the blocks that only scores can choose: all but the first and each row's own.
-
-    Args:
-        valid: bool ``[R, N]``, the causally valid blocks of the last ``R`` rows.
-
-    Returns:
-        bool ``[R, N]``.
-    """
-    free = valid.clone()
-    free[:, 0] = False
-    free.diagonal(valid.shape[1] - valid.shape[0])[:] = False
-    return free
-
-
-@torch.no_grad()
 def target_recall(
     target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int, density: float
 ) -> float:
@@ -71,7 +31,22 @@ def target_recall(
     Returns:
         A number in [0, 1], the mean over the rows that the loss counts.
     """
-    valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)
-    first = int(SKIPPED_ROWS * scores.shape[2])
-    chosen = TopK(density).choose(scores, valid, block_size[1])[:, :, first:]
-    return float((target[:, :, first:] * chosen).sum(-1).mean())
+    return float(sampled_recall(target, scores, block_size, num_tokens, (density,), scores.shape[2])[0])
+
+
+@torch.no_grad()
+def sampled_recall(
+    target: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    length: int,
+    densities: tuple[float, ...],
+    most: int = RECALL_ROWS,
+) -> Tensor:
+    """Return `target_recall` per density on at most ``most`` evenly spaced rows, on the device."""
+    first, last = int(SKIPPED_ROWS * scores.shape[2]), scores.shape[2] - 1
+    count = min(most, last - first + 1)
+    rows = torch.linspace(first, last, count, device=scores.device, dtype=torch.float64).round().long()
+    valid = causal_blocks(length, length, size, scores.device)[rows]
+    target, scores = target[:, :, rows], scores[:, :, rows]
+    return torch.stack([(target * TopK(d).choose(scores, valid, size[1])).sum(-1).mean() for d in densities])

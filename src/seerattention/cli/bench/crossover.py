@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+#: Columns of the table, and how a row's values are written.
+COLUMNS = {
+    "tokens": "{tokens:,}",
+    "dense": "{dense}",
+    "dense ms": "{dense_ms:.3f}",
+    "selection ms": "{selection_ms:.3f}",
+    "sparse faster up to density": "{densest:.0%}",
+}
+
 
 def run(
     out: Annotated[
@@ -29,21 +38,21 @@ def run(
     What attach uses by default is src/seerattention/data/crossover.json.
     """
     import torch
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
 
     from seerattention.bench.crossover import WORTHWHILE, entry_of, merged
     from seerattention.bench.plan import DEFAULTS, Plan
     from seerattention.bench.prefill import measure
+    from seerattention.cli._show import bar, formatted
+    from seerattention.cli._show import console as console_of
     from seerattention.cli.bench._reporter import ProgressReporter
     from seerattention.crossover import read_table
-    from seerattention.files import staged
+    from seerattention.files import staged, write_json
 
-    console = Console()
+    console = console_of()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lengths = tokens or ([512, 1024, 2048, 4096, 8192] if device == "cpu" else [1024 << i for i in range(6)])
-    with staged(out.parent) as folder:
+    # Fails now, not after minutes, where nothing can be written.
+    with staged(out.parent):
         if report is not None:
             measured: dict[str, Any] = json.loads(report.read_text())
         else:
@@ -56,26 +65,13 @@ def run(
                 "gates": (gate,),
             }
             plan = Plan(**settings, peers=("cudnn", "fa2"), device=device, repeats=repeats)
-            with ProgressReporter(console) as reporter:
-                *_, measured = measure(plan, reporter)
+            with bar(console) as progress:
+                *_, measured = measure(plan, ProgressReporter(console, progress))
         entry = entry_of(measured, gate, block)
-        table = merged(read_table(out), entry)
-        (folder / out.name).write_text(json.dumps(table, indent=2) + "\n")
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for title in ("tokens", "dense", "dense ms", "selection ms", "sparse faster up to density"):
-        shown.add_column(title, justify="right")
-    for row in entry["rows"]:
-        shown.add_row(
-            f"{row['tokens']:,}",
-            row["dense"],
-            f"{row['dense_ms']:.3f}",
-            f"{row['selection_ms']:.3f}",
-            f"{row['densest']:.0%}",
-        )
-    console.print(shown)
+        write_json(out, merged(read_table(out), entry))
+    console.print(formatted(COLUMNS, entry["rows"]))
     cudnn = f"; cuDNN from {entry['cudnn_from']:,} tokens" if entry["cudnn_from"] else ""
     console.print(
         f"{entry['device']}, {entry['backend']}, {entry['gate']} gate: dense below "
-        f"{entry['dense_below']:,} tokens{cudnn}; {out} has these numbers",
-        highlight=False,
+        f"{entry['dense_below']:,} tokens{cudnn}; {out} has these numbers"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +10,31 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+#: Columns of the tables, and how a row's values are written.
+ATTENTION = {
+    "tokens": "{tokens:,}",
+    "block": "{block}",
+    "mask": "{mask}",
+    "backend": "{backend}",
+    "density": "{density:.1%}",
+    "ms": "{ms:.4g}",
+    "range": "{range_ms[0]:.4g}-{range_ms[1]:.4g}",
+    "TFLOP/s": "{tflops:.3g}",
+    "matmul": "{share_of_matmul:.0%}",
+    "speedup": "{speedup:.2f}x",
+}
+LAYERS = {
+    "tokens": "{tokens:,}",
+    "block": "{block}",
+    "gate": "{gate}",
+    "density": "{density:.1%}",
+    "selection ms": "{selection_ms:.4g}",
+    "attention ms": "{attention_ms:.4g}",
+    "total ms": "{total_ms:.4g}",
+    "speedup": "{speedup:.2f}x",
+    "extra MB": "{memory_mb}",
+}
 
 
 def run(
@@ -51,13 +74,14 @@ def run(
     Defaults are the shape of Llama 3.1 8B on a GPU and that of the bundled model on a CPU.
     """
     import torch
-    from rich.console import Console
 
     from seerattention.bench.plan import DEFAULTS, Plan
     from seerattention.bench.prefill import measure
     from seerattention.bench.roofline import draw_roofline
+    from seerattention.cli._show import bar
+    from seerattention.cli._show import console as console_of
     from seerattention.cli.bench._reporter import ProgressReporter
-    from seerattention.files import staged
+    from seerattention.files import staged, write_json
     from seerattention.measure.plot import require_matplotlib
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,112 +107,36 @@ def run(
     )
     if figure is not None:
         require_matplotlib()
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = console_of()
     report: dict[str, Any] = {}
-    with staged(out.parent), ProgressReporter(console) as reporter:
-        for report in measure(plan, reporter):
+    with staged(out.parent), bar(console) as progress:
+        for report in measure(plan, ProgressReporter(console, progress)):
             # Long lengths come last: what is stopped there keeps what it has.
-            with staged(out.parent) as folder:
-                (folder / out.name).write_text(json.dumps(report, indent=2) + "\n")
+            write_json(out, report)
     _show(report, console)
-    console.print(f"{out} has these numbers", highlight=False)
+    console.print(f"{out} has these numbers")
     if figure is None and importlib.util.find_spec("matplotlib") is None:
         console.print(f"no picture without matplotlib; seerattention bench roofline {out} draws it elsewhere")
         return
     figure = figure or out.with_suffix(".png")
     with staged(figure.parent) as folder:
         draw_roofline(report, folder / figure.name)
-    console.print(f"{figure} is its picture", highlight=False)
+    console.print(f"{figure} is its picture")
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
     """Print the ceilings and the tables of a report."""
+    from seerattention.cli._show import formatted
+
     limits = report["ceilings"]
     l2 = f", reads from L2 {limits['l2_tbs']:.1f} TB/s" if limits["l2_tbs"] else ""
     size = limits["matmul_size"]
     console.print(
         f"{report['versions']['device']}: matrix product of {size} x {size} x {size} in {report['dtype']} "
-        f"{limits['matmul_tflops']:.3f} TFLOP/s, copy {limits['copy_tbs']:.3f} TB/s{l2}",
-        highlight=False,
+        f"{limits['matmul_tflops']:.3f} TFLOP/s, copy {limits['copy_tbs']:.3f} TB/s{l2}"
     )
-    console.print(_attention_table(report))
+    rows = [row | {"block": row["block"] or ""} for row in report["rows"]]
+    console.print(formatted(ATTENTION, rows))
     if report["layers"]:
-        console.print(_layer_table(report))
-    if report["targets"]:
-        console.print(_target_table(report))
-
-
-def _attention_table(report: dict[str, Any]) -> Any:
-    table = _table("tokens block mask backend density ms range TFLOP/s matmul speedup".split())
-    for row in report["rows"]:
-        low, high = row["range_ms"]
-        table.add_row(
-            f"{row['tokens']:,}",
-            str(row["block"] or ""),
-            row["mask"],
-            row["backend"],
-            f"{row['density']:.1%}",
-            _ms(row["ms"]),
-            f"{_ms(low)}-{_ms(high)}",
-            f"{row['tflops']:.3f}" if row["tflops"] < 10 else f"{row['tflops']:.0f}",
-            f"{row['share_of_matmul']:.0%}",
-            f"{row['speedup']:.2f}x",
-        )
-    return table
-
-
-def _layer_table(report: dict[str, Any]) -> Any:
-    table = _table(
-        [
-            "tokens",
-            "block",
-            "gate",
-            "density",
-            "selection ms",
-            "attention ms",
-            "total ms",
-            "speedup",
-            "extra MB",
-        ]
-    )
-    for row in report["layers"]:
-        table.add_row(
-            f"{row['tokens']:,}",
-            str(row["block"]),
-            row["gate"],
-            f"{row['density']:.1%}",
-            _ms(row["selection_ms"]),
-            _ms(row["attention_ms"]),
-            _ms(row["total_ms"]),
-            f"{row['speedup']:.2f}x",
-            "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}",
-        )
-    return table
-
-
-def _target_table(report: dict[str, Any]) -> Any:
-    table = _table(["target", "wanted", "reached", "met", "by"])
-    table.columns[0].justify = "left"
-    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "not measured"}
-    for row in report["targets"]:
-        reached = "" if row["reached"] is None else f"{row['reached']:.2f}"
-        sign = "<=" if row["at_most"] else ">="
-        table.add_row(row["what"], f"{sign} {row['bound']}", reached, words[row["met"]], row["backend"] or "")
-    return table
-
-
-def _table(titles: Sequence[str]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table
-
-
-def _ms(value: float) -> str:
-    """Three digits that matter."""
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+        rows = [row | {"memory_mb": row["memory_mb"] or ""} for row in report["layers"]]
+        console.print(formatted(LAYERS, rows))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.hosts.transformers import AttentionCall, Gates, attach, detach, intercept
-from seerattention.measure.perplexity import hidden_states
-from seerattention.ops.pooled_attention import pooled_map
+from seerattention.gate import AttnGate
+from seerattention.hosts.transformers import AttentionCall, Gates
+from seerattention.measure.maps import check_finite, record_layers, true_map
+from seerattention.ops.attention_scores import block_mass
 from seerattention.policies import Calibrated, Policy, TopK, select
 from seerattention.rows import Rows, num_blocks
 
@@ -47,12 +48,11 @@ def fitting_layers(gates: Gates, tokens: int, policies: int) -> list[int]:
     count = min(len(layers), int(MAP_BYTES // (head * gates.config.num_heads)))
     if not count:
         raise ValueError(
-            f"the maps of one layer at {tokens:,} tokens are too large for a page; give fewer --tokens"
+            f"the maps of one layer at {tokens:,} tokens are too large for a page; give fewer tokens"
         )
     return [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
 
 
-@torch.inference_mode()
 def explore(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,25 +93,14 @@ def explore(
     if layers and len(set(layers)) > len(fitting):
         raise ValueError(
             f"the maps of {len(set(layers))} layers at {len(tokens):,} tokens are too large for a page, "
-            f"{len(fitting)} fit; give fewer --layers or fewer --tokens"
+            f"{len(fitting)} fit; give fewer layers or fewer tokens"
         )
     kept = sorted(set(layers)) if layers else fitting
-    # Checks that they belong together, and lets the gates rotate as the model does.
-    attach(model, gates, policies[0])
-    by_layer, found = dict(gates.items()), {}
 
-    def handler(call: AttentionCall) -> Tensor:
-        if call.layer in kept:
-            found[call.layer] = _heads(call, by_layer[call.layer], policies)
-        if step is not None:
-            step()
-        return call.dense()
+    def look(call: AttentionCall, gate: AttnGate, scores: Tensor) -> list[dict[str, Any]]:
+        return _heads(call, gate, scores, policies) if call.layer in kept else []
 
-    try:
-        with intercept(model, handler):
-            hidden_states(model, tokens)
-    finally:
-        detach(model)
+    found = record_layers(model, gates, [tokens], look, step)
     return {
         "model": gates.base.name,
         "tokens": len(tokens),
@@ -124,7 +113,7 @@ def explore(
             str(tokenizer.decode(part.tolist()))
             for part in np.split(tokens, range(block, len(tokens), block))
         ],
-        "heads": [found[layer] for layer in kept],
+        "heads": [found[layer][0] for layer in kept],
     }
 
 
@@ -140,21 +129,16 @@ def _label(policy: Policy, gates: Gates) -> str:
     return f"{policy}{saved}"
 
 
-def _heads(call: AttentionCall, gate: Any, policies: list[Policy]) -> list[dict[str, Any]]:
+def _heads(
+    call: AttentionCall, gate: AttnGate, scores: Tensor, policies: list[Policy]
+) -> list[dict[str, Any]]:
     """Return the maps and selections of one layer's heads."""
     length, block = call.q.shape[2], gate.block_size
-    options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
-    true = pooled_map(call.q, call.k, block, **options)[0]
-    scores = gate(call.q_nope, call.k_nope, positions=call.positions).float()
+    true, share = true_map(call, block)[0], scores.softmax(-1)[0]
     rows = Rows.last(length, length)
     valid = rows.causal(block, scores.device)
-    share = torch.softmax(scores.masked_fill(~valid, -math.inf), -1)[0]
-    mass = block_mass(call, block[0])
-    if not bool(torch.isfinite(share).all()) or not bool(torch.isfinite(mass).all()):
-        raise FloatingPointError(
-            f"the scores or the attention of layer {call.layer} are NaN or infinite; check the gates, and "
-            "load the model in float32 or bfloat16"
-        )
+    mass = block_mass(call.q, call.k, block, scale=call.scale, softcap=call.softcap)[0]
+    check_finite(call.layer, mass)
     group = true.shape[0] // share.shape[0]
     chosen = []
     for policy in policies:
@@ -171,47 +155,14 @@ def _heads(call: AttentionCall, gate: Any, policies: list[Policy]) -> list[dict[
             {
                 "states": _states(states[h].cpu().numpy()[pairs]),
                 "density": round(int(mask[h].sum()) / causal, 5),
-                "recall": round(float((mass[h] * mask[h]).sum(-1) @ _weights(length, block[0], mass)), 5),
-                "rows": [round(1000 * float(x)) for x in (mass[h] * mask[h]).sum(-1)],
+                "recall": round(float((mass[h] * mask[h]).sum() / mass[h].sum()), 5),
+                "rows": [round(1000 * float(x)) for x in (mass[h] * mask[h]).sum(-1) / mass[h].sum(-1)],
             }
             for mask, states in chosen
         ]
         maps = {"true": _bytes(true[h], pairs), "gate": _bytes(share[h // group], pairs)}
         heads.append({**maps, "policies": read})
     return heads
-
-
-def _weights(length: int, block: int, like: Tensor) -> Tensor:
-    """Return the share of the text's queries that each row of blocks holds, fp32 ``[Nq]``."""
-    ends = torch.arange(block, length + block, block, device=like.device).clamp(max=length)
-    return ends.diff(prepend=ends.new_zeros(1)).float() / length
-
-
-def block_mass(call: AttentionCall, block: int) -> Tensor:
-    """Return the share of the attention of each row's queries that every block gets.
-
-    Args:
-        call: One sequence's attention, without earlier tokens.
-        block: Tokens per block, of queries and keys.
-
-    Returns:
-        fp32 ``[Hq, N, N]``; rows sum to 1. Sinks are left out: mass that no key can have is no loss.
-    """
-    length = call.q.shape[2]
-    blocks = num_blocks(length, block)
-    mass = torch.zeros(call.q.shape[1], blocks, blocks, device=call.q.device)
-    keys = call.k[0].float().mT.unsqueeze(1)
-    for row in range(blocks):
-        first, end = row * block, min((row + 1) * block, length)
-        grouped = call.q[0, :, first:end].unflatten(0, (call.k.shape[1], -1)).float()
-        scores = (grouped @ keys[..., :end]).flatten(0, 1) * call.scale
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        place = torch.arange(end, device=scores.device)
-        share = scores.masked_fill_(place > place[first:end, None], -math.inf).softmax(-1).mean(1)
-        share = torch.nn.functional.pad(share, (0, -end % block))
-        mass[:, row, : row + 1] = share.unflatten(-1, (-1, block)).sum(-1)
-    return mass
 
 
 def block_states(read: Tensor, true: Tensor, always: Tensor, valid: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seerattention.evals.config import BUNDLED
 from seerattention.evals.summary import NOTE, cells
-from seerattention.measure.bundled import TEACHER_NAME
+from seerattention.measure.bundled import BUNDLED, TEACHER_NAME
 
 #: What the page draws of a row.
 NEEDED = (

@@ -28,6 +28,8 @@ from seerattention.hosts.transformers.hub import model_card as model_card
 from seerattention.hosts.transformers.hub import push_to_hub as push_to_hub
 from seerattention.hosts.transformers.intercept import cache_argument as cache_argument
 from seerattention.hosts.transformers.intercept import intercept as intercept
+from seerattention.hosts.transformers.load import load_base as load_base
+from seerattention.hosts.transformers.load import named_device as named_device
 from seerattention.hosts.transformers.logits import LOGIT_ROWS as LOGIT_ROWS
 from seerattention.hosts.transformers.logits import logits_of as logits_of
 from seerattention.hosts.transformers.pieces import prefill as prefill

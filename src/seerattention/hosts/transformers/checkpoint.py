@@ -10,10 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seerattention.files import staged
+from seerattention.files import atomic_folder, staged
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
@@ -38,35 +34,6 @@ RESULTS = "results.json"
 #: Thresholds of the policy ``calibrated``.
 CALIBRATION = "calibration.json"
 FORMAT = 1
-
-
-@contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Write a folder all or nothing: yields a temporary one that replaces ``folder`` on success.
-
-    Raises:
-        OSError: If the parent folder cannot be written.
-    """
-    folder = Path(folder).absolute()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise OSError(f"cannot write {folder} ({error}); choose a folder that can be written") from error
-    try:
-        new = temporary / "new"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.replace(temporary / "old")
-        try:
-            new.replace(folder)
-        except OSError:
-            if (temporary / "old").exists():
-                (temporary / "old").replace(folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy | str | None = None) -> None:

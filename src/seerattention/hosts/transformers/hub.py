@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn
 
 from seerattention.hosts.transformers.checkpoint import gates_of, save_gates
@@ -66,6 +67,18 @@ def push_to_hub(
         message = f"Gates for {found.base.name or 'an unnamed model'}"
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return str(commit.commit_url)
+
+
+def check_login() -> None:
+    """Refuse before any work what could not be pushed after it.
+
+    Raises:
+        ValueError: If nobody is logged in to the hub.
+    """
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ValueError("pushing to the hub needs a login with write access: run `hf auth login`") from error
 
 
 def model_card(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
@@ -45,20 +45,27 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
 def run(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> tuple[Tensor, None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
     mask = selection.to_flex(options.rows, q.shape[1])
+    return attend(q, k, v, mask, selection.block_size, scale=options.scale), None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block_size: tuple[int, int], *, scale: float
+) -> Tensor:
+    """Return attention over a selection as `BlockSelection.to_flex` writes it, ``[B, Hq, Tq, D]``."""
     kernel_options = None
     if q.device.type == "cuda":
         # The default tile is larger than a 64-token block and would be refused.
-        block_q, block_k = selection.block_size
+        block_q, block_k = block_size
         kernel_options = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gqa = q.shape[1] != k.shape[1]
     run_compiled = _compiled(dynamic=not q.is_cuda)
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         out = run_compiled(
-            q, k, v, block_mask=mask, scale=options.scale, enable_gqa=gqa, kernel_options=kernel_options
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=kernel_options
         )
     assert isinstance(out, Tensor)
-    return out, None
+    return out
 
 
 @functools.cache

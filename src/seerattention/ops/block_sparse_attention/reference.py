@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.options import Options
-from seerattention.rows import num_blocks
+from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
 
@@ -15,14 +15,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
     return []
 
 
-def token_mask(selection: BlockSelection, num_heads: int, num_queries: int, num_keys: int) -> Tensor:
-    """Expand a selection to the tokens a query may see, bool ``[B, num_heads, Tq, Tk]``."""
+def token_mask(selection: BlockSelection, num_heads: int, rows: Rows) -> Tensor:
+    """Expand a selection of one sequence to the tokens a query may see, bool ``[B, num_heads, Tq, Tk]``."""
     block_q, block_k = selection.block_size
     blocks = selection.to_mask().repeat_interleave(num_heads // selection.shape[1], dim=1)
-    tokens = blocks.repeat_interleave(block_q, 2)[:, :, :num_queries]
-    tokens = tokens.repeat_interleave(block_k, 3)[..., :num_keys]
-    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=tokens.device)
-    return tokens & causal.tril(num_keys - num_queries)
+    tokens = blocks.repeat_interleave(block_q, 2)[:, :, : rows.num_queries]
+    tokens = tokens.repeat_interleave(block_k, 3)[..., : rows.num_keys]
+    return tokens & rows.causal((1, 1), tokens.device)
 
 
 def run(
@@ -33,19 +32,17 @@ def run(
     for one in options.rows.sequences():
         rows = num_blocks(one.rows.num_queries, selection.block_size[0])
         chosen = selection.row_slice(row, row + rows)
-        out, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], chosen, options)
+        mask = token_mask(chosen, q.shape[1], one.rows).expand(q.shape[0], -1, -1, -1)
+        out, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], mask, options)
         outs.append(out)
         lses.append(lse)
         row += rows
     return torch.cat(outs, 2), torch.cat(lses, 2) if options.return_lse else None
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Return the output and the logarithm of the softmax's denominator of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
-    mask = token_mask(selection, q.shape[1], q.shape[2], k.shape[2]).expand(q.shape[0], -1, -1, -1)
     # 0 * nan is nan, also in gradients: zero the keys and values that no query of the head reads.
     unread = ~mask.any(2)[..., None]
     keys, values = (x.repeat_interleave(groups, 1).masked_fill(unread, 0) for x in (k, v))

@@ -29,7 +29,8 @@ def run(
     outs, maps, lses = [], [], []
     for one in options.rows.sequences():
         values = None if v is None else v[:, :, one.keys]
-        out, pooled, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], values, block_size, options)
+        mask = one.rows.causal((1, 1), q.device)
+        out, pooled, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], values, block_size, mask, options)
         outs.append(out)
         maps.append(F.pad(pooled, (0, columns - pooled.shape[3])))
         lses.append(lse)
@@ -41,16 +42,14 @@ def run(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], mask: Tensor, options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return output, map and lse of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
-    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    causal = causal.tril(k.shape[2] - q.shape[2])
     scores = (q * options.scale) @ k.repeat_interleave(groups, 1).mT
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~causal, float("-inf"))
+    scores = scores.masked_fill(~mask, float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)

@@ -1,6 +1,6 @@
 """What gates minimise, one file per objective, found by its name.
 
-A file defines ``create(**options) -> Objective``. docs/method.md compares them.
+A file defines ``create(**options) -> Objective``. docs/method.md compares them with those that lost.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seerattention.train.target import counted_rows
+from seerattention.selection import causal_blocks
+from seerattention.train.target import SKIPPED_ROWS
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,14 @@ class KL:
         self, target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
     ) -> Tensor:
         """Return the mean over rows; see `Objective`."""
-        target, scores, valid = counted_rows(target, scores, block_size, num_tokens)
+        if target.shape != scores.shape:
+            raise ValueError(
+                f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates "
+                "with one score per KV head learn from pooled_attention(..., per_kv_head=True)"
+            )
+        first = int(SKIPPED_ROWS * scores.shape[2])
+        valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)[first:]
+        target, scores = target[:, :, first:], scores[:, :, first:]
         if self.power != 1:
             target = target**self.power
             target = target / target.sum(-1, keepdim=True)

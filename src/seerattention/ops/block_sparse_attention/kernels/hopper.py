@@ -434,17 +434,8 @@ def _consume(  # noqa: PLR0915
 # Sizes change with every prompt; compiling anew for round ones would gain nothing.
 @gluon.jit(
     do_not_specialize=[
-        "items",
-        "words",
-        "sel_batch",
-        "sel_heads",
-        "sel_rows",
-        "heads",
-        "kv_heads",
-        "tiles_q",
-        "tiles_k",
-        "past",
-        "queries",
+        *("items", "words", "sel_batch", "sel_heads", "sel_rows"),
+        *("heads", "kv_heads", "tiles_q", "tiles_k", "past", "queries"),
     ]
 )
 def attend(

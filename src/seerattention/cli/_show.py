@@ -1,0 +1,100 @@
+"""How commands show what they do: tables, bars, and lines in place of bars without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from seerattention.train.loop import Loop
+
+#: Without a terminal, training prints this many lines.
+LINES = 12
+
+
+def console(width: int = 120, *, quiet: bool = False) -> Console:
+    """Return where a command prints; what is no terminal is so many columns wide."""
+    made = Console(quiet=quiet, highlight=False)
+    if not made.is_terminal:
+        made.width = width
+    return made
+
+
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", *, words: bool = False
+) -> Table:
+    """Return a table; its first column is words, the others are numbers, or all are words that wrap."""
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title or None, title_justify="left")
+    for i, name in enumerate(titles):
+        made.add_column(name, justify="right" if i and not words else "left", no_wrap=not words)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def formatted(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
+    """Return a table of rows of named values; ``columns`` has each one's title and format string."""
+    cells = ([form.format_map(row) for form in columns.values()] for row in rows)
+    return table(list(columns), cells, title)
+
+
+class _Said(ProgressColumn):
+    """What a task says beside its bar, as the field ``said``."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("said", ""))
+
+
+def bar(console: Console) -> Progress:
+    """Return what shows the bars of tasks while it is open; nothing without a terminal."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Said(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[Any]:
+    """Run a training to its end with a bar of its losses, recall and time left; return its steps."""
+    total = trainer.config.steps
+    every = max(1, total // LINES)
+    steps = []
+    with bar(console) as progress:
+        task = progress.add_task(doing, total=total, completed=trainer.done)
+        for step in trainer.run():
+            steps.append(step)
+            if len(steps) == 1:
+                left = (total - step.step) * step.seconds
+                console.print(
+                    f"time        {step.seconds:.2f} s for the first step, about {left / 3600:.2f} h left"
+                )
+            said = _said(step)
+            progress.update(task, completed=step.step, said=said)
+            if not console.is_terminal and (step.step % every == 0 or step.step in (1, total)):
+                console.print(f"  step {step.step}/{total}  {said}  {step.seconds:.2f} s/step")
+    return steps
+
+
+def _said(step: Any) -> str:
+    """Return a step's measurements, those that it has."""
+    kinds = (("loss", "loss", ".4f"), ("gate_loss", "gates", ".4f"), ("recall", "recall", ".3f"))
+    values = [
+        (what, getattr(step, name, None), form)
+        for name, what, form in (*kinds, ("density", "density", ".0%"))
+    ]
+    return "  ".join(f"{what} {value:{form}}" for what, value, form in values if value is not None)

@@ -1,0 +1,204 @@
+"""All that a training run is told, as one set of settings: what ``config.toml`` in its folder repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from seerattention.files import write_whole
+from seerattention.gate import GateConfig
+from seerattention.hosts.transformers import load_base, load_gates, new_gates
+from seerattention.hosts.transformers.checkpoint import check_replaceable
+from seerattention.policies import parse
+from seerattention.settings import flat, to_toml
+from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
+from seerattention.train.distiller import Distiller
+from seerattention.train.finetuner import Finetuner
+from seerattention.train.loop import Loop
+from seerattention.train.prepare import checkpoint_layers, extend_context, prepare
+from seerattention.train.processes import make_accelerator
+from seerattention.train.save import GATES
+from seerattention.train.share import LEAST_BLOCKS
+from seerattention.train.source import Source, Text
+
+#: The settings of a run, in its folder.
+SETTINGS = "config.toml"
+
+#: Settings of gates that their model gives.
+SHAPE = ("num_heads", "num_kv_heads", "head_dim")
+
+Trainer = TypeVar("Trainer", bound=Loop)
+
+
+@dataclass
+class Run(Generic[Trainer]):
+    """A run that is ready to go.
+
+    Attributes:
+        trainer: Its loop, after the steps that a checkpoint has.
+        text: What it reads.
+        tokenizer: The model's.
+        rebuild: Makes the model again on the CPU as it was before training.
+    """
+
+    trainer: Trainer
+    text: Text
+    tokenizer: PreTrainedTokenizerBase
+    rebuild: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Generic[Trainer]):
+    """What both trainings are told; `settings.build` makes one, `start` goes on from there.
+
+    Attributes:
+        model: Hub id or folder of the base model.
+        source: The text.
+        policy: Policy saved with the gates, used where none is given.
+        gates: Folder or hub id of gates to start from; default new ones.
+        gate: Table of the design of new gates, see `GateConfig`.
+        seed: Of new gates and the order of the text.
+        dtype: Precision of the base model, and of what is saved of it: auto, float32, bfloat16, float16.
+        device: cpu, cuda, cuda:1, ...; default the GPU if any, one per process.
+        shard: Shard the model over the processes (FSDP2), if it fits no single GPU.
+        report: Measure the gates at the end, on held-out text.
+    """
+
+    kind: ClassVar[type[Any]]
+
+    model: str
+    source: Source
+    config: TrainConfig
+    policy: str = ""
+    gates: str = ""
+    gate: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = ""
+    shard: bool = False
+    report: bool = True
+
+    def start(self, out: Path | None) -> Run[Trainer]:
+        """Load model and text and make the trainer.
+
+        Args:
+            out: The run's folder, which gets `SETTINGS`; a checkpoint in it is continued. None keeps nothing.
+
+        Raises:
+            OSError: If something cannot be read or written.
+            ValueError: If the settings contradict each other or the checkpoint.
+        """
+        parse(self.policy)
+        if self.gates and self.gate:
+            raise ValueError("gates have their design; leave gate out, or gates to start from new ones")
+        if out is not None:
+            check_replaceable(out / GATES)
+        accelerator = make_accelerator(self.device)
+        device = self.device or (str(accelerator.device) if accelerator.num_processes > 1 else "")
+        base, wrapped = self.load(device)
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        torch.manual_seed(self.seed)
+        given = load_gates(self.gates).float().to(base.device) if self.gates else None
+        gates = given or new_gates(base, **self.gate)
+        text = self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size)
+        trainer = self.kind(
+            wrapped, gates, text.batches, self.config, out=out, accelerator=accelerator,
+            shard=self.shard or None, **self.more(text),
+        )  # fmt: skip
+        if out is not None and accelerator.is_main_process:
+            settings = self if self.gates else replace(self, gate=_design(gates.config))
+            written = to_toml(flat(settings))
+            write_whole(out / SETTINGS, lambda path: path.write_text(written, encoding="utf-8"))
+        return Run(trainer, text, tokenizer, lambda: self.load("cpu")[1])
+
+    def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
+        """Return the model on a device as it is before training, and what adapters made of it."""
+        base = load_base(self.model, dtype=self.dtype, device=device)
+        return base, base
+
+    def more(self, text: Text) -> dict[str, Any]:
+        """Return what this trainer takes besides what all do."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Recipe[Distiller]):
+    """Gates for a frozen model."""
+
+    kind = Distiller
+
+    config: DistillConfig = field(default_factory=DistillConfig)
+    policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
+
+    def more(self, text: Text) -> dict[str, Any]:
+        """Return the held-out text, on which the best gates are found."""
+        return {"heldout": text.heldout}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning(Recipe[Finetuner]):
+    """A model and its gates together.
+
+    Attributes:
+        policy: Policy saved with the gates; default top_k at the least density.
+        gates: Folder or hub id of gates to start from; default new ones, see warmup_gate_steps.
+        seed: Of new gates, adapters, drawn densities, dropout and the order of the text.
+        lora: Rank of LoRA adapters, merged at the end; 0 trains all weights.
+        gates_only: Train the gates alone, on text read sparsely.
+        rope_type: Read further by RoPE scaling: yarn, linear, dynamic or llama3.
+        rope_factor: How many times as far as the model reads now.
+        gradient_checkpointing: Less memory for a second forward pass.
+        backend: Of block-sparse attention.
+    """
+
+    kind = Finetuner
+
+    config: FinetuneConfig = field(default_factory=FinetuneConfig)
+    lora: int = 0
+    gates_only: bool = False
+    rope_type: str = ""
+    rope_factor: float = 1.0
+    gradient_checkpointing: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.policy:
+            object.__setattr__(self, "policy", f"top_k:{self.config.densities[0]:g},sink_blocks=1")
+
+    def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
+        """Return the model on a device as it is before training, and what adapters made of it."""
+        config, length = AutoConfig.from_pretrained(self.model), self.source.length
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if self.rope_type:
+            extend_context(config, self.rope_type, self.rope_factor, length)
+        elif self.rope_factor != 1:
+            raise ValueError(
+                f"rope_factor {self.rope_factor:g} needs rope_type, such as yarn, to say how to scale"
+            )
+        elif positions is not None and positions < length:
+            raise ValueError(
+                f"the model reads {positions:,} tokens, length asks for {length:,}; extend it by rope_type "
+                f"yarn and rope_factor {length / positions:g}, or give a shorter length"
+            )
+        base = load_base(self.model, dtype=self.dtype, device=device, config=config)
+        torch.manual_seed(self.seed)
+        wrapped = prepare(base, lora=self.lora, gates_only=self.gates_only)
+        if self.gradient_checkpointing:
+            checkpoint_layers(base)
+        return base, wrapped
+
+    def more(self, text: Text) -> dict[str, Any]:
+        """Return the backend."""
+        return {"backend": self.backend}
+
+
+def _design(config: GateConfig) -> dict[str, Any]:
+    """Return what `new_gates` made these gates of, with a number in place of None: TOML has no null."""
+    whole = {"q_sub_block": config.q_sub, "k_sub_block": config.k_sub}
+    return {name: value for name, value in {**config.to_dict(), **whole}.items() if name not in SHAPE}

@@ -1,0 +1,107 @@
+"""How the sequences of a step are shared out over processes, passes and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from seerattention.train.data import Packed
+
+#: A document of fewer blocks teaches nothing: a gate chooses among too few.
+LEAST_BLOCKS = 4
+
+#: The tokens of a step: int64 ``[B, T]`` of one document each, or packs of several.
+Batch = np.ndarray | Packed
+
+#: Length of every document of a row, and whether it is long enough to be learned from.
+Documents = list[tuple[int, bool]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process runs of a step's batch.
+
+    Attributes:
+        passes: Tokens int64 ``[B, T]`` of each forward pass, and the documents of its rows.
+        learned: Tokens of the whole batch, of all processes, in documents that are learned from.
+        predicted: Of these, the tokens that have one before them in their document.
+    """
+
+    passes: list[tuple[Tensor, Documents]]
+    learned: int
+    predicted: int
+
+
+def tokens_of(batch: Batch) -> np.ndarray:
+    """Return the tokens of a batch, int64 ``[B, T]``."""
+    return batch.tokens if isinstance(batch, Packed) else batch
+
+
+def share_of(batch: Batch, block_size: int, world: int, rank: int, grad_accum: int) -> Share:
+    """Return one process's part of a batch.
+
+    Args:
+        batch: The global batch.
+        block_size: Tokens per block.
+        world: Processes.
+        rank: Which one.
+        grad_accum: Forward passes on each.
+
+    Raises:
+        ValueError: If nothing of it can be learned from, or it cannot be split evenly.
+    """
+    least = LEAST_BLOCKS * block_size
+    rows = _documents(batch, least)
+    lengths = [length for row in rows for length, counts in row if counts]
+    if not lengths:
+        raise ValueError(f"the batch is empty or has no document of {LEAST_BLOCKS} blocks ({least} tokens)")
+    parts = world * grad_accum
+    if len(rows) % parts:
+        raise ValueError(
+            f"{len(rows)} sequences per step cannot be split evenly over {world} processes x grad_accum "
+            f"{grad_accum}; give a multiple of {parts}"
+        )
+    tokens = torch.from_numpy(np.ascontiguousarray(tokens_of(batch)))
+    each = len(rows) // parts
+    # Packs differ in their documents, so they go one at a time.
+    size = 1 if isinstance(batch, Packed) else each
+    start, stop = rank * each * grad_accum, (rank + 1) * each * grad_accum
+    passes = [(tokens[s : s + size], rows[s]) for s in range(start, stop, size)]
+    return Share(passes, sum(lengths), sum(lengths) - len(lengths))
+
+
+def packed_arguments(
+    model: PreTrainedModel, lengths: Sequence[int], device: torch.device
+) -> dict[str, Tensor]:
+    """Return what tells a decoder that a row holds documents of these lengths: nothing for a single one.
+
+    Raises:
+        NotImplementedError: If the model has sliding-window layers.
+    """
+    if len(lengths) == 1:
+        return {}
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in kinds):
+        raise NotImplementedError(
+            "documents cannot be packed for a model with sliding-window layers: a window would reach into "
+            "the document before; train on single windows of text instead (packing off)"
+        )
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {
+        "position_ids": positions.to(device),
+        "attention_mask": torch.ones(1, len(positions[0]), dtype=torch.long, device=device),
+    }
+
+
+def _documents(batch: Batch, least: int) -> list[Documents]:
+    """Return of every row its documents: length, and whether it is long enough to learn from."""
+    if isinstance(batch, Packed):
+        return [[(n, n >= least) for n in row] for row in batch.lengths]
+    if batch.ndim != 2 or not batch.size:
+        raise ValueError(f"a batch must be [B, T] and not empty, got {list(batch.shape)}")
+    return [[(batch.shape[1], True)]] * len(batch)

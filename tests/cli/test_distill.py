@@ -1,0 +1,196 @@
+"""``seerattention distill`` as a person types it."""
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from safetensors.torch import load_file
+
+from seerattention.hosts.transformers import hub, load_gates
+
+
+def test_it_prints_its_plan_shows_progress_and_writes_gates_that_load(distil, tmp_path):
+    more = ("--steps", 4, "--set", "save_every=2", "--set", "policy=top_k:0.3")
+    result, said = distil(tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    assert "4 of 1 x 128 tokens read 512; the base is frozen" in said
+    assert "held out: the end of the text, not trained on" in said
+    assert "step 4/4 loss" in said
+    gates = load_gates(tmp_path / "out" / "gates")
+    assert gates.policy == "top_k:0.3"
+    assert gates.config.block_size == 16
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_dry_run_times_a_step_and_writes_nothing(distil, tmp_path):
+    result, said = distil(tmp_path / "out", "--steps", 4, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "s for one step, about" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_ends_with_a_report_on_heldout_text(distil, tmp_path):
+    settings = ("packing=true", "grad_accum=2", "sequences=2", "eval_every=1", "patience=3")
+    result, said = distil(tmp_path / "out", "--steps", 3, *(f"--set={one}" for one in settings))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "gates" / "results.json").read_text())
+    assert set(report["recall"]) == {"top_k:0.2", "top_k:0.1", "top_k:0.05"}
+    assert report["heldout_tokens"] == 128
+    assert report["dense"]["perplexity"] > 1
+    assert "perplexity" in report["top_k:0.05"]
+    assert "a document of 128 is too short" in report["skipped"]
+    assert "not measured: needles" in said
+
+
+def test_gates_are_saved_before_they_are_measured_and_the_report_can_be_left_out(
+    distil, tmp_path, monkeypatch
+):
+    from seerattention.measure import compare
+
+    def fail(*args, **kwargs):
+        raise ValueError("no memory left")
+
+    monkeypatch.setattr(compare, "measured", fail)
+    result, said = distil(tmp_path / "out", "--steps", 1)
+    assert result.exit_code == 2
+    assert "no memory left" in said
+    assert load_gates(tmp_path / "out" / "gates").config.block_size == 16
+    result, _ = distil(tmp_path / "out", "--steps", 1, "--set", "report=false")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out" / "gates" / "results.json").exists()
+
+
+def test_a_run_is_repeated_from_the_settings_in_its_folder(distil, invoke, text, tmp_path):
+    (tmp_path / "own.toml").write_text('lr = 1e-2\nobjective = "kl"\n[gate]\nk_pool = ["max", "avg"]\n')
+    more = ("--config", tmp_path / "own.toml", "--set", "objective=sharp_kl", "--steps", 2)
+    assert distil(tmp_path / "one", *more)[0].exit_code == 0
+    kept = tomllib.loads((tmp_path / "one" / "config.toml").read_text())
+    assert kept["text"] == [str(text)]
+    assert (kept["steps"], kept["length"], kept["lr"], kept["objective"]) == (2, 128, 1e-2, "sharp_kl")
+    assert (kept["gate"]["block_size"], kept["gate"]["k_pool"]) == (16, ["max", "avg"])
+    result, said = invoke("distill", "--config", tmp_path / "one" / "config.toml", "--out", tmp_path / "two")
+    assert result.exit_code == 0, said
+    one, two = (load_file(tmp_path / name / "gates" / "gates.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(bool((one[name] == two[name]).all()) for name in one)
+    assert tomllib.loads((tmp_path / "two" / "config.toml").read_text()) == kept
+
+
+def test_it_goes_on_where_it_was_and_refuses_other_settings_by_name(distil, tmp_path):
+    out = tmp_path / "out"
+    assert distil(out, "--steps", 2)[0].exit_code == 0
+    again, said = distil(out, "--steps", 2)
+    assert again.exit_code == 0
+    assert "continuing after step 2" in said
+    kept = (out / "config.toml").read_text()
+    other, said = distil(out, "--steps", 2, "--set", "lr=1", "--set", "gate.qk_norm=true")
+    assert other.exit_code == 2
+    assert "is of another run, config.lr, gate.qk_norm differ" in said
+    assert (out / "config.toml").read_text() == kept
+
+
+def test_it_runs_under_a_launcher_and_only_one_process_prints(base, text, tmp_path):
+    settings = ("gate.block_size=16", "gate.q_sub_block=8", "gate.k_sub_block=8", "sequences=2")
+    options = ("--text", text, "--out", tmp_path / "out", "--length", 128, "--steps", 2, "--device", "cpu")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    more = ("-m", "seerattention.cli", "distill", base, *options, *(f"--set={one}" for one in settings))
+    command = [sys.executable, *map(str, (*launch, *more))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("base model") == 1
+    assert load_gates(tmp_path / "out" / "gates").config.block_size == 16
+
+
+def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, tmp_path, monkeypatch):
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def whoami(self):
+            if not pushed.get("login"):
+                raise hub.LocalTokenNotFoundError("no token")
+
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, **kwargs):
+            pushed[repo_id] = {p.name: p.read_bytes() for p in folder_path.iterdir()}
+            return type("Commit", (), {"commit_url": f"https://huggingface.co/{repo_id}"})
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    more = ("--steps", 1, "--push-to-hub", "me/gates")
+    result, said = distil(tmp_path / "out", *more)
+    assert result.exit_code == 2
+    assert "hf auth login" in said
+    assert not (tmp_path / "out").exists()
+    pushed["login"] = True
+    result, said = distil(tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    assert "https://huggingface.co/me/gates" in said
+    card = pushed["me/gates"]["README.md"].decode()
+    assert "| objective | sharp_kl |" in card
+    assert "| top_k:0.05 |" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--set", "policy=top_q:0.1"], ["unknown policy 'top_q:0.1'", "top_k:<density>"]),
+        (["--set", "policy=top_k:1.5"], ["density must be in (0, 1], got 1.5"]),
+        (["--set", "gate=[1]"], ["gate must be of type dict"]),
+        (["--set", "gate.blocksize=16"], ["unknown gate settings ['blocksize']", "block_size"]),
+        (["--set", "sequence=2"], ["unknown 'sequence' (did you mean sequences?)", "patience"]),
+        (["--set", "lr"], ["a setting must be key=value", "'lr'"]),
+        (["--set", "lr=fast"], ["lr must be of type float, got 'fast'"]),
+        (["--config", "no.toml"], ["there is no file no.toml"]),
+        (["--steps", "0"], ["steps must be a whole number >= 1, got 0"]),
+        (["--length", "99999"], ["the text has", "fewer than one sequence of 99999"]),
+        (["--length", "63"], ["length 63 is below 4 blocks, 64 tokens"]),
+        (["--set", "grad_accum=2"], ["1 sequences per step cannot be split evenly"]),
+        (["--set", "dataset=x/y"], ["either text or dataset"]),
+        (["--set", "dtype=int8"], ["dtype must be one of", "'int8'"]),
+        (["--device", "abacus"], ["device 'abacus' is not a device"]),
+    ],
+)
+def test_bad_options_end_in_one_sentence_before_any_work(distil, tmp_path, more, words):
+    result, said = distil(tmp_path / "out", *more)
+    assert result.exit_code == 2
+    assert said.count("error:") == 1
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "out" / "gates").exists()
+
+
+def test_a_run_without_a_model_says_so(invoke, text, tmp_path):
+    result, said = invoke("distill", "--text", text, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "the setting model is missing" in said
+
+
+def test_a_family_without_a_file_is_refused_by_name(invoke, text, save_tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64)).save_pretrained(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    result, said = invoke("distill", tmp_path / "m", "--text", text, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "'gpt2'" in said
+    assert "llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3" in said
+
+
+def test_the_help_lists_every_setting_with_its_default(invoke):
+    result, said = invoke("distill", "--help")
+    assert result.exit_code == 0
+    for words in (
+        "lr 0.003 Peak learning rate",
+        "patience 0 Measurements",
+        "gate.block_size 64 Tokens per block",
+    ):
+        assert words in said

@@ -1,0 +1,89 @@
+"""``seerattention info``: every 'yes' of its table runs and is right, every 'no' has its reason."""
+
+import pytest
+import torch
+
+from seerattention.cli.info import support
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
+from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.score_blocks import score_blocks
+from seerattention.ops.select_blocks import select_blocks
+from seerattention.ops.summarise_blocks import summarise_blocks
+from seerattention.policies import TopK
+from seerattention.selection import BlockSelection
+from seerattention.testing.budget import Budget
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+ROWS = [row for row in support() if row.device == "cpu"]
+
+
+def call(op, backend):
+    """Return a small call of an operation, as a function of q and k."""
+    torch.manual_seed(1)
+    gate = AttnGate(GateConfig(2, 1, 64))
+    mask = torch.eye(4, dtype=torch.bool)[None, None]
+    mask[..., 0] = True
+    selection = BlockSelection.from_mask(mask, (64, 64))
+
+    def summaries(k, name="reference"):
+        weight = gate.linear_k.weight.detach().to(k.dtype)
+        pools = gate.config.k_pool
+        return summarise_blocks(k, gate.config.k_sub, pools, dtype=k.dtype, weight=weight, backend=name)
+
+    def chosen(q, k):
+        positions = torch.arange(q.shape[2])
+        found = select_blocks(
+            q, summaries(k), gate.to(q.dtype), TopK(0.5), positions=positions, backend=backend
+        )
+        return found.to_mask().to(q.dtype)
+
+    return {
+        "block_sparse_attention": lambda q, k: block_sparse_attention(q, k, k, selection, backend=backend),
+        "pooled_attention": lambda q, k: pooled_attention(q, k, k, (64, 64), backend=backend)[0],
+        "summarise_blocks": lambda q, k: summaries(k, backend),
+        "score_blocks": lambda q, k: score_blocks(q, k, (8, 8), backend=backend),
+        "select_blocks": chosen,
+    }[op]
+
+
+def test_the_table_is_about_every_operation():
+    assert {row.op for row in ROWS} == {
+        "block_sparse_attention", "pooled_attention", "score_blocks", "select_blocks", "summarise_blocks"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.op}-{r.backend}-{r.dtype}")
+@torch.no_grad()
+def test_the_line_is_true(row):
+    dtype = getattr(torch, row.dtype)
+    q, k = (torch.randn(1, heads, 256, 64).to(dtype) for heads in (2, 1))
+    run, reference = call(row.op, row.backend), call(row.op, "reference")
+    if row.reasons:
+        with pytest.raises(NotImplementedError) as refusal:
+            run(q, k)
+        for reason in row.reasons:
+            assert reason in str(refusal.value)
+    elif row.op == "select_blocks":
+        assert torch.equal(run(q, k), reference(q, k))
+    else:
+        Budget.of(reference, q, k).check(run(q, k))
+
+
+def test_it_lists_backends_with_reasons_and_explains_a_model(invoke, base):
+    result, said = invoke("info")
+    assert result.exit_code == 0
+    for name in ("gather", "reference", "chunked", "llama", "top_k:<density>", "meanpool"):
+        assert name in said
+    assert "layers 0-1: sparse prefill, dense decoding" in invoke("info", base)[1]
+    table = invoke("info", "--markdown")[0].output
+    assert "| `block_sparse_attention` | `gather` | yes | yes |" in table
+
+
+def test_it_gives_a_backends_reason_why_not(invoke, monkeypatch):
+    monkeypatch.setattr(BACKENDS["flex"], "unsupported", lambda *a, **k: ["no compiler"])
+    result, said = invoke("info")
+    assert "[yellow]" not in result.output
+    assert "no: no compiler" in said
+    assert {reason for s in support() if s.backend == "flex" for reason in s.reasons} == {"no compiler"}

@@ -1,0 +1,65 @@
+"""A run from its settings, and the settings in its folder."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from seerattention.hosts.transformers import load_gates, save_gates
+from seerattention.settings import build, read
+from seerattention.train import Distillation, Finetuning
+
+SMALL = {"block_size": 16, "q_sub_block": 8, "k_sub_block": 16}
+
+
+@pytest.fixture(scope="module")
+def told(tiny, tmp_path_factory):
+    """Settings of a run on a tiny model of 97 words."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.make().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(2, 97, 1000)))
+    return {"model": str(folder), "text": str(text), "length": 128, "steps": 2, "gate": SMALL, "seed": 3}
+
+
+@pytest.mark.parametrize("kind", [Distillation, Finetuning])
+def test_the_kept_settings_make_the_same_run(kind, told, tmp_path):
+    recipe = build(kind, told)
+    assert recipe.seed == recipe.source.seed == 3
+    list(recipe.start(tmp_path / "one").trainer.run())
+    kept = read(tmp_path / "one" / "config.toml")
+    # All that the model does not give; a block of one summary is one of its own tokens, as TOML has no null.
+    assert {**kept["gate"], **SMALL} == kept["gate"]
+    assert {"k_pool", "gate_dim", "rope"} < kept["gate"].keys()
+    assert not {"num_heads", "head_dim"} & kept["gate"].keys()
+    list(build(kind, kept).start(tmp_path / "two").trainer.run())
+    first, second = (
+        list(build(kind, kept).start(tmp_path / n).trainer.gates.parameters()) for n in ("one", "two")
+    )
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_run_starts_from_gates_which_have_their_design(told, tiny, tmp_path):
+    gates = tiny.gates_of(tiny.make(), init="random")
+    save_gates(gates, tmp_path / "gates")
+    given = {name: value for name, value in told.items() if name != "gate"} | {
+        "gates": str(tmp_path / "gates")
+    }
+    run = build(Distillation, given).start(tmp_path / "out")
+    assert all(map(torch.equal, run.trainer.gates.parameters(), load_gates(tmp_path / "gates").parameters()))
+    assert "gate" not in read(tmp_path / "out" / "config.toml")
+    with pytest.raises(ValueError, match="gates have their design; leave gate out"):
+        build(Distillation, {**given, "gate": SMALL}).start(None)
+
+
+def test_a_joint_runs_policy_is_at_its_least_density_and_no_folder_is_made_without_one(told, tmp_path):
+    recipe = build(Finetuning, {**told, "density": [0.2, 0.5]})
+    assert recipe.policy == "top_k:0.2,sink_blocks=1"
+    run = recipe.start(None)
+    assert run.trainer.time_a_step() > 0
+    assert list(tmp_path.iterdir()) == []
+    assert sum(run.trainer.memory(128).values()) > 16 * sum(p.numel() for p in run.trainer.model.parameters())
