@@ -137,6 +137,8 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
         titles, [[name, *line] for name, line in lines.items()], "held-out text, no dense last rows"
     )
     console.print(shown)
+    for why in dict.fromkeys(row.short for row in rows if row.short):
+        console.print(f"too short: {why}", markup=False)
     if skipped:
         console.print(f"not measured: {skipped}", markup=False)
     write_json(folder / RESULTS, found)
