@@ -52,8 +52,9 @@ class Row:
     losses: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     def values(self) -> dict[str, Any]:
-        """Return the fields that were measured, but for the losses, as plain JSON types."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
+        """Return what was measured, but for the losses, as plain JSON types."""
+        names = [f.name for f in fields(self) if f.name not in ("short", "losses")]
+        found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
 
