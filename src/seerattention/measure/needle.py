@@ -7,6 +7,7 @@ counts if every digit of it would have been predicted, which is what greedy deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,6 +34,23 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
         """Return the tokens of a text."""
         ...
+
+
+def insert(
+    context: np.ndarray, pieces: Sequence[np.ndarray], places: Sequence[int]
+) -> tuple[np.ndarray, list[int]]:
+    """Put pieces before the context's tokens at ``places``, int64; return all, and where each piece begins.
+
+    Pieces of one place follow one another as they are given.
+    """
+    order = sorted(range(len(pieces)), key=lambda i: places[i])
+    parts, starts, done, total = [], [0] * len(pieces), 0, 0
+    for i in order:
+        total += places[i] - done
+        parts += [context[done : places[i]], pieces[i]]
+        starts[i], done = total, places[i]
+        total += len(pieces[i])
+    return np.concatenate([*parts, context[done:]]), starts
 
 
 @dataclass(frozen=True)
@@ -151,32 +169,19 @@ class NeedleTask:
             raise ValueError(f"the haystack has {len(self.haystack)} tokens, {room} are needed")
         start = int(rng.integers(0, len(self.haystack) - room + 1))
         text = self.haystack[start : start + room].astype(np.int64)
-        # A piece is put before the text token of its place; needles first where places are equal.
-        last = room if questions == "end" else room // 2
-        where = rng.integers(0, last, count)
-        places = [(int(x), 0, i, needle) for i, (x, needle) in enumerate(zip(where, needles, strict=True))]
+        where = rng.integers(0, room if questions == "end" else room // 2, count).tolist()
         if questions == "end":
-            places += [(room, 1, i, piece) for i, piece in enumerate(asked)]
+            where += [room] * count
         else:
-            where = rng.integers(room // 2, room + 1, count)
-            places += [(int(x), 1, i, piece) for i, (x, piece) in enumerate(zip(where, asked, strict=True))]
-        places.sort(key=lambda place: place[:3])
-        parts, answers, asked_for, spans = [], [], [], {}
-        done = total = 0
-        for place, question, index, piece in places:
-            parts += [text[done:place], piece]
-            total += place - done + len(piece)
-            done = place
-            if question:
-                answers.append((total - len(newline) - self.digits, total - len(newline)))
-                asked_for.append(int(order[index]))
-            else:
-                spans[index] = total - len(piece), total
-        parts.append(text[done:])
+            where += rng.integers(room // 2, room + 1, count).tolist()
+        tokens, starts = insert(text, needles + asked, where)
+        appear = sorted(range(count), key=lambda i: starts[count + i])
+        ends = [starts[count + i] + len(asked[i]) - len(newline) for i in appear]
+        asked_for = [int(order[i]) for i in appear]
         return NeedleDocument(
-            tokens=np.concatenate(parts),
-            answers=tuple(answers),
+            tokens=tokens,
+            answers=tuple((end - self.digits, end) for end in ends),
             keys=tuple(self.names[picks[i]] for i in asked_for),
             values=tuple("".join(map(str, digits[i])) for i in asked_for),
-            places=tuple(spans[i] for i in asked_for),
+            places=tuple((starts[i], starts[i] + len(needles[i])) for i in asked_for),
         )
