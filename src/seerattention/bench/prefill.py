@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seerattention.bench import masks, peers
 from seerattention.bench.ceilings import ceilings
-from seerattention.bench.layer import measure_layers
+from seerattention.bench.layer import in_ms, measure_layers
 from seerattention.bench.plan import Plan, Reporter
 from seerattention.device import capability
 from seerattention.measure.timing import interleaved, timed
@@ -103,7 +103,11 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
         }
         for tokens in plan.tokens:
             q, k, v = _draw(plan, tokens)
-            variants = _dense_variants(plan, dense, q, k, v)
+            everything = BlockSelection.full(Rows.last(tokens, tokens), 2 * plan.blocks[:1], plan.device)
+            variants = [
+                Variant("dense", name, everything, "full", 1.0, partial(peer, q, k, v, everything))
+                for name, peer in dense.items()
+            ]
             for block in plan.blocks:
                 for mask, asked, selection in _selections(plan, tokens, block, scores):
                     variants += _sparse_variants(plan, extra, (q, k, v), mask, asked, selection, note)
@@ -111,7 +115,9 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
             for row in found:
                 row["share_of_matmul"] = round(row["tflops"] / (limits["matmul_tflops"] or 1), 3)
             report["rows"] += found
-            report["layers"] += measure_layers(plan, (q, k, v), dense, found, reporter)
+            ran = {row["backend"] for row in found}
+            whole = {v.backend: v.run for v in variants if v.kind == "dense" and v.backend in ran}
+            report["layers"] += measure_layers(plan, (q, k, v), whole, found, reporter)
             yield report
 
 
@@ -145,17 +151,6 @@ def _selections(
                 selection = masks.gate(shape, density, device, scores)
             found.append((mask, density, selection))
     return found
-
-
-def _dense_variants(
-    plan: Plan, dense: dict[str, peers.Peer], q: Tensor, k: Tensor, v: Tensor
-) -> list[Variant]:
-    size = plan.blocks[0], plan.blocks[0]
-    everything = BlockSelection.full(Rows.last(q.shape[2], k.shape[2]), size, plan.device)
-    return [
-        Variant("dense", name, everything, "full", 1.0, partial(peer, q, k, v, everything))
-        for name, peer in dense.items()
-    ]
 
 
 def _sparse_variants(
@@ -290,8 +285,7 @@ def _row(
         "backend": variant.backend,
         "asked": variant.asked,
         "density": round(selection.density(valid), 4),
-        "ms": round(ms, 4),
-        "range_ms": [round(min(times) * 1e3, 4), round(max(times) * 1e3, 4)],
+        **in_ms(times),
         "first_ms": round(first_ms, 1),
         # Two products of 2 * D FLOPs for every pair of tokens.
         "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 6),
