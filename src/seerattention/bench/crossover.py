@@ -35,20 +35,20 @@ def entry_of(report: dict[str, Any], gate: str, block: int) -> dict[str, Any]:
         raise ValueError(
             f"the report has no selection of gate {gate!r} with random masks in blocks of {block}"
         )
-    backend = _used(rows)
+    measured = {r["backend"] for r in rows}
+    # What ``auto`` takes, or else the fastest.
+    used = [name for name in ORDER if name in measured]
+    backend = used[0] if used else min(rows, key=lambda r: r["ms"])["backend"]
     rows = [r for r in rows if r["backend"] == backend]
     found = [
         _length(report, [r for r in rows if r["tokens"] == tokens], chosen[tokens])
         for tokens in sorted(chosen)
     ]
     return {
-        "device_type": report["device_type"],
         "device": report["versions"]["device"],
-        "capability": report["capability"],
-        "versions": report["versions"],
-        "date": report["date"],
-        "dtype": report["dtype"],
-        "shape": report["shape"],
+        **{
+            name: report[name] for name in ("device_type", "capability", "versions", "date", "dtype", "shape")
+        },
         "block": block,
         "gate": gate,
         "backend": backend,
@@ -64,14 +64,6 @@ def merged(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[st
     replaced = [e for e in same_type if e["device"] in (None, entry["device"])]
     kept = [e for e in entries if e not in replaced]
     return sorted([*kept, entry], key=lambda e: (e["device_type"], e["device"] or ""))
-
-
-def _used(rows: list[dict[str, Any]]) -> str:
-    """Return the measured backend that ``auto`` takes, or else the fastest."""
-    measured = {r["backend"] for r in rows}
-    if used := [name for name in ORDER if name in measured]:
-        return used[0]
-    return min(rows, key=lambda r: r["ms"])["backend"]
 
 
 def _length(report: dict[str, Any], rows: list[dict[str, Any]], layer: dict[str, Any]) -> dict[str, Any]:

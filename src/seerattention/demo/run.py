@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -194,24 +193,9 @@ class Demo:
             found_dense_last = found
         return found / self.questions, found_dense_last / self.questions
 
-    def curve(self, gates: Gates, done: Callable[[int], None] = lambda length: None) -> list[dict[str, Any]]:
-        """Time dense against sparse over the lengths, the model's prefill and one layer's attention.
-
-        Args:
-            gates: The gates to use, at the plan's density.
-            done: Called with each length that is finished.
-
-        Returns:
-            One row per length, times in seconds.
-        """
-        rows = []
-        for length in self.plan.lengths:
-            rows.append(self._time(gates, length))
-            done(length)
-        return rows
-
     @torch.inference_mode()
-    def _time(self, gates: Gates, length: int) -> dict[str, Any]:
+    def time(self, gates: Gates, length: int) -> dict[str, Any]:
+        """Time dense against gates at the plan's density: the model's prefill and one layer, in seconds."""
         tokens = self.text[:length]
         policy = TopK(self.plan.density, sink_blocks=1)
         middle = self.model.config.num_hidden_layers // 2

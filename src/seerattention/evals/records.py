@@ -85,12 +85,9 @@ class RecordFile:
         self.records: dict[tuple[str, int], Record] = {}
         self._lock: int | None = None
         if not readonly:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(
-                    f"cannot write {folder} ({error}); choose a folder that can be written"
-                ) from error
+            # Makes the folder, or says that it cannot be written.
+            with staged(folder):
+                pass
             self._lock = _lock(folder)
         text = self.path.read_bytes() if self.path.exists() else b""
         good = self._read(text)
