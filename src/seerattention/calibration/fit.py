@@ -180,21 +180,19 @@ def fit(maps: Maps, target: Target) -> Calibration:
 
 def _reachable(lengths: list[Length], target: Target, block: int) -> list[Length]:
     """Return the lengths at which the target leaves something to choose."""
-    nothing = torch.zeros(lengths[0].level.shape[0], dtype=torch.long)
+    longest, tokens = lengths[-1], lengths[-1].blocks * block
+    nothing = torch.zeros(longest.level.shape[0], dtype=torch.long)
     if target.density is not None:
-        good = [x for x in lengths if target.density > NEAREST * x.always]
-        least = lengths[-1].always
-    else:
-        good = [x for x in lengths if target.value > x.recall(nothing) + 0.005]
-        least = lengths[-1].recall(nothing)
-    if good and good[-1] is lengths[-1]:
-        return good
-    if target.density is not None:
-        raise too_sparse(target.density, least, lengths[-1].blocks * block)
-    raise ValueError(
-        f"recall {target.value:.1%} needs no thresholds at {lengths[-1].blocks * block:,} tokens: the blocks "
-        f"that are always read alone keep {least:.1%}, so no less is reachable; ask for more"
-    )
+        if target.density <= NEAREST * longest.always:
+            raise too_sparse(target.density, longest.always, tokens)
+        return [x for x in lengths if target.density > NEAREST * x.always]
+    good = [x for x in lengths if target.value > x.recall(nothing) + 0.005]
+    if longest not in good:
+        raise ValueError(
+            f"recall {target.value:.1%} needs no thresholds at {tokens:,} tokens: the blocks that are always "
+            f"read alone keep {longest.recall(nothing):.1%}, so no less is reachable; ask for more"
+        )
+    return good
 
 
 def too_sparse(density: float, always: float, tokens: int) -> ValueError:

@@ -166,21 +166,16 @@ class Task(Protocol):
         ...
 
 
-def cleaned(answer: str) -> str:
-    """Strip an answer and put a newline for every control character, as RULER does."""
-    return _CONTROL.sub("\n", answer.strip()).strip()
-
-
 def share_found(answer: str, expected: Sequence[str]) -> float:
     """Return the share of the expected strings that the answer contains, whatever their case."""
-    text = cleaned(answer).lower()
+    # A newline for every control character, as RULER has it.
+    text = _CONTROL.sub("\n", answer.strip()).strip().lower()
     return sum(e.lower() in text for e in expected) / len(expected)
 
 
 def whether_any(answer: str, expected: Sequence[str]) -> float:
     """Return 1 if the answer contains any of the expected strings, whatever their case, else 0."""
-    text = cleaned(answer).lower()
-    return float(any(e.lower() in text for e in expected))
+    return float(share_found(answer, expected) > 0)
 
 
 class Generated:
@@ -233,15 +228,7 @@ class Prompt:
     """
 
     def __init__(
-        self,
-        task: str,
-        source: Source,
-        length: int,
-        new_tokens: int,
-        *,
-        before: str,
-        question: str,
-        prefix: str,
+        self, task: str, source: Source, length: int, new_tokens: int, before: str, question: str, prefix: str
     ) -> None:
         begin, end = source.frame
         self._task, self._length, self._new_tokens = task, length, new_tokens

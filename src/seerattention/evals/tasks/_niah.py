@@ -86,9 +86,8 @@ class Niah(Generated):
         asked = sorted(rng.choice(self.keys, self.queries, replace=False).tolist())
         query = _listed([keys[i] for i in asked])
         single = self.queries * self.values == 1
-        texts = dict(zip(("before", "question", "prefix"), _ONE if single else _MANY, strict=True))
-        texts = {name: text.format(query) for name, text in texts.items()}
-        prompt = Prompt(self.name, source, length, self.new_tokens, **texts)
+        before, question, prefix = (text.format(query) for text in (_ONE if single else _MANY))
+        prompt = Prompt(self.name, source, length, self.new_tokens, before, question, prefix)
         join = " " if self.haystack == "text" else "\n"
         needles = [
             source.encode(join + _NEEDLE.format(key=key, value=numbers[i * self.values + j]))

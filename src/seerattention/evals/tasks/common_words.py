@@ -39,8 +39,7 @@ class CommonWords(Generated):
         before = self._example(words, rng, length) + _BEFORE
         # The example's words come again no more often than others.
         common, rest = words[-COMMON:], words[:-COMMON]
-        texts = {"before": before, "question": _QUESTION, "prefix": _PREFIX}
-        prompt = Prompt("common_words", source, length, self.new_tokens, **texts)
+        prompt = Prompt("common_words", source, length, self.new_tokens, before, _QUESTION, _PREFIX)
         most = often * COMMON + seldom * len(rest)
         numbers = np.cumsum([len(source.encode(f" {i}.")) for i in range(1, most + 1)])
         fixed = often * sum(len(source.encode(" " + word)) for word in common)

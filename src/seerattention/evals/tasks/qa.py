@@ -65,8 +65,8 @@ class QA(Generated):
         others = [text for text in others if not any(a.lower() in text.lower() for a in answers)]
         if not others:
             raise ValueError(f"qa: every other document of {self.file} contains an answer to {asked!r}")
-        texts = {"before": _BEFORE, "question": _QUESTION.format(asked), "prefix": _PREFIX}
-        prompt = Prompt("qa", source, length, self.new_tokens, **texts)
+        question = _QUESTION.format(asked)
+        prompt = Prompt("qa", source, length, self.new_tokens, _BEFORE, question, _PREFIX)
         prompt.check(room := prompt.room, len(source.encode(_numbered(1000, document))))
         chosen = [others[i] for i in rng.permutation(len(others))]
         total, count = 0, 0

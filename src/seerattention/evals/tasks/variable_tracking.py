@@ -54,9 +54,8 @@ class VariableTracking(Generated):
         rng = rng_of("variable_tracking", length, seed)
         before = self._example(rng) + _BEFORE
         chains, value = self._chains(rng, letters=5)
-        prompt = Prompt(
-            "variable_tracking", source, length, self.new_tokens, before=before, **self._asked(value)
-        )
+        texts = before, *self._asked(value)
+        prompt = Prompt("variable_tracking", source, length, self.new_tokens, *texts)
         pieces = [source.encode(" " + text) for chain in chains for text in _statements(chain)]
         room = prompt.room - sum(map(len, pieces))
         longest = max(len(source.encode(sentence)) for sentence in NOISE)
@@ -68,10 +67,10 @@ class VariableTracking(Generated):
         context, starts = insert(noise, pieces, places)
         return prompt.sample(context, [name for name, _ in chains[0]], starts[: self.hops + 1])
 
-    def _asked(self, value: str) -> dict[str, str]:
+    def _asked(self, value: str) -> tuple[str, str]:
         """Return the question for a value, and the start of its answer."""
         texts = {"value": value, "count": self.hops + 1}
-        return {"question": _QUESTION.format(**texts), "prefix": _PREFIX.format(**texts)}
+        return _QUESTION.format(**texts), _PREFIX.format(**texts)
 
     def _chains(self, rng: np.random.Generator, letters: int) -> tuple[list[list[tuple[str, str]]], str]:
         """Return (variable, what it is assigned) of every chain, and the first chain's value."""
@@ -96,8 +95,8 @@ class VariableTracking(Generated):
             for i, (place, text) in enumerate(zip(places, _statements(chain), strict=True)):
                 sentences.insert(place + i, " " + text)
         answer = " ".join(name for name, _ in chains[0])
-        context = "".join(sentences).strip()
-        return "".join([_BEFORE, context, *self._asked(value).values(), answer, "\n\n"])
+        question, prefix = self._asked(value)
+        return f"{_BEFORE}{''.join(sentences).strip()}{question}{prefix}{answer}\n\n"
 
 
 def _statements(chain: list[tuple[str, str]]) -> list[str]:
