@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from seerattention import BlockSelection, causal_blocks
 from seerattention.engine.call import Given
