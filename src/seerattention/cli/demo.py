@@ -174,7 +174,10 @@ def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
     console.print(f"3. Time against length: dense SDPA and the gates at {density:.0%} density")
     with bar(console) as progress:
         task = progress.add_task("timing", total=sum(demo.plan.lengths))
-        rows = demo.curve(gates, lambda length: progress.advance(task, length))
+        rows = []
+        for length in demo.plan.lengths:
+            rows.append(demo.time(gates, length))
+            progress.advance(task, length)
     console.print(formatted(TIMES, map(_in_ms, rows)))
     console.print(
         "   layer: the attention of one layer alone; choosing: pooling, scores and policy of that layer."

@@ -56,10 +56,11 @@ def run(
     from transformers.utils import logging
 
     from seerattention.cli._show import console as console_of
+    from seerattention.cli._show import table
     from seerattention.evals.config import read_config
     from seerattention.evals.harness import Evaluation, load_model
     from seerattention.evals.records import RecordFile
-    from seerattention.evals.summary import write_summary
+    from seerattention.evals.summary import cells, tables, write_summary
 
     console = console_of(160)
     settings = read_config(config, overrides or ())
@@ -80,7 +81,8 @@ def run(
             _run(console, evaluation, file)
         finally:
             rows = write_summary(evaluation, file.records)
-    _print_rows(console, rows)
+    for title, columns, part in tables(rows):
+        console.print(table(columns, map(cells, part), title))
     console.print(f"samples.jsonl, summary.md and summary.json are in {settings.out}")
 
 
@@ -144,17 +146,6 @@ def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
                 )
 
         evaluation.run(file, done)
-
-
-def _print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
-    from seerattention.cli._show import table
-    from seerattention.evals.summary import cells
-
-    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        part = [row for row in rows if (row["task"], row["length"]) == (task, length)]
-        titles = ("method", "asked", "density", "n", part[0]["metric"], "95 %", "minus dense")
-        titles += ("prefill s", "s", "faults")
-        console.print(table(titles, map(cells, part), f"{task}, {length:,} tokens"))
 
 
 def _duration(seconds: float) -> str:
