@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LINES = 12
 
 
-def console(width: int = 120, *, quiet: bool = False) -> Console:
+def console_of(width: int = 120, *, quiet: bool = False) -> Console:
     """Return where a command prints; what is no terminal is so many columns wide."""
     made = Console(quiet=quiet, highlight=False)
     if not made.is_terminal:

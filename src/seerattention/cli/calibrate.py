@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from seerattention.cli._show import bar, console_of
+from seerattention.files import staged
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from seerattention.calibration.search import Outcome
     from seerattention.policies import Policy
 
@@ -47,8 +49,6 @@ def run(
     """
     from seerattention.calibration.fit import Target
     from seerattention.calibration.search import calibrate
-    from seerattention.cli._show import bar
-    from seerattention.cli._show import console as console_of
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
     from seerattention.measure import bundled
     from seerattention.measure.plot import require_matplotlib
@@ -103,7 +103,6 @@ def _share(text: str) -> float | None:
 
 def _check_place(gates: Path, out: Path | None) -> None:
     """Refuse before any work what could not be saved."""
-    from seerattention.files import staged
     from seerattention.hosts.transformers.checkpoint import WEIGHTS, check_replaceable
 
     if out is not None:
@@ -139,7 +138,6 @@ def _phases(progress: Progress, console: Console) -> Callable[[str, int], Callab
 
 def _draw(outcome: Outcome, picture: Path) -> None:
     from seerattention.calibration.figure import draw_calibration
-    from seerattention.files import staged
 
     with staged(picture.parent) as folder:
         draw_calibration(outcome, folder / picture.name)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from seerattention.cli._show import console_of, table
+
 
 @dataclass(frozen=True)
 class Support:
@@ -174,8 +176,6 @@ def run(
         print(markdown())
         return
     from seerattention.baselines import names
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli._show import table
     from seerattention.hosts.transformers import families, refused
     from seerattention.hosts.transformers.support import features
     from seerattention.measure.versions import versions
