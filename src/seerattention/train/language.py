@@ -35,15 +35,9 @@ class LanguageLoss(nn.Module):
         return self.model.get_decoder()(tokens, **kwargs)
 
     def forward(self, tokens: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
-        """Return the summed cross-entropy.
+        """Return the summed cross-entropy, fp32, in nats; ``kwargs`` are for the decoder.
 
-        Args:
-            tokens: int64 ``[B, T]``.
-            targets: int64 ``[B, T]``, the token behind each; ``IGNORED`` where it is not predicted.
-            kwargs: For the decoder.
-
-        Returns:
-            fp32 scalar, in nats.
+        Both tensors are int64 ``[B, T]``: ``targets`` has the token behind each, or ``IGNORED``.
         """
         # Not by `decode`, behind which FSDP2 would take the head's weights away again.
         hidden = self.model.get_decoder()(tokens, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
