@@ -56,15 +56,7 @@ def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **op
 
 
 def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool) -> Console | None:
-    """Print what is trained, on what, and what it takes; None where that is all.
-
-    Args:
-        run: What is trained.
-        name: The model's.
-        more: Further lines of the plan, after those about model, gates and text.
-        out: The run's folder.
-        dry_run: Time a step and stop.
-    """
+    """Print the plan, with ``more`` lines after model, gates and text; None where that is all."""
     trainer, base = run.trainer, run.trainer.model
     console = console_of(quiet=not trainer.accelerator.is_main_process)
     parts = trainer.memory(len(run.text.heldout[0]))
@@ -94,14 +86,8 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
 def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder: Path) -> list[Row]:
     """Measure the gates dense beside sparse on held-out text, print it, and keep it beside them.
 
-    Args:
-        console: Where to print.
-        run: What was trained; every process must call this, one measures and writes.
-        densities: Of the blocks, for `TopK` with the first block.
-        folder: That of the saved gates.
-
-    Returns:
-        What was measured, dense first; nothing where the model is sharded.
+    Every process must call this, one measures and writes. Returns what was measured, dense first; nothing
+    where the model is sharded.
     """
     from seerattention.hosts.transformers.checkpoint import RESULTS
 

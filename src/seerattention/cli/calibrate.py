@@ -14,7 +14,6 @@ from seerattention.cli._show import bar, console_of
 from seerattention.files import staged
 
 if TYPE_CHECKING:
-    from seerattention.calibration.search import Outcome
     from seerattention.policies import Policy
 
 
@@ -47,6 +46,7 @@ def run(
     Saves it with the gates as their default policy, calibrated; sink_blocks, local_blocks and
     dense_last_rows stay those of the policy the gates were saved with.
     """
+    from seerattention.calibration.figure import draw_calibration
     from seerattention.calibration.fit import Target
     from seerattention.calibration.search import calibrate
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
@@ -86,7 +86,8 @@ def run(
     console.print(f"{outcome.policy} {outcome.recommendation()}", soft_wrap=True)
     console.print(f"saved in {out or gates}; attach(model, load_gates(...)) uses it")
     if plot is not None:
-        _draw(outcome, plot)
+        with staged(plot.parent) as folder:
+            draw_calibration(outcome, folder / plot.name)
         console.print(f"drawn in {plot}")
 
 
@@ -134,10 +135,3 @@ def _phases(progress: Progress, console: Console) -> Callable[[str, int], Callab
         return lambda: progress.advance(task)
 
     return start
-
-
-def _draw(outcome: Outcome, picture: Path) -> None:
-    from seerattention.calibration.figure import draw_calibration
-
-    with staged(picture.parent) as folder:
-        draw_calibration(outcome, folder / picture.name)
