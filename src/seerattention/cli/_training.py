@@ -117,6 +117,8 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
     titles = ["attention", *(["recall"] if recall else []), "density", "perplexity", "needles"]
     cells = [[name, *line] for name, line in lines.items()]
     console.print(table(titles, cells, "held-out text, no dense last rows"))
+    for why in dict.fromkeys(row.short for row in rows if row.short):
+        console.print(f"too short: {why}", markup=False)
     if skipped:
         console.print(f"not measured: {skipped}", markup=False)
     write_json(folder / RESULTS, found)

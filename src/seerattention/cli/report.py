@@ -98,6 +98,7 @@ def _explore(
     """Load model, gates and text, and return the explorer's data."""
     from seerattention.evals.report import explore
     from seerattention.measure import bundled
+    from seerattention.measure.compare import short_of
 
     loaded = bundled.named_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
@@ -108,6 +109,8 @@ def _explore(
     # The bundled model learned to find numbers; what others do with the questions would say little.
     needles = loaded.base.name == bundled.TEACHER_NAME
     window, name = _window(text, tokenizer, tokens, needles)
+    for why in filter(None, (short_of(loaded, policy, tokens) for policy in policies)):
+        console.print(f"too short: {why}", markup=False)
     with bar(console) as progress:
         task = progress.add_task("maps", total=base.config.get_text_config().num_hidden_layers)
         explorer = explore(

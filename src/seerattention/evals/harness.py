@@ -26,11 +26,9 @@ from seerattention.gate import Scorer
 from seerattention.hosts.transformers import Gates, base_checksum
 from seerattention.measure import bundled
 from seerattention.measure.bundled import BUNDLED
-from seerattention.measure.compare import attached
+from seerattention.measure.compare import attached, short_of
 from seerattention.measure.observe import Watch
 from seerattention.measure.versions import versions
-from seerattention.policies import parse
-from seerattention.rows import num_blocks
 from seerattention.train.data import text_documents
 
 #: A prompt that falls short of its length by more than this share was cut.
@@ -206,15 +204,8 @@ class Evaluation:
         """Return where texts are too short for the density asked for; see `Policy.short_of`."""
         found: dict[str, None] = {}
         for cell in self.cells:
-            scorer = self.scorers.get(cell.method.label)
-            if scorer is None:
-                continue
-            if isinstance(scorer, Gates):
-                text = str(scorer.policy) if cell.policy == SAVED else cell.policy
-                policy, block = parse(text, scorer.calibration), scorer.config.block_size
-            else:
-                policy, block = parse(cell.policy), scorer.block_size[1]
-            if why := policy.short_of(num_blocks(cell.length, block), block):
+            scorer, policy = self.scorers[cell.method.label], None if cell.policy == SAVED else cell.policy
+            if scorer is not None and (why := short_of(scorer, policy, cell.length)):
                 found[why] = None
         return list(found)
 
