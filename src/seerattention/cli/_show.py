@@ -92,9 +92,7 @@ def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[An
 
 def _said(step: Any) -> str:
     """Return a step's measurements, those that it has."""
-    kinds = (("loss", "loss", ".4f"), ("gate_loss", "gates", ".4f"), ("recall", "recall", ".3f"))
-    values = [
-        (what, getattr(step, name, None), form)
-        for name, what, form in (*kinds, ("density", "density", ".0%"))
-    ]
-    return "  ".join(f"{what} {value:{form}}" for what, value, form in values if value is not None)
+    forms = {"loss": "loss {:.4f}", "gate_loss": "gates {:.4f}", "recall": "recall {:.3f}"}
+    forms["density"] = "density {:.0%}"
+    values = ((form, getattr(step, name, None)) for name, form in forms.items())
+    return "  ".join(form.format(value) for form, value in values if value is not None)

@@ -46,11 +46,7 @@ def keys(recipe: str) -> list[tuple[str, str, str]]:
 
 
 def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **options: Any) -> R:
-    """Return the recipe that file, settings and options make, the latter over the former.
-
-    Raises:
-        ValueError: If a setting is unknown, missing or of another type.
-    """
+    """Return the recipe that file, settings and options make, the latter over the former."""
     given = {name: value for name, value in options.items() if value is not None and value != []}
     return build(kind, {**read(config, overrides or ()), **given})
 

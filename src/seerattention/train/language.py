@@ -21,9 +21,6 @@ class LanguageLoss(nn.Module):
 
     It is what FSDP2 wraps, since the head's weights may be those of the embedding. What routers of experts
     add to the loss of some models is no part of it.
-
-    Args:
-        model: The model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -21,17 +21,15 @@ KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
 def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse weights of a file, by key, whose keys or shapes are not exactly those expected."""
+    again = "save or download the gates again"
     for what, keys in (("missing", set(shapes) - set(weights)), ("extra", set(weights) - set(shapes))):
         if keys:
-            raise ValueError(
-                f"{file} has {len(keys)} {what} gate keys, the first is {min(keys)}; "
-                "save or download the gates again"
-            )
+            raise ValueError(f"{file} has {len(keys)} {what} gate keys, the first is {min(keys)}; {again}")
     for key, shape in shapes.items():
         if tuple(weights[key].shape) != tuple(shape):
             raise ValueError(
                 f"{key} in {file} is {list(weights[key].shape)}, its configuration needs {list(shape)}; "
-                "save or download the gates again"
+                f"{again}"
             )
 
 

@@ -174,14 +174,13 @@ def _shape(key: str, value: Tensor, gate: GateConfig) -> tuple[int, ...]:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """Read a file of tensors by name; whatever else it holds is refused and not executed."""
+    again = "; download the gates again"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file.parent} holds published settings but no {file.name}; download the gates again"
-        )
+        raise FileNotFoundError(f"{file.parent} holds published settings but no {file.name}{again}")
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is damaged, or a bare pickle, which may hold code and was not executed; "
-            "download the gates again, or ask for them in safetensors"
+            f"{file} is damaged, or a bare pickle, which may hold code and was not executed{again}, "
+            "or ask for them in safetensors"
         )
     try:
         found = torch.load(file, weights_only=True, map_location="cpu")
@@ -192,19 +191,12 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             "so it was not executed; ask its author for a file of tensors alone or for safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is damaged or of another kind ({type(error).__name__}); download the gates again"
-        ) from error
+        raise ValueError(f"{file} is damaged or of another kind ({type(error).__name__}){again}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(
-            f"{file} holds a {type(found).__name__}, not tensors by name; download the gates again"
-        )
+        raise ValueError(f"{file} holds a {type(found).__name__}, not tensors by name{again}")
     for key, value in found.items():
         plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         if not plain or value.dtype not in (torch.float32, torch.bfloat16):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{key} in {file} is {kind}, not a plain tensor of float32 or bfloat16; "
-                "download the gates again"
-            )
+            raise ValueError(f"{key} in {file} is {kind}, not a plain tensor of float32 or bfloat16{again}")
     return found
