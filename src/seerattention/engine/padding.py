@@ -13,6 +13,11 @@ from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 
 
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Return numbers of the host as int64 on a device, without waiting for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 class Side:
     """The queries of a padded batch, or its keys.
 
@@ -104,7 +109,7 @@ class Padding:
         """
         real = self.queries.real
         of_first = position_ids.expand(real.shape[0], -1).gather(1, real.int().argmax(1, keepdim=True))[:, 0]
-        return of_first - torch.tensor([k - q for q, k in self.lengths], device=of_first.device)
+        return of_first - on_device([k - q for q, k in self.lengths], of_first.device)
 
     def part(self, rows: list[int]) -> Padding:
         """Return the padding of some rows."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seerattention.engine.call import AttentionCall, Unrotate
+from seerattention.engine.padding import on_device
 from seerattention.engine.when import DECODING, decodes
 from seerattention.rows import Rows
 from seerattention.scorer import Scorer
@@ -94,7 +95,7 @@ def _caught_up(
         ]
     ):
         assert call.first is not None
-        begin = torch.tensor(kept.tokens, device=keys.device)[:, None]
+        begin = on_device(kept.tokens, keys.device)[:, None]
         part = _from(keys, kept.tokens, max(missing))
         positions = begin + torch.arange(part.shape[2], device=keys.device)
         back = unrotate(call.layer, part, call.first.to(keys.device)[:, None] + positions)
@@ -171,7 +172,7 @@ class Kept:
         held = _block_sums(bits[:, :, : most * block], block)
         alike = (held == self.sums[:, :, : held.shape[2]]).all(3).all(1)
         whole = [min(have, p // block) for have, p in zip(self.whole, past, strict=True)]
-        alike &= torch.arange(alike.shape[1], device=device) < torch.tensor(whole, device=device)[:, None]
+        alike &= torch.arange(alike.shape[1], device=device) < on_device(whole, device)[:, None]
         # The tail belongs to what comes before it.
         rest = [
             max(0, min(have % block, p - have // block * block))
@@ -179,7 +180,7 @@ class Kept:
         ]
         tail = _from(bits, [n * block for n in self.whole], max(rest))
         same = (tail == self.tail_bits[:, :, : tail.shape[2]]).all(3).all(1)
-        same |= torch.arange(same.shape[1], device=device) >= torch.tensor(rest, device=device)[:, None]
+        same |= torch.arange(same.shape[1], device=device) >= on_device(rest, device)[:, None]
         # One wait for the device.
         found = torch.stack((alike.int().cumprod(1).sum(1), same.all(1).long()), 1).tolist()
         return self.cut(
@@ -202,9 +203,9 @@ class Kept:
         bits = _behind(self.tail_bits, self.rest, _bits(cached))
         totals = [a + b for a, b in zip(self.rest, new, strict=True)]
         most = max(totals) // block
-        finished, whole = self.finished, self.whole
-        sums = _behind(self.sums, whole, _block_sums(bits[:, :, : most * block], block))
+        finished, sums, whole = self.finished, self.sums, self.whole
         if most:
+            sums = _behind(sums, whole, _block_sums(bits[:, :, : most * block], block))
             positions = self._positions([n * block for n in whole], most * block)
             made = self.scorer.compress(joined[:, :, : most * block], positions=positions)
             if finished is not None:
@@ -228,11 +229,12 @@ class Kept:
             positions = self._positions([n * self.block for n in whole], rest[0])
             last = self.scorer.compress(self.tail[:, :, : rest[0]], positions=positions)
         else:
-            row = torch.tensor([i for i, n in enumerate(rest) for _ in range(n)], device=self.tail.device)
-            column = torch.tensor([j for n in rest for j in range(n)], device=self.tail.device)
-            positions = torch.tensor([n * self.block for n in whole], device=row.device)[row] + column
+            device = self.tail.device
+            row = on_device([i for i, n in enumerate(rest) for _ in range(n)], device)
+            column = on_device([j for n in rest for j in range(n)], device)
+            positions = on_device([n * self.block for n in whole], device)[row] + column
             tails = self.tail.transpose(0, 1)[:, row, column][None]
-            last = summarised(self.scorer, tails, Rows.packed([(n, n) for n in rest], row.device), positions)
+            last = summarised(self.scorer, tails, Rows.packed([(n, n) for n in rest], device), positions)
         return last if self.finished is None else _behind(self.finished, have, last)
 
     def _positions(self, begins: list[int], count: int) -> Tensor:
@@ -240,7 +242,7 @@ class Kept:
         numbers = torch.arange(count, device=self.tail.device)
         if len(set(begins)) == 1:
             return numbers + begins[0]
-        return torch.tensor(begins, device=numbers.device)[:, None] + numbers
+        return on_device(begins, numbers.device)[:, None] + numbers
 
 
 def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
@@ -278,7 +280,7 @@ def _behind(first: Tensor, counts: list[int], second: Tensor) -> Tensor:
     """Put every row of the second tensor behind the first so many columns of the first one's row."""
     if len(set(counts)) == 1:
         return torch.cat((first[:, :, : counts[0]], second), 2) if counts[0] else second
-    count = torch.tensor(counts, device=first.device)[:, None]
+    count = on_device(counts, first.device)[:, None]
     column = torch.arange(max(counts) + second.shape[2], device=first.device)
     column = torch.where(column < count, column, first.shape[2] + column - count)
     return _columns(torch.cat((first, second), 2), column)
@@ -288,7 +290,7 @@ def _from(x: Tensor, begins: list[int], width: int) -> Tensor:
     """Return up to so many columns of every row from its beginning on."""
     if len(set(begins)) == 1:
         return x[:, :, begins[0] : begins[0] + width]
-    begin = torch.tensor(begins, device=x.device)[:, None]
+    begin = on_device(begins, x.device)[:, None]
     return _columns(x, begin + torch.arange(width, device=x.device))
 
 
