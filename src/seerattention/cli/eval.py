@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from seerattention.cli._show import bar, console_of, table
 from seerattention.cli._training import Set
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from seerattention.evals.harness import Cell, Evaluation
     from seerattention.evals.records import Record, RecordFile
 
@@ -55,8 +55,6 @@ def run(
 
     from transformers.utils import logging
 
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli._show import table
     from seerattention.evals.config import read_config
     from seerattention.evals.harness import Evaluation, load_model
     from seerattention.evals.records import RecordFile
@@ -120,7 +118,6 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
 
 def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
     """Make what is missing, with a bar; without a terminal a line per cell."""
-    from seerattention.cli._show import bar
     from seerattention.evals.summary import cells, summary_rows
 
     with bar(console) as progress:

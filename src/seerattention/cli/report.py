@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+
+from seerattention.cli._show import bar, console_of
+from seerattention.files import staged
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
 
     from seerattention.hosts.transformers import Gates
     from seerattention.policies import Policy
@@ -60,9 +63,7 @@ def run(
     """
     from transformers.utils import logging
 
-    from seerattention.cli._show import console as console_of
     from seerattention.evals.report import page, read_results
-    from seerattention.files import staged
     from seerattention.measure.bundled import BUNDLED
 
     console = console_of()
@@ -95,7 +96,6 @@ def _explore(
     device: str,
 ) -> dict[str, Any]:
     """Load model, gates and text, and return the explorer's data."""
-    from seerattention.cli._show import bar
     from seerattention.evals.report import explore
     from seerattention.measure import bundled
     from seerattention.measure.compare import short_of

@@ -64,10 +64,9 @@ class Padding:
     Args:
         real: bool ``[B, Tk]``, which keys are real.
         num_queries: Query tokens, the last columns of ``real``.
-        lengths: (real queries, real keys) of every row.
+        lengths: (real queries, real keys) of every row, kept as an attribute.
 
     Attributes:
-        lengths: (real queries, real keys) of every row.
         queries: Where the real queries are.
         keys: Where the real keys are.
     """
@@ -96,15 +95,7 @@ class Padding:
 
     @classmethod
     def of(cls, real: Tensor, num_queries: int) -> Padding | None:
-        """Look for padding in a batch; waits for the device.
-
-        Args:
-            real: bool ``[B, Tk]``, which keys are real.
-            num_queries: Query tokens, the last columns of ``real``.
-
-        Returns:
-            None if all tokens are real.
-        """
+        """Return the padding of a batch, or None if all tokens are real; waits for the device."""
         lengths = torch.stack((real[:, -num_queries:].sum(1), real.sum(1)), 1).tolist()
         if all(k == real.shape[1] for _, k in lengths):
             return None
