@@ -109,9 +109,10 @@ def headline() -> str:
     default = {"case": "default-32k", "part": "total top_k:0.1"}
     (selecting,) = (r for r in read("h200", "select_blocks.json")["rows"] if default.items() <= r.items())
     with_selecting = gpu["ms"] * gpu["speedup"] / (gpu["ms"] + selecting["ms"])
+    found, dense = (f"{by[method]['needle'] * 100:.0f} %" for method in ("gates", "dense"))
     text = (
-        f"Reading 10 % of the blocks of 32k tokens, the bundled model finds {by['gates']['needle'] * 100:.0f} % of "
-        f"the numbers hidden in a novel, where dense attention finds {by['dense']['needle'] * 100:.0f} %; prefill is "
+        f"Reading 10 % of the blocks of 32k tokens, the bundled model finds {found} of the numbers hidden in "
+        f"a novel, where dense attention finds {dense}; prefill is "
         f"{cpu['prefill_speedup']:.1f} times as fast on two CPU cores, and one layer's attention "
         f"{gpu['speedup']:.1f} times as fast on an H200, or {with_selecting:.1f} times where selecting the "
         "blocks counts too."
@@ -464,8 +465,8 @@ def gates(name: str) -> str:
         }
 
     return parts(
-        f"{settings['batch']:,} tokens per step; `top_k`, the first and the own block read anyway, no dense last "
-        f"rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per "
+        f"{settings['batch']:,} tokens per step; `top_k`, the first and the own block read anyway, no "
+        f"dense last rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of held-out text per "
         f"cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a fraction of "
         "XAttention's gap, and the needles found:",
         table(
