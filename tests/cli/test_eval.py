@@ -105,3 +105,11 @@ def test_help_names_units_and_defaults():
         "--dry-run",
     ):
         assert words in text
+
+
+def test_a_paragraph_of_the_help_has_no_short_line_but_its_last():
+    lines = [line.strip() for line in invoke("--help").output.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("lengths = "))
+    paragraph = lines[start : lines.index("", start)]
+    width = max(map(len, paragraph))
+    assert all(len(line) > width - 20 for line in paragraph[:-1]), paragraph

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -71,11 +72,15 @@ def _add(to: typer.Typer, package: str, names: list[str]) -> None:
             _add(group, module.__name__, _names(module.__path__))
             to.add_typer(group, name=name)
         else:
-            to.command(name, cls=_explaining(module.keys) if hasattr(module, "keys") else None)(
-                _guarded(module.run)
-            )
+            kind = _explaining(module.keys) if hasattr(module, "keys") else None
+            to.command(name, cls=kind, help=_paragraphs(module.run))(_guarded(module.run))
     # A group even with one command, so that the command is always named.
     to.callback()(lambda: None)
+
+
+def _paragraphs(run: Callable[..., Any]) -> str:
+    """Return a docstring with one line per paragraph: the help breaks lines where the terminal ends."""
+    return "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(run) or "").split("\n\n"))
 
 
 def _explaining(keys: Callable[[], Iterable[Sequence[str]]]) -> type[TyperCommand]:

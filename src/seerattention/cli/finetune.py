@@ -30,7 +30,7 @@ def run(
     device: Device = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a model through the blocks that its gates choose, and the gates with it.
+    """Train a model through the blocks that its gates select, and the gates with it.
 
     Ends with a model that plain transformers loads and gates for it. Run again after a stop to continue
     where it was. Several GPUs: accelerate launch -m seerattention.cli finetune ... (or torchrun).

@@ -106,7 +106,7 @@ def crossover_lines() -> list[str]:
     for kind in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
         known = crossover(kind)
         lines.append(
-            f"dense on {kind:<8} below {known.dense_below:,} tokens (min_tokens=... changes it), "
+            f"dense on {kind:<7} below {known.dense_below:,} tokens (min_tokens=... changes it), "
             f"{known.source}"
         )
         if known.densest:

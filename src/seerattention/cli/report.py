@@ -1,4 +1,4 @@
-"""``seerattention report``: what was measured and what gates choose, as one page for a browser."""
+"""``seerattention report``: what was measured and what gates select, as one page for a browser."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if any.")] = "",
 ) -> None:
-    """Write one HTML page: quality against density, tables, and an explorer of the maps and choices.
+    """Write one HTML page: quality against density, tables, and an explorer of the maps and selections.
 
     It needs no network and opens from a file. Give results, gates, or both; with neither, the bundled
     model and its gates are explored.

@@ -104,7 +104,7 @@ class FinetuneConfig(TrainConfig):
             budgets between.
         dense_share: Share of the steps, from the start, over which density falls linearly from 1 to
             what the step drew.
-        soft_gates: Add the logarithm of a gate to the logits of each block it chooses: the language loss
+        soft_gates: Add the logarithm of a gate to the logits of each block it selects: the language loss
             then reaches the gates. For short sequences, on the reference backend.
         temperature: Of soft gates, in units of gate scores.
         warmup_gate_steps: Steps before the joint ones in which the gates alone learn, from dense

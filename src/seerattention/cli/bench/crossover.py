@@ -37,7 +37,7 @@ def run(
     repeats: Annotated[int, typer.Option(help="Timed rounds; the variants take turns.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda; default the GPU if any.")] = "",
 ) -> None:
-    """Derive where dense attention is faster than choosing blocks and reading few, and print it.
+    """Derive where dense attention is faster than selecting blocks and reading few, and print it.
 
     What attach uses by default is src/seerattention/data/crossover.json.
     """
