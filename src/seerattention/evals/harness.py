@@ -20,8 +20,7 @@ from seerattention import baselines
 from seerattention.evals import tasks
 from seerattention.evals.config import SAVED, EvalConfig, Method, TaskPlan
 from seerattention.evals.records import Record, RecordFile
-from seerattention.evals.tasks import Sample, Source, Task, share_found
-from seerattention.evals.tasks._base import generate
+from seerattention.evals.tasks import Sample, Source, Task, generate, share_found
 from seerattention.gate import Scorer
 from seerattention.hosts.transformers import Gates, base_checksum
 from seerattention.measure import bundled

@@ -16,6 +16,7 @@ from seerattention.evals.tasks._base import Outcome as Outcome
 from seerattention.evals.tasks._base import Sample as Sample
 from seerattention.evals.tasks._base import Source as Source
 from seerattention.evals.tasks._base import Task as Task
+from seerattention.evals.tasks._base import generate as generate
 from seerattention.evals.tasks._base import share_found as share_found
 from seerattention.evals.tasks._base import whether_any as whether_any
 
