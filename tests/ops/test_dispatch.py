@@ -201,6 +201,6 @@ def test_packed_selections_that_do_not_fit() -> None:
         twice = [x.repeat(2, 1, 1, 1) for x in (Q, K, V)]
         with pytest.raises(ValueError, match="packed sequences are one batch entry, q has 2"):
             block_sparse_attention(*twice, selection, **packed)
-        with pytest.raises(NotImplementedError, match="gather: it takes no packed sequences") as raised:
-            block_sparse_attention(Q, K, V, selection, rows=rows)
+        with pytest.raises(NotImplementedError, match="flex: it takes no packed sequences") as raised:
+            block_sparse_attention(Q, K, V, selection, rows=rows, backend="flex")
         assert "rows=100 of 100 tokens of 2 packed sequences" in str(raised.value)

@@ -28,6 +28,9 @@ LENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
 AROUND = (0.7, 1.4)
 FRACTIONS = 5
 
+#: Of the number of blocks that a row sees, in the thresholds; measured in docs/method.md.
+ROW_EXPONENT = 0.0
+
 #: How near a density may be to that of the blocks always read; closer, limits depend on a few blocks.
 NEAREST = 1.25
 
@@ -70,7 +73,7 @@ class Target:
 class Length:
     """The maps of a text of ``blocks`` blocks, its free blocks ranked by each head's gate."""
 
-    def __init__(self, maps: Maps, blocks: int) -> None:
+    def __init__(self, maps: Maps, blocks: int, row_exponent: float = ROW_EXPONENT) -> None:
         self.blocks = blocks
         block = maps.block_size
         rows = Rows.last(blocks * block[0], blocks * block[1])
@@ -79,7 +82,8 @@ class Length:
         chosen = maps.rows < blocks
         rows = maps.rows[chosen]
         free = (valid & ~always)[rows]
-        self.level, order = maps.log_share[:, chosen, :blocks][:, free].sort(-1, descending=True)
+        level = maps.log_share[:, chosen, :blocks] - row_exponent * (rows + 1.0).log()[:, None]
+        self.level, order = level[:, free].sort(-1, descending=True)
         gain, mass = (m[:, chosen, :blocks] for m in (maps.gain, maps.mass))
         self.gained = _running_sum(gain[:, free].gather(1, order))
         self.found = _running_sum(mass[:, free].gather(1, order))
@@ -131,19 +135,20 @@ def _running_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
 
 
-def fit(maps: Maps, target: Target) -> Calibration:
+def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calibration:
     """Fit the thresholds' laws to maps.
 
     Args:
         maps: From `record`.
         target: A density or a recall.
+        row_exponent: See `Calibration`.
 
     Raises:
         ValueError: If the target is out of reach at the length of the maps; says what is reachable.
     """
     longest = maps.log_share.shape[2]
     blocks = sorted({max(4, round(longest * x)) for x in LENGTHS})
-    lengths = [Length(maps, n) for n in blocks]
+    lengths = [Length(maps, n, row_exponent) for n in blocks]
     good = _reachable(lengths, target, maps.block_size[1])
     if target.density is not None:
         wanted = [math.exp(log_free(target.density, length.always)) for length in good]
@@ -168,8 +173,7 @@ def fit(maps: Maps, target: Target) -> Calibration:
         value=target.value,
         tokens=longest * maps.block_size[1],
         block_size=maps.block_size,
-        # Measured in docs/method.md.
-        row_exponent=0.0,
+        row_exponent=row_exponent,
         density=target.density,
         laws={
             layer: tuple(tuple(law) for law in laws[i * heads : (i + 1) * heads].tolist())

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from seerattention.engine.padding import Padding
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
-
-if TYPE_CHECKING:
-    from seerattention.engine.summaries import Growing
+from seerattention.scorer import Scorer
 
 
 class Unrotate(Protocol):
@@ -28,6 +26,22 @@ class Unrotate(Protocol):
 
     def __call__(self, layer: int, k: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys ``[B, Hk, T, D]`` back that were rotated at positions int64 ``[B, T]``."""
+        ...
+
+
+class Summaries(Protocol):
+    """What is kept of the keys of one layer, for the rows of a batch; `Growing` follows a growing cache."""
+
+    def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
+        """Make the summaries those of all of a call's keys.
+
+        Returns:
+            Why a row of the batch has none, for each, or None where it has.
+        """
+        ...
+
+    def read(self) -> Tensor:
+        """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
         ...
 
 
@@ -87,7 +101,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     padding: Padding | None = None
-    summaries: Growing | None = None
+    summaries: Summaries | None = None
     position_ids: Tensor | None = None
     prompt_tokens: int | None = None
 

@@ -32,7 +32,7 @@ _MISSING = "dense: cached keys have no summaries, and cannot be rotated back: "
 
 
 class Growing:
-    """Summaries of the keys of one layer, of the rows of a batch, that grow with their KV cache."""
+    """Summaries that grow with a KV cache whose tensors grow. See `Summaries`."""
 
     def __init__(self) -> None:
         self.kept: Kept | None = None
@@ -43,11 +43,7 @@ class Growing:
         return copy.copy(self)
 
     def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
-        """Summarise a call's keys too, and cached keys that no summary belongs to.
-
-        Returns:
-            Why a row of the batch has no summaries, for each, or None where it has.
-        """
+        """Summarise a call's keys too, and cached keys that no summary belongs to."""
         new, past = [n for n, _ in call.lengths], [total - n for n, total in call.lengths]
         kept = self.kept
         if kept is None or not kept.fits(call.given.k, scorer):
@@ -72,7 +68,7 @@ class Growing:
         return tuple(reasons)
 
     def read(self) -> Tensor:
-        """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
+        """Return the summaries of all blocks, the last one of the tokens it has so far."""
         assert self.kept is not None
         return self.kept.read()
 
