@@ -45,6 +45,12 @@ def test_it_ends_with_a_report_on_heldout_text(distil, tmp_path):
     assert "not measured: needles" in said
 
 
+def test_a_folder_with_brackets_is_named_as_it_is(distil, tmp_path):
+    result, said = distil(tmp_path / "o[" / "b]", "--steps", 1, "--set", "report=false")
+    assert result.exit_code == 0, result.output
+    assert "o[/b]/gates" in said.replace(" ", "")
+
+
 def test_gates_are_saved_before_they_are_measured_and_the_report_can_be_left_out(
     distil, tmp_path, monkeypatch
 ):

@@ -29,14 +29,15 @@ LINES = 12
 
 def console_of(width: int = 120, *, quiet: bool = False) -> Console:
     """Return where a command prints; what is no terminal is so many columns wide."""
-    made = Console(quiet=quiet, highlight=False)
+    # Names of files and models may hold brackets.
+    made = Console(quiet=quiet, highlight=False, markup=False)
     if not made.is_terminal:
         made.width = width
     return made
 
 
 def table(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", *, words: bool = False
+    titles: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str = "", *, words: bool = False
 ) -> Table:
     """Return a table; its first column is words, the others are numbers, or all are words that wrap."""
     made = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title or None, title_justify="left")

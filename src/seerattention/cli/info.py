@@ -147,6 +147,8 @@ def run(
     if as_markdown:
         print(markdown())
         return
+    from rich.text import Text
+
     from seerattention.baselines import names
     from seerattention.hosts.transformers import families, refused
     from seerattention.hosts.transformers.support import features
@@ -157,7 +159,9 @@ def run(
     console.print("  ".join(f"{k} {v}" for k, v in versions().items()))
     rows = []
     for r in support():
-        runs = f"[yellow]no[/]: {'; '.join(r.reasons)}" if r.reasons else "[green]yes[/]"
+        runs = Text("yes", "green")
+        if r.reasons:
+            runs = Text.assemble(("no", "yellow"), f": {'; '.join(r.reasons)}")
         rows.append((r.op, r.backend, r.device, r.dtype, runs))
     console.print(table(("operation", "backend", "device", "dtype", "runs"), rows, words=True))
     console.print(f"model families   {', '.join(families())}")

@@ -9,7 +9,6 @@ rotated back by the host's code and summarised again.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +39,13 @@ class Growing:
     def __deepcopy__(self, memo: dict[int, object]) -> Growing:
         # What is kept is replaced, never written to, so a copy of a KV cache may share it; and the scorer
         # must stay the one that is attached.
-        return copy.copy(self)
+        made = Growing()
+        made.kept = self.kept
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled KV cache takes no gates along, and what is read back would not be those attached.
+        return Growing, ()
 
     def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
         """Summarise a call's keys too, and cached keys that no summary belongs to."""

@@ -1,6 +1,7 @@
 """Gates by name, the model's own attention for a while, and what stays when adapters come and go."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -111,6 +112,26 @@ def test_a_copy_has_sets_of_its_own(tiny, two):
     host.set_gates(twin, "coarse")
     assert torch.equal(tiny.logits(twin, ids), alone["coarse"])
     assert torch.equal(tiny.logits(model, ids), alone["default"])
+
+
+def test_pickles_of_a_model_and_its_cache(tiny, two):
+    model, ids, _, _ = two
+
+    def second_turn(model, between):
+        cache = DynamicCache(config=model.config)
+        tiny.logits(model, ids[:, :64], cache=cache)
+        return tiny.logits(model, ids[:, 64:], cache=between(cache))
+
+    gold = second_turn(copy.deepcopy(model).double(), copy.deepcopy)
+    expected = second_turn(model, copy.deepcopy)
+    read = pickle.loads(pickle.dumps(model))
+    assert torch.equal(second_turn(read, copy.deepcopy), expected)
+    # A pickled cache has no summaries: they are made from its keys.
+    for other in (model, read):
+        tiny.assert_as_close(second_turn(other, lambda x: pickle.loads(pickle.dumps(x))), expected, gold)
+    assert set(host.usage(read)) == {"sparse"}
+    host.detach(read)
+    assert torch.equal(tiny.logits(read, ids), tiny.logits(tiny.make(), ids))
 
 
 def test_saving_what_a_model_uses(tiny, two, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -41,12 +42,13 @@ def outputs(q: str, k: str, *, heads_first: bool = False) -> Taps:
         k: Name of the one whose output is k.
         heads_first: Whether these outputs are ``[B, H, T, D]``.
     """
+    return functools.partial(_outputs, (q, k), heads_first)
 
-    def taps(attention: nn.Module) -> tuple[Tap, Tap]:
-        found_q, found_k = (Tap(attention.get_submodule(name), heads_first=heads_first) for name in (q, k))
-        return found_q, found_k
 
-    return taps
+# A function of the module, since attached models are pickled with it.
+def _outputs(names: tuple[str, str], heads_first: bool, attention: nn.Module) -> tuple[Tap, Tap]:
+    q, k = (Tap(attention.get_submodule(name), heads_first=heads_first) for name in names)
+    return q, k
 
 
 class Family(Protocol):

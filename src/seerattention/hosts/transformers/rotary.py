@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ from seerattention.hosts.transformers.support import LONGROPE
 
 def no_rotation(dim: int) -> Rotary:
     """Return angles of zero, for the gates of layers without a rotary embedding."""
+    return functools.partial(_still, dim)
 
-    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos = torch.ones(*positions.shape, dim, device=positions.device)
-        return cos, torch.zeros_like(cos)
 
-    return rotary
+# Functions of the module: what gates rotate by is pickled with them.
+def _still(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    cos = torch.ones(*positions.shape, dim, device=positions.device)
+    return cos, torch.zeros_like(cos)
 
 
 def _rotary_module(model: PreTrainedModel) -> nn.Module | None:
@@ -83,19 +85,21 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
-    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        # Some modules return every angle twice, others once.
-        # In a model over several devices the module may be on another one than the gate.
-        angles = found(like, positions, *_kind_of_layer(found))
-        cos, sin = (x[..., :turned].to(positions.device) for x in angles)
-        still = width // 2 - turned
-        cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
-        # The fastest come first.
-        cos, sin = cos[..., (width - dim) // 2 :], sin[..., (width - dim) // 2 :]
-        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return functools.partial(_turned, found, turned, width, dim)
 
-    return rotary
+
+def _turned(found: nn.Module, turned: int, width: int, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a rotary module's angles for the slowest of ``width`` values, of which it turns some pairs."""
+    like = torch.empty(0, dtype=torch.float32, device=positions.device)
+    # Some modules return every angle twice, others once.
+    # In a model over several devices the module may be on another one than the gate.
+    angles = found(like, positions, *_kind_of_layer(found))
+    cos, sin = (x[..., :turned].to(positions.device) for x in angles)
+    still = width // 2 - turned
+    cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
+    # The fastest come first.
+    cos, sin = cos[..., (width - dim) // 2 :], sin[..., (width - dim) // 2 :]
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
 class Unrotate:
