@@ -66,6 +66,7 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
         dry_run: Time a step and stop.
     """
     from seerattention.cli._show import console as console_of
+    from seerattention.cli._show import duration
 
     trainer, base = run.trainer, run.trainer.model
     console = console_of(quiet=not trainer.accelerator.is_main_process)
@@ -85,8 +86,8 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
         console.print(f"{what:<12}{said}", markup=False)
     if dry_run:
         took = trainer.time_a_step()
-        hours = took * trainer.config.steps / 3600
-        console.print(f"time        {took:.2f} s for one step, about {hours:.2f} h in all")
+        whole = duration(took * trainer.config.steps)
+        console.print(f"time        {took:.2f} s for one step, about {whole} in all")
         return None
     if trainer.done:
         console.print(f"continuing after step {trainer.done}")

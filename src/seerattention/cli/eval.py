@@ -56,6 +56,7 @@ def run(
     from transformers.utils import logging
 
     from seerattention.cli._show import console as console_of
+    from seerattention.cli._show import duration
     from seerattention.evals.config import read_config
     from seerattention.evals.harness import Evaluation, load_model
     from seerattention.evals.records import RecordFile
@@ -71,7 +72,7 @@ def run(
         if dry_run:
             seconds = evaluation.estimate(file)
             console.print(
-                f"time     about {_duration(seconds)}, if every method takes as long as dense attention, "
+                f"time     about {duration(seconds)}, if every method takes as long as dense attention, "
                 "timed now at the shortest length",
             )
             return
@@ -155,9 +156,3 @@ def _print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
         titles = ("method", "asked", "density", "n", part[0]["metric"], "95 %", "minus dense")
         titles += ("prefill s", "s", "faults")
         console.print(table(titles, map(cells, part), f"{task}, {length:,} tokens"))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
