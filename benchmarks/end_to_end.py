@@ -26,7 +26,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from seerattention import attention
-from seerattention.engine import layer
+from seerattention.engine import summaries
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers import attach, detach, new_gates, usage
 from seerattention.ops.dense_attention import CUDNN_FIRST
@@ -127,7 +127,7 @@ class Parts:
             (functional, "scaled_dot_product_attention", "attention"),
             (attention, "block_sparse_attention", "attention"),
             (attention, "select_blocks", "selection"),
-            (layer, "_update_summaries", "selection"),
+            (summaries.Growing, "follow", "selection"),
         )
         with ExitStack() as stack:
             for owner, name, part in replaced:

@@ -131,6 +131,97 @@ def test_the_rules_notice(file: str, line: str, wrong: bool) -> None:
     assert bool(violations(Path(file), set(modules_imported(line, package)))) == wrong
 
 
+def module_of(file: Path) -> str:
+    names = ["seerattention", *file.with_suffix("").parts]
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def private_elsewhere(package: str, imported: set[str]) -> set[str]:
+    """Imports, by a file of ``package``, of what starts with an underscore and is another folder's.
+
+    A module belongs to its folder and the folders in it, a name to the folder of its module.
+    """
+    found = set()
+    for module in imported:
+        names = module.split(".")
+        for i, name in enumerate(names):
+            if names[0] == "seerattention" and name.startswith("_") and not name.startswith("__"):
+                home = ".".join(names[:i])
+                file = MODULES.get(home)
+                folder = home if file is None or file.name == "__init__.py" else home.rpartition(".")[0]
+                within = f"{package}.".startswith(f"{folder}.") and f"{home}.{name}" in MODULES
+                if package != folder and not within:
+                    found.add(module)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_what_is_private_stays_in_its_folder(file: Path) -> None:
+    package = ".".join(["seerattention", *file.parent.parts])
+    assert private_elsewhere(package, imports_of(file)) == set()
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "examples", "experiments", "recipes"])
+def test_what_is_private_stays_in_the_package(folder: str) -> None:
+    for file in (Path(__file__).parents[1] / folder).rglob("*.py"):
+        imported = set(modules_imported(file.read_text(encoding="utf-8"), ""))
+        assert private_elsewhere("", imported) == set(), file
+
+
+@pytest.mark.parametrize(
+    ("package", "line", "wrong"),
+    [
+        ("seerattention.ops", "from seerattention.ops.gather._parts import f", True),
+        ("seerattention.ops", "from seerattention.rows import _edges", True),
+        ("seerattention", "from seerattention.rows import _edges", False),
+        ("seerattention", "from .ops import _private", True),
+        ("seerattention.ops.block_sparse_attention.kernels", "from .._autograd import run", False),
+        ("seerattention.ops.block_sparse_attention.kernels", "from ..gather import _parts", True),
+        ("seerattention.ops.pooled_attention", "from ..block_sparse_attention._autograd import run", True),
+        ("seerattention", "from torch._dynamo import config", False),
+        ("seerattention.ops", "from seerattention.rows import __doc__", False),
+    ],
+)
+def test_the_rule_of_private_names_notices(package: str, line: str, wrong: bool) -> None:
+    assert bool(private_elsewhere(package, set(modules_imported(line, package)))) == wrong
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Circles of a graph: each one's nodes in order, found by walking from every node once."""
+    found, done, path = [], set(), []
+
+    def walk(node: str) -> None:
+        if node in path:
+            found.append(path[path.index(node) :])
+        elif node not in done:
+            path.append(node)
+            for other in sorted(graph.get(node, ())):
+                walk(other)
+            done.add(path.pop())
+
+    for node in sorted(graph):
+        walk(node)
+    return found
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    graph = {}
+    for module, file in MODULES.items():
+        imported = {m for m in imports_of(file) if m in MODULES}
+        # A folder's own file gathers what the folder holds; that may name the folder.
+        graph[module] = {m for m in imported if not f"{module}.".startswith(f"{m}.")}
+    assert circles(graph) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a"}}) == []
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+    assert circles({"a": {"a"}}) == [["a"]]
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if part_of_file(f) != "cli"], ids=str)
 def test_nothing_is_printed_outside_the_command_line(file: Path) -> None:
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from seerattention.device import capability, device_name
@@ -51,12 +51,8 @@ class Crossover:
         """Return the density up to which sparse attention is faster, between lengths by interpolation."""
         if not self.densest:
             return 1.0
-        lengths = [length for length, _ in self.densest]
-        after = next((i for i, length in enumerate(lengths) if length >= tokens), len(lengths) - 1)
-        before = max(0, after - 1) if lengths[after] > tokens else after
-        (low, at_low), (high, at_high) = self.densest[before], self.densest[after]
-        share = 0.0 if low == high else math.log(tokens / low) / math.log(high / low)
-        return at_low + max(0.0, min(1.0, share)) * (at_high - at_low)
+        lengths, densities = zip(*self.densest, strict=True)
+        return float(np.interp(np.log(tokens), np.log(lengths), densities))
 
 
 def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
@@ -67,16 +63,10 @@ def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
 def nearest(
     entries: list[dict[str, Any]], device_type: str, name: str, capability: str | None = None
 ) -> Crossover:
-    """Return what is known about a device, or about the one of its type that is most like it.
+    """Return what entries of `read_table` know about a device, or the one of its type that is most like it.
 
-    Args:
-        entries: From `read_table`.
-        device_type: ``cpu`` or ``cuda``.
-        name: The device's name.
-        capability: A GPU's compute capability, e.g. ``"9.0"``: GPUs of one are alike whatever their names.
-
-    Returns:
-        Its entry; without any of its type one that never chooses dense attention.
+    GPUs of one compute capability, e.g. ``"9.0"``, are alike whatever their names. Without an entry of the
+    type (``cpu`` or ``cuda``), dense attention is never chosen.
     """
     known = [e for e in entries if e["device_type"] == device_type]
     if not known:

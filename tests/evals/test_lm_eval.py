@@ -14,8 +14,7 @@ from transformers import LlamaForCausalLM
 
 from seerattention.evals import lm_eval, tasks
 from seerattention.evals.lm_eval import SeerAttentionLM
-from seerattention.evals.tasks import Source
-from seerattention.evals.tasks._base import generate
+from seerattention.evals.tasks import Source, generate
 from seerattention.hosts.transformers import attach, detach, new_gates, save_calibration, save_gates
 from seerattention.measure import bundled
 from seerattention.measure.observe import Watch

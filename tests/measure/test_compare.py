@@ -67,6 +67,16 @@ def test_dense_is_a_row_like_any_other(given) -> None:
     assert everything.perplexity == pytest.approx(dense.perplexity, rel=1e-5)
 
 
+def test_a_text_too_short_for_the_density_asked_for_is_said(given) -> None:
+    model, gates, windows, _ = given
+    # Ten blocks: the first and the own one are more than the one that 10 % come to.
+    short = measured(model, gates, "top_k:0.1,sink_blocks=1", windows=windows[:1])
+    assert short.short is not None
+    assert "asks for 10.0% of a prompt of 10 blocks and reads" in short.short
+    assert f"reads {short.density:.1%}" in short.short
+    assert measured(model, gates, "top_k:1", windows=windows[:1]).short is None
+
+
 def test_the_policy_saved_with_the_gates_is_the_default(given) -> None:
     model, _, windows, _ = given
     torch.manual_seed(0)

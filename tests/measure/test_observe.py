@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from seerattention import BlockSelection, causal_blocks
 from seerattention.engine.call import Given
@@ -48,3 +49,26 @@ def test_watch_without_rows_and_without_calls() -> None:
     watch(0, call_of(shape), random_selection(shape, density=0.0))
     assert watch.density == 5 / 15
     assert watch.recall == 1
+
+
+def test_watch_sees_every_sequence_of_a_pack() -> None:
+    lengths = [(40, 100), (300, 300), (1, 65)]
+    rows = Rows.packed(lengths)
+    shape = Shape(name="", heads=2, kv_heads=1, queries=341, keys=465, head_dim=16, lengths=tuple(lengths))
+    q, k, v = random_qkv(shape)
+    valid = rows.causal((64, 64))
+    mask = (torch.rand(1, 2, *valid.shape) < 0.5) & valid | rows.own((64, 64))
+    watch = Watch(rows=4)
+    call = AttentionCall(0, Given(q, k, v, q, k), rows, 0.5)
+    watch(0, call, BlockSelection.from_mask(mask, (64, 64)))
+    assert watch.density == pytest.approx(float(mask.sum() / (2 * valid.sum())))
+    alone, row = [], 0
+    for one in rows.sequences():
+        down, across = one.rows.num_blocks((64, 64))
+        own = BlockSelection.from_mask(mask[:, :, row : row + down, :across].contiguous(), (64, 64))
+        tensors = Given(q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], q, k)
+        part = Watch(rows=4)
+        part(0, AttentionCall(0, tensors, one.rows, 0.5), own)
+        alone.append(part.recall)
+        row += down
+    assert watch.recall == pytest.approx(sum(alone) / 3)

@@ -22,30 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
 from seerattention.baselines._vertical_slash import TINY, estimate
 from seerattention.baselines.meanpool import MeanPool
 from seerattention.rows import Rows
 
 
 @dataclass(frozen=True)
-class FlexPrefill:
+class FlexPrefill(Baseline):
     """Score block pairs by their means in query-aware heads, by verticals and slashes in others.
 
     The last queries are those of the call: a prompt given in pieces is estimated piece by piece.
 
     Attributes:
-        block_size: Tokens per (query block, KV block).
         tau: Largest root of the divergence at which a head is query-aware; 0 for no head.
     """
 
-    block_size: tuple[int, int] = (64, 64)
     tau: float = 0.1
-    after_rope = True
-    tokens_per_summary = 1
-
-    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
-        """Keep the keys themselves."""
-        return k
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
         """Return products of means or the log of shares by head, fp32 ``[B, Hq, Nq, Nk]``."""

@@ -10,19 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
 from seerattention.gate import pool_blocks
 
 
 @dataclass(frozen=True)
-class MeanPool:
-    """Score block pairs by the product of their means.
-
-    Attributes:
-        block_size: Tokens per (query block, KV block).
-    """
-
-    block_size: tuple[int, int] = (64, 64)
-    after_rope = True
+class MeanPool(Baseline):
+    """Score block pairs by the product of their means."""
 
     @property
     def tokens_per_summary(self) -> int:

@@ -19,34 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
 from seerattention.baselines._vertical_slash import TINY, estimate
 from seerattention.gate import pool_blocks
 from seerattention.rows import Rows
 
 
 @dataclass(frozen=True)
-class MInference:
+class MInference(Baseline):
     """Score a block pair by the best of the vertical and slash lines that cross it.
 
     The last queries are those of the call: a prompt given in pieces is estimated piece by piece.
 
     Attributes:
-        block_size: Tokens per (query block, KV block).
         last_queries: Queries that the lines are estimated from.
     """
 
-    block_size: tuple[int, int] = (64, 64)
     last_queries: int = 64
-    after_rope = True
-    tokens_per_summary = 1
 
     def __post_init__(self) -> None:
         if self.last_queries < 1:
             raise ValueError(f"last_queries must be at least 1, got {self.last_queries}")
-
-    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
-        """Keep the keys themselves."""
-        return k
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
         """Return the log of each block's best line, fp32 ``[B, Hq, Nq, Nk]``."""

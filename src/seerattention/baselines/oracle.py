@@ -12,27 +12,20 @@ from typing import Literal
 
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
 from seerattention.ops.attention_scores import block_mass
 from seerattention.ops.pooled_attention import pooled_map
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(Baseline):
     """Score block pairs by the logarithm of the pooled map, so that their softmax is the map.
 
     Attributes:
-        block_size: Tokens per (query block, KV block).
         pool: ``max`` takes a block's largest weight, ``sum`` all of them.
     """
 
-    block_size: tuple[int, int] = (64, 64)
     pool: Literal["max", "sum"] = "max"
-    after_rope = True
-    tokens_per_summary = 1
-
-    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
-        """Keep the keys themselves."""
-        return k
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
         """Return the log of the pooled map, fp32 ``[B, Hq, Nq, Nk]``."""

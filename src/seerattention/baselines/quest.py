@@ -11,19 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
 from seerattention.gate import pool_blocks
 
 
 @dataclass(frozen=True)
-class Quest:
-    """Score a block pair by the largest of its queries' bounds.
-
-    Attributes:
-        block_size: Tokens per (query block, KV block).
-    """
-
-    block_size: tuple[int, int] = (64, 64)
-    after_rope = True
+class Quest(Baseline):
+    """Score a block pair by the largest of its queries' bounds."""
 
     @property
     def tokens_per_summary(self) -> int:

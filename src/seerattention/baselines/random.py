@@ -7,20 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
+
 
 @dataclass(frozen=True)
-class Random:
+class Random(Baseline):
     """Score blocks at random, alike in every call of one shape.
 
     Attributes:
-        block_size: Tokens per (query block, KV block).
         seed: Of the random numbers.
     """
 
-    block_size: tuple[int, int] = (64, 64)
     seed: int = 0
-    after_rope = True
-    tokens_per_summary = 1
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep nothing but the number of tokens."""

@@ -10,18 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
+
 
 @dataclass(frozen=True)
-class Streaming:
-    """Score blocks by how recent they are, the first block above all.
-
-    Attributes:
-        block_size: Tokens per (query block, KV block).
-    """
-
-    block_size: tuple[int, int] = (64, 64)
-    after_rope = True
-    tokens_per_summary = 1
+class Streaming(Baseline):
+    """Score blocks by how recent they are, the first block above all."""
 
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep nothing but the number of tokens."""

@@ -13,21 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.baselines._base import Baseline
 from seerattention.rows import num_blocks
 
 
 @dataclass(frozen=True)
-class XAttention:
+class XAttention(Baseline):
     """Score block pairs by the share of attention their antidiagonals predict.
 
     Attributes:
-        block_size: Tokens per (query block, KV block), multiples of ``stride``.
-        stride: Tokens per group.
+        stride: Tokens per group, a divisor of both sizes of a block.
     """
 
-    block_size: tuple[int, int] = (64, 64)
     stride: int = 8
-    after_rope = True
 
     def __post_init__(self) -> None:
         if self.block_size[0] % self.stride or self.block_size[1] % self.stride:

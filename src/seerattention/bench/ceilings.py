@@ -42,7 +42,11 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float | None]:
         "matmul": lambda: a @ b,
         "copy": lambda: torch.bitwise_not(source, out=target),
     }
-    l2 = _l2_reads(device) if kind == "cuda" else {}
+    l2: dict[str, Callable[[], object]] = {}
+    if kind == "cuda":
+        x = torch.zeros(L2_BYTES // 8, dtype=torch.int64, device=device)
+        l2["l2 sums"] = lambda: [x.sum() for _ in range(L2_READS)]
+        l2["l2 repeated"] = x.expand(L2_READS, -1).sum
     seconds = interleaved(runs | l2, repeats=7, warmup=2, device=device)
     best = {name: median(times) for name, times in seconds.items()}
     reads = [L2_READS * L2_BYTES / best[name] for name in l2]
@@ -52,12 +56,6 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float | None]:
         "copy_tbs": round(2 * source.nbytes / best["copy"] / 1e12, 4),
         "l2_tbs": round(max(reads) / 1e12, 3) if reads else None,
     }
-
-
-def _l2_reads(device: str) -> dict[str, Callable[[], object]]:
-    x = torch.zeros(L2_BYTES // 8, dtype=torch.int64, device=device)
-    repeated = x.expand(L2_READS, -1)
-    return {"l2 sums": lambda: [x.sum() for _ in range(L2_READS)], "l2 repeated": repeated.sum}
 
 
 def l2_tflops(l2_tbs: float, block_q: int, element_size: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from seerattention.ops.block_sparse_attention import ORDER
@@ -28,27 +29,27 @@ def entry_of(report: dict[str, Any], gate: str, block: int) -> dict[str, Any]:
     Raises:
         ValueError: If the report lacks what is needed.
     """
-    rows = [r for r in report["rows"] if r["kind"] == "backend" and r["block"] == block]
+    rows = [r for r in report["rows"] if (r["kind"], r["block"]) == ("backend", block)]
     rows = [r for r in rows if r["mask"] in ("full", "random")]
     chosen = {r["tokens"]: r for r in report["layers"] if (r["gate"], r["block"]) == (gate, block)}
     if not rows or not chosen:
         raise ValueError(
             f"the report has no selection of gate {gate!r} with random masks in blocks of {block}"
         )
-    backend = _used(rows)
+    measured = {r["backend"] for r in rows}
+    # What ``auto`` takes, or else the fastest.
+    used = [name for name in ORDER if name in measured]
+    backend = used[0] if used else min(rows, key=lambda r: r["ms"])["backend"]
     rows = [r for r in rows if r["backend"] == backend]
     found = [
         _length(report, [r for r in rows if r["tokens"] == tokens], chosen[tokens])
         for tokens in sorted(chosen)
     ]
     return {
-        "device_type": report["device_type"],
         "device": report["versions"]["device"],
-        "capability": report["capability"],
-        "versions": report["versions"],
-        "date": report["date"],
-        "dtype": report["dtype"],
-        "shape": report["shape"],
+        **{
+            name: report[name] for name in ("device_type", "capability", "versions", "date", "dtype", "shape")
+        },
         "block": block,
         "gate": gate,
         "backend": backend,
@@ -60,18 +61,9 @@ def entry_of(report: dict[str, Any], gate: str, block: int) -> dict[str, Any]:
 
 def merged(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a table with an entry added in place of its device's and of guesses for its type."""
-    same_type = [e for e in entries if e["device_type"] == entry["device_type"]]
-    replaced = [e for e in same_type if e["device"] in (None, entry["device"])]
-    kept = [e for e in entries if e not in replaced]
+    gone = [(entry["device_type"], device) for device in (None, entry["device"])]
+    kept = [e for e in entries if (e["device_type"], e["device"]) not in gone]
     return sorted([*kept, entry], key=lambda e: (e["device_type"], e["device"] or ""))
-
-
-def _used(rows: list[dict[str, Any]]) -> str:
-    """Return the measured backend that ``auto`` takes, or else the fastest."""
-    measured = {r["backend"] for r in rows}
-    if used := [name for name in ORDER if name in measured]:
-        return used[0]
-    return min(rows, key=lambda r: r["ms"])["backend"]
 
 
 def _length(report: dict[str, Any], rows: list[dict[str, Any]], layer: dict[str, Any]) -> dict[str, Any]:
@@ -108,12 +100,8 @@ def _densest(times: list[tuple[float, float]], budget_ms: float) -> float:
 
 def _dense_below(found: list[dict[str, Any]]) -> int:
     """Return the shortest length from which on sparse attention always won."""
-    below = 2 * found[-1]["tokens"]
-    for row in reversed(found):
-        if not row["worthwhile"]:
-            return below
-        below = row["tokens"]
-    return below
+    won = list(takewhile(lambda row: row["worthwhile"], reversed(found)))
+    return won[-1]["tokens"] if won else 2 * found[-1]["tokens"]
 
 
 def _cudnn_from(report: dict[str, Any]) -> int | None:

@@ -68,12 +68,6 @@ def dense(
             raise NotImplementedError(f"{kind.name} cannot run {list(q.shape)} {q.dtype} here") from error
 
 
-def flex_bytes(selection: BlockSelection, heads: int) -> int:
-    """Return the bytes of FlexAttention's lists for a selection."""
-    batch, _, nq, nk = selection.shape
-    return 2 * 4 * batch * heads * nq * nk
-
-
 def flex(q: Tensor, k: Tensor, selection: BlockSelection) -> Peer:
     """Return FlexAttention for one selection, whose lists are made here and not timed."""
     mask = selection.to_flex(Rows.last(q.shape[2], k.shape[2]), q.shape[1])

@@ -82,11 +82,8 @@ class Plan:
         for density in self.densities:
             if not 0 < density <= 1:
                 raise ValueError(f"densities must be in (0, 1], got {density}")
-        for name, values in (
-            ("tokens", self.tokens),
-            ("blocks", self.blocks),
-            ("repeats", (self.repeats,)),
-        ):
+        counts = {"tokens": self.tokens, "blocks": self.blocks, "repeats": (self.repeats,)}
+        for name, values in counts.items():
             for value in values:
                 if value < 1:
                     raise ValueError(f"{name} must be a whole number >= 1, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from seerattention.bench import masks, peers
 from seerattention.bench.ceilings import ceilings
-from seerattention.bench.layer import measure_layers
+from seerattention.bench.layer import in_ms, measure_layers
 from seerattention.bench.plan import Plan, Reporter
 from seerattention.device import capability
 from seerattention.measure.timing import interleaved, timed
@@ -84,10 +85,11 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
     reporter.stage("ceilings of the device", 1)
     with torch.inference_mode():
         limits = ceilings(plan.device, plan.kind)
-        scores = None
+        makers: dict[str, Callable[..., BlockSelection]] = {"random": masks.random, "band": masks.band}
         if "gate" in plan.masks and any(density < 1 for density in plan.densities):
             reporter.stage(f"scores of the bundled gates on {plan.teacher_tokens:,} tokens of text", 1)
             scores = masks.teacher_scores(plan.device, plan.teacher_tokens)
+            makers["gate"] = partial(masks.gate, scores=scores)
         report: dict[str, Any] = {
             "versions": versions(plan.device),
             "date": datetime.now(UTC).date().isoformat(),
@@ -103,15 +105,31 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
         }
         for tokens in plan.tokens:
             q, k, v = _draw(plan, tokens)
-            variants = _dense_variants(plan, dense, q, k, v)
+            size = plan.blocks[0], plan.blocks[0]
+            everything = BlockSelection.full(Rows.last(tokens, tokens), size, plan.device)
+            variants = [
+                Variant("dense", name, everything, "full", 1.0, partial(peer, q, k, v, everything))
+                for name, peer in dense.items()
+            ]
             for block in plan.blocks:
-                for mask, asked, selection in _selections(plan, tokens, block, scores):
+                shape = plan.shape(tokens, block)
+                selections = [
+                    (mask, density, makers[mask](shape, density, plan.device))
+                    for mask in plan.masks
+                    for density in plan.densities
+                    if density < 1
+                ]
+                if 1.0 in plan.densities:
+                    selections.insert(0, ("full", 1.0, masks.full(shape, plan.device)))
+                for mask, asked, selection in selections:
                     variants += _sparse_variants(plan, extra, (q, k, v), mask, asked, selection, note)
             found = _rows(plan, (q, k, v), variants, reporter, note)
             for row in found:
                 row["share_of_matmul"] = round(row["tflops"] / (limits["matmul_tflops"] or 1), 3)
             report["rows"] += found
-            report["layers"] += measure_layers(plan, (q, k, v), dense, found, reporter)
+            ran = {row["backend"] for row in found}
+            whole = {v.backend: v.run for v in variants if v.kind == "dense" and v.backend in ran}
+            report["layers"] += measure_layers(plan, (q, k, v), whole, found, reporter)
             yield report
 
 
@@ -124,38 +142,6 @@ def _draw(plan: Plan, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.randn(size, generator=generator, device=plan.device, dtype=plan.kind)
 
     return draw(plan.heads), draw(plan.kv_heads), draw(plan.kv_heads)
-
-
-def _selections(
-    plan: Plan, tokens: int, block: int, scores: Tensor | None
-) -> list[tuple[str, float, BlockSelection]]:
-    """Return (mask, density asked for, selection) of one length and block size."""
-    shape, device = plan.shape(tokens, block), plan.device
-    found = []
-    if 1.0 in plan.densities:
-        found.append(("full", 1.0, masks.full(shape, device)))
-    for mask in plan.masks:
-        for density in (d for d in plan.densities if d < 1):
-            if mask == "random":
-                selection = masks.random(shape, density, device)
-            elif mask == "band":
-                selection = masks.band(shape, density, device)
-            else:
-                assert scores is not None
-                selection = masks.gate(shape, density, device, scores)
-            found.append((mask, density, selection))
-    return found
-
-
-def _dense_variants(
-    plan: Plan, dense: dict[str, peers.Peer], q: Tensor, k: Tensor, v: Tensor
-) -> list[Variant]:
-    size = plan.blocks[0], plan.blocks[0]
-    everything = BlockSelection.full(Rows.last(q.shape[2], k.shape[2]), size, plan.device)
-    return [
-        Variant("dense", name, everything, "full", 1.0, partial(peer, q, k, v, everything))
-        for name, peer in dense.items()
-    ]
 
 
 def _sparse_variants(
@@ -177,7 +163,8 @@ def _sparse_variants(
         if name not in NOT_TIMED[plan.device]:
             add("backend", name, partial(op.block_sparse_attention, *qkv, selection, backend=name))
     if "flex" in plan.peers and plan.device == "cuda":
-        if (size := peers.flex_bytes(selection, plan.heads)) > peers.FLEX_BYTES:
+        size = 2 * 4 * plan.heads * math.prod(selection.shape[2:])
+        if size > peers.FLEX_BYTES:
             note(
                 f"flex left out at {qkv[0].shape[2]:,} tokens in blocks of {selection.block_size[1]}: its "
                 f"lists would take {size / 2**20:,.0f} MB each"
@@ -290,8 +277,7 @@ def _row(
         "backend": variant.backend,
         "asked": variant.asked,
         "density": round(selection.density(valid), 4),
-        "ms": round(ms, 4),
-        "range_ms": [round(min(times) * 1e3, 4), round(max(times) * 1e3, 4)],
+        **in_ms(times),
         "first_ms": round(first_ms, 1),
         # Two products of 2 * D FLOPs for every pair of tokens.
         "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 6),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seerattention.bench.ceilings import l2_tflops
-from seerattention.measure.plot import COLOURS, pyplot
+from seerattention.measure.plot import COLOURS, drawn
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STYLES = {"random": "o-", "gate": "s--", "band": "^:"}
@@ -19,35 +19,26 @@ def draw_roofline(report: dict[str, Any], path: Path) -> None:
         report: From `seerattention.bench.prefill.measure`.
         path: The picture.
     """
-    plt = pyplot()
     blocks = sorted({r["block"] for r in report["rows"] if r["block"]})
     lengths = sorted({r["tokens"] for r in report["rows"]})
-    figure, axes = plt.subplots(
-        len(blocks),
-        len(lengths),
-        figsize=(4.6 * len(lengths), 3.9 * len(blocks)),
-        constrained_layout=True,
-        sharey=True,
-        squeeze=False,
-    )
     names = sorted({r["backend"] for r in report["rows"] if r["kind"] != "dense"})
-    colours = dict(zip(names, plt.colormaps["tab10"].colors, strict=False))
-    for row, block in zip(axes, blocks, strict=True):
-        for axis, tokens in zip(row, lengths, strict=True):
-            if any(r["tokens"] == tokens and r["block"] == block for r in report["rows"]):
-                _panel(axis, report, tokens, block, colours)
-            else:
-                axis.set_axis_off()
-        row[0].set_ylabel("TFLOP/s over selected work")
-    for axis in axes[-1]:
-        axis.set_xlabel("density: fraction of blocks read")
-    axes[0][0].legend(fontsize=7)
-    figure.suptitle(f"{report['versions']['device']}, {report['dtype']}, {report['date']}")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = f"{report['versions']['device']}, {report['dtype']}, {report['date']}"
+    size = 4.6 * len(lengths), 3.9 * len(blocks)
+    grid = drawn(path, len(blocks), len(lengths), title=title, figsize=size, sharey=True, squeeze=False)
+    with grid as (_, axes):
+        for row, block in zip(axes, blocks, strict=True):
+            for axis, tokens in zip(row, lengths, strict=True):
+                if any(r["tokens"] == tokens and r["block"] == block for r in report["rows"]):
+                    _panel(axis, report, tokens, block, names)
+                else:
+                    axis.set_axis_off()
+            row[0].set_ylabel("TFLOP/s over selected work")
+        for axis in axes[-1]:
+            axis.set_xlabel("density: fraction of blocks read")
+        axes[0][0].legend(fontsize=7)
 
 
-def _panel(axis: Any, report: dict[str, Any], tokens: int, block: int, colours: dict[str, Any]) -> None:
+def _panel(axis: Any, report: dict[str, Any], tokens: int, block: int, names: list[str]) -> None:
     rows = [r for r in report["rows"] if r["tokens"] == tokens]
     limits = report["ceilings"]
     axis.axhline(limits["matmul_tflops"], color="#57606a", linewidth=1, label="matrix product")
@@ -62,14 +53,14 @@ def _panel(axis: Any, report: dict[str, Any], tokens: int, block: int, colours: 
         axis.axhline(
             dense["tflops"], color=COLOURS["dense"], linestyle=style, linewidth=1, label=dense["backend"]
         )
-    for name, colour in colours.items():
+    for colour, name in enumerate(names):
         whole = [r for r in rows if (r["backend"], r["block"], r["mask"]) == (name, block, "full")]
         for mask, style in STYLES.items():
             line = [r for r in rows if (r["backend"], r["block"], r["mask"]) == (name, block, mask)]
             if line:
                 line = sorted(line + whole, key=lambda r: r["density"])
                 points = [r["density"] for r in line], [r["tflops"] for r in line]
-                axis.plot(*points, style, color=colour, markersize=4, label=f"{name}, {mask}")
+                axis.plot(*points, style, color=f"C{colour}", markersize=4, label=f"{name}, {mask}")
     axis.set_xscale("log")
     ticks = sorted({r["asked"] for r in rows if r["block"] == block})
     axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])

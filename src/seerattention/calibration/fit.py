@@ -28,9 +28,6 @@ LENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
 AROUND = (0.7, 1.4)
 FRACTIONS = 5
 
-#: Of the number of blocks that a row sees, in the thresholds; measured in docs/method.md.
-ROW_EXPONENT = 0.0
-
 #: How near a density may be to that of the blocks always read; closer, limits depend on a few blocks.
 NEAREST = 1.25
 
@@ -73,7 +70,7 @@ class Target:
 class Length:
     """The maps of a text of ``blocks`` blocks, its free blocks ranked by each head's gate."""
 
-    def __init__(self, maps: Maps, blocks: int, row_exponent: float = ROW_EXPONENT) -> None:
+    def __init__(self, maps: Maps, blocks: int) -> None:
         self.blocks = blocks
         block = maps.block_size
         rows = Rows.last(blocks * block[0], blocks * block[1])
@@ -82,8 +79,7 @@ class Length:
         chosen = maps.rows < blocks
         rows = maps.rows[chosen]
         free = (valid & ~always)[rows]
-        level = maps.log_share[:, chosen, :blocks] - row_exponent * (rows + 1.0).log()[:, None]
-        self.level, order = level[:, free].sort(-1, descending=True)
+        self.level, order = maps.log_share[:, chosen, :blocks][:, free].sort(-1, descending=True)
         gain, mass = (m[:, chosen, :blocks] for m in (maps.gain, maps.mass))
         self.gained = _running_sum(gain[:, free].gather(1, order))
         self.found = _running_sum(mass[:, free].gather(1, order))
@@ -135,20 +131,19 @@ def _running_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
 
 
-def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calibration:
+def fit(maps: Maps, target: Target) -> Calibration:
     """Fit the thresholds' laws to maps.
 
     Args:
         maps: From `record`.
         target: A density or a recall.
-        row_exponent: See `Calibration`.
 
     Raises:
         ValueError: If the target is out of reach at the length of the maps; says what is reachable.
     """
     longest = maps.log_share.shape[2]
     blocks = sorted({max(4, round(longest * x)) for x in LENGTHS})
-    lengths = [Length(maps, n, row_exponent) for n in blocks]
+    lengths = [Length(maps, n) for n in blocks]
     good = _reachable(lengths, target, maps.block_size[1])
     if target.density is not None:
         wanted = [math.exp(log_free(target.density, length.always)) for length in good]
@@ -162,19 +157,19 @@ def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calib
         around = np.geomspace(*AROUND, FRACTIONS)
         points = [(length, around * fraction) for length, fraction in zip(good, wanted, strict=True)]
     laws = _laws(points)
-    lengths = good
     if target.density is None:
         # The fraction follows the length by a law too, which goes into those of the thresholds.
-        slope, start = _line([math.log(length.blocks) for length in lengths], np.log(wanted))
+        slope, start = _line([math.log(length.blocks) for length in good], np.log(wanted))
         laws = laws @ torch.tensor([[1, 0, 0], [0, 1, 0], [start, slope, 0]], dtype=torch.float64)
-    laws[:, 0] += _shift(lengths, laws, wanted, target)
+    laws[:, 0] += _shift(good, laws, wanted, target)
     heads = laws.shape[0] // len(maps.layers)
     return Calibration(
         target=target.name,
         value=target.value,
         tokens=longest * maps.block_size[1],
         block_size=maps.block_size,
-        row_exponent=row_exponent,
+        # Measured in docs/method.md.
+        row_exponent=0.0,
         density=target.density,
         laws={
             layer: tuple(tuple(law) for law in laws[i * heads : (i + 1) * heads].tolist())
@@ -185,21 +180,19 @@ def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calib
 
 def _reachable(lengths: list[Length], target: Target, block: int) -> list[Length]:
     """Return the lengths at which the target leaves something to choose."""
-    nothing = torch.zeros(lengths[0].level.shape[0], dtype=torch.long)
+    longest, tokens = lengths[-1], lengths[-1].blocks * block
+    nothing = torch.zeros(longest.level.shape[0], dtype=torch.long)
     if target.density is not None:
-        good = [x for x in lengths if target.density > NEAREST * x.always]
-        least = lengths[-1].always
-    else:
-        good = [x for x in lengths if target.value > x.recall(nothing) + 0.005]
-        least = lengths[-1].recall(nothing)
-    if good and good[-1] is lengths[-1]:
-        return good
-    if target.density is not None:
-        raise too_sparse(target.density, least, lengths[-1].blocks * block)
-    raise ValueError(
-        f"recall {target.value:.1%} needs no thresholds at {lengths[-1].blocks * block:,} tokens: the blocks "
-        f"that are always read alone keep {least:.1%}, so no less is reachable; ask for more"
-    )
+        if target.density <= NEAREST * longest.always:
+            raise too_sparse(target.density, longest.always, tokens)
+        return [x for x in lengths if target.density > NEAREST * x.always]
+    good = [x for x in lengths if target.value > x.recall(nothing) + 0.005]
+    if longest not in good:
+        raise ValueError(
+            f"recall {target.value:.1%} needs no thresholds at {tokens:,} tokens: the blocks that are always "
+            f"read alone keep {longest.recall(nothing):.1%}, so no less is reachable; ask for more"
+        )
+    return good
 
 
 def too_sparse(density: float, always: float, tokens: int) -> ValueError:

@@ -96,15 +96,7 @@ def record(
 def _true_rows(
     call: AttentionCall, rows: Tensor, block: int, share: Tensor, always: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return mass and gain of the blocks of some rows, fp32 ``[H, S, N]``.
-
-    Args:
-        call: The layer's call.
-        rows: int64 ``[S]``, query blocks.
-        block: Tokens per block.
-        share: ``[H, S, N]``, what blocks are read by, the largest first.
-        always: bool ``[S, N]``, the blocks read before all others.
-    """
+    """Return mass and gain of the blocks of some rows, fp32 ``[H, S, N]``, as they are read by ``share``."""
     heads, tokens = share.shape[0], call.k.shape[2]
     groups = call.q.shape[1] // call.k.shape[1]
     mass = torch.zeros(call.q.shape[1], *share.shape[1:], device=call.q.device)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LINES = 12
 
 
-def console(width: int = 120, *, quiet: bool = False) -> Console:
+def console_of(width: int = 120, *, quiet: bool = False) -> Console:
     """Return where a command prints; what is no terminal is so many columns wide."""
     made = Console(quiet=quiet, highlight=False)
     if not made.is_terminal:
@@ -99,9 +99,7 @@ def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[An
 
 def _said(step: Any) -> str:
     """Return a step's measurements, those that it has."""
-    kinds = (("loss", "loss", ".4f"), ("gate_loss", "gates", ".4f"), ("recall", "recall", ".3f"))
-    values = [
-        (what, getattr(step, name, None), form)
-        for name, what, form in (*kinds, ("density", "density", ".0%"))
-    ]
-    return "  ".join(f"{what} {value:{form}}" for what, value, form in values if value is not None)
+    forms = {"loss": "loss {:.4f}", "gate_loss": "gates {:.4f}", "recall": "recall {:.3f}"}
+    forms["density"] = "density {:.0%}"
+    values = ((form, getattr(step, name, None)) for name, form in forms.items())
+    return "  ".join(form.format(value) for form, value in values if value is not None)

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
+
+from seerattention.cli._show import console_of, duration, table
+from seerattention.files import write_json
+from seerattention.settings import build, explained, read
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from seerattention.measure.compare import Row
     from seerattention.train.recipe import Recipe, Run
 
@@ -37,37 +40,19 @@ def keys(recipe: str) -> list[tuple[str, str, str]]:
     """Return every setting of a recipe, its default and what it is, for the help."""
     from seerattention import train
     from seerattention.gate import GateConfig
-    from seerattention.settings import explained
     from seerattention.train.recipe import SHAPE
 
     return [*explained(getattr(train, recipe), without=("gate",)), *explained(GateConfig, "gate.", SHAPE)]
 
 
 def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **options: Any) -> R:
-    """Return the recipe that file, settings and options make, the latter over the former.
-
-    Raises:
-        ValueError: If a setting is unknown, missing or of another type.
-    """
-    from seerattention.settings import build, read
-
+    """Return the recipe that file, settings and options make, the latter over the former."""
     given = {name: value for name, value in options.items() if value is not None and value != []}
     return build(kind, {**read(config, overrides or ()), **given})
 
 
 def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool) -> Console | None:
-    """Print what is trained, on what, and what it takes; None where that is all.
-
-    Args:
-        run: What is trained.
-        name: The model's.
-        more: Further lines of the plan, after those about model, gates and text.
-        out: The run's folder.
-        dry_run: Time a step and stop.
-    """
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli._show import duration
-
+    """Print the plan, with ``more`` lines after model, gates and text; None where that is all."""
     trainer, base = run.trainer, run.trainer.model
     console = console_of(quiet=not trainer.accelerator.is_main_process)
     parts = trainer.memory(len(run.text.heldout[0]))
@@ -97,17 +82,9 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
 def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder: Path) -> list[Row]:
     """Measure the gates dense beside sparse on held-out text, print it, and keep it beside them.
 
-    Args:
-        console: Where to print.
-        run: What was trained; every process must call this, one measures and writes.
-        densities: Of the blocks, for `TopK` with the first block.
-        folder: That of the saved gates.
-
-    Returns:
-        What was measured, dense first; nothing where the model is sharded.
+    Every process must call this, one measures and writes. Returns what was measured, dense first; nothing
+    where the model is sharded.
     """
-    from seerattention.cli._show import table
-    from seerattention.files import write_json
     from seerattention.hosts.transformers.checkpoint import RESULTS
 
     trainer = run.trainer
@@ -134,10 +111,10 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
             delta = "" if value is None or dense is None or row is rows[0] else f" ({value - dense:+{form}})"
             line.append("-" if value is None else f"{value:{form}}{delta}")
     titles = ["attention", *(["recall"] if recall else []), "density", "perplexity", "needles"]
-    shown = table(
-        titles, [[name, *line] for name, line in lines.items()], "held-out text, no dense last rows"
-    )
-    console.print(shown)
+    cells = [[name, *line] for name, line in lines.items()]
+    console.print(table(titles, cells, "held-out text, no dense last rows"))
+    for why in dict.fromkeys(row.short for row in rows if row.short):
+        console.print(f"too short: {why}", markup=False)
     if skipped:
         console.print(f"not measured: {skipped}", markup=False)
     write_json(folder / RESULTS, found)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from seerattention.cli._show import bar, console_of
+from seerattention.files import staged
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from seerattention.calibration.search import Outcome
     from seerattention.policies import Policy
 
 
@@ -45,10 +46,9 @@ def run(
     Saves it with the gates as their default policy, calibrated; sink_blocks, local_blocks and
     dense_last_rows stay those of the policy the gates were saved with.
     """
+    from seerattention.calibration.figure import draw_calibration
     from seerattention.calibration.fit import Target
     from seerattention.calibration.search import calibrate
-    from seerattention.cli._show import bar
-    from seerattention.cli._show import console as console_of
     from seerattention.hosts.transformers import load_gates, save_calibration, save_gates
     from seerattention.measure import bundled
     from seerattention.measure.plot import require_matplotlib
@@ -86,7 +86,8 @@ def run(
     console.print(f"{outcome.policy} {outcome.recommendation()}", soft_wrap=True)
     console.print(f"saved in {out or gates}; attach(model, load_gates(...)) uses it")
     if plot is not None:
-        _draw(outcome, plot)
+        with staged(plot.parent) as folder:
+            draw_calibration(outcome, folder / plot.name)
         console.print(f"drawn in {plot}")
 
 
@@ -103,7 +104,6 @@ def _share(text: str) -> float | None:
 
 def _check_place(gates: Path, out: Path | None) -> None:
     """Refuse before any work what could not be saved."""
-    from seerattention.files import staged
     from seerattention.hosts.transformers.checkpoint import WEIGHTS, check_replaceable
 
     if out is not None:
@@ -135,11 +135,3 @@ def _phases(progress: Progress, console: Console) -> Callable[[str, int], Callab
         return lambda: progress.advance(task)
 
     return start
-
-
-def _draw(outcome: Outcome, picture: Path) -> None:
-    from seerattention.calibration.figure import draw_calibration
-    from seerattention.files import staged
-
-    with staged(picture.parent) as folder:
-        draw_calibration(outcome, folder / picture.name)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from seerattention.cli._show import console_of
+
 
 def run(
     source: Annotated[
@@ -26,7 +28,6 @@ def run(
     ] = "",
 ) -> None:
     """Write published gates as safetensors, precision kept. Code in the source is refused, never run."""
-    from seerattention.cli._show import console
     from seerattention.hosts.transformers import load_gates, save_gates
     from seerattention.policies import parse
 
@@ -38,7 +39,7 @@ def run(
     first = next(gate for _, gate in gates.items())
     parameters = list(gates.parameters())
     size = sum(p.numel() for p in parameters)
-    console().print(
+    console_of().print(
         f"gates       {kind}, for {gates.base.name}\n"
         f"layers      {len(gates.layers)}, of {config.num_heads} query and {config.num_kv_heads} KV heads of "
         f"{config.head_dim}; blocks of {config.block_size} tokens\n"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+
+from seerattention.cli._show import bar, console_of, formatted, train
+from seerattention.files import staged, write_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from seerattention.demo.run import Demo, Method
     from seerattention.hosts.transformers import Gates
 
@@ -53,10 +54,8 @@ def run(
     """Distil gates, compare dense attention and other methods, draw pictures; under 6 minutes on 2 cores."""
     from dataclasses import replace
 
-    from seerattention.cli._show import console as console_of
     from seerattention.demo import figures
     from seerattention.demo.run import Demo, Plan, methods
-    from seerattention.files import staged
     from seerattention.measure import bundled
     from seerattention.measure.plot import require_matplotlib
     from seerattention.measure.versions import versions
@@ -96,7 +95,7 @@ def run(
             "lengths": curve,
             "figures": ["maps.png", "quality.png", "time.png"],
         }
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(folder / "report.json", report)
     console.print(
         f"\n{out}/report.json has these numbers; the pictures beside it:\n"
         "  maps.png     true attention map, the gate's prediction and the blocks read, for four heads\n"
@@ -109,7 +108,6 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
     """Distil gates from their initialisation for about ``seconds``."""
     import torch
 
-    from seerattention.cli._show import train
     from seerattention.demo.run import LiveBatches
     from seerattention.hosts.transformers import new_gates
     from seerattention.measure.needle import NeedleTask
@@ -145,8 +143,6 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
 
 def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[str, Any]]:
     """Measure every method and print the table."""
-    from seerattention.cli._show import bar, formatted
-
     console.print(
         f"2. Dense attention and what reads less, at {demo.plan.tokens:,} tokens: perplexity over "
         f"{demo.plan.windows} windows, {demo.questions} needle questions in {demo.plan.documents} documents"
@@ -168,13 +164,14 @@ def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[s
 
 def _curve(demo: Demo, gates: Gates, console: Console) -> list[dict[str, Any]]:
     """Time dense and sparse over the lengths and print the table."""
-    from seerattention.cli._show import bar, formatted
-
     density = demo.plan.density
     console.print(f"3. Time against length: dense SDPA and the gates at {density:.0%} density")
     with bar(console) as progress:
         task = progress.add_task("timing", total=sum(demo.plan.lengths))
-        rows = demo.curve(gates, lambda length: progress.advance(task, length))
+        rows = []
+        for length in demo.plan.lengths:
+            rows.append(demo.time(gates, length))
+            progress.advance(task, length)
     console.print(formatted(TIMES, map(_in_ms, rows)))
     console.print(
         "   layer: the attention of one layer alone; choosing: pooling, scores and policy of that layer."

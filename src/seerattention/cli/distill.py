@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from seerattention.cli import _training
+from seerattention.cli._show import train
 from seerattention.cli._training import Config, Device, DryRun, Length, Model, Set, Steps, Text
+from seerattention.settings import flat
 
 #: Densities of the report at the end.
 DENSITIES = (0.2, 0.1, 0.05)
@@ -34,16 +36,13 @@ def run(
 
     Several GPUs: accelerate launch -m seerattention.cli distill ... (or torchrun).
     """
-    from seerattention.cli._show import train
-    from seerattention.cli._training import go, recipe, report
     from seerattention.hosts.transformers import push_to_hub as push
     from seerattention.hosts.transformers import save_gates
     from seerattention.hosts.transformers.hub import check_login
-    from seerattention.settings import flat
     from seerattention.train import Distillation
     from seerattention.train.save import GATES
 
-    told = recipe(
+    told = _training.recipe(
         Distillation, config, overrides, model=model, text=text, steps=steps, length=length, device=device
     )
     if push_to_hub:
@@ -54,7 +53,7 @@ def run(
     more = {
         "steps": f"{count} of {read} read {count * source.sequences * source.length:,}; the base is frozen"
     }
-    if (console := go(run, told.model, more, out, dry_run)) is None:
+    if (console := _training.go(run, told.model, more, out, dry_run)) is None:
         return
     train(trainer, console)
     if dropped := getattr(run.text.batches, "dropped", 0):
@@ -63,7 +62,7 @@ def run(
     if main:
         save_gates(trainer.gates, out / GATES, policy=told.policy)
         console.print(f"the gates are in {out / GATES}")
-    rows = report(console, run, DENSITIES, out / GATES) if told.report else []
+    rows = _training.report(console, run, DENSITIES, out / GATES) if told.report else []
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
         address = push(

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from seerattention.cli._show import bar, console_of, duration, table
 from seerattention.cli._training import Set
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from seerattention.evals.harness import Cell, Evaluation
     from seerattention.evals.records import Record, RecordFile
 
@@ -55,12 +55,10 @@ def run(
 
     from transformers.utils import logging
 
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli._show import duration
     from seerattention.evals.config import read_config
     from seerattention.evals.harness import Evaluation, load_model
     from seerattention.evals.records import RecordFile
-    from seerattention.evals.summary import write_summary
+    from seerattention.evals.summary import cells, tables, write_summary
 
     console = console_of(160)
     settings = read_config(config, overrides or ())
@@ -81,7 +79,8 @@ def run(
             _run(console, evaluation, file)
         finally:
             rows = write_summary(evaluation, file.records)
-    _print_rows(console, rows)
+    for title, columns, part in tables(rows):
+        console.print(table(columns, map(cells, part), title))
     console.print(f"samples.jsonl, summary.md and summary.json are in {settings.out}")
 
 
@@ -119,7 +118,6 @@ def _print_plan(console: Console, evaluation: Evaluation, file: RecordFile) -> N
 
 def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
     """Make what is missing, with a bar; without a terminal a line per cell."""
-    from seerattention.cli._show import bar
     from seerattention.evals.summary import cells, summary_rows
 
     with bar(console) as progress:
@@ -145,14 +143,3 @@ def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
                 )
 
         evaluation.run(file, done)
-
-
-def _print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
-    from seerattention.cli._show import table
-    from seerattention.evals.summary import cells
-
-    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        part = [row for row in rows if (row["task"], row["length"]) == (task, length)]
-        titles = ("method", "asked", "density", "n", part[0]["metric"], "95 %", "minus dense")
-        titles += ("prefill s", "s", "faults")
-        console.print(table(titles, map(cells, part), f"{task}, {length:,} tokens"))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from seerattention.cli import _training
+from seerattention.cli._show import train
 from seerattention.cli._training import Config, Device, DryRun, Length, Model, Set, Steps, Text
 
 #: What the help says about settings.
@@ -34,12 +35,10 @@ def run(
     Ends with a model that plain transformers loads and gates for it. Run again after a stop to continue
     where it was. Several GPUs: accelerate launch -m seerattention.cli finetune ... (or torchrun).
     """
-    from seerattention.cli._show import train
-    from seerattention.cli._training import go, recipe, report
     from seerattention.train import Finetuning, save_finetuned
     from seerattention.train.save import GATES, MODEL
 
-    told = recipe(
+    told = _training.recipe(
         Finetuning,
         config,
         overrides,
@@ -66,7 +65,7 @@ def run(
         f"{positions.max_position_embeddings:,} tokens",
         "attention": f"a density of {reads} on backend {tuner.backend}{fall}",
     }
-    if (console := go(run, told.model, more, out, dry_run)) is None:
+    if (console := _training.go(run, told.model, more, out, dry_run)) is None:
         return
     if (first := tuner.warm_up()) is not None:
         train(first, console, "gates alone")
@@ -75,6 +74,6 @@ def run(
     what = "the model is" if folder.name == MODEL else "the base is quantised, so the adapters alone are"
     console.print(f"{what} in {folder}, its gates in {out / GATES}")
     if told.report:
-        report(console, run, tuple(sorted(set(c.densities), reverse=True)), out / GATES)
+        _training.report(console, run, tuple(sorted(set(c.densities), reverse=True)), out / GATES)
     tuner.accelerator.wait_for_everyone()
     tuner.accelerator.end_training()

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+import importlib
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from seerattention.cli._show import console_of, table
 
-@dataclass(frozen=True)
-class Support:
-    """Whether one backend runs on one device and dtype.
 
-    Attributes:
-        op: The operation.
-        backend: Its backend.
-        device: ``cpu`` or ``cuda``.
-        dtype: Precision of q, k and v.
-        reasons: Why it does not run; empty if it does.
-    """
+class Support(NamedTuple):
+    """Whether one backend of an op runs on one device and dtype of q, k and v: no ``reasons`` if it does."""
 
     op: str
     backend: str
@@ -32,11 +25,6 @@ def support() -> list[Support]:
     import torch
 
     from seerattention.gate import AttnGate, GateConfig
-    from seerattention.ops import block_sparse_attention as sparse
-    from seerattention.ops import pooled_attention as pooled
-    from seerattention.ops import score_blocks as scores
-    from seerattention.ops import select_blocks as chosen
-    from seerattention.ops import summarise_blocks as summaries
     from seerattention.ops.dispatch import explain
     from seerattention.ops.options import Options, PoolOptions
     from seerattention.policies import TopK
@@ -49,25 +37,25 @@ def support() -> list[Support]:
         for dtype in (torch.float32, torch.bfloat16):
             q = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
             k = q[:, :1]
-            selection = BlockSelection.full(Rows.last(128, 128), (64, 64), device)
-            options, pooling_options = Options.of(q, k), PoolOptions.of(q, k)
-            qkv = {"q": q, "k": k, "v": k}
+            qkv, rows = {"q": q, "k": k, "v": k}, Rows.last(128, 128)
+            reading = {"selection": BlockSelection.full(rows, (64, 64), device), "options": Options.of(q, k)}
+            mapping = {"block_size": (64, 64), "options": PoolOptions.of(q, k)}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()
             k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
-            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1)}
-            choice["rows"] = Rows.last(128, 128)
+            choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "rows": rows}
             pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
             pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None, "rows": None}
             scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
-            asked: list[tuple[str, Any, dict[str, Any]]] = [
-                ("block_sparse_attention", sparse, qkv | {"selection": selection, "options": options}),
-                ("summarise_blocks", summaries, pooling),
-                ("score_blocks", scores, scoring | {"rows": None, "block_size": (64, 64)}),
-                ("select_blocks", chosen, choice),
-                ("pooled_attention", pooled, qkv | {"block_size": (64, 64), "options": pooling_options}),
-            ]
-            for op, module, args in asked:
+            asked: dict[str, dict[str, Any]] = {
+                "block_sparse_attention": qkv | reading,
+                "summarise_blocks": pooling,
+                "score_blocks": scoring | {"rows": None, "block_size": (64, 64)},
+                "select_blocks": choice,
+                "pooled_attention": qkv | mapping,
+            }
+            for op, args in asked.items():
+                module = importlib.import_module(f"seerattention.ops.{op}")
                 for backend, reasons in explain(module.BACKENDS, **args).items():
                     found.append(Support(op, backend, device, str(dtype).removeprefix("torch."), reasons))
     return found
@@ -130,14 +118,7 @@ def crossover_lines() -> list[str]:
 
 
 def layer_report(model: str) -> list[tuple[str, str]]:
-    """Return, for a model's layers, which run sparse with gates attached and which do not and why.
-
-    Args:
-        model: Hub id or folder; only its configuration is read.
-
-    Returns:
-        Pairs of layer numbers, such as ``0-27``, and what happens in them.
-    """
+    """Return ranges of a model's layers, and which are sparse with gates attached; reads no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -148,16 +129,9 @@ def layer_report(model: str) -> list[tuple[str, str]]:
         built = AutoModelForCausalLM.from_config(config)
     family_of(built)
     full = full_attention_layers(built)
-    rows: list[tuple[int, str]] = []
+    grouped: list[tuple[int, int, str]] = []
     for index in attention_layers(built):
         what = "sparse prefill, dense decoding" if index in full else "dense: sliding-window attention"
-        rows.append((index, what))
-    return _ranges(rows)
-
-
-def _ranges(rows: list[tuple[int, str]]) -> list[tuple[str, str]]:
-    grouped: list[tuple[int, int, str]] = []
-    for index, what in rows:
         if grouped and grouped[-1][2] == what and grouped[-1][1] == index - 1:
             grouped[-1] = (grouped[-1][0], index, what)
         else:
@@ -174,8 +148,6 @@ def run(
         print(markdown())
         return
     from seerattention.baselines import names
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli._show import table
     from seerattention.hosts.transformers import families, refused
     from seerattention.hosts.transformers.support import features
     from seerattention.measure.versions import versions

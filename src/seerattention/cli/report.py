@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+
+from seerattention.cli._show import bar, console_of
+from seerattention.files import staged
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
 
     from seerattention.hosts.transformers import Gates
     from seerattention.policies import Policy
@@ -60,9 +63,7 @@ def run(
     """
     from transformers.utils import logging
 
-    from seerattention.cli._show import console as console_of
     from seerattention.evals.report import page, read_results
-    from seerattention.files import staged
     from seerattention.measure.bundled import BUNDLED
 
     console = console_of()
@@ -95,9 +96,9 @@ def _explore(
     device: str,
 ) -> dict[str, Any]:
     """Load model, gates and text, and return the explorer's data."""
-    from seerattention.cli._show import bar
     from seerattention.evals.report import explore
     from seerattention.measure import bundled
+    from seerattention.measure.compare import short_of
 
     loaded = bundled.named_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
@@ -108,6 +109,8 @@ def _explore(
     # The bundled model learned to find numbers; what others do with the questions would say little.
     needles = loaded.base.name == bundled.TEACHER_NAME
     window, name = _window(text, tokenizer, tokens, needles)
+    for why in filter(None, (short_of(loaded, policy, tokens) for policy in policies)):
+        console.print(f"too short: {why}", markup=False)
     with bar(console) as progress:
         task = progress.add_task("maps", total=base.config.get_text_config().num_hidden_layers)
         explorer = explore(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates
 from seerattention.measure.maps import record_layers, true_map
-from seerattention.measure.plot import COLOURS, pyplot
+from seerattention.measure.plot import COLOURS, drawn
 from seerattention.policies import TopK, select
 from seerattention.rows import Rows
 
@@ -59,104 +59,85 @@ def head_maps(model: PreTrainedModel, gates: Gates, tokens: np.ndarray, policy: 
 
 def draw_maps(maps: list[dict[str, Any]], path: Path) -> None:
     """Draw true map, gate and selection of several heads side by side."""
-    plt = pyplot()
-    figure, axes = plt.subplots(len(maps), 3, figsize=(9, 2.9 * len(maps)), constrained_layout=True)
     titles = ("true map (block maximum)", "what the gate predicts", "blocks read")
-    for row, found in zip(axes, maps, strict=True):
-        n = found["true"].shape[0]
-        acausal = np.triu(np.ones((n, n), dtype=bool), 1)
-        low = np.log10(1e-4)
-        for axis, key in zip(row, ("true", "gate", "selected"), strict=True):
-            values = found[key].astype(float)
-            if key != "selected":
-                values = np.log10(np.maximum(values, 1e-4))
-            image = np.ma.masked_array(values, acausal)
-            limits = (0, 1) if key == "selected" else (low, 0)
-            colours = "Blues" if key == "selected" else "magma"
-            drawn = axis.imshow(image, cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
-            axis.set_xticks([0, n - 1], ["0", str(n - 1)])
-            axis.set_yticks([0, n - 1], ["0", str(n - 1)])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-        row[0].set_ylabel(f"layer {found['layer']}, head {found['head']}\nquery block")
-        bar = figure.colorbar(drawn if key != "selected" else row[1].images[0], ax=row[:2], shrink=0.8)
-        bar.set_ticks([-4, -3, -2, -1, 0], labels=["1e-4", "1e-3", "0.01", "0.1", "1"])
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
-    for axis in axes[-1]:
-        axis.set_xlabel("KV block")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with drawn(path, len(maps), 3, figsize=(9, 2.9 * len(maps))) as (figure, axes):
+        for row, found in zip(axes, maps, strict=True):
+            n = found["true"].shape[0]
+            acausal = np.triu(np.ones((n, n), dtype=bool), 1)
+            for axis, key in zip(row, ("true", "gate", "selected"), strict=True):
+                values, limits, colours = found[key].astype(float), (0, 1), "Blues"
+                if key != "selected":
+                    values, limits, colours = np.log10(np.maximum(values, 1e-4)), (-4, 0), "magma"
+                image = np.ma.masked_array(values, acausal)
+                axis.imshow(image, cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+                axis.set_xticks([0, n - 1], ["0", str(n - 1)])
+                axis.set_yticks([0, n - 1], ["0", str(n - 1)])
+                axis.spines[:].set_visible(False)
+            row[0].set_ylabel(f"layer {found['layer']}, head {found['head']}\nquery block")
+            bar = figure.colorbar(row[1].images[0], ax=row[:2], shrink=0.8)
+            bar.set_ticks([-4, -3, -2, -1, 0], labels=["1e-4", "1e-3", "0.01", "0.1", "1"])
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(title)
+        for axis in axes[-1]:
+            axis.set_xlabel("KV block")
 
 
 def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw needle accuracy and perplexity against measured density."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     dense = rows[0]
-    for axis, key, label in (
-        (left, "needle", "needles found (no dense last rows)"),
-        (right, "perplexity", "perplexity"),
-    ):
-        axis.axhline(dense[key], color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
-        gate = sorted((r for r in rows if r["method"] == "SeerAttention"), key=lambda r: r["density"])
-        axis.plot(
-            [r["density"] for r in gate],
-            [r[key] for r in gate],
-            "o-",
-            color=COLOURS["gate"],
-            label="SeerAttention",
-        )
-        markers = iter("sv^DPX*")
-        for row in rows[1:]:
-            if row["method"] == "SeerAttention":
-                continue
-            colour = COLOURS["live" if "live" in row["method"] else "other"]
-            axis.plot(row["density"], row[key], next(markers), color=colour, label=row["method"])
-        axis.set_xlabel("density: fraction of blocks read (measured)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.set_xlim(left=0)
-    left.set_ylim(-0.03, 1.05)
-    # Methods far above the others would flatten the picture.
-    right.set_ylim(top=max(r["perplexity"] for r in rows if r["method"] != "random") * 1.01)
-    left.legend(fontsize=8)
-    figure.suptitle(f"Quality against density, {dense['tokens']} tokens")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    gate = sorted((r for r in rows if r["method"] == "SeerAttention"), key=lambda r: r["density"])
+    others = [r for r in rows[1:] if r["method"] != "SeerAttention"]
+    title = f"Quality against density, {dense['tokens']} tokens"
+    with drawn(path, 1, 2, title=title, figsize=(10, 4.2)) as (_, (left, right)):
+        for axis, key, label in (
+            (left, "needle", "needles found (no dense last rows)"),
+            (right, "perplexity", "perplexity"),
+        ):
+            axis.axhline(dense[key], color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
+            points = [r["density"] for r in gate], [r[key] for r in gate]
+            axis.plot(*points, "o-", color=COLOURS["gate"], label="SeerAttention")
+            markers = iter("sv^DPX*")
+            for row in others:
+                colour = COLOURS["live" if "live" in row["method"] else "other"]
+                axis.plot(row["density"], row[key], next(markers), color=colour, label=row["method"])
+            axis.set_xlabel("density: fraction of blocks read (measured)")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+            axis.set_xlim(left=0)
+        left.set_ylim(-0.03, 1.05)
+        # Methods far above the others would flatten the picture.
+        right.set_ylim(top=max(r["perplexity"] for r in rows if r["method"] != "random") * 1.01)
+        left.legend(fontsize=8)
 
 
 def draw_time(lengths: list[dict[str, Any]], path: Path) -> None:
     """Draw prefill and attention time against length, dense and sparse."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     tokens = [r["tokens"] for r in lengths]
-    for axis, what, title in (
-        (axes[0], "prefill", "whole model"),
-        (axes[1], "attention", "attention of one layer"),
-    ):
-        for kind, colour in (("dense", COLOURS["dense"]), ("sparse", COLOURS["gate"])):
-            axis.plot(tokens, [r[f"{kind}_{what}_s"] for r in lengths], "o-", color=colour, label=kind)
-        for row in lengths:
-            axis.annotate(
-                f"{row[f'{what}_speedup']:.1f}x",
-                (row["tokens"], row[f"sparse_{what}_s"]),
-                textcoords="offset points",
-                xytext=(0, -14),
-                ha="center",
-                fontsize=8,
-                color=COLOURS["gate"],
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.margins(y=0.12)
-        axis.set_xticks(tokens, [f"{t // 1024}k" for t in tokens])
-        axis.minorticks_off()
-        axis.set_xlabel("tokens")
-        axis.set_ylabel("seconds")
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(f"Prefill time, dense against {lengths[-1]['density']:.0%} density")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = f"Prefill time, dense against {lengths[-1]['density']:.0%} density"
+    with drawn(path, 1, 2, title=title, figsize=(10, 4.2)) as (_, axes):
+        for axis, what, whose in (
+            (axes[0], "prefill", "whole model"),
+            (axes[1], "attention", "attention of one layer"),
+        ):
+            for kind, colour in (("dense", COLOURS["dense"]), ("sparse", COLOURS["gate"])):
+                axis.plot(tokens, [r[f"{kind}_{what}_s"] for r in lengths], "o-", color=colour, label=kind)
+            for row in lengths:
+                axis.annotate(
+                    f"{row[f'{what}_speedup']:.1f}x",
+                    (row["tokens"], row[f"sparse_{what}_s"]),
+                    textcoords="offset points",
+                    xytext=(0, -14),
+                    ha="center",
+                    fontsize=8,
+                    color=COLOURS["gate"],
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.margins(y=0.12)
+            axis.set_xticks(tokens, [f"{t // 1024}k" for t in tokens])
+            axis.minorticks_off()
+            axis.set_xlabel("tokens")
+            axis.set_ylabel("seconds")
+            axis.set_title(whose)
+            axis.grid(alpha=0.3)
+            axis.legend()

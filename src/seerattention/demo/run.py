@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention import baselines
-from seerattention.attention import select_blocks
 from seerattention.gate import Scorer
 from seerattention.hosts.transformers import (
     AttentionCall,
@@ -26,14 +24,13 @@ from seerattention.hosts.transformers import (
     set_policy,
 )
 from seerattention.measure.compare import attached, measured
+from seerattention.measure.layer import sparse_parts
 from seerattention.measure.needle import NeedleTask
 from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import hidden_states
 from seerattention.measure.retrieval import predictions
 from seerattention.measure.timing import interleaved
-from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import TopK
-from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 from seerattention.train import TextWindows
 
@@ -196,34 +193,19 @@ class Demo:
             found_dense_last = found
         return found / self.questions, found_dense_last / self.questions
 
-    def curve(self, gates: Gates, done: Callable[[int], None] = lambda length: None) -> list[dict[str, Any]]:
-        """Time dense against sparse over the lengths, the model's prefill and one layer's attention.
-
-        Args:
-            gates: The gates to use, at the plan's density.
-            done: Called with each length that is finished.
-
-        Returns:
-            One row per length, times in seconds.
-        """
-        rows = []
-        for length in self.plan.lengths:
-            rows.append(self._time(gates, length))
-            done(length)
-        return rows
-
     @torch.inference_mode()
-    def _time(self, gates: Gates, length: int) -> dict[str, Any]:
+    def time(self, gates: Gates, length: int) -> dict[str, Any]:
+        """Time dense against gates at the plan's density: the model's prefill and one layer, in seconds."""
         tokens = self.text[:length]
         policy = TopK(self.plan.density, sink_blocks=1)
         middle = self.model.config.num_hidden_layers // 2
-        kept: list[tuple[AttentionCall, BlockSelection]] = []
+        kept: list[AttentionCall] = []
         watch = Watch()
 
         def observe(layer: int, call: AttentionCall, selection: BlockSelection) -> None:
             watch(layer, call, selection)
             if layer == middle:
-                kept.append((call, selection))
+                kept.append(call)
 
         def prefill() -> None:
             logits_of(self.model, hidden_states(self.model, tokens)[-1:])
@@ -239,23 +221,13 @@ class Demo:
         repeats, warmup = (3, 1) if length <= 4096 else (1, 0)
         models = {"dense": prefill, "sparse": sparse_prefill}
         model_s = _medians(interleaved(models, repeats=repeats, warmup=warmup))
-        call, selection = kept[-1]
-        gate = dict(gates.items())[middle]
+        call, gate = kept[-1], dict(gates.items())[middle]
 
         def dense_attention() -> Tensor:
             return F.scaled_dot_product_attention(call.q, call.k, call.v, is_causal=True, enable_gqa=True)
 
-        def choose() -> BlockSelection:
-            k_blocks = gate.compress(call.k_nope, positions=call.positions)
-            return select_blocks(
-                call.q_nope, k_blocks, gate, policy, rows=Rows.last(length, length), positions=call.positions
-            )
-
-        parts = {
-            "dense": dense_attention,
-            "sparse": lambda: block_sparse_attention(call.q, call.k, call.v, selection),
-            "select": choose,
-        }
+        _, parts = sparse_parts((call.q, call.k, call.v), (call.q_nope, call.k_nope), gate, policy)
+        parts = {"dense": dense_attention, "sparse": parts["attention"], "select": parts["selection"]}
         layer_s = _medians(interleaved(parts, repeats=repeats, warmup=warmup))
         return {
             "tokens": length,

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from seerattention.engine.padding import Padding
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
-from seerattention.scorer import Scorer
+
+if TYPE_CHECKING:
+    from seerattention.engine.summaries import Growing
 
 
 class Unrotate(Protocol):
@@ -26,22 +28,6 @@ class Unrotate(Protocol):
 
     def __call__(self, layer: int, k: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys ``[B, Hk, T, D]`` back that were rotated at positions int64 ``[B, T]``."""
-        ...
-
-
-class Summaries(Protocol):
-    """What is kept of the keys of one layer, for the sequences of a batch."""
-
-    def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
-        """Make the summaries those of all of a call's keys.
-
-        Returns:
-            Why a row of the batch has none, for each, or None where it has.
-        """
-        ...
-
-    def read(self) -> Tensor:
-        """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
         ...
 
 
@@ -61,6 +47,16 @@ class Given(NamedTuple):
     v: Tensor
     q_nope: Tensor
     k_nope: Tensor
+
+
+def _packed(name: str, side: str) -> cached_property[Tensor]:
+    """Return a property: one of a call's given tensors without the padding of its side."""
+
+    def pack(call: AttentionCall) -> Tensor:
+        given = getattr(call.given, name)
+        return given if call.padding is None else getattr(call.padding, side).pack(given)
+
+    return cached_property(pack)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,34 +87,15 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     padding: Padding | None = None
-    summaries: Summaries | None = None
+    summaries: Growing | None = None
     position_ids: Tensor | None = None
     prompt_tokens: int | None = None
 
-    @cached_property
-    def q(self) -> Tensor:
-        """Queries after RoPE."""
-        return self.given.q if self.padding is None else self.padding.queries.pack(self.given.q)
-
-    @cached_property
-    def k(self) -> Tensor:
-        """Keys after RoPE."""
-        return self.given.k if self.padding is None else self.padding.keys.pack(self.given.k)
-
-    @cached_property
-    def v(self) -> Tensor:
-        """Values."""
-        return self.given.v if self.padding is None else self.padding.keys.pack(self.given.v)
-
-    @cached_property
-    def q_nope(self) -> Tensor:
-        """Queries before RoPE."""
-        return self.given.q_nope if self.padding is None else self.padding.queries.pack(self.given.q_nope)
-
-    @cached_property
-    def k_nope(self) -> Tensor:
-        """Keys of the new tokens before RoPE."""
-        return self.given.k_nope if self.padding is None else self.padding.queries.pack(self.given.k_nope)
+    q = _packed("q", "queries")
+    k = _packed("k", "keys")
+    v = _packed("v", "keys")
+    q_nope = _packed("q_nope", "queries")
+    k_nope = _packed("k_nope", "queries")
 
     @cached_property
     def positions(self) -> Tensor:

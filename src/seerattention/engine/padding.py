@@ -13,6 +13,11 @@ from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 
 
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Return numbers of the host as int64 on a device, without waiting for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 class Side:
     """The queries of a padded batch, or its keys.
 
@@ -59,10 +64,9 @@ class Padding:
     Args:
         real: bool ``[B, Tk]``, which keys are real.
         num_queries: Query tokens, the last columns of ``real``.
-        lengths: (real queries, real keys) of every row.
+        lengths: (real queries, real keys) of every row, kept as an attribute.
 
     Attributes:
-        lengths: (real queries, real keys) of every row.
         queries: Where the real queries are.
         keys: Where the real keys are.
     """
@@ -91,15 +95,7 @@ class Padding:
 
     @classmethod
     def of(cls, real: Tensor, num_queries: int) -> Padding | None:
-        """Look for padding in a batch; waits for the device.
-
-        Args:
-            real: bool ``[B, Tk]``, which keys are real.
-            num_queries: Query tokens, the last columns of ``real``.
-
-        Returns:
-            None if all tokens are real.
-        """
+        """Return the padding of a batch, or None if all tokens are real; waits for the device."""
         lengths = torch.stack((real[:, -num_queries:].sum(1), real.sum(1)), 1).tolist()
         if all(k == real.shape[1] for _, k in lengths):
             return None
@@ -113,7 +109,7 @@ class Padding:
         """
         real = self.queries.real
         of_first = position_ids.expand(real.shape[0], -1).gather(1, real.int().argmax(1, keepdim=True))[:, 0]
-        return of_first - torch.tensor([k - q for q, k in self.lengths], device=of_first.device)
+        return of_first - on_device([k - q for q, k in self.lengths], of_first.device)
 
     def part(self, rows: list[int]) -> Padding:
         """Return the padding of some rows."""

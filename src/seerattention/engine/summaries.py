@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seerattention.engine.call import AttentionCall, Unrotate
+from seerattention.engine.padding import on_device
 from seerattention.engine.when import DECODING, decodes
 from seerattention.rows import Rows
 from seerattention.scorer import Scorer
@@ -31,7 +32,7 @@ _MISSING = "dense: cached keys have no summaries, and cannot be rotated back: "
 
 
 class Growing:
-    """Summaries that grow with a KV cache whose tensors grow. See `Summaries`."""
+    """Summaries of the keys of one layer, of the rows of a batch, that grow with their KV cache."""
 
     def __init__(self) -> None:
         self.kept: Kept | None = None
@@ -42,7 +43,11 @@ class Growing:
         return copy.copy(self)
 
     def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
-        """Summarise a call's keys too, and cached keys that no summary belongs to."""
+        """Summarise a call's keys too, and cached keys that no summary belongs to.
+
+        Returns:
+            Why a row of the batch has no summaries, for each, or None where it has.
+        """
         new, past = [n for n, _ in call.lengths], [total - n for n, total in call.lengths]
         kept = self.kept
         if kept is None or not kept.fits(call.given.k, scorer):
@@ -67,7 +72,7 @@ class Growing:
         return tuple(reasons)
 
     def read(self) -> Tensor:
-        """Return the summaries of all blocks, the last one of the tokens it has so far."""
+        """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
         assert self.kept is not None
         return self.kept.read()
 
@@ -90,7 +95,7 @@ def _caught_up(
         ]
     ):
         assert call.first is not None
-        begin = torch.tensor(kept.tokens, device=keys.device)[:, None]
+        begin = on_device(kept.tokens, keys.device)[:, None]
         part = _from(keys, kept.tokens, max(missing))
         positions = begin + torch.arange(part.shape[2], device=keys.device)
         back = unrotate(call.layer, part, call.first.to(keys.device)[:, None] + positions)
@@ -167,7 +172,7 @@ class Kept:
         held = _block_sums(bits[:, :, : most * block], block)
         alike = (held == self.sums[:, :, : held.shape[2]]).all(3).all(1)
         whole = [min(have, p // block) for have, p in zip(self.whole, past, strict=True)]
-        alike &= torch.arange(alike.shape[1], device=device) < torch.tensor(whole, device=device)[:, None]
+        alike &= torch.arange(alike.shape[1], device=device) < on_device(whole, device)[:, None]
         # The tail belongs to what comes before it.
         rest = [
             max(0, min(have % block, p - have // block * block))
@@ -175,7 +180,7 @@ class Kept:
         ]
         tail = _from(bits, [n * block for n in self.whole], max(rest))
         same = (tail == self.tail_bits[:, :, : tail.shape[2]]).all(3).all(1)
-        same |= torch.arange(same.shape[1], device=device) >= torch.tensor(rest, device=device)[:, None]
+        same |= torch.arange(same.shape[1], device=device) >= on_device(rest, device)[:, None]
         # One wait for the device.
         found = torch.stack((alike.int().cumprod(1).sum(1), same.all(1).long()), 1).tolist()
         return self.cut(
@@ -198,9 +203,9 @@ class Kept:
         bits = _behind(self.tail_bits, self.rest, _bits(cached))
         totals = [a + b for a, b in zip(self.rest, new, strict=True)]
         most = max(totals) // block
-        finished, whole = self.finished, self.whole
-        sums = _behind(self.sums, whole, _block_sums(bits[:, :, : most * block], block))
+        finished, sums, whole = self.finished, self.sums, self.whole
         if most:
+            sums = _behind(sums, whole, _block_sums(bits[:, :, : most * block], block))
             positions = self._positions([n * block for n in whole], most * block)
             made = self.scorer.compress(joined[:, :, : most * block], positions=positions)
             if finished is not None:
@@ -224,11 +229,12 @@ class Kept:
             positions = self._positions([n * self.block for n in whole], rest[0])
             last = self.scorer.compress(self.tail[:, :, : rest[0]], positions=positions)
         else:
-            row = torch.tensor([i for i, n in enumerate(rest) for _ in range(n)], device=self.tail.device)
-            column = torch.tensor([j for n in rest for j in range(n)], device=self.tail.device)
-            positions = torch.tensor([n * self.block for n in whole], device=row.device)[row] + column
+            device = self.tail.device
+            row = on_device([i for i, n in enumerate(rest) for _ in range(n)], device)
+            column = on_device([j for n in rest for j in range(n)], device)
+            positions = on_device([n * self.block for n in whole], device)[row] + column
             tails = self.tail.transpose(0, 1)[:, row, column][None]
-            last = summarised(self.scorer, tails, Rows.packed([(n, n) for n in rest], row.device), positions)
+            last = summarised(self.scorer, tails, Rows.packed([(n, n) for n in rest], device), positions)
         return last if self.finished is None else _behind(self.finished, have, last)
 
     def _positions(self, begins: list[int], count: int) -> Tensor:
@@ -236,7 +242,7 @@ class Kept:
         numbers = torch.arange(count, device=self.tail.device)
         if len(set(begins)) == 1:
             return numbers + begins[0]
-        return torch.tensor(begins, device=numbers.device)[:, None] + numbers
+        return on_device(begins, numbers.device)[:, None] + numbers
 
 
 def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
@@ -274,7 +280,7 @@ def _behind(first: Tensor, counts: list[int], second: Tensor) -> Tensor:
     """Put every row of the second tensor behind the first so many columns of the first one's row."""
     if len(set(counts)) == 1:
         return torch.cat((first[:, :, : counts[0]], second), 2) if counts[0] else second
-    count = torch.tensor(counts, device=first.device)[:, None]
+    count = on_device(counts, first.device)[:, None]
     column = torch.arange(max(counts) + second.shape[2], device=first.device)
     column = torch.where(column < count, column, first.shape[2] + column - count)
     return _columns(torch.cat((first, second), 2), column)
@@ -284,7 +290,7 @@ def _from(x: Tensor, begins: list[int], width: int) -> Tensor:
     """Return up to so many columns of every row from its beginning on."""
     if len(set(begins)) == 1:
         return x[:, :, begins[0] : begins[0] + width]
-    begin = torch.tensor(begins, device=x.device)[:, None]
+    begin = on_device(begins, x.device)[:, None]
     return _columns(x, begin + torch.arange(width, device=x.device))
 
 

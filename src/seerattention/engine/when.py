@@ -22,12 +22,8 @@ def why_dense(
 ) -> tuple[str | None, ...]:
     """Return for every row of the batch why it is computed densely, or None.
 
-    Args:
-        call: The call.
-        scorer: Ranks the blocks.
-        policy: Decides how many are read.
-        min_tokens: Sequences shorter than this are dense, all others sparse; None asks the table.
-        known: What was measured on the device at hand, or None: then everything is sparse.
+    Sequences shorter than ``min_tokens`` are dense, all others sparse; None asks what is known of the device
+    at hand, and where nothing is, everything is sparse.
     """
 
     def reason(new: int, total: int) -> str | None:

@@ -20,17 +20,14 @@ from seerattention import baselines
 from seerattention.evals import tasks
 from seerattention.evals.config import SAVED, EvalConfig, Method, TaskPlan
 from seerattention.evals.records import Record, RecordFile
-from seerattention.evals.tasks import Sample, Source, Task, share_found
-from seerattention.evals.tasks._base import generate
+from seerattention.evals.tasks import Sample, Source, Task, generate, share_found
 from seerattention.gate import Scorer
 from seerattention.hosts.transformers import Gates, base_checksum
 from seerattention.measure import bundled
 from seerattention.measure.bundled import BUNDLED
-from seerattention.measure.compare import attached
+from seerattention.measure.compare import attached, short_of
 from seerattention.measure.observe import Watch
 from seerattention.measure.versions import versions
-from seerattention.policies import parse
-from seerattention.rows import num_blocks
 from seerattention.train.data import text_documents
 
 #: A prompt that falls short of its length by more than this share was cut.
@@ -100,10 +97,19 @@ class Evaluation:
 
     def __init__(self, config: EvalConfig, model: PreTrainedModel, source: Source) -> None:
         self.config, self.model, self.source = config, model, source
-        self._check_lengths()
+        limit = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and (past := [n for n in config.lengths if n > limit]):
+            raise ValueError(
+                f"length past the model's limit: {', '.join(map(str, past))} tokens, the model takes "
+                f"{limit}; leave them out, or set model.max_length if its RoPE is scaled"
+            )
         self.tasks: dict[str, Task] = {p.label: tasks.create(p.name, **p.options) for p in config.plans}
         self.scorers = {m.label: _scorer(m) for m in config.methods}
-        self._check_methods()
+        # Everything is attached once, so that what does not fit is known before any work.
+        for method in config.methods:
+            for policy, _ in method.policies(config.densities):
+                with self._attached(method, policy):
+                    pass
         self._known = {
             label: _weights(scorer) if isinstance(scorer, Gates) else ""
             for label, scorer in self.scorers.items()
@@ -117,24 +123,6 @@ class Evaluation:
             for length in plan.lengths:
                 for seed in range(config.seed, config.seed + plan.samples):
                     self.tasks[plan.label].make(source, length, seed)
-
-    def _check_lengths(self) -> None:
-        limit = self.config.max_length or getattr(
-            self.model.config.get_text_config(), "max_position_embeddings", None
-        )
-        if limit is not None and (past := [n for n in self.config.lengths if n > limit]):
-            raise ValueError(
-                f"length past the model's limit: {', '.join(map(str, past))} tokens, the model takes "
-                f"{limit}; leave them out, or set model.max_length if its RoPE is scaled"
-            )
-
-    def _check_methods(self) -> None:
-        """Attach everything once, so that what does not fit is known before any work."""
-        for method in self.config.methods:
-            if method.kind != "dense":
-                for policy, _ in method.policies(self.config.densities):
-                    with self._attached(method, policy):
-                        pass
 
     def _cells(self) -> Iterator[Cell]:
         for length in self.config.lengths:
@@ -180,43 +168,36 @@ class Evaluation:
 
     def missing(self, file: RecordFile) -> int:
         """Return how many samples have no record yet, without those that are not worth making."""
-        return sum(
-            (cell.of, seed) not in file.records
-            for cell in self.cells
-            if not self.skipped(cell, file)
-            for seed in cell.seeds
-        )
+        return sum(1 for _ in self._missing(file))
+
+    def _missing(self, file: RecordFile) -> Iterator[Cell]:
+        """Yield the cell of every sample that is missing."""
+        for cell in self.cells:
+            if not self.skipped(cell, file):
+                yield from (cell for seed in cell.seeds if (cell.of, seed) not in file.records)
 
     def skipped(self, cell: Cell, file: RecordFile) -> bool:
         """Whether dense attention is known to fail at a task, so that nothing else is asked it."""
-        if cell.method.kind == "dense" or not cell.plan.skip_below:
+        share = self.tasks[cell.plan.label].metric == "share"
+        if cell.method.kind == "dense" or not cell.plan.skip_below or not share:
             return False
         dense = next(
             c
             for c in self.cells
             if c.method.kind == "dense" and (c.plan, c.length) == (cell.plan, cell.length)
         )
-        if self.tasks[cell.plan.label].metric != "share":
-            return False
         found = [file.records.get((dense.of, seed)) for seed in dense.seeds]
         scores = [record.score for record in found if record is not None and record.score is not None]
         return len(scores) == len(dense.seeds) and fmean(scores) < cell.plan.skip_below
 
     def short(self) -> list[str]:
         """Return where texts are too short for the density asked for; see `Policy.short_of`."""
-        found: dict[str, None] = {}
-        for cell in self.cells:
-            scorer = self.scorers.get(cell.method.label)
-            if scorer is None:
-                continue
-            if isinstance(scorer, Gates):
-                text = str(scorer.policy) if cell.policy == SAVED else cell.policy
-                policy, block = parse(text, scorer.calibration), scorer.config.block_size
-            else:
-                policy, block = parse(cell.policy), scorer.block_size[1]
-            if why := policy.short_of(num_blocks(cell.length, block), block):
-                found[why] = None
-        return list(found)
+        found = (
+            short_of(scorer, None if cell.policy == SAVED else cell.policy, cell.length)
+            for cell in self.cells
+            if (scorer := self.scorers[cell.method.label]) is not None
+        )
+        return list(dict.fromkeys(filter(None, found)))
 
     def run(self, file: RecordFile, done: Callable[[Cell, Record | None], None]) -> None:
         """Make every record that is missing.
@@ -288,10 +269,7 @@ class Evaluation:
         a = full_s / length - b * length
         return sum(
             a * cell.length + b * cell.length**2 + token_s * self.tasks[cell.plan.label].new_tokens
-            for cell in self.cells
-            if not self.skipped(cell, file)
-            for seed in cell.seeds
-            if (cell.of, seed) not in file.records
+            for cell in self._missing(file)
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from seerattention.files import staged
+from seerattention.settings import typed
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,9 @@ class RecordFile:
         self.records: dict[tuple[str, int], Record] = {}
         self._lock: int | None = None
         if not readonly:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(
-                    f"cannot write {folder} ({error}); choose a folder that can be written"
-                ) from error
+            # Makes the folder, or says that it cannot be written.
+            with staged(folder):
+                pass
             self._lock = _lock(folder)
         text = self.path.read_bytes() if self.path.exists() else b""
         good = self._read(text)
@@ -129,18 +128,15 @@ class RecordFile:
 
 
 def _parsed(content: Any) -> Record:
-    names = {f.name for f in fields(Record)}
-    if not isinstance(content, dict) or set(content) != names:
+    kinds = _kinds()
+    if not isinstance(content, dict) or set(content) != set(kinds):
         raise ValueError("not the fields of a sample")
-    strings = ("of", "method", "policy", "task", "metric", "answer")
-    numbers = ("length", "tokens", "density", "seed", "prefill_s", "seconds")
-    if not all(isinstance(content[n], str) for n in strings):
-        raise ValueError("a text is missing")
-    if not all(isinstance(content[n], int | float) for n in numbers):
-        raise ValueError("a number is missing")
-    if not isinstance(content["score"], int | float | None):
-        raise ValueError("the score is no number")
-    return Record(**content)
+    return Record(**{name: typed(name, value, kinds[name]) for name, value in content.items()})
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(Record)
 
 
 def _lock(folder: Path) -> int | None:

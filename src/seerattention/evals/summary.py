@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median
@@ -113,9 +113,11 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         NOTE,
     ]
-    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        part = [row for row in rows if (row["task"], row["length"]) == (task, length)]
-        lines += ["", f"## {task}, {length:,} tokens", "", *_table(part)]
+    for title, columns, part in tables(rows):
+        if not any(row["faults"] for row in part):
+            columns = columns[:-1]
+        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(cells(row)[: len(columns)])} |" for row in part]
         if len(part) == 1 and part[0]["skip_below"] and (part[0]["score"] or 0) < part[0]["skip_below"]:
             lines += ["", f"Dense attention is below {part[0]['skip_below']:.0%}, so nothing else was asked."]
         if part[0]["by_position"]:
@@ -123,13 +125,12 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    with_faults = any(row["faults"] for row in rows)
-    titles = ["method", "asked", "density", "n", rows[0]["metric"], "95 %", "minus dense", "prefill s", "s"]
-    titles += ["faults"] if with_faults else []
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [f"| {' | '.join(cells(row)[: len(titles)])} |" for row in rows]
-    return lines
+def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
+    """Yield the title, the columns of `cells` and the rows of every task and length."""
+    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
+        part = [row for row in rows if (row["task"], row["length"]) == (task, length)]
+        columns = ["method", "asked", "density", "n", part[0]["metric"], "95 %", "minus dense"]
+        yield f"{task}, {length:,} tokens", [*columns, "prefill s", "s", "faults"], part
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import hidden_states, token_losses
 from seerattention.measure.retrieval import retrieval
 from seerattention.measure.timing import timed
-from seerattention.policies import Policy
+from seerattention.policies import Policy, parse
+from seerattention.rows import num_blocks
 from seerattention.scorer import Scorer
 
 
@@ -35,6 +36,7 @@ class Row:
         needles: Share of the documents' answers that were right in every digit; None without documents.
         recall: Share of the attention mass in the blocks read; None if no rows were sampled.
         prefill_s: Median seconds of a window's way through the decoder; None without windows.
+        short: Where the text is too short for the density asked for, in a sentence; None where it is not.
         losses: Of every window, each token's cross-entropy given the ones before it, fp64 ``[T - 1]``.
     """
 
@@ -46,11 +48,13 @@ class Row:
     needles: float | None = None
     recall: float | None = None
     prefill_s: float | None = None
+    short: str | None = None
     losses: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     def values(self) -> dict[str, Any]:
-        """Return the fields that were measured, but for the losses, as plain JSON types."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
+        """Return what was measured, but for the losses, as plain JSON types."""
+        names = [f.name for f in fields(self) if f.name not in ("short", "losses")]
+        found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -79,6 +83,17 @@ def attached(
         yield watch
     finally:
         detach(model)
+
+
+def short_of(scorer: Gates | Scorer, policy: Policy | str | None, tokens: int) -> str | None:
+    """Say that a text is too short for the density asked for, see `Policy.short_of`; None if it is not."""
+    gates = scorer if isinstance(scorer, Gates) else None
+    if policy is None and gates is not None:
+        policy = gates.policy
+    if not isinstance(policy, Policy):
+        policy = parse(str(policy), gates and gates.calibration)
+    block = scorer.config.block_size if isinstance(scorer, Gates) else scorer.block_size[1]
+    return policy.short_of(num_blocks(tokens, block), block)
 
 
 def measured(
@@ -114,22 +129,24 @@ def measured(
         raise ValueError("give windows of text, needle documents or both; there is nothing to measure on")
     losses, seconds, needles = [], [], None
     with attached(model, scorer, policy, recall_rows=recall_rows) as watch:
-        for tokens in windows:
-            hidden, took = timed(lambda tokens=tokens: hidden_states(model, tokens))
-            losses.append(token_losses(model, hidden, tokens).double().cpu().numpy())
+        for text in windows:
+            hidden, took = timed(lambda text=text: hidden_states(model, text))
+            losses.append(token_losses(model, hidden, text).double().cpu().numpy())
             seconds.append(took)
         if len(documents):
             needles = retrieval(model, documents)
     if policy is None and isinstance(scorer, Gates):
         policy = scorer.policy
+    tokens = max([len(text) for text in windows] + [len(d.tokens) for d in documents])
     return Row(
         method=method or ("dense" if scorer is None else "sparse"),
         policy="" if scorer is None else str(policy),
-        tokens=max([len(tokens) for tokens in windows] + [len(d.tokens) for d in documents]),
+        tokens=tokens,
         density=watch.density,
         perplexity=math.exp(np.concatenate(losses).mean()) if losses else None,
         needles=needles,
         recall=watch.recall if recall_rows else None,
         prefill_s=median(seconds) if seconds else None,
+        short=None if scorer is None else short_of(scorer, policy, tokens),
         losses=tuple(losses),
     )

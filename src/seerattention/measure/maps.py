@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate
-from seerattention.hosts.transformers import AttentionCall, Gates, attach, detach, intercept
+from seerattention.hosts.transformers import AttentionCall, Gates, intercept
+from seerattention.measure.compare import attached
 from seerattention.measure.perplexity import hidden_states
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.rows import Rows
@@ -63,13 +64,9 @@ def record_layers(
         return call.dense()
 
     # Checks that they belong together, and lets the gates rotate as the model does.
-    attach(model, gates, "top_k:1")
-    try:
-        with intercept(model, handler):
-            for tokens in texts:
-                hidden_states(model, tokens)
-    finally:
-        detach(model)
+    with attached(model, gates, "top_k:1"), intercept(model, handler):
+        for tokens in texts:
+            hidden_states(model, tokens)
     return found
 
 

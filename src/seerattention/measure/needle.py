@@ -7,8 +7,9 @@ counts if every digit of it would have been predicted, which is what greedy deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,12 +28,21 @@ THINGS = (
 ).split()
 
 
-class Tokenizer(Protocol):
-    """Anything that turns text into token numbers without adding special ones."""
+def insert(
+    context: np.ndarray, pieces: Sequence[np.ndarray], places: Sequence[int]
+) -> tuple[np.ndarray, list[int]]:
+    """Put pieces before the context's tokens at ``places``, int64; return all, and where each piece begins.
 
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
-        """Return the tokens of a text."""
-        ...
+    Pieces of one place follow one another as they are given.
+    """
+    order = sorted(range(len(pieces)), key=lambda i: places[i])
+    parts, starts, done, total = [], [0] * len(pieces), 0, 0
+    for i in order:
+        total += places[i] - done
+        parts += [context[done : places[i]], pieces[i]]
+        starts[i], done = total, places[i]
+        total += len(pieces[i])
+    return np.concatenate([*parts, context[done:]]), starts
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class NeedleTask:
     """Makes needle documents.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's, or what has its ``encode``.
         haystack: Tokens of ordinary text, int ``[n]``; documents are windows of it.
         num_needles: Key/number pairs per document.
         digits: Digits per number.
@@ -82,9 +92,7 @@ class NeedleTask:
         ValueError: If there are more needles than keys, or no digits.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, haystack: np.ndarray, num_needles: int = 8, digits: int = 5
-    ) -> None:
+    def __init__(self, tokenizer: Any, haystack: np.ndarray, num_needles: int = 8, digits: int = 5) -> None:
         names = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
         self.num_needles = num_needles
         self.digits = digits
@@ -151,32 +159,19 @@ class NeedleTask:
             raise ValueError(f"the haystack has {len(self.haystack)} tokens, {room} are needed")
         start = int(rng.integers(0, len(self.haystack) - room + 1))
         text = self.haystack[start : start + room].astype(np.int64)
-        # A piece is put before the text token of its place; needles first where places are equal.
-        last = room if questions == "end" else room // 2
-        where = rng.integers(0, last, count)
-        places = [(int(x), 0, i, needle) for i, (x, needle) in enumerate(zip(where, needles, strict=True))]
+        where = rng.integers(0, room if questions == "end" else room // 2, count).tolist()
         if questions == "end":
-            places += [(room, 1, i, piece) for i, piece in enumerate(asked)]
+            where += [room] * count
         else:
-            where = rng.integers(room // 2, room + 1, count)
-            places += [(int(x), 1, i, piece) for i, (x, piece) in enumerate(zip(where, asked, strict=True))]
-        places.sort(key=lambda place: place[:3])
-        parts, answers, asked_for, spans = [], [], [], {}
-        done = total = 0
-        for place, question, index, piece in places:
-            parts += [text[done:place], piece]
-            total += place - done + len(piece)
-            done = place
-            if question:
-                answers.append((total - len(newline) - self.digits, total - len(newline)))
-                asked_for.append(int(order[index]))
-            else:
-                spans[index] = total - len(piece), total
-        parts.append(text[done:])
+            where += rng.integers(room // 2, room + 1, count).tolist()
+        tokens, starts = insert(text, needles + asked, where)
+        appear = sorted(range(count), key=lambda i: starts[count + i])
+        ends = [starts[count + i] + len(asked[i]) - len(newline) for i in appear]
+        asked_for = [int(order[i]) for i in appear]
         return NeedleDocument(
-            tokens=np.concatenate(parts),
-            answers=tuple(answers),
+            tokens=tokens,
+            answers=tuple((end - self.digits, end) for end in ends),
             keys=tuple(self.names[picks[i]] for i in asked_for),
             values=tuple("".join(map(str, digits[i])) for i in asked_for),
-            places=tuple(spans[i] for i in asked_for),
+            places=tuple((starts[i], starts[i] + len(needles[i])) for i in asked_for),
         )

@@ -53,7 +53,7 @@ class Watch:
     @torch.inference_mode()
     def __call__(self, layer: int, call: AttentionCall, selection: BlockSelection) -> None:
         """Add one layer's call; the signature of `attach`'s observer."""
-        rows = Rows.last(call.q.shape[2], call.k.shape[2])
+        rows = call.rows
         batch, heads = selection.shape[:2]
         _add(self._read, selection.counts.sum(dtype=torch.int64))
         self.valid += sum(

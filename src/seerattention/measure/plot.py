@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 COLOURS = {"gate": "#1f6feb", "live": "#6f42c1", "dense": "#24292f", "other": "#9a6700"}
@@ -18,12 +21,27 @@ def require_matplotlib() -> None:
         raise ModuleNotFoundError("figures need matplotlib; pip install 'seerattention[plot]'")
 
 
-def pyplot() -> Any:
-    """Return matplotlib set up to draw into files."""
+@contextmanager
+def drawn(path: Path, *rows_columns: int, title: str = "", **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield a figure and its axes to draw on, as matplotlib's ``subplots`` makes them; then it is written.
+
+    Args:
+        path: The picture.
+        rows_columns: Rows and columns of axes.
+        title: Above all of them.
+        options: Of ``subplots``.
+    """
     require_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt
+    figure, axes = plt.subplots(*rows_columns, constrained_layout=True, **options)
+    try:
+        yield figure, axes
+        if title:
+            figure.suptitle(title)
+        figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)

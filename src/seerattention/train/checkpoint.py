@@ -26,11 +26,7 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, An
 
 
 def read_checkpoint(path: Path, mine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return progress and tensors of a checkpoint.
-
-    Args:
-        path: The file.
-        mine: What the checkpoint must share with this run.
+    """Return progress and tensors of a checkpoint, which must share with this run what is ``mine``.
 
     Raises:
         ValueError: If the file is damaged or of another run.

@@ -33,16 +33,9 @@ class Distiller(Loop):
     computed in one call, the gate's loss is taken and differentiated at once, and everything but the
     gate's gradients is dropped. No gradient reaches the model, and its head never runs.
 
-    Args:
-        model: The base model; its weights do not change.
-        gates: The gates to train, in place.
-        batches: See `Loop`.
-        config: How to train.
-        out: See `Loop`.
+    Args: those of `Loop`, of which ``shard`` shards the frozen base, and
         heldout: Held-out sequences, int ``[T]`` each. With them the best gates by recall are kept and
             are the gates at the end.
-        accelerator: See `Loop`.
-        shard: See `Loop`; the frozen base is sharded.
         decoder: What runs the model up to its last hidden states; default its own decoder. A model
             that is sharded already is run by the module that knows it is.
 
@@ -112,13 +105,11 @@ class Distiller(Loop):
                 f"{self._checksum[:12]} before, {after[:12]} after); these gates belong to no saved model"
             )
 
-    def _report(
-        self, values: list[float], norms: list[float], density: float, tokens: int, seconds: float
-    ) -> Step:
+    def _report(self, values: list[float], norms: list[float], density: float, read: Any) -> Step:
         (loss, recall), measured = values, None
         if len(self.heldout) and (self.done % self.config.eval_every == 0 or self.done == self.config.steps):
             measured = self._measure()
-        return Step(self.done, loss, recall, tokens, seconds, measured)
+        return Step(self.done, loss, recall, heldout_recall=measured, **read)
 
     def memory(self, length: int) -> dict[str, int]:
         """Return the most that weights, optimizer and a layer's maps take; the forward pass comes on top."""
@@ -136,15 +127,7 @@ class Distiller(Loop):
         }
 
     def accumulate(self, batch: Batch, density: float) -> Tensor:
-        """Run this process's share through the frozen model; leave gradients in the gates.
-
-        Args:
-            batch: The global batch.
-            density: At which recall is measured.
-
-        Returns:
-            fp32 ``[2]``, this share's part of the global loss and recall.
-        """
+        """Run this process's share through the frozen model; leave gradients in the gates."""
         share = self._share(batch)
         return torch.stack([self._forward(*one, share.learned, density) for one in share.passes]).sum(0)
 

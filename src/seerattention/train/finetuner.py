@@ -32,14 +32,10 @@ class Finetuner(Loop):
     or none (`prepare`). They are kept in fp32; where the model came in 16 bits, products run in bfloat16.
     Several processes share a step and their gradients are summed; with FSDP2 the model is sharded by layer.
 
-    Args:
+    Args: those of `Loop`, and
         model: The model, also wrapped by PEFT; trained in place.
-        gates: Its gates, trained in place.
-        batches: See `Loop`; the steps that warm up the gates come first.
-        config: How to train.
-        out: See `Loop`; ``warmup`` in it has what belongs to the gates' own steps.
-        accelerator: See `Loop`.
-        shard: See `Loop`.
+        batches: The steps that warm up the gates come first.
+        out: ``warmup`` in it has what belongs to the gates' own steps.
         backend: Of `block_sparse_attention`.
 
     Raises:
@@ -79,33 +75,27 @@ class Finetuner(Loop):
             parameter.data = parameter.data.float()
         self.language = LanguageLoss(base)
         if self.sharded:
-            self._shard()
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            shard_layers(base, self.language, self.accelerator)
+            register_fsdp_forward_method(self.language, "decode")
         self.named = {f"model.{n}": p for n, p in base.named_parameters() if p.requires_grad}
-        self.optimizer = self._make_optimizer()
+        # One tensor at a time, without fusing, on a CPU: the same result on every run.
+        how: dict[str, Any] = {"fused": True} if self.device.type == "cuda" else {"foreach": False}
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), **how)
         self._resume()
         self._write_run()
         self._warm_up: Distiller | None = None
 
-    def _shard(self) -> None:
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        shard_layers(self.model, self.language, self.accelerator)
-        register_fsdp_forward_method(self.language, "decode")
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        # One tensor at a time, without fusing, on a CPU: the same result on every run.
-        how: dict[str, Any] = {"fused": True} if self.device.type == "cuda" else {"foreach": False}
-        matrices = [p for p in self.named.values() if p.dim() > 1]
-        vectors = [p for p in self.named.values() if p.dim() <= 1]
-        lr = {"lr": self.config.lr, "peak": self.config.lr}
-        gate_lr = {"lr": self.config.gate_lr, "peak": self.config.gate_lr}
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": self.config.weight_decay, **lr},
-            {"params": vectors, "weight_decay": 0.0, **lr},
-            {"params": list(self.named_gates.values()), "weight_decay": 0.0, **gate_lr},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), **how)
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return what is trained, by rate and decay."""
+        c, own = self.config, self.named.values()
+        groups = (
+            ([p for p in own if p.dim() > 1], c.lr, c.weight_decay),
+            ([p for p in own if p.dim() <= 1], c.lr, 0.0),
+            (list(self.named_gates.values()), c.gate_lr, 0.0),
+        )
+        return [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
     def warm_up(self) -> Distiller | None:
         """Return what trains the gates alone before the joint steps; None where that is done."""
@@ -165,14 +155,10 @@ class Finetuner(Loop):
         half = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
-    def _report(
-        self, values: list[float], norms: list[float], density: float, tokens: int, seconds: float
-    ) -> JointStep:
-        learn = self.config.gate_weight or self.config.soft_gates
+    def _report(self, values: list[float], norms: list[float], density: float, read: Any) -> JointStep:
         loss, *rest = values
-        gate_loss, recall = rest if learn else (None, None)
-        norm, gate_norm = norms
-        return JointStep(self.done, loss, gate_loss, recall, density, norm, gate_norm, tokens, seconds)
+        gate_loss, recall = rest if self.config.gate_weight or self.config.soft_gates else (None, None)
+        return JointStep(self.done, loss, gate_loss, recall, density, norms[0], norms[1], **read)
 
     def _clip(self, norm: float) -> None:
         """Scale the model's gradients down to the norm that they may have."""
@@ -182,15 +168,7 @@ class Finetuner(Loop):
                     parameter.grad.mul_(self.config.clip / norm)
 
     def accumulate(self, batch: Batch, density: float) -> Tensor:
-        """Run this process's share of a batch; leave gradients in model and gates.
-
-        Args:
-            batch: The global batch.
-            density: Fraction of the causally valid blocks to read.
-
-        Returns:
-            fp32 ``[3]``, this share's part of the global loss, gate loss and recall.
-        """
+        """Run this process's share of a batch; leave gradients in model and gates."""
         share = self._share(batch)
         self.model.train()
         devices = [self.device] if self.device.type == "cuda" else []

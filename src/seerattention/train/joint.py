@@ -129,17 +129,12 @@ class JointPass:
         if self.density >= 1:
             return dense_attention(q, k, v, **more)
         selection = self._select(gate, scores.detach(), length)
-        policy = policy_of(self.density)
-        bias = log_gates(scores, selection, policy, length, self.settings.temperature)
+        bias = log_gates(scores, selection, policy_of(self.density), length, self.settings.temperature)
         return soft_attention(q, k, v, selection, bias, **more)
 
     def _select(self, gate: AttnGate, scores: Tensor, length: int) -> BlockSelection:
-        return select(
-            policy_of(self.density),
-            scores,
-            rows=Rows.last(length, length),
-            block_size=gate.block_size,
-        )
+        rows = Rows.last(length, length)
+        return select(policy_of(self.density), scores, rows=rows, block_size=gate.block_size)
 
     @staticmethod
     @torch.no_grad()

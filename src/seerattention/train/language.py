@@ -21,9 +21,6 @@ class LanguageLoss(nn.Module):
 
     It is what FSDP2 wraps, since the head's weights may be those of the embedding. What routers of experts
     add to the loss of some models is no part of it.
-
-    Args:
-        model: The model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,15 +32,9 @@ class LanguageLoss(nn.Module):
         return self.model.get_decoder()(tokens, **kwargs)
 
     def forward(self, tokens: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
-        """Return the summed cross-entropy.
+        """Return the summed cross-entropy, fp32, in nats; ``kwargs`` are for the decoder.
 
-        Args:
-            tokens: int64 ``[B, T]``.
-            targets: int64 ``[B, T]``, the token behind each; ``IGNORED`` where it is not predicted.
-            kwargs: For the decoder.
-
-        Returns:
-            fp32 scalar, in nats.
+        Both tensors are int64 ``[B, T]``: ``targets`` has the token behind each, or ``IGNORED``.
         """
         # Not by `decode`, behind which FSDP2 would take the head's weights away again.
         hidden = self.model.get_decoder()(tokens, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)

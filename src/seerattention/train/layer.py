@@ -48,14 +48,8 @@ def learn(
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of one layer's weighted loss to the gate's; wait for nothing on the device.
 
-    Args:
-        gate: The gate.
-        q_nope: ``[B, Hq, T, D]`` before the rotary embedding.
-        k_nope: ``[B, Hk, T, D]`` before the rotary embedding.
-        target: fp32 ``[B, Hq, N, N]`` from `pooled_attention`.
-        objective: What to minimise.
-        weight: Factor of the loss: this call's share of the global batch.
-        density: Of the recall.
+    Queries and keys are those of `gate_scores`, the target is fp32 ``[B, Hq, N, N]`` from `pooled_attention`,
+    ``weight`` a factor of the loss, this call's share of the global batch, ``density`` that of the recall.
 
     Returns:
         fp32 ``[2]`` on the device: ``weight`` times loss and recall; and the scores, without a gradient.

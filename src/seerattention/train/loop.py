@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seerattention.files import write_whole
+from seerattention.files import write_json
 from seerattention.hosts.transformers import Gates
 from seerattention.train import objectives
 from seerattention.train.checkpoint import (
@@ -116,7 +116,9 @@ class Loop:
                 if self.accelerator.is_main_process:
                     with (self.out / METRICS).open("a") as log:
                         log.write(json.dumps(asdict(report)) + "\n")
-                    _to_board(board, asdict(report))
+                    for name, value in asdict(report).items():
+                        if board is not None and isinstance(value, float):
+                            board.add_scalar(name, value, report.step)
                 if self.done % self.config.save_every == 0 or self.finished:
                     self.save()
             yield report
@@ -195,11 +197,10 @@ class Loop:
         self._clip(norms[0])
         self.optimizer.step()
         self.done += 1
-        return self._report(values, norms, density, tokens_of(batch).size, time.perf_counter() - started)
+        read = {"tokens": tokens_of(batch).size, "seconds": time.perf_counter() - started}
+        return self._report(values, norms, density, read)
 
-    def _report(
-        self, values: list[float], norms: list[float], density: float, tokens: int, seconds: float
-    ) -> Any:
+    def _report(self, values: list[float], norms: list[float], density: float, read: Any) -> Any:
         raise NotImplementedError
 
     def _clip(self, norm: float) -> None:
@@ -290,7 +291,7 @@ class Loop:
                 "sharded": self.sharded,
                 **more,
             }
-            write_whole(self.out / RUN, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+            write_json(self.out / RUN, report)
 
     def _board(self) -> Any:
         if self.out is None or not self.accelerator.is_main_process:
@@ -313,11 +314,3 @@ def _gradients(named: dict[str, nn.Parameter]) -> list[Tensor]:
 def _norm(named: dict[str, nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in named.values() if p.grad is not None]
     return whole(torch.nn.utils.get_total_norm(gradients)).float() if gradients else torch.zeros(())
-
-
-def _to_board(board: Any, report: dict[str, Any]) -> None:
-    if board is None:
-        return
-    for name, value in report.items():
-        if isinstance(value, float):
-            board.add_scalar(name, value, report["step"])

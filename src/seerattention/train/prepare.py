@@ -48,24 +48,20 @@ def prepare(model: PreTrainedModel, *, lora: int = 0, gates_only: bool = False) 
     if gates_only:
         return model
     if lora:
-        return _with_adapters(model, lora)
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "LoRA needs the package peft: pip install 'seerattention[train]'"
+            ) from error
+        config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "the base model is quantised, and weights of so few bits cannot be trained; train adapters on it "
             "(lora), the gates alone (gates only), or load it in full precision"
         )
     return model.requires_grad_(True)
-
-
-def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "LoRA needs the package peft: pip install 'seerattention[train]'"
-        ) from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -132,17 +128,10 @@ def extend_context(
 def training_backend(
     model: PreTrainedModel, block_size: int, backend: str, *, trained: bool, soft: bool
 ) -> str:
-    """Return the backend of `block_sparse_attention` that can train this model.
+    """Return the backend that can train this model with blocks of this size: the one that was asked for.
 
-    Args:
-        model: The model, on its device.
-        block_size: Tokens per block.
-        backend: What was asked for.
-        trained: Whether gradients must pass the attention.
-        soft: Whether gates are soft.
-
-    Returns:
-        ``backend``; for ``auto`` on a CPU where none of the fast ones has a backward, ``reference``.
+    For ``auto`` on a CPU where none of the fast ones has a backward, it is ``reference``. ``trained`` says
+    whether gradients must pass the attention, ``soft`` whether gates are soft.
 
     Raises:
         ValueError: If it is unknown, or cannot train, with its reasons.
@@ -176,18 +165,10 @@ def training_backend(
 
 def _why_not(model: PreTrainedModel, block_size: int) -> dict[str, list[str]]:
     """Return every backend's reasons why it cannot train on tensors like this model's."""
-    shape = BaseInfo.of(model)
+    shape, length = BaseInfo.of(model), 2 * block_size
     dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    q, k, v = (
-        torch.zeros(
-            1, h, 2 * block_size, shape.head_dim, dtype=dtype, device=model.device, requires_grad=True
-        )
-        for h in heads
-    )
-    selection = BlockSelection.full(
-        Rows.last(2 * block_size, 2 * block_size), (block_size, block_size), model.device
-    )
-    options = Options.of(q, k)
+    like = {"dtype": dtype, "device": model.device, "requires_grad": True}
+    q, k = (torch.zeros(1, h, length, shape.head_dim, **like) for h in (shape.num_heads, shape.num_kv_heads))
+    selection = BlockSelection.full(Rows.last(length, length), (block_size, block_size), model.device)
     with torch.enable_grad():
-        return explain(BACKENDS, q=q, k=k, v=v, selection=selection, options=options)
+        return explain(BACKENDS, q=q, k=k, v=k, selection=selection, options=Options.of(q, k))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -25,10 +23,8 @@ def make_accelerator(device: str = "") -> Accelerator:
 def shard_layers(model: PreTrainedModel, root: nn.Module, accelerator: Accelerator) -> None:
     """Shard a model over the processes, a unit per layer, as Accelerate's FSDP2 plugin says.
 
-    Args:
-        model: The model; all parameters of a unit that are trained and those that are not stay so.
-        root: The module whose forward pass runs everything: the rest of its parameters is one unit.
-        accelerator: The processes.
+    The parameters that are trained and those that are not stay so. ``root`` is the module whose forward pass
+    runs everything: the rest of its parameters is one unit.
 
     Raises:
         ValueError: If there is one process only.
@@ -40,15 +36,12 @@ def shard_layers(model: PreTrainedModel, root: nn.Module, accelerator: Accelerat
         raise ValueError("there is one process, nothing to shard over; start several by accelerate launch")
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    settings: dict[str, Any] = {
-        "mesh": mesh,
-        "reshard_after_forward": plugin is None or bool(plugin.reshard_after_forward),
-    }
+    reshard = plugin is None or bool(plugin.reshard_after_forward)
     layers = model.get_decoder().layers
     assert isinstance(layers, nn.ModuleList)
     for layer in layers:
-        fully_shard(layer, **settings)
-    fully_shard(root, **settings)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(root, mesh=mesh, reshard_after_forward=reshard)
 
 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:

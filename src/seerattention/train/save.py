@@ -60,26 +60,21 @@ def save_finetuned(
             with torch.no_grad():
                 for name, value in tensors.items():
                     own[name].copy_(value)
-    folder = out / (ADAPTER if _keeps_adapters(wrapped) else MODEL)
+    quantised = getattr(unwrapped(wrapped), "is_quantized", False)
+    folder = out / (ADAPTER if hasattr(wrapped, "peft_config") and quantised else MODEL)
     if tuner.accelerator.is_main_process:
         _save(wrapped, tuner, folder, tokenizer)
         # As plain transformers reads it back: gates know what others will load.
         if folder.name == MODEL:
-            saved = AutoModelForCausalLM.from_pretrained(folder)
-            tuner.gates.base = BaseInfo.of(saved)
+            tuner.gates.base = BaseInfo.of(AutoModelForCausalLM.from_pretrained(folder))
         save_gates(tuner.gates, out / GATES, policy=policy)
     tuner.accelerator.wait_for_everyone()
     return folder
 
 
-def _keeps_adapters(wrapped: nn.Module) -> bool:
-    return hasattr(wrapped, "peft_config") and bool(getattr(unwrapped(wrapped), "is_quantized", False))
-
-
 def _save(wrapped: Any, tuner: Finetuner, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    if folder.name == MODEL and hasattr(wrapped, "peft_config"):
-        wrapped = wrapped.merge_and_unload()
-    model: PreTrainedModel = wrapped
+    merges = folder.name == MODEL and hasattr(wrapped, "peft_config")
+    model: PreTrainedModel = wrapped.merge_and_unload() if merges else wrapped
     if folder.name == MODEL:
         # Not its buffers: rotary frequencies stay in fp32, as they are when a model is loaded.
         for parameter in model.parameters():

@@ -43,14 +43,7 @@ def tokens_of(batch: Batch) -> np.ndarray:
 
 
 def share_of(batch: Batch, block_size: int, world: int, rank: int, grad_accum: int) -> Share:
-    """Return one process's part of a batch.
-
-    Args:
-        batch: The global batch.
-        block_size: Tokens per block.
-        world: Processes.
-        rank: Which one.
-        grad_accum: Forward passes on each.
+    """Return the part of a global batch of process ``rank`` of ``world``, in ``grad_accum`` passes.
 
     Raises:
         ValueError: If nothing of it can be learned from, or it cannot be split evenly.

@@ -19,17 +19,11 @@ def log_gates(
 
     A gate is ``sigmoid((score - limit) / temperature)``, its limit half-way between the worst block that
     the policy took in the row and the best it left; no gradient passes the limit. Blocks that are read
-    whatever their score, and rows that leave none out, have an open gate, 0.
+    whatever their score, and rows that leave none out, have an open gate, 0. Towards a temperature of 0
+    gates become hard.
 
-    Args:
-        scores: fp32 ``[B, H, N, N]``, before softmax, with a gradient.
-        selection: What was chosen by these scores.
-        policy: What chose it.
-        num_tokens: Tokens of the sequence.
-        temperature: In units of scores, above 0; towards 0 gates become hard.
-
-    Returns:
-        fp32 ``[B, H, N, N]``; of blocks that are not read without a meaning.
+    The scores, from before softmax and with a gradient, and what is returned are fp32 ``[B, H, N, N]``; of
+    blocks that are not read it is without a meaning.
     """
     size = selection.block_size
     rows = Rows.last(num_tokens, num_tokens)
@@ -56,20 +50,10 @@ def soft_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute causal attention over the selected blocks with a bias per block, by its whole map.
+    """Compute `block_sparse_attention` with a bias per block, by its whole map.
 
-    Args:
-        q: ``[B, Hq, T, D]``.
-        k: ``[B, Hk, T, D]``.
-        v: ``[B, Hk, T, D]``.
-        selection: The blocks to read; its heads are 1, Hk or Hq.
-        bias: fp32, shaped as the selection, added to a block's logits after scale and soft-cap.
-        scale: Softmax scale.
-        softcap: See `block_sparse_attention`.
-        sinks: See `block_sparse_attention`.
-
-    Returns:
-        ``[B, Hq, T, D]``, differentiable in q, k, v and bias.
+    The bias is fp32, shaped as the selection, and added to a block's logits after scale and soft-cap. The
+    result is differentiable in q, k, v and bias.
     """
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
     mask = token_mask(selection, q.shape[1], Rows.last(length, length))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +69,7 @@ class Source:
     def read(self, tokenizer: PreTrainedTokenizerBase, least: int) -> Text:
         """Read the text; the first batch too, so that text nobody can learn from is refused before any work.
 
-        Args:
-            tokenizer: The model's.
-            least: Tokens of the shortest document that gates learn from.
+        Gates learn from documents of ``least`` tokens or more.
 
         Raises:
             FileNotFoundError: If a file does not exist.
@@ -100,22 +97,19 @@ class Source:
     ) -> tuple[Packs, np.ndarray, str, str]:
         documents, skipped, said = dataset_documents(self.dataset, tokenizer, split=self.split), 0, "given"
         if not len(held):
-            skipped, held = self._first(documents)
+            parts: list[np.ndarray] = []
+            for document in documents():
+                parts.append(document)
+                if sum(map(len, parts)) >= HELDOUT_WINDOWS * self.length:
+                    break
+            if not parts:
+                raise ValueError(f"the dataset {self.dataset} has no rows in split {self.split!r}")
+            skipped, held = len(parts), np.concatenate(parts)
             said = f"the first {skipped} documents, not trained on"
         batches = Packs(
             lambda: itertools.islice(documents(), skipped, None), self.length, self.sequences, least
         )
         return batches, held, f"{self.dataset}, streamed", said
-
-    def _first(self, documents: Callable[[], Iterator[np.ndarray]]) -> tuple[int, np.ndarray]:
-        parts: list[np.ndarray] = []
-        for document in documents():
-            parts.append(document)
-            if sum(map(len, parts)) >= HELDOUT_WINDOWS * self.length:
-                break
-        if not parts:
-            raise ValueError(f"the dataset {self.dataset} has no rows in split {self.split!r}")
-        return len(parts), np.concatenate(parts)
 
     def _local(
         self, tokenizer: PreTrainedTokenizerBase, least: int, held: np.ndarray

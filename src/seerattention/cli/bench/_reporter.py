@@ -7,12 +7,7 @@ from rich.progress import Progress
 
 
 class ProgressReporter:
-    """A `seerattention.bench.plan.Reporter` on a console.
-
-    Args:
-        console: Where lines go.
-        progress: Where the bar is, open.
-    """
+    """A `seerattention.bench.plan.Reporter` of lines on a console and an open bar."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         self.console, self.progress = console, progress

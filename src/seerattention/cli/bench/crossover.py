@@ -8,6 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from seerattention.cli._show import bar, console_of, formatted
+from seerattention.cli.bench._reporter import ProgressReporter
+from seerattention.files import staged, write_json
+
 #: Columns of the table, and how a row's values are written.
 COLUMNS = {
     "tokens": "{tokens:,}",
@@ -42,11 +46,7 @@ def run(
     from seerattention.bench.crossover import WORTHWHILE, entry_of, merged
     from seerattention.bench.plan import DEFAULTS, Plan
     from seerattention.bench.prefill import measure
-    from seerattention.cli._show import bar, formatted
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli.bench._reporter import ProgressReporter
     from seerattention.crossover import read_table
-    from seerattention.files import staged, write_json
 
     console = console_of()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from seerattention.cli._show import bar, console_of, formatted
+from seerattention.cli.bench._reporter import ProgressReporter
+from seerattention.files import staged, write_json
 
 #: Columns of the tables, and how a row's values are written.
 ATTENTION = {
@@ -78,10 +80,6 @@ def run(
     from seerattention.bench.plan import DEFAULTS, Plan
     from seerattention.bench.prefill import measure
     from seerattention.bench.roofline import draw_roofline
-    from seerattention.cli._show import bar
-    from seerattention.cli._show import console as console_of
-    from seerattention.cli.bench._reporter import ProgressReporter
-    from seerattention.files import staged, write_json
     from seerattention.measure.plot import require_matplotlib
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,8 +124,6 @@ def run(
 
 def _show(report: dict[str, Any], console: Console) -> None:
     """Print the ceilings and the tables of a report."""
-    from seerattention.cli._show import formatted
-
     limits = report["ceilings"]
     l2 = f", reads from L2 {limits['l2_tbs']:.1f} TB/s" if limits["l2_tbs"] else ""
     size = limits["matmul_size"]

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from seerattention.files import staged
+
 
 def run(
     report: Annotated[Path, typer.Argument(help="A result of bench prefill.")],
@@ -17,7 +19,6 @@ def run(
 ) -> None:
     """Draw the rate over selected work against density under the device's ceilings; needs matplotlib."""
     from seerattention.bench.roofline import draw_roofline
-    from seerattention.files import staged
     from seerattention.measure.plot import require_matplotlib
 
     require_matplotlib()

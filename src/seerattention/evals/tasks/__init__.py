@@ -2,7 +2,7 @@
 
 A task makes samples, each a pure function of its options, the tokenizer, the text, a length and a seed,
 whatever else ran; and runs a model on one. The families after RULER (arXiv 2404.06654) use its wording,
-sizes, lengths of answers and scoring, `_scoring`; what differs is said in each file.
+sizes, lengths of answers and scoring; what differs is said in each file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from seerattention.evals.tasks._base import Outcome as Outcome
 from seerattention.evals.tasks._base import Sample as Sample
 from seerattention.evals.tasks._base import Source as Source
 from seerattention.evals.tasks._base import Task as Task
-from seerattention.evals.tasks._scoring import share_found as share_found
-from seerattention.evals.tasks._scoring import whether_any as whether_any
+from seerattention.evals.tasks._base import generate as generate
+from seerattention.evals.tasks._base import share_found as share_found
+from seerattention.evals.tasks._base import whether_any as whether_any
 
 
 def names() -> list[str]:

@@ -1,4 +1,8 @@
-"""What tasks share: the text they are made of, what a sample and its outcome are, greedy answers."""
+"""What tasks share: the text they are made of, what a sample and its outcome are, greedy answers.
+
+Answers are scored as in RULER (arXiv 2404.06654), section 4, and its published code: ``string_match_all``,
+``string_match_part`` and ``postprocess_pred`` of its evaluation, here per sample and in 0 to 1, not per cent.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,6 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.evals.tasks._scoring import share_found
 from seerattention.hosts.transformers import cache_argument
 
 #: Stands for the question while a chat template is written around it.
@@ -22,6 +25,9 @@ _MARK = "\N{REPLACEMENT CHARACTER}question\N{REPLACEMENT CHARACTER}"
 
 #: Tokens whose text ends so may end a sentence.
 _SENTENCE_ENDS = re.compile(r"[.!?][\"'”’)]*\s*$")
+
+
+_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(eq=False)
@@ -160,6 +166,18 @@ class Task(Protocol):
         ...
 
 
+def share_found(answer: str, expected: Sequence[str]) -> float:
+    """Return the share of the expected strings that the answer contains, whatever their case."""
+    # A newline for every control character, as RULER has it.
+    text = _CONTROL.sub("\n", answer.strip()).strip().lower()
+    return sum(e.lower() in text for e in expected) / len(expected)
+
+
+def whether_any(answer: str, expected: Sequence[str]) -> float:
+    """Return 1 if the answer contains any of the expected strings, whatever their case, else 0."""
+    return float(share_found(answer, expected) > 0)
+
+
 class Generated:
     """Base of tasks whose answers are generated greedily and scored by the strings they contain."""
 
@@ -202,38 +220,34 @@ def rng_of(name: str, length: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(name.encode()), length, seed])
 
 
-def wrap(source: Source, before: str, context: np.ndarray, question: str, prefix: str) -> np.ndarray:
-    """Return a whole prompt: what comes before the context, the context, the question, the answer's start."""
-    begin, end = source.frame
-    parts = [begin, source.encode(before), context, source.encode(question), end, source.encode(prefix)]
-    return np.concatenate(parts)
+class Prompt:
+    """A prompt but for its context: what comes before it, the question and the answer's start.
 
-
-def room_for(source: Source, length: int, new_tokens: int, *texts: str) -> int:
-    """Return the tokens that are left for the context beside texts, the frame and the answer."""
-    taken = sum(len(source.encode(text)) for text in texts) + sum(map(len, source.frame))
-    return length - new_tokens - taken
-
-
-def check_room(what: str, length: int, room: int, least: int) -> None:
-    """Refuse a length whose context cannot hold what it must.
-
-    Raises:
-        ValueError: If ``room`` is below ``least``.
+    Attributes:
+        room: Tokens that are left for the context beside these, the frame and the answer.
     """
-    if room < least:
-        raise ValueError(f"{what} needs about {length + least - room} tokens, got {length}; ask for more")
 
+    def __init__(
+        self, task: str, source: Source, length: int, new_tokens: int, before: str, question: str, prefix: str
+    ) -> None:
+        begin, end = source.frame
+        self._task, self._length, self._new_tokens = task, length, new_tokens
+        self._before = np.concatenate([begin, source.encode(before)])
+        self._behind = np.concatenate([source.encode(question), end, source.encode(prefix)])
+        self.room = length - new_tokens - len(self._before) - len(self._behind)
 
-def insert(
-    context: np.ndarray, pieces: Sequence[np.ndarray], places: Sequence[int]
-) -> tuple[np.ndarray, list[int]]:
-    """Put pieces before the context's tokens at ``places``; return all, and where each piece begins."""
-    order = sorted(range(len(pieces)), key=lambda i: places[i])
-    parts, starts, done, total = [], [0] * len(pieces), 0, 0
-    for i in order:
-        total += places[i] - done
-        parts += [context[done : places[i]], pieces[i]]
-        starts[i], done = total, places[i]
-        total += len(pieces[i])
-    return np.concatenate([*parts, context[done:]]), starts
+    def check(self, room: int, least: int) -> None:
+        """Refuse a length that leaves less room than the context needs.
+
+        Raises:
+            ValueError: If ``room`` is below ``least``.
+        """
+        if room < least:
+            need = self._length + least - room
+            raise ValueError(f"{self._task} needs about {need} tokens, got {self._length}; ask for more")
+
+    def sample(self, context: np.ndarray, expected: Sequence[str], starts: Sequence[int] = ()) -> Sample:
+        """Return the sample with its context, and where in that the answers stand."""
+        prompt = np.concatenate([self._before, context, self._behind])
+        places = tuple(len(self._before) + start for start in starts)
+        return Sample(prompt, tuple(expected), places, self._new_tokens)

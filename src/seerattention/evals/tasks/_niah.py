@@ -13,17 +13,8 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from seerattention.evals.tasks._base import (
-    Generated,
-    Sample,
-    Source,
-    check_room,
-    insert,
-    rng_of,
-    room_for,
-    wrap,
-)
-from seerattention.measure.needle import COLOURS, THINGS
+from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of
+from seerattention.measure.needle import COLOURS, THINGS, insert
 
 Haystack = Literal["text", "noise", "needles"]
 
@@ -96,15 +87,16 @@ class Niah(Generated):
         query = _listed([keys[i] for i in asked])
         single = self.queries * self.values == 1
         before, question, prefix = (text.format(query) for text in (_ONE if single else _MANY))
+        prompt = Prompt(self.name, source, length, self.new_tokens, before, question, prefix)
         join = " " if self.haystack == "text" else "\n"
         needles = [
             source.encode(join + _NEEDLE.format(key=key, value=numbers[i * self.values + j]))
             for i, key in enumerate(keys)
             for j in range(self.values)
         ]
-        room = room_for(source, length, self.new_tokens, before, question, prefix) - sum(map(len, needles))
+        room = prompt.room - sum(map(len, needles))
         # Sentences of a novel are rarely longer than this; the haystack says if they are.
-        check_room(self.name, length, room, 32 * (len(needles) + 1))
+        prompt.check(room, 32 * (len(needles) + 1))
         text, ends = self._haystack(source, room, rng, names[self.keys :], set(numbers))
         if len(ends) < len(needles):
             raise ValueError(
@@ -113,14 +105,8 @@ class Niah(Generated):
             )
         places = rng.choice(ends, len(needles), replace=False).tolist()
         context, starts = insert(text, needles, places)
-        head = len(source.frame[0]) + len(source.encode(before))
         wanted = [i * self.values + j for i in asked for j in range(self.values)]
-        return Sample(
-            prompt=wrap(source, before, context, question, prefix),
-            expected=tuple(numbers[i] for i in wanted),
-            places=tuple(head + starts[i] for i in wanted),
-            new_tokens=self.new_tokens,
-        )
+        return prompt.sample(context, [numbers[i] for i in wanted], [starts[i] for i in wanted])
 
     def _haystack(
         self, source: Source, room: int, rng: np.random.Generator, others: np.ndarray, taken: set[str]

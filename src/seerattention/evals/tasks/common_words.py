@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from seerattention.evals.tasks._base import Generated, Sample, Source, check_room, rng_of, room_for, wrap
+from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of
 
 _BEFORE = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the "
@@ -39,28 +39,23 @@ class CommonWords(Generated):
         before = self._example(words, rng, length) + _BEFORE
         # The example's words come again no more often than others.
         common, rest = words[-COMMON:], words[:-COMMON]
-        room = room_for(source, length, self.new_tokens, before, _QUESTION, _PREFIX)
+        prompt = Prompt("common_words", source, length, self.new_tokens, before, _QUESTION, _PREFIX)
         most = often * COMMON + seldom * len(rest)
         numbers = np.cumsum([len(source.encode(f" {i}.")) for i in range(1, most + 1)])
         fixed = often * sum(len(source.encode(" " + word)) for word in common)
         sizes = fixed + seldom * np.cumsum([0] + [len(source.encode(" " + word)) for word in rest])
         counts = COMMON * often + seldom * np.arange(len(rest) + 1)
         totals = sizes + numbers[counts - 1]
-        check_room("common_words", length, room, int(totals[min(COMMON, len(rest))]))
-        fitting = int(np.searchsorted(totals, room, side="right")) - 1
+        prompt.check(prompt.room, int(totals[min(COMMON, len(rest))]))
+        fitting = int(np.searchsorted(totals, prompt.room, side="right")) - 1
         if fitting == len(rest):
             raise ValueError(
                 f"common_words: the text has {len(source.words)} distinct words of 4 to 10 small letters, "
                 f"too few for {length} tokens; give more text"
             )
         listed = _shuffled(common * often + rest[:fitting] * seldom, rng)
-        texts = (text for i, word in enumerate(listed, 1) for text in (f" {i}.", f" {word}"))
-        context = np.concatenate([source.encode(text) for text in texts])
-        return Sample(
-            prompt=wrap(source, before, context, _QUESTION, _PREFIX),
-            expected=tuple(common),
-            new_tokens=self.new_tokens,
-        )
+        items = (text for i, word in enumerate(listed, 1) for text in (f" {i}.", f" {word}"))
+        return prompt.sample(np.concatenate([source.encode(text) for text in items]), common)
 
     def _example(self, words: list[str], rng: np.random.Generator, length: int) -> str:
         count, often, seldom = (40, 10, 3) if length >= LONG else (20, 3, 1)

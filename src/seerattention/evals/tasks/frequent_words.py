@@ -8,13 +8,14 @@ of the length, 50 tokens for the answer. More dots fill the prompt to its length
 from __future__ import annotations
 
 import string
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from seerattention.evals.tasks._base import Generated, Sample, Source, check_room, rng_of, room_for, wrap
+from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of
 
 _BEFORE = (
     "Read the following coded text and track the frequency of each coded word. Find the three most "
@@ -58,21 +59,18 @@ class FrequentWords(Generated):
                 words.append(word)
         pieces = [source.encode(text) for text in (_DOTS, *(" " + word for word in words[1:]))]
         sizes = np.array([len(piece) for piece in pieces])
-        room = room_for(source, length, self.new_tokens, _BEFORE, _QUESTION, _PREFIX)
-        check_room("frequent_words", length, room, int(self._counts(_LEAST, len(words)) @ sizes))
-        low, high = _LEAST, room + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = int(self._counts(middle, len(words)) @ sizes) <= room
-            low, high = (middle, high) if fits else (low, middle)
-        counts = self._counts(low, len(words))
+        prompt = Prompt("frequent_words", source, length, self.new_tokens, _BEFORE, _QUESTION, _PREFIX)
+
+        def tokens(total: int) -> int:
+            return int(self._counts(total, len(words)) @ sizes)
+
+        prompt.check(room := prompt.room, tokens(_LEAST))
+        # The last that fits.
+        most = bisect_right(range(room + 1), room, lo=_LEAST, key=tokens) - 1
+        counts = self._counts(most, len(words))
         counts[0] += (room - int(counts @ sizes)) // sizes[0]
         order = rng.permutation(np.repeat(np.arange(len(words)), counts))
-        return Sample(
-            prompt=wrap(source, _BEFORE, np.concatenate([pieces[i] for i in order]), _QUESTION, _PREFIX),
-            expected=tuple(words[1:4]),
-            new_tokens=self.new_tokens,
-        )
+        return prompt.sample(np.concatenate([pieces[i] for i in order]), words[1:4])
 
     def _counts(self, total: int, kinds: int) -> np.ndarray:
         """How often each of the words appears among about ``total``, most frequent first."""

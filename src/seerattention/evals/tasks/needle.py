@@ -7,7 +7,6 @@ seed.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -18,13 +17,14 @@ from transformers import PreTrainedModel
 from seerattention.evals.tasks._base import Outcome, Sample, Source
 from seerattention.measure.needle import NeedleDocument, NeedleTask
 from seerattention.measure.retrieval import predictions
+from seerattention.measure.timing import timed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NeedleSample(Sample):
     """A document, whose answers stand in the prompt behind their questions."""
 
-    document: NeedleDocument | None = None
+    document: NeedleDocument
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,11 @@ class Needle:
     def run(self, model: PreTrainedModel, source: Source, sample: Sample) -> Outcome:
         """Predict every digit and count the answers right in all of them."""
         assert isinstance(sample, NeedleSample)
-        assert sample.document is not None
-        start = time.perf_counter()
-        found = predictions(model, sample.document)
-        seconds = time.perf_counter() - start
-        ends = np.cumsum([stop - start for start, stop in sample.document.answers])[:-1]
+        document = sample.document
+        found, seconds = timed(lambda: predictions(model, document))
+        ends = np.cumsum([stop - start for start, stop in document.answers])[:-1]
         said = [str(source.tokenizer.decode(part.tolist())) for part in np.split(found, ends)]
-        score = sample.document.correct(found) / len(sample.expected)
+        score = document.correct(found) / len(sample.expected)
         return Outcome(" ".join(said), score, seconds, seconds)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from seerattention.evals.tasks._base import Outcome, Sample, Source
 from seerattention.measure.perplexity import next_token_losses
+from seerattention.measure.timing import timed
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ class Perplexity:
 
     def run(self, model: PreTrainedModel, source: Source, sample: Sample) -> Outcome:
         """Return the mean loss, and that of each part."""
-        start = time.perf_counter()
-        losses = next_token_losses(model, sample.prompt).double().cpu().numpy()
-        seconds = time.perf_counter() - start
+        found, seconds = timed(lambda: next_token_losses(model, sample.prompt))
+        losses = found.double().cpu().numpy()
         # The loss at index i is of the token at position i + 1.
         edges = np.linspace(0, len(losses), self.parts + 1).astype(int)
         parts = [(int(a) + 1, int(b) + 1, float(losses[a:b].mean())) for a, b in itertools.pairwise(edges)]

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from seerattention.evals.tasks._base import Generated, Sample, Source, check_room, rng_of, room_for, wrap
-from seerattention.evals.tasks._scoring import whether_any
+from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of, whether_any
 
 _ASK = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other "
@@ -62,13 +61,13 @@ class QA(Generated):
         rng = rng_of("qa", length, seed)
         order = np.random.default_rng(0).permutation(len(self.entries))
         document, asked, answers = self.entries[order[seed % len(order)]]
-        question = _QUESTION.format(asked)
         others = sorted({context for context, _, _ in self.entries} - {document})
         others = [text for text in others if not any(a.lower() in text.lower() for a in answers)]
         if not others:
             raise ValueError(f"qa: every other document of {self.file} contains an answer to {asked!r}")
-        room = room_for(source, length, self.new_tokens, _BEFORE, question, _PREFIX)
-        check_room("qa", length, room, len(source.encode(_numbered(1000, document))))
+        question = _QUESTION.format(asked)
+        prompt = Prompt("qa", source, length, self.new_tokens, _BEFORE, question, _PREFIX)
+        prompt.check(room := prompt.room, len(source.encode(_numbered(1000, document))))
         chosen = [others[i] for i in rng.permutation(len(others))]
         total, count = 0, 0
         while total < room:
@@ -82,14 +81,7 @@ class QA(Generated):
         starts = np.cumsum([0, *map(len, pieces)])
         if starts[place + 1] > room:
             place, pieces = 0, [source.encode(_numbered(1, document)), *pieces[1:]]
-        context = np.concatenate(pieces)[:room]
-        head = len(source.frame[0]) + len(source.encode(_BEFORE))
-        return Sample(
-            prompt=wrap(source, _BEFORE, context, question, _PREFIX),
-            expected=answers,
-            places=(head + int(starts[place]),),
-            new_tokens=self.new_tokens,
-        )
+        return prompt.sample(np.concatenate(pieces)[:room], answers, [int(starts[place])])
 
 
 def _numbered(number: int, text: str) -> str:

@@ -12,17 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from seerattention.evals.tasks._base import (
-    Generated,
-    Sample,
-    Source,
-    check_room,
-    insert,
-    rng_of,
-    room_for,
-    wrap,
-)
+from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of
 from seerattention.evals.tasks._niah import NOISE, repeated
+from seerattention.measure.needle import insert
 
 _BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 _QUESTION = "\nQuestion: Find all variables that are assigned the value {value} in the text above."
@@ -62,24 +54,23 @@ class VariableTracking(Generated):
         rng = rng_of("variable_tracking", length, seed)
         before = self._example(rng) + _BEFORE
         chains, value = self._chains(rng, letters=5)
-        texts = {"value": value, "count": self.hops + 1}
-        question, prefix = _QUESTION.format(**texts), _PREFIX.format(**texts)
+        texts = before, *self._asked(value)
+        prompt = Prompt("variable_tracking", source, length, self.new_tokens, *texts)
         pieces = [source.encode(" " + text) for chain in chains for text in _statements(chain)]
-        room = room_for(source, length, self.new_tokens, before, question, prefix) - sum(map(len, pieces))
+        room = prompt.room - sum(map(len, pieces))
         longest = max(len(source.encode(sentence)) for sentence in NOISE)
-        check_room("variable_tracking", length, room, longest * (self.hops + 2))
+        prompt.check(room, longest * (self.hops + 2))
         noise, ends = repeated([source.encode(sentence) for sentence in NOISE], room)
         places = [
             place for _ in chains for place in sorted(rng.choice(ends, self.hops + 1, replace=False).tolist())
         ]
         context, starts = insert(noise, pieces, places)
-        head = len(source.frame[0]) + len(source.encode(before))
-        return Sample(
-            prompt=wrap(source, before, context, question, prefix),
-            expected=tuple(name for name, _ in chains[0]),
-            places=tuple(head + start for start in starts[: self.hops + 1]),
-            new_tokens=self.new_tokens,
-        )
+        return prompt.sample(context, [name for name, _ in chains[0]], starts[: self.hops + 1])
+
+    def _asked(self, value: str) -> tuple[str, str]:
+        """Return the question for a value, and the start of its answer."""
+        texts = {"value": value, "count": self.hops + 1}
+        return _QUESTION.format(**texts), _PREFIX.format(**texts)
 
     def _chains(self, rng: np.random.Generator, letters: int) -> tuple[list[list[tuple[str, str]]], str]:
         """Return (variable, what it is assigned) of every chain, and the first chain's value."""
@@ -103,11 +94,9 @@ class VariableTracking(Generated):
             places = sorted(rng.choice(_EXAMPLE_SENTENCES, self.hops + 1, replace=False).tolist())
             for i, (place, text) in enumerate(zip(places, _statements(chain), strict=True)):
                 sentences.insert(place + i, " " + text)
-        texts = {"value": value, "count": self.hops + 1}
         answer = " ".join(name for name, _ in chains[0])
-        context = "".join(sentences).strip()
-        question, prefix = _QUESTION.format(**texts), _PREFIX.format(**texts)
-        return f"{_BEFORE}{context}{question}{prefix}{answer}\n\n"
+        question, prefix = self._asked(value)
+        return f"{_BEFORE}{''.join(sentences).strip()}{question}{prefix}{answer}\n\n"
 
 
 def _statements(chain: list[tuple[str, str]]) -> list[str]:

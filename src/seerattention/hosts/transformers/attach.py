@@ -286,32 +286,20 @@ def dense(model: Model) -> Iterator[Model]:
 
 
 def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy]:
-    """Return the gates in use and their policy.
-
-    Raises:
-        ValueError: If nothing is attached.
-    """
+    """Return the gates in use and their policy."""
     owner = _attached(unwrapped(model)).owner
     return owner.sets[owner.active].scorers, owner.sets[owner.active].policy
 
 
 def sparse_layer(model: nn.Module) -> SparseLayer:
-    """Return what computes an attached model's attention.
-
-    Raises:
-        ValueError: If nothing is attached.
-    """
+    """Return what computes an attached model's attention."""
     layer = _attached(unwrapped(model)).switch.handler
     assert isinstance(layer, SparseLayer)
     return layer
 
 
 def prompt_of(model: nn.Module, tokens: int) -> AbstractContextManager[None]:
-    """Tell an attached model the length of the prompt that this request gives it in pieces.
-
-    Raises:
-        ValueError: If nothing is attached.
-    """
+    """Tell an attached model the length of the prompt that this request gives it in pieces."""
     return _attached(unwrapped(model)).switch.within(prompt_tokens=tokens)
 
 

@@ -127,30 +127,20 @@ def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
 
 def _base_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over a module's own parameters by name: without gates, under adapters as if there were none."""
-    found = []
-    for prefix, part in module.named_modules():
-        for name, _ in part.named_parameters(recurse=False):
-            found.append((f"{prefix}.{name}".removeprefix("."), part, name))
     # An adapter such as LoRA wraps a layer and keeps it as `base_layer`.
     adapted = [f"{name}." for name, part in module.named_modules() if hasattr(part, "base_layer")]
     own = []
-    for path, part, name in found:
-        if "attn_gate." in path:
-            continue
-        around = next((prefix for prefix in adapted if path.startswith(prefix)), None)
-        if around is None:
-            own.append((path, part, name))
-        elif (inner := path.removeprefix(around)).startswith("base_layer."):
-            own.append((around + inner.removeprefix("base_layer."), part, name))
+    for prefix, part in module.named_modules():
+        for name, _ in part.named_parameters(recurse=False):
+            path = f"{prefix}.{name}".removeprefix(".")
+            around = next((one for one in adapted if path.startswith(one)), "")
+            inner = path.removeprefix(around)
+            if "attn_gate." in path or (around and not inner.startswith("base_layer.")):
+                continue
+            own.append((around + inner.removeprefix("base_layer.") if around else path, part, name))
     for path, part, name in sorted(own, key=lambda entry: entry[0]):
         with _loaded(part):
             yield path, part.get_parameter(name).detach()
-
-
-def _as_trained(parameter: Tensor) -> bool:
-    """Whether a parameter holds plain numbers of 16 bits or more, not a quantised form of them."""
-    plain = type(parameter) in (Tensor, nn.Parameter)
-    return plain and parameter.dtype.is_floating_point and parameter.element_size() > 1
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -158,7 +148,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for index, attention in attention_layers(model).items():
         for name, parameter in _base_parameters(attention):
-            if not _as_trained(parameter):
+            plain = type(parameter) in (Tensor, nn.Parameter) and parameter.dtype.is_floating_point
+            if not plain or parameter.element_size() == 1:
                 return ""
             flat = parameter.flatten()
             sample = flat[_spread(flat.numel(), FINGERPRINT_SAMPLES).to(flat.device)].to(torch.bfloat16)

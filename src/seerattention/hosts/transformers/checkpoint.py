@@ -2,7 +2,7 @@
 
 Calibrated gates have ``calibration.json`` too, which names the weights that it is for.
 
-`load_gates` reads the published layout too; `_published` has it.
+`load_gates` reads the published layout too; `published` has it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from seerattention.files import atomic_folder, staged
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
-from seerattention.hosts.transformers.gates import KEY, Gates, check_weights
+from seerattention.hosts.transformers.gates import Gates, check_weights
 from seerattention.hosts.transformers.published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Calibrated, Calibration, Policy, parse
 
@@ -54,11 +54,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
     calibration = policy.calibration if isinstance(policy, Calibrated) else gates.calibration
     policy = parse(policy, calibration) if isinstance(policy, str) else policy
     text = str(policy) if policy else gates.policy
-    weights = {
-        KEY.format(index, name): value.detach().cpu().contiguous()
-        for index, gate in gates.items()
-        for name, value in gate.state_dict().items()
-    }
+    weights = {key: value.detach().cpu().contiguous() for key, value in gates.named_weights().items()}
     for key, value in weights.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -146,11 +142,7 @@ def gates_of(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost.
-
-    Raises:
-        FileExistsError: If something other than gates is there.
-    """
+    """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost."""
     if folder.is_dir():
         other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS, CALIBRATION})
     else:
@@ -238,13 +230,9 @@ def _read(path: Path, config: Any) -> Gates:
             f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
         ) from error
     gates = Gates(gate_config, base, layers, policy, calibration)
-    shapes = {
-        KEY.format(i, name): tuple(value.shape)
-        for i, gate in gates.items()
-        for name, value in gate.state_dict().items()
-    }
-    check_weights(path / WEIGHTS, weights, shapes)
-    for index, gate in gates.items():
-        gate.to(next(iter(weights.values())).dtype)
-        gate.load_state_dict({n: weights[KEY.format(index, n)] for n in gate.state_dict()})
+    check_weights(path / WEIGHTS, weights, {key: own.shape for key, own in gates.named_weights().items()})
+    if weights:
+        gates.to(next(iter(weights.values())).dtype)
+    for key, own in gates.named_weights().items():
+        own.copy_(weights[key])
     return gates

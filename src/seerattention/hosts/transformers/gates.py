@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,17 @@ from seerattention.policies import Calibration
 KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
 
-def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights whose keys or shapes are not exactly those expected.
-
-    Args:
-        file: Where they were read, for the message.
-        weights: Tensors by key.
-        shapes: The shape of every key that must be there.
-
-    Raises:
-        ValueError: If a key is missing, extra or misshapen.
-    """
+def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse weights of a file, by key, whose keys or shapes are not exactly those expected."""
+    again = "save or download the gates again"
     for what, keys in (("missing", set(shapes) - set(weights)), ("extra", set(weights) - set(shapes))):
         if keys:
-            raise ValueError(
-                f"{file} has {len(keys)} {what} gate keys, the first is {min(keys)}; "
-                "save or download the gates again"
-            )
+            raise ValueError(f"{file} has {len(keys)} {what} gate keys, the first is {min(keys)}; {again}")
     for key, shape in shapes.items():
         if tuple(weights[key].shape) != tuple(shape):
             raise ValueError(
                 f"{key} in {file} is {list(weights[key].shape)}, its configuration needs {list(shape)}; "
-                "save or download the gates again"
+                f"{again}"
             )
 
 
@@ -76,6 +65,10 @@ class Gates(nn.Module):
             assert isinstance(gate, AttnGate)
             yield int(index), gate
 
+    def named_weights(self) -> dict[str, Tensor]:
+        """Return every gate's weights, by their keys in a file."""
+        return {KEY.format(i, n): value for i, gate in self.items() for n, value in gate.state_dict().items()}
+
     def use_rotary_of(self, model: PreTrainedModel) -> None:
         """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included."""
         if not self.config.rope:
@@ -102,9 +95,8 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
         ValueError: If a setting does not fit, or no layer has full attention.
     """
     family_of(model)
-    layers = list(full_attention_layers(model))
-    base = BaseInfo.of(model)
+    layers, base = full_attention_layers(model), BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
-    gates = Gates(GateConfig.from_dict({**shape, **settings}), base, layers)
+    gates = Gates(GateConfig.from_dict({**shape, **settings}), base, list(layers))
     gates.use_rotary_of(model)
-    return gates.to(device_of(next(iter(full_attention_layers(model).values()))))
+    return gates.to(device_of(next(iter(layers.values()))))

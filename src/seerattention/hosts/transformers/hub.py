@@ -70,11 +70,7 @@ def push_to_hub(
 
 
 def check_login() -> None:
-    """Refuse before any work what could not be pushed after it.
-
-    Raises:
-        ValueError: If nobody is logged in to the hub.
-    """
+    """Refuse before any work what could not be pushed after it, since nobody is logged in to the hub."""
     try:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from seerattention.engine.call import AttentionCall, Given, Handler
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.config import NAME, view
-from seerattention.hosts.transformers.family import Family, Tap, attention_layers, family_of
+from seerattention.hosts.transformers.family import Tap, attention_layers, family_of
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Pass, Switch, running
 from seerattention.hosts.transformers.rotary import head_order
 from seerattention.hosts.transformers.support import CACHE, CONTINUOUS, DROPOUT, FULLGRAPH, MAPS, PACKED
@@ -57,6 +57,7 @@ def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
     )
 
 
+@dataclass(eq=False)
 class Taps:
     """The hooks of one attention module, which hand over q and k before RoPE.
 
@@ -64,23 +65,16 @@ class Taps:
     find they give to the `LayerCall` at hand; here nothing of a call is kept.
     """
 
-    def __init__(
-        self,
-        switch: Switch,
-        layer: int,
-        attention: nn.Module,
-        family: Family,
-        head_dim: int,
-        order: Tensor | None,
-    ) -> None:
-        self.switch = switch
-        self.layer = layer
-        self.attention = attention
-        self.head_dim = head_dim
-        self.taps_of = family.taps
-        self.order = order
+    switch: Switch
+    layer: int
+    attention: nn.Module
+    taps_of: Callable[[nn.Module], tuple[nn.Module | Tap, nn.Module | Tap]]
+    head_dim: int
+    order: Tensor | None
+    hooks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self.of_q, self.of_k = self._found()
-        self.hooks: list[Any] = []
 
     def _found(self) -> tuple[Tap, Tap]:
         """Return where the family says q and k are."""
@@ -91,8 +85,7 @@ class Taps:
         """Hook the modules."""
         self.attention.__dict__["_seerattention_taps"] = self
         self.hooks = [
-            self.of_q.module.register_forward_hook(self.keep_q),
-            self.of_k.module.register_forward_hook(self.keep_k),
+            *(module.register_forward_hook(self.keep) for module in {self.of_q.module, self.of_k.module}),
             self.attention.register_forward_pre_hook(self.before, with_kwargs=True),
         ]
 
@@ -128,18 +121,14 @@ class Taps:
         return args, {**kwargs, KEYWORD: call}
 
     @torch.compiler.disable(reason=FULLGRAPH)
-    def keep_q(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the module whose output is q before RoPE."""
+    def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the modules, or the one, whose outputs are q and k before RoPE."""
         call = running()
         if isinstance(call, LayerCall) and call.taps is self:
-            call.q = self._by_head(output, self.of_q)
-
-    @torch.compiler.disable(reason=FULLGRAPH)
-    def keep_k(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the module whose output is k before RoPE."""
-        call = running()
-        if isinstance(call, LayerCall) and call.taps is self:
-            call.k = self._by_head(output, self.of_k)
+            if module is self.of_q.module:
+                call.q = self._by_head(output, self.of_q)
+            if module is self.of_k.module:
+                call.k = self._by_head(output, self.of_k)
 
     def _by_head(self, output: Tensor, tap: Tap) -> Tensor:
         """Return a tapped output as ``[B, H, T, D]``, its values in the order in which gates rotate them."""
@@ -256,11 +245,7 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 
 
 def refuse_stand_in(switch: Switch) -> None:
-    """Refuse what cannot be done while something stands in for what is attached.
-
-    Raises:
-        ValueError: If the request that asks is inside ``dense`` or ``intercept``.
-    """
+    """Raise what cannot be done while something stands in for what is attached, in the request that asks."""
     if switch.handler is not None and switch.mode.handler is None:
         raise ValueError("this model is dense for the moment; leave dense(model) first")
     if switch.handler is None or switch.mode.stands_in:
@@ -405,7 +390,7 @@ def install(model: PreTrainedModel, handler: Handler | None = None) -> Runtime:
     head_dim = head_dim_of(model.config.get_text_config())
     order, switch = head_order(model), Switch(handler)
     layers = attention_layers(model).items()
-    runtime = Runtime(model, switch, [Taps(switch, i, a, family, head_dim, order) for i, a in layers])
+    runtime = Runtime(model, switch, [Taps(switch, i, a, family.taps, head_dim, order) for i, a in layers])
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, _mask)
     runtime.connect()

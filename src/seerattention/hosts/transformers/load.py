@@ -25,11 +25,7 @@ def named_device(name: str = "") -> torch.device:
 
 
 def check_dtype(dtype: str) -> str:
-    """Return a name of a precision.
-
-    Raises:
-        ValueError: If it is not one of `DTYPES`.
-    """
+    """Return the name of a precision, refusing what is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return dtype

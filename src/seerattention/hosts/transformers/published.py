@@ -47,15 +47,10 @@ def is_published(config: Any) -> bool:
 
 
 def read_published(folder: Path, config: dict[str, Any]) -> Gates:
-    """Read gates of the published layout.
+    """Read gates of the published layout from a folder, the content of whose ``config.json`` is given.
 
-    Args:
-        folder: Where ``attn_gate_weights.pth`` is.
-        config: The content of ``config.json``.
-
-    Returns:
-        The gates on the CPU, in the precision they are stored in, with the policy that their settings
-        name. They rotate by plain RoPE until they are attached, then as the model does.
+    They are on the CPU, in the precision they are stored in, with the policy that their settings name, and
+    rotate by plain RoPE until they are attached, then as the model does.
 
     Raises:
         FileNotFoundError: If there are no weights.
@@ -79,35 +74,23 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
     # Without memory until the file is known to fit.
     with torch.device("meta"):
         gates = Gates(gate, base, list(range(base.num_layers)), str(policy) if policy else None)
-    keys = {(i, name): _key(kind, i, name) for i, one in gates.items() for name in one.state_dict()}
-    shapes = {keys[i, n]: _shape(n, v, gate) for i, one in gates.items() for n, v in one.state_dict().items()}
-    check_weights(file, weights, shapes)
-    dtype = _dtype(weights)
-    for index, one in gates.items():
-        # A group's query matrices lie one below the other, in the order its queries are concatenated in.
-        # Copies, because tensors of a file may share memory.
-        own = {
-            name: weights[keys[index, name]].to(dtype).reshape(value.shape).clone().contiguous()
-            for name, value in one.state_dict().items()
-        }
-        one.load_state_dict(own, assign=True)
+    own = {name: (_key(kind, name), value) for name, value in gates.state_dict().items()}
+    check_weights(file, weights, {key: _shape(key, value, gate) for key, value in own.values()})
+    kinds = {value.dtype for value in weights.values()}
+    # The precision that holds every weight as it is stored.
+    dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+    # A group's query matrices lie one below the other, in the order its queries are concatenated in.
+    # Copies, because tensors of a file may share memory.
+    found = {
+        name: weights[key].to(dtype).reshape(value.shape).clone().contiguous()
+        for name, (key, value) in own.items()
+    }
+    gates.load_state_dict(found, assign=True)
     return gates
 
 
 def published_policy(config: dict[str, Any], kind: str) -> Policy | None:
-    """Return the policy that published settings name.
-
-    Args:
-        config: The content of ``config.json``.
-        kind: ``prefill`` or ``decode``.
-
-    Returns:
-        The policy; None where the settings read everything (a threshold of 0 or a ratio of 1), which
-        the published files hold where a choice is left to the user.
-
-    Raises:
-        ValueError: If the method is unknown or its value is out of range.
-    """
+    """Return the policy that settings name; None where they read everything, leaving the choice to users."""
     method = config.get("seerattn_sparsity_method", "threshold")
     dense_last = bool(config.get("seerattn_last_block_dense", True)) and kind == "prefill"
     rows = 2 if dense_last else 0
@@ -176,29 +159,28 @@ def _decode_gate(config: dict[str, Any], base: BaseInfo, normed: bool) -> GateCo
     )
 
 
-def _key(kind: str, layer: int, name: str) -> str:
+def _key(kind: str, name: str) -> str:
     """Return the published key of a parameter."""
-    module, _, parameter = name.partition(".")
+    _, layer, module, parameter = name.split(".")
     return KEY.format(layer, f"{NAMES[kind][module]}.{parameter}")
 
 
-def _shape(name: str, value: Tensor, gate: GateConfig) -> tuple[int, ...]:
+def _shape(key: str, value: Tensor, gate: GateConfig) -> tuple[int, ...]:
     """Return the published shape of a parameter."""
-    if gate.per_kv_head and name == "linear_q.weight":
+    if gate.per_kv_head and key.endswith("linear_q.weight"):
         return gate.num_kv_heads, gate.num_heads // gate.num_kv_heads, gate.head_dim, gate.dim
     return tuple(value.shape)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """Read a file of tensors by name; whatever else it holds is refused and not executed."""
+    again = "; download the gates again"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file.parent} holds published settings but no {file.name}; download the gates again"
-        )
+        raise FileNotFoundError(f"{file.parent} holds published settings but no {file.name}{again}")
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is damaged, or a bare pickle, which may hold code and was not executed; "
-            "download the gates again, or ask for them in safetensors"
+            f"{file} is damaged, or a bare pickle, which may hold code and was not executed{again}, "
+            "or ask for them in safetensors"
         )
     try:
         found = torch.load(file, weights_only=True, map_location="cpu")
@@ -209,25 +191,12 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             "so it was not executed; ask its author for a file of tensors alone or for safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is damaged or of another kind ({type(error).__name__}); download the gates again"
-        ) from error
+        raise ValueError(f"{file} is damaged or of another kind ({type(error).__name__}){again}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(
-            f"{file} holds a {type(found).__name__}, not tensors by name; download the gates again"
-        )
+        raise ValueError(f"{file} holds a {type(found).__name__}, not tensors by name{again}")
     for key, value in found.items():
         plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         if not plain or value.dtype not in (torch.float32, torch.bfloat16):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{key} in {file} is {kind}, not a plain tensor of float32 or bfloat16; "
-                "download the gates again"
-            )
+            raise ValueError(f"{key} in {file} is {kind}, not a plain tensor of float32 or bfloat16{again}")
     return found
-
-
-def _dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """Return the precision that holds every weight as it is stored."""
-    kinds = {value.dtype for value in weights.values()}
-    return kinds.pop() if len(kinds) == 1 else torch.float32

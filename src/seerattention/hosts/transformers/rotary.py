@@ -55,12 +55,7 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
     """Return the model's rotary code as a function of positions, for vectors of ``dim`` values.
 
     Where the model rotates only part of a head, the other values' angles are zero; `head_order` puts
-    them where they belong.
-
-    Args:
-        model: The model.
-        dim: Values of a vector.
-        pairs: Which rotations vectors shorter than a head get, see `GateConfig`.
+    them where they belong. ``pairs`` says which rotations vectors shorter than a head get, see `GateConfig`.
 
     Raises:
         NotImplementedError: If the model has no rotary module, or rotates only part of a head and its
@@ -118,7 +113,9 @@ class Unrotate:
         self.rotates = getattr(family_of(model), "rotates", None)
         self.order = head_order(model)
         self.rotary: Rotary | None = None
-        self.why_not = _why_not_back(model)
+        settings = getattr(self.config, "rope_parameters", None) or {}
+        kind = settings.get("full_attention", settings).get("rope_type", "default")
+        self.why_not = f"RoPE is of type {kind}, and {LONGROPE}" if kind in ("dynamic", "longrope") else None
         if self.why_not is None:
             try:
                 self.rotary = model_rotary(model, head_dim_of(self.config))
@@ -148,13 +145,3 @@ class Unrotate:
         back = exact * cos + torch.cat((second, -first), -1) * sin
         # Scaled RoPE may stretch keys while it turns them.
         return (back / (cos.square() + sin.square())).to(k.dtype)
-
-
-def _why_not_back(model: PreTrainedModel) -> str | None:
-    """Return why keys cannot be rotated back from their positions alone, or None."""
-    settings = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    settings = settings.get("full_attention", settings)
-    kind = settings.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        return f"RoPE is of type {kind}, and {LONGROPE}"
-    return None

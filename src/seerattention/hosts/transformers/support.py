@@ -24,13 +24,9 @@ CACHE = "versions 5.13 to 5.24, which are supported, call it `cache` or `past_ke
 
 @dataclass(frozen=True)
 class Feature:
-    """One line of the support table.
+    """One line of the support table: what someone may want to do, and what it belongs to.
 
-    Attributes:
-        kind: What it belongs to.
-        name: What someone may want to do.
-        reason: Why not, a part of what a user is told; None where it works.
-        note: How it works, where that is not plain.
+    ``reason`` is why not, a part of what a user is told, or None where it works; ``note`` is how it works.
     """
 
     kind: str
@@ -54,11 +50,7 @@ def features() -> tuple[Feature, ...]:
         Feature("prompt", "packed sequences", PACKED),
         Feature("prompt", "4-D masks", MASKS),
         Feature("generate", "greedy, sampling, beams"),
-        Feature(
-            "generate",
-            "assisted: draft model, prompt lookup",
-            note="guesses are verified densely",
-        ),
+        Feature("generate", "assisted: draft model, prompt lookup", note="guesses are verified densely"),
         Feature("generate", "pipeline"),
         Feature("generate", "continuous batching", CONTINUOUS),
         Feature("generate", "output_attentions", MAPS),

@@ -12,15 +12,23 @@ from seerattention.ops.shapes import Shape
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Shape):
-    """A shape, and what else is asked for.
+    """A shape, as a rule of four heads of 64 numbers that share two, and what else is asked for.
 
     Attributes:
+        keys: Key tokens; default as many as queries.
         softcap: Limit of the scores.
         sinks: Whether every head has a sink logit.
     """
 
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    keys: int = 0
     softcap: float | None = None
     sinks: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", self.keys or self.queries)
 
     def asked(self, device: str, return_lse: bool) -> dict[str, Any]:
         """Return what `Options` is made of, tensors on a device."""

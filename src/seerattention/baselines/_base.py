@@ -1,0 +1,28 @@
+"""What baselines share: they read keys after the rotary embedding and, as a rule, keep them as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A scorer but for `Scorer.score`.
+
+    Attributes:
+        block_size: Tokens per (query block, KV block).
+    """
+
+    block_size: tuple[int, int] = (64, 64)
+    after_rope = True
+
+    @property
+    def tokens_per_summary(self) -> int:
+        """Key tokens per entry of what `compress` returns."""
+        return 1
+
+    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
+        """Keep the keys themselves."""
+        return k
