@@ -467,8 +467,8 @@ def gates(name: str) -> str:
     return parts(
         f"{settings['batch']:,} tokens per step; `top_k`, the first and the own block read anyway, no "
         f"dense last rows, {report['questions']} questions and {settings['text_tokens']:,} tokens of "
-        f"held-out text per cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a fraction of "
-        "XAttention's gap, and the needles found:",
+        f"held-out text per cell; {machine(report)}. A cell is the perplexity's gap to the oracle as a "
+        "fraction of XAttention's gap, and the needles found:",
         table(
             "method: {method} | needle documents: {needles} | cost at 32k: {cost} | steps: {steps} | "
             + " | ".join(f"{n // 1024}k, {a:.0%}: {{at[{i}]}}" for i, (n, a) in enumerate(shown)),

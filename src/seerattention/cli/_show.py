@@ -70,6 +70,13 @@ def bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it: ``90 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[Any]:
     """Run a training to its end with a bar of its losses, recall and time left; return its steps."""
     total = trainer.config.steps
@@ -82,7 +89,7 @@ def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[An
             if len(steps) == 1:
                 left = (total - step.step) * step.seconds
                 console.print(
-                    f"time        {step.seconds:.2f} s for the first step, about {left / 3600:.2f} h left"
+                    f"time        {step.seconds:.2f} s for the first step, about {duration(left)} left"
                 )
             said = _said(step)
             progress.update(task, completed=step.step, said=said)

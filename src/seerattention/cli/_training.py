@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from seerattention.cli._show import console_of, table
+from seerattention.cli._show import console_of, duration, table
 from seerattention.files import write_json
 from seerattention.settings import build, explained, read
 
@@ -71,8 +71,8 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
         console.print(f"{what:<12}{said}", markup=False)
     if dry_run:
         took = trainer.time_a_step()
-        hours = took * trainer.config.steps / 3600
-        console.print(f"time        {took:.2f} s for one step, about {hours:.2f} h in all")
+        whole = duration(took * trainer.config.steps)
+        console.print(f"time        {took:.2f} s for one step, about {whole} in all")
         return None
     if trainer.done:
         console.print(f"continuing after step {trainer.done}")

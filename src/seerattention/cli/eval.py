@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from seerattention.cli._show import bar, console_of, table
+from seerattention.cli._show import bar, console_of, duration, table
 from seerattention.cli._training import Set
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(
         if dry_run:
             seconds = evaluation.estimate(file)
             console.print(
-                f"time     about {_duration(seconds)}, if every method takes as long as dense attention, "
+                f"time     about {duration(seconds)}, if every method takes as long as dense attention, "
                 "timed now at the shortest length",
             )
             return
@@ -143,9 +143,3 @@ def _run(console: Console, evaluation: Evaluation, file: RecordFile) -> None:
                 )
 
         evaluation.run(file, done)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
