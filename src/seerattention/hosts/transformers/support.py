@@ -19,7 +19,7 @@ CONTINUOUS = (
     "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
     "or do it inside dense(model)"
 )
-CACHE = "versions 5.13 to 5.24, which are supported, call it `cache` or `past_key_values`"
+CACHE = "versions 5.15 to 5.24, which are supported, call it `cache` or `past_key_values`"
 
 
 @dataclass(frozen=True)
