@@ -56,7 +56,7 @@ check: $(READY)
 # Needs a CUDA device and the packages in the Python that PYTHON names. Most of the time goes into compiling kernels,
 # so processes share the device. pytest-benchmark, where installed, warns of processes: not wanted here.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -p no:benchmark --numprocesses 8 --dist worksteal tests/gpu
+	PYTHONPATH=src $(PYTHON) -m pytest -p no:benchmark --numprocesses 14 --dist worksteal tests/gpu
 
 # On a CUDA device in the Python that PYTHON names, as gpu; without one in .venv on the CPU.
 bench:

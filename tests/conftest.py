@@ -1,7 +1,9 @@
 """What all tests share."""
 
+import importlib
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,39 @@ torch.set_num_threads(1)
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("default")
 
+OPS = ("select_blocks", "summarise_blocks", "score_blocks", "block_sparse_attention", "dense_attention")
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+class Calls(Counter):
+    """How often each op was called."""
+
+    def taken(self) -> dict[str, int]:
+        """Return the counts, and begin anew."""
+        found = dict(self)
+        self.clear()
+        return found
+
+
+@pytest.fixture
+def ops(monkeypatch) -> Calls:
+    """How often each op is called, wherever it was imported."""
+    found = Calls()
+    for name in OPS:
+        own = getattr(importlib.import_module(f"seerattention.ops.{name}"), name)
+
+        def counted(*args, own=own, name=name, **kwargs):
+            found[name] += 1
+            return own(*args, **kwargs)
+
+        for module in [m for n, m in sys.modules.items() if n.startswith("seerattention")]:
+            if vars(module).get(name) is own:
+                monkeypatch.setattr(module, name, counted)
+    return found
 
 
 @pytest.fixture

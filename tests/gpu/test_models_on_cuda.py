@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from seerattention import baselines
 from seerattention.hosts.transformers import (
     attach,
     cache_argument,
@@ -76,7 +77,43 @@ def test_distillation_lowers_the_loss(model):
     assert np.mean([s.loss for s in steps[-5:]]) < np.mean([s.loss for s in steps[:5]])
 
 
-# Inductor recommends TF32 where nobody asked for it.
+@pytest.mark.parametrize("side", ["left", "right"])
+# In bfloat16 a gate's score within rounding of the threshold may choose otherwise: a fixed choice there.
+@pytest.mark.parametrize(("dtype", "scorer"), [(torch.float32, "gates"), (torch.bfloat16, "streaming")])
+def test_a_padded_batch_is_one_call_and_equal_to_its_rows(model, ops, dtype, scorer, side):
+    lengths = (1500, 700, 1, 64, 65, 1000, 128, 63, 1499, 5, 320, 32, 900, 448, 1023, 2)
+    ids = torch.randint(0, 128, (16, 1500), generator=torch.Generator().manual_seed(6)).cuda()
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, 1500 - length if side == "left" else 0 :][:length] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    alone = [own[real][None] for own, real in zip(ids, mask.bool(), strict=True)]
+    with torch.inference_mode():
+        golds = [model.double()(own).logits for own in alone]
+        model.to(dtype)
+        error = 2 * max(
+            float((model(own).logits.double() - gold).abs().max())
+            for own, gold in zip(alone, golds, strict=True)
+        )
+        error += torch.finfo(dtype).eps * float(max(gold.abs().max() for gold in golds))
+        chooser = new_gates(model) if scorer == "gates" else baselines.create(scorer, block_size=(64, 64))
+        attach(model, chooser, "threshold:0.05" if scorer == "gates" else "top_k:0.3", min_tokens=0)
+        try:
+            ops.taken()
+            batch = model(ids, attention_mask=mask, position_ids=positions).logits
+            for_batch = ops.taken()
+            model(ids[:1])
+            assert for_batch == ops.taken()
+            assert for_batch["select_blocks"] == for_batch["block_sparse_attention"] == 2
+            for own, real, out in zip(alone, mask.bool(), batch, strict=True):
+                Budget(model(own).logits[0].double(), dtype, error).check(out[real])
+        finally:
+            detach(model)
+            model.float()
+
+
+# Inductor recommends TF32 where nobody asked for it, and begins its own graphs with an empty one.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning")
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_greedy_text_at_a_full_selection_is_the_dense_one(model, implementation):

@@ -14,6 +14,7 @@ from seerattention.ops.tma import tiles
 from seerattention.testing import conformance
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv
+from seerattention.testing.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -167,11 +168,8 @@ def test_auto_takes_it(monkeypatch):
 def test_nothing_waits_for_the_device():
     q, k, v = inputs(BY_NAME["thousand"])
     kernel.run(q, k, v, (64, 64), PoolOptions.of(q, k))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         kernel.run(q, k, v, (64, 64), PoolOptions.of(q, k))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def bytes_beyond_outputs(run):

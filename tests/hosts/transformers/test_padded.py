@@ -1,8 +1,5 @@
 """A padded batch is one call per layer and op, equal to its rows alone."""
 
-import sys
-from collections import Counter
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -11,7 +8,6 @@ from seerattention import baselines
 from seerattention.hosts import transformers as host
 
 LENGTHS = (70, 33, 1, 16, 17, 48, 64, 63, 65, 5, 70, 32, 31, 15, 49, 2)
-OPS = ("select_blocks", "summarise_blocks", "score_blocks", "block_sparse_attention", "dense_attention")
 
 
 def padded(tiny, side, lengths=LENGTHS, width=70):
@@ -24,29 +20,6 @@ def padded(tiny, side, lengths=LENGTHS, width=70):
     return ids, {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
-@pytest.fixture
-def ops(monkeypatch):
-    """How often each op is called, wherever it was imported."""
-    found = Counter()
-    for name in OPS:
-        own = getattr(sys.modules[f"seerattention.ops.{name}"], name)
-
-        def counted(*args, own=own, name=name, **kwargs):
-            found[name] += 1
-            return own(*args, **kwargs)
-
-        for module in [m for n, m in sys.modules.items() if n.startswith("seerattention")]:
-            if vars(module).get(name) is own:
-                monkeypatch.setattr(module, name, counted)
-    return found
-
-
-def calls(ops):
-    found = dict(ops)
-    ops.clear()
-    return found
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("of", ["llama", "qwen2-mixed", "gpt_oss"])
 def test_as_many_calls_as_for_one_row(tiny, ops, of, side):
@@ -55,9 +28,9 @@ def test_as_many_calls_as_for_one_row(tiny, ops, of, side):
     for one in (model, gold):
         host.attach(one, tiny.gates_for(one), "threshold:0.2", min_tokens=0)
     batch = tiny.logits(model, ids, **inputs)
-    for_batch = calls(ops)
+    for_batch = ops.taken()
     tiny.logits(model, ids[:1])
-    assert for_batch == calls(ops)
+    assert for_batch == ops.taken()
     assert for_batch["select_blocks"] == for_batch["block_sparse_attention"] == 2
     for row, real in enumerate(inputs["attention_mask"].bool()):
         own = ids[row, real][None]
@@ -79,7 +52,7 @@ def test_decoding_and_dense_prefill_are_one_call(tiny, ops, of, side):
             part = torch.cat([ids, steps], 1)[:, columns]
             more = {"attention_mask": mask[:, : columns.stop], "position_ids": positions[:, columns]}
             outs.append(tiny.logits(model, part, cache=cache, **more))
-            counted.append(calls(ops))
+            counted.append(ops.taken())
         return torch.cat(outs, 1)
 
     counted = []
@@ -104,7 +77,7 @@ def test_baselines(tiny, ops, name):
         scorer = baselines.create(name, block_size=(16, 16))
         host.attach(one, scorer, "threshold:0.2", min_tokens=0)
     batch = tiny.logits(model, ids, **inputs)
-    assert calls(ops)["select_blocks"] == 2
+    assert ops.taken()["select_blocks"] == 2
     for row, real in enumerate(inputs["attention_mask"].bool()):
         own = ids[row, real][None]
         tiny.assert_as_close(batch[row, real], tiny.logits(model, own)[0], tiny.logits(gold, own)[0])
@@ -118,7 +91,7 @@ def test_short_rows_are_dense_in_one_call_long_ones_sparse_in_another(tiny, ops,
         host.attach(one, tiny.gates_for(one), "threshold:0.2", min_tokens=40)
     batch = tiny.logits(model, ids, **inputs)
     assert host.usage(model) == {"sparse": 2, "dense: fewer than 40 tokens": 2}
-    counted = calls(ops)
+    counted = ops.taken()
     assert counted["select_blocks"] == counted["block_sparse_attention"] == counted["dense_attention"] == 2
     for row, real in enumerate(inputs["attention_mask"].bool()):
         own = ids[row, real][None]
