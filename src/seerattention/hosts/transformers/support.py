@@ -11,6 +11,11 @@ MAPS = (
 DROPOUT = "set attention_dropout=0 or call model.eval()"
 PACKED = "sequences packed into one row are not supported, give them as a padded batch with an attention_mask"
 MASKS = "masks of other kinds need dense attention: detach(model) first"
+CAUSAL = (
+    "attached models let tokens see what comes before them and nothing else; detach(model) or do it inside "
+    "dense(model)"
+)
+UNKNOWN = "attached models do not know what that means; leave it out, or do it inside dense(model)"
 FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
