@@ -119,6 +119,18 @@ def longrope(tiny, tmp_path):
     raise NotImplementedError(how)
 
 
+def taken_out(tiny, tmp_path):
+    model = attached(tiny)
+    ids, cache = tiny.tokens(1, 64), DynamicCache(config=model.config)
+    tiny.logits(model, ids[:, :32], cache=cache)
+    before = host.usage(model)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+    tiny.logits(model, ids[:, 32:], cache=cache)
+    (how,) = set(host.usage(model)) - set(before)
+    raise NotImplementedError(how)
+
+
 def padding(tiny, tmp_path):
     model, ids = attached(tiny), tiny.tokens(1, 64)
     alone = tiny.logits(model, ids)
@@ -173,6 +185,10 @@ def packed(tiny, tmp_path):
 def masks(tiny, tmp_path):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     tiny.logits(attached(tiny), tiny.tokens(1, 20), attention_mask=mask)
+
+
+def bidirectional(tiny, tmp_path):
+    tiny.logits(attached(tiny), tiny.tokens(1, 20), is_causal=False)
 
 
 def generate_modes(tiny, tmp_path):
@@ -415,11 +431,13 @@ CHECKS = {
     ("cache", "copied, cropped, reordered, rows selected"): changed_cache,
     ("cache", "filled before attaching, or by other gates"): filled_elsewhere,
     ("cache", "the same with RoPE of type dynamic or longrope"): longrope,
+    ("cache", "keys taken out, as by compression: sparse from then on"): taken_out,
     ("prompt", "left or right padding"): padding,
     ("prompt", "in pieces"): in_pieces,
     ("prompt", "several turns on one cache"): several_turns,
     ("prompt", "packed sequences"): packed,
     ("prompt", "4-D masks"): masks,
+    ("prompt", "bidirectional attention, is_causal=False"): bidirectional,
     ("generate", "greedy, sampling, beams"): generate_modes,
     ("generate", "assisted: draft model, prompt lookup"): assisted,
     ("generate", "pipeline"): pipeline,

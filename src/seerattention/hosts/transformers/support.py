@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seerattention.engine.summaries import POSITIONS
+
 MAPS = (
     "output_attentions needs the whole attention map, which sparse attention never computes; detach(model) "
     "and load it with attn_implementation='eager' for that"
@@ -49,11 +51,13 @@ def features() -> tuple[Feature, ...]:
         Feature("cache", "copied, cropped, reordered, rows selected"),
         Feature("cache", "filled before attaching, or by other gates"),
         Feature("cache", "the same with RoPE of type dynamic or longrope", LONGROPE),
+        Feature("cache", "keys taken out, as by compression: sparse from then on", POSITIONS),
         Feature("prompt", "left or right padding"),
         Feature("prompt", "in pieces", note="`prefill`, or `prefill_chunk_size=` of `generate`"),
         Feature("prompt", "several turns on one cache"),
         Feature("prompt", "packed sequences", PACKED),
         Feature("prompt", "4-D masks", MASKS),
+        Feature("prompt", "bidirectional attention, is_causal=False", CAUSAL),
         Feature("generate", "greedy, sampling, beams"),
         Feature("generate", "assisted: draft model, prompt lookup", note="guesses are verified densely"),
         Feature("generate", "pipeline"),
