@@ -16,7 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from seerattention.engine.call import AttentionCall, Given
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
-from seerattention.hosts.transformers.support import CACHE, CAUSAL, DROPOUT, FULLGRAPH, MAPS, PACKED, UNKNOWN
+from seerattention.hosts.transformers.support import (
+    CACHE,
+    CAUSAL,
+    DROPOUT,
+    FULLGRAPH,
+    MAPS,
+    PACKED,
+    SLIDING,
+    UNKNOWN,
+)
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 
@@ -157,7 +166,15 @@ def padding_mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, 
         # What transformers says of any mask that is more, or less, than causal; one token sees all keys.
         if not inputs["allow_is_causal_skip"] and inputs["q_length"] > 1:
             raise NotImplementedError(f"the model asks for {inputs['mask_function'].__qualname__}; {CAUSAL}")
-        return None if attention_mask is None else attention_mask[:, -kv_length:]
+        if attention_mask is None:
+            return None
+        if (gone := attention_mask.shape[1] - kv_length) > 0:
+            # A sliding window's cache drops columns, and padding takes the place of tokens in it.
+            new = inputs["q_length"]
+            old, kept, now_read = attention_mask.bool().split((gone, kv_length - new, new), 1)
+            if bool((old.any(1) & ~kept.all(1) & now_read.any(1)).any()):
+                raise NotImplementedError(SLIDING)
+        return attention_mask[:, -kv_length:]
     inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}
     function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation_internal)
     return None if function is None else function(**inputs)

@@ -18,6 +18,10 @@ CAUSAL = (
     "dense(model)"
 )
 UNKNOWN = "attached models do not know what that means; leave it out, or do it inside dense(model)"
+SLIDING = (
+    "padding between a row's tokens took the place of some of them in transformers' sliding-window cache; "
+    "pad on the left, before a conversation begins, or give its rows one by one"
+)
 FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
@@ -55,6 +59,7 @@ def features() -> tuple[Feature, ...]:
         Feature("prompt", "left or right padding"),
         Feature("prompt", "in pieces", note="`prefill`, or `prefill_chunk_size=` of `generate`"),
         Feature("prompt", "several turns on one cache"),
+        Feature("prompt", "the same, with sliding windows and padding between a row's tokens", SLIDING),
         Feature("prompt", "packed sequences", PACKED),
         Feature("prompt", "4-D masks", MASKS),
         Feature("prompt", "bidirectional attention, is_causal=False", CAUSAL),
@@ -68,6 +73,11 @@ def features() -> tuple[Feature, ...]:
         Feature("base", "4-bit (bitsandbytes)", note="told by its name, since its weights are others"),
         Feature("base", "8-bit (bitsandbytes)", note="told by its name, since its weights are others"),
         Feature("base", "device_map with layers on the disk"),
+        Feature(
+            "base",
+            "save_pretrained",
+            note="gates in use are written too, but transformers reads none; `save_gates` keeps them",
+        ),
         Feature("base", "tensor parallelism", PARALLEL),
         Feature("base", "torch.compile", note="attention itself stays outside of the graphs"),
         Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),
