@@ -54,7 +54,7 @@ class Growing:
         """Summarise a call's keys too, and cached keys that no summary belongs to."""
         new, past = [n for n, _ in call.lengths], [total - n for n, total in call.lengths]
         kept = self.kept
-        if kept is None or not kept.fits(call.given.k, scorer):
+        if kept is None or not any(past) or not kept.fits(call.given.k, scorer):
             kept = Kept.nothing(call.given.k, scorer)
         reasons: list[str | None] = [None] * len(new)
         k, cached = call.new_keys()
@@ -72,8 +72,6 @@ class Growing:
             if kept.tokens != past:
                 kept, reasons = _caught_up(kept, call, keys, past, unrotate)
                 new = [0 if reason else n for n, reason in zip(new, reasons, strict=True)]
-        else:
-            kept = Kept.nothing(call.given.k, scorer)
         self.kept = kept.extended(k, cached, new)
         return tuple(reasons)
 

@@ -201,6 +201,12 @@ def test_keys_are_rotated_back(tiny, kind, side):
         tiny.logits(model, ids, **inputs)
     after = torch.cat([mask, torch.ones(2, 16, dtype=torch.long)], 1)
     end = {"attention_mask": after, "position_ids": (after.cumsum(-1) - 1)[:, -16:]}
+    if side == "right" and tiny.full_layers(model) == [0, 2]:
+        with pytest.raises(
+            NotImplementedError, match="padding between a row's tokens took the place of some"
+        ):
+            tiny.logits(model, tiny.tokens(2, 16, seed=3), cache=cache, **end)
+        return
     tiny.logits(model, tiny.tokens(2, 16, seed=3), cache=cache, **end)
     used = host.usage(model)
     assert used.pop("sparse") > 0

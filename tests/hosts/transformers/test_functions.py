@@ -1,7 +1,10 @@
 """What transformers says to attention is obeyed or refused by name, and never dropped."""
 
+import functools
+
 import pytest
 import torch
+from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 
 from seerattention.hosts import transformers as host
@@ -69,14 +72,12 @@ def test_what_is_asked_of_attention_and_not_known_is_refused_by_name(tiny, model
 
 def test_masks_of_the_models_own_are_refused(tiny, model, monkeypatch):
     """As a family may get them in a later transformers."""
-    own = modeling_llama.create_causal_mask
 
     def every_other(batch, head, query, key):
         return key % 2 == 0
 
-    monkeypatch.setattr(
-        modeling_llama, "create_causal_mask", lambda **given: own(**given, and_mask_function=every_other)
-    )
+    own = functools.partial(create_causal_mask, and_mask_function=every_other)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", own)
     with pytest.raises(NotImplementedError, match=r"the model asks for and_masks.*what comes before them"):
         tiny.logits(model, tiny.tokens(1, 60))
 

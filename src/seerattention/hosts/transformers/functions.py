@@ -48,6 +48,8 @@ _NOT_ATTENTION = {
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what a module was called with by name, also what was given by its place."""
+    if not args:
+        return kwargs
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
@@ -180,7 +182,7 @@ def padding_mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, 
     return None if function is None else function(**inputs)
 
 
-def refuse(decoder: nn.Module, given: dict[str, Any]) -> None:
+def refuse(decoder: Any, given: dict[str, Any]) -> None:
     """Refuse what attached models cannot do, before any work."""
     if given.get("output_attentions", decoder.config.output_attentions):
         raise ValueError(MAPS)
