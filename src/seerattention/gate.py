@@ -326,7 +326,7 @@ class AttnGate(nn.Module):
             return summarise_blocks(x, size, pools, dtype=dtype, rows=rows, **options)
         # Tokens get no gradient while a gate learns: their pools are constants, made in one read, and
         # in what the projection will multiply.
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         return project_blocks(summarise_blocks(x, size, pools, dtype=dtype, rows=rows), **options)
 
