@@ -285,8 +285,10 @@ class AttnGate(nn.Module):
     def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         width = max(c.dim, c.head_dim) if c.rope_pairs == "slowest" else c.dim
-        exponent = torch.arange(width - c.dim, width, 2, device=positions.device) / width
-        angle = positions[..., None].float() * c.rope_theta**-exponent
+        # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
+        # positions are many turns.
+        inverse = 1 / c.rope_theta ** (torch.arange(width - c.dim, width, 2, device="cpu") / width)
+        angle = positions[..., None].float() * inverse.to(positions.device, non_blocking=True)
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
