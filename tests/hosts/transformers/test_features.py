@@ -303,6 +303,7 @@ def bits(tiny, tmp_path, **how):
     )
     ids = tiny.tokens(1, 80)
     dense = tiny.logits(small, ids)
+    checksum = host.base_checksum(small)
     # Gates made for the model in full precision, told by its name.
     model.config._name_or_path = "someone/tiny-base"
     gates = tiny.gates_for(model)
@@ -313,6 +314,10 @@ def bits(tiny, tmp_path, **how):
     assert host.usage(small) == {"sparse": 4}
     host.detach(small)
     assert torch.equal(tiny.logits(small, ids), dense)
+    assert host.base_checksum(small) == checksum
+    # Numbers again, but not those that the gates' fingerprint is of.
+    host.attach(small.dequantize(), gates, "top_k:1", min_tokens=0)
+    host.detach(small)
     small.config._name_or_path = "someone/else"
     with pytest.raises(ValueError, match="its name is else, not tiny-base"):
         host.attach(small, gates, "top_k:1")
