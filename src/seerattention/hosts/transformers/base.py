@@ -52,6 +52,7 @@ class BaseInfo:
     @classmethod
     def of(cls, model: PreTrainedModel) -> BaseInfo:
         """Describe a model."""
+        model = unwrapped(model)
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -91,6 +92,19 @@ class BaseInfo:
         if mine and others and mine.casefold() != others.casefold():
             return [f"its name is {others}, not {mine}, and nothing but the name is known"]
         return []
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside what PEFT, `torch.compile`, DDP, FSDP or Accelerate make of it."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, PreTrainedModel):
+            return model
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _last_part(name: str) -> str:
@@ -182,7 +196,7 @@ def _spread(size: int, count: int) -> Tensor:
 def base_checksum(model: PreTrainedModel) -> str:
     """Return the SHA-256 of every weight of the base model, gates left out."""
     digest = hashlib.sha256()
-    for name, weight in _base_weights(model):
+    for name, weight in _base_weights(unwrapped(model)):
         # A sharded weight is put together first, by all processes.
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         digest.update(name.encode())

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattention.engine.call import AttentionCall, Given, Handler
 from seerattention.engine.summaries import Growing
-from seerattention.hosts.transformers.base import head_dim_of
+from seerattention.hosts.transformers.base import head_dim_of, unwrapped
 from seerattention.hosts.transformers.config import NAME, view
 from seerattention.hosts.transformers.family import Tap, attention_layers, family_of
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Pass, Switch, running
@@ -226,17 +226,6 @@ class Runtime:
         loop = manager._run_generation_loop
         manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
         return manager
-
-
-def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside what `torch.compile` and PEFT make of one."""
-    while True:
-        if "_orig_mod" in getattr(model, "_modules", ()):
-            model = model._orig_mod
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
