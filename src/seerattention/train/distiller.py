@@ -81,6 +81,10 @@ class Distiller(Loop):
                 for key, value in tensors.items()
                 if key.startswith("best.")
             }
+        if out is not None and getattr(model, "is_quantized", False):
+            # Four-bit layers lay their weights out anew in their first pass on a CPU: no change of the base.
+            with torch.no_grad():
+                self.decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         self._checksum = base_checksum(model) if out is not None else ""
         self._write_run(base_checksum_before=self._checksum)
         if self.sharded:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from seerattention.engine.layer import Observer, SparseLayer
 from seerattention.gate import Scorer
-from seerattention.hosts.transformers.base import BaseInfo, device_of
+from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.gates import Gates, check_finite
 from seerattention.hosts.transformers.intercept import (
@@ -22,7 +22,6 @@ from seerattention.hosts.transformers.intercept import (
     refuse_stand_in,
     runtime_of,
     uninstall,
-    unwrapped,
 )
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.transformers.support import PARALLEL, PREFIXES
@@ -72,10 +71,10 @@ def attach(
     everything that was attached; `add_gates` adds, `set_gates` and `set_policy` change what is.
 
     Args:
-        model: A transformers model of a supported family, also compiled or wrapped by PEFT; adapters may
-            come before or after.
-        scorers: `Gates`, which become the child modules ``self_attn.attn_gate``; or one scorer for
-            every layer, such as a baseline.
+        model: A transformers model of a supported family, also compiled or wrapped by PEFT, DDP, FSDP or
+            Accelerate; adapters and wrappers may come before or after.
+        scorers: `Gates`, which become the child modules ``self_attn.attn_gate`` and ask for no gradient
+            while they are; or one scorer for every layer, such as a baseline.
         policy: How many blocks to read, as an object or text such as ``"top_k:0.1"``; default the one
             saved with the gates.
         name: What `set_gates` calls these gates.
@@ -186,7 +185,11 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
     if isinstance(chosen.scorers, Gates):
         scorers = dict(chosen.scorers.items())
         for index, gate in scorers.items():
-            layers[index].attn_gate = gate.to(device_of(layers[index]))
+            if device_of(gate) != (device := device_of(layers[index])):
+                gate.to(device)
+            # Nothing passes a gradient to gates in use. Whoever trains the model itself, over several
+            # processes too, need not know of them.
+            layers[index].attn_gate = gate.requires_grad_(False)
     # Passes that began before end as they began.
     runtime.switch.handler = replace(sparse_layer(model), scorers=scorers, policy=chosen.policy)
 
@@ -194,6 +197,7 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
 def _remove_gates(layers: dict[int, nn.Module]) -> None:
     for attention in layers.values():
         if "attn_gate" in attention._modules:
+            attention.attn_gate.requires_grad_(True)
             del attention.attn_gate
 
 

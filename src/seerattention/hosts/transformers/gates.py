@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.hosts.transformers.base import BaseInfo, device_of
+from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.rotary import model_rotary, no_rotation
 from seerattention.policies import Calibration
@@ -79,7 +79,9 @@ class Gates(nn.Module):
 
     def named_weights(self) -> dict[str, Tensor]:
         """Return every gate's weights, by their keys in a file."""
-        return {KEY.format(i, n): value for i, gate in self.items() for n, value in gate.state_dict().items()}
+        # Called, since a state dict has no numbers where the weights are offloaded.
+        named = ((i, *child) for i, gate in self.items() for child in gate.named_children())
+        return {KEY.format(i, f"{name}.weight"): weight().detach() for i, name, weight in named}
 
     def use_rotary_of(self, model: PreTrainedModel) -> None:
         """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included.
@@ -127,6 +129,7 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
         NotImplementedError: If the model's family has no file.
         ValueError: If a setting does not fit, or no layer has full attention.
     """
+    model = unwrapped(model)
     family_of(model)
     layers, base = full_attention_layers(model), BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}

@@ -18,7 +18,7 @@ from transformers import __version__ as host_version
 from transformers.masking_utils import create_masks_for_generate
 
 from seerattention.engine.call import Handler
-from seerattention.hosts.transformers.base import head_dim_of
+from seerattention.hosts.transformers.base import head_dim_of, unwrapped
 from seerattention.hosts.transformers.config import NAME, view
 from seerattention.hosts.transformers.family import Tap, attention_layers, family_of
 from seerattention.hosts.transformers.functions import (
@@ -225,17 +225,6 @@ class Runtime:
         loop = manager._run_generation_loop
         manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
         return manager
-
-
-def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside what `torch.compile` and PEFT make of one."""
-    while True:
-        if "_orig_mod" in getattr(model, "_modules", ()):
-            model = model._orig_mod
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:

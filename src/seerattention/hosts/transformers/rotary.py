@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from seerattention.gate import Rotary
 from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.family import family_of
+from seerattention.hosts.transformers.request import LayerCall, running
 from seerattention.hosts.transformers.support import LONGROPE
 
 
@@ -46,6 +47,12 @@ def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
     return () if hasattr(rotary, "inv_freq") else ("full_attention",)
 
 
+def _by_length(config: PreTrainedConfig) -> str | None:
+    """Return the kind of RoPE where its angles depend on the text's length, else None."""
+    kind = _rope_type(config)
+    return kind if kind in ("dynamic", "longrope") else None
+
+
 def _frequencies(rotary: nn.Module) -> int:
     """Return how many pairs of values a rotary module turns."""
     return rotary.get_buffer("_".join((*_kind_of_layer(rotary), "inv_freq"))).shape[-1]
@@ -76,7 +83,7 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
     width = head_dim_of(config) if pairs == "slowest" else dim
     if dim > width or width != head_dim_of(config):
         width = dim
-        if _rope_type(config) == "longrope":
+        if _by_length(config) == "longrope":
             raise NotImplementedError(
                 f"longrope has a factor for every pair of a head's values, so gate_dim must be "
                 f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
@@ -91,16 +98,23 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
-    return functools.partial(_turned, found, turned, width, dim)
+    return functools.partial(_turned, found, turned, width, dim, _by_length(config) is not None)
 
 
-def _turned(found: nn.Module, turned: int, width: int, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _turned(
+    found: nn.Module, turned: int, width: int, dim: int, by_length: bool, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return a rotary module's angles for the slowest of ``width`` values, of which it turns some pairs."""
-    like = torch.empty(0, dtype=torch.float32, device=positions.device)
+    like, count = torch.empty(0, dtype=torch.float32, device=positions.device), positions.shape[1]
+    if by_length and isinstance(call := running(), LayerCall):
+        # The module goes by the greatest position it is asked for. Gates ask for a part of the text, and are
+        # to turn it, and leave the module, as the model did in this pass.
+        last = call.given["position_ids"].max().to(positions.device)
+        positions = torch.cat((positions, last.expand(len(positions), 1)), 1)
     # Some modules return every angle twice, others once.
     # In a model over several devices the module may be on another one than the gate.
     angles = found(like, positions, *_kind_of_layer(found))
-    cos, sin = (x[..., :turned].to(positions.device) for x in angles)
+    cos, sin = (x[:, :count, :turned].to(positions.device) for x in angles)
     still = width // 2 - turned
     cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
     # The fastest come first.
@@ -123,8 +137,8 @@ class Unrotate:
         self.rotates = getattr(family_of(model), "rotates", None)
         self.order = head_order(model)
         self.rotary: Rotary | None = None
-        kind = _rope_type(self.config)
-        self.why_not = f"RoPE is of type {kind}, and {LONGROPE}" if kind in ("dynamic", "longrope") else None
+        kind = _by_length(self.config)
+        self.why_not = None if kind is None else f"RoPE is of type {kind}, and {LONGROPE}"
         if self.why_not is None:
             try:
                 self.rotary = model_rotary(model, head_dim_of(self.config))

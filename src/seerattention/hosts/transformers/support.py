@@ -73,6 +73,7 @@ def features() -> tuple[Feature, ...]:
         Feature("base", "4-bit (bitsandbytes)", note="told by its name, since its weights are others"),
         Feature("base", "8-bit (bitsandbytes)", note="told by its name, since its weights are others"),
         Feature("base", "device_map with layers on the disk"),
+        Feature("base", "offloaded by Accelerate after attaching", note="gates and all"),
         Feature(
             "base",
             "save_pretrained",
@@ -83,5 +84,6 @@ def features() -> tuple[Feature, ...]:
         Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),
         Feature("training", "the model", note="the choice of blocks is a constant of the gradient"),
         Feature("training", "activation checkpointing"),
+        Feature("training", "DDP and FSDP2, before or after attaching", note="attached gates do not learn"),
         Feature("training", "attention dropout", DROPOUT),
     )
