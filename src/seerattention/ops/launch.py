@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from seerattention.ops.language import power_of_two
+from seerattention.ops.language import padded, power_of_two
+from seerattention.ops.options import Options
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,25 @@ class Launch:
         block_m = min(self.block_m, max(16, power_of_two(queries)))
         return replace(self, block_m=block_m, block_n=min(self.block_n, keys))
 
-    def constants(self) -> dict[str, int]:
-        """Return the kernel's sizes and what the compiler is told."""
-        given = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages}
-        given |= {"num_warps": self.warps, "num_stages": self.stages}
+    def constants(
+        self, q: Tensor, k: Tensor, block_size: tuple[int, int], options: Options
+    ) -> dict[str, Any]:
+        """Return what a kernel of attention and its compiler know ahead of a call."""
+        given = {
+            "HEADS": q.shape[1],
+            "KV_HEADS": k.shape[1],
+            "D": q.shape[3],
+            "BLOCK_D": padded(q.shape[3]),
+            "BLOCK_Q": block_size[0],
+            "BLOCK_K": block_size[1],
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "SOFTCAP": options.softcap is not None,
+            "SEQUENCES": power_of_two(options.sequences) if options.sequences else 0,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
         if self.registers and torch.version.hip is None:
             given["maxnreg"] = self.registers
         return given
@@ -51,3 +69,22 @@ class Launch:
         if device.type == "cpu":
             return 2
         return self.programs * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def positive(q: Tensor, options: Options) -> tuple[Tensor, Options]:
+    """Return queries and a positive scale that make the same scores: maxima come before scaling."""
+    if options.scale > 0:
+        return q, options
+    if options.scale < 0:
+        return -q, replace(options, scale=-options.scale)
+    return torch.zeros_like(q), replace(options, scale=1.0)
+
+
+def starts(options: Options, unused: Tensor) -> list[Tensor]:
+    """Return where packed sequences start; a tensor that is not used still needs a pointer."""
+    return [unused if x is None else x for x in options.starts.values()]
+
+
+def numbers(options: Options) -> tuple[int, float, float]:
+    """Return the number of packed sequences, the scale and the softcap."""
+    return options.sequences, options.scale, 0.0 if options.softcap is None else options.softcap

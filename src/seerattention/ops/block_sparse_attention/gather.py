@@ -91,9 +91,7 @@ def backward(
         dq[part.group] = torch.bmm(dscores, key) * options.scale
         for total, weights, x in ((dk, dscores, query), (dv, share, g)):
             total.index_add_(0, part.where, torch.bmm(weights.mT, x).view(-1, block_k, dim).to(wide))
-    dq, dk, dv = (
-        _from_blocks(x, like, rows).to(like.dtype).contiguous() for x, like in ((dq, q), (dk, k), (dv, v))
-    )
+    dq, dk, dv = (_from_blocks(x, like, rows).to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, delta
 
 

@@ -75,28 +75,15 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
-    # A custom operator costs tens of microseconds, which only a compiler needs to spend.
-    launch = _operator if torch.compiler.is_compiling() else _launch
-    out, lse = launch(
-        q, k, v, selection.bits, *selection.block_size, options.scale, options.sinks, options.return_lse
-    )
+    out, lse = outputs(q, options)
+    start(q, k, v, selection.bits, selection.block_size, options, out, lse)
     return out, lse if options.return_lse else None
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    sinks: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = outputs(q, with_lse)
-    start(q, k, v, bits, (block_q, block_k), scale, sinks, out, lse)
-    return out, lse
+def outputs(q: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Allocate the output and, if wanted, its logarithms."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, out.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
 
 
 def start(
@@ -105,8 +92,7 @@ def start(
     v: Tensor,
     bits: Tensor,
     block_size: tuple[int, int],
-    scale: float,
-    sinks: Tensor | None,
+    options: Options,
     out: Tensor,
     lse: Tensor,
     shares: Tensor | None = None,
@@ -119,8 +105,7 @@ def start(
         v: ``[B, Hk, Tk, D]``.
         bits: int32 ``[1 or B, divisor of Hq, Nq, words]``, see `BlockSelection`.
         block_size: Tokens per (query block, KV block).
-        scale: Softmax scale.
-        sinks: ``[Hq]`` or None.
+        options: The options.
         out: Contiguous ``[B, Hq, Tq, D]``.
         lse: Contiguous fp32 ``[B, Hq, Tq]`` or empty.
         shares: Zeroed fp32 ``[B, Hq, ceil(Tq / 64), ceil(Tk / 64)]`` for the largest probability of every
@@ -144,7 +129,7 @@ def start(
             *(kernel.descriptor(x, TILE) for x in (q, k, v)),
             out,
             lse,
-            out if sinks is None else sinks.float().contiguous(),
+            out if options.sinks is None else options.sinks.float().contiguous(),
             maxima,
             lse if shares is None else shares,
             bits.contiguous(),
@@ -160,7 +145,7 @@ def start(
             tiles_k,
             k.shape[2] - num_queries,
             num_queries,
-            scale * LOG2E,
+            options.scale * LOG2E,
             D=dim,
             BLOCK_Q=block_size[0],
             PARTS=block_size[1] // TILE,
@@ -168,18 +153,10 @@ def start(
             WORDS=max(32, 1 << (bits.shape[3] - 1).bit_length()),
             SHARE=share,
             LSE=lse.numel() > 0,
-            SINKS=sinks is not None,
+            SINKS=options.sinks is not None,
             MAP=shares is not None,
             num_warps=4,
         )
-
-
-_operator = torch.library.custom_op("seerattention::block_sparse_hopper", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return outputs(q, with_lse=rest[-1])
 
 
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.
@@ -191,10 +168,3 @@ def _is_hopper(device: torch.device) -> bool:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the output and, if wanted, its logarithms."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_shape = q.shape[:3] if with_lse else (0,)
-    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
