@@ -65,11 +65,16 @@ def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, dire
 def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int) -> None:
     kernel = getattr(_triton_kernel, name)
     kind = "narrow" if dtype == "bf16" else "wide"
-    constants = dict(scoring.LAUNCH[kind]["score" if name == "score" else "back"])
+    launch = scoring.LAUNCHES[kind]["score" if name == "score" else "back"]
+    constants: dict[str, Any] = launch.tile()
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
     constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
-    constants |= {"KEEP": True, "PRECISION": "tf32x3"} if name == "score" else {"unit": None}
+    constants |= (
+        {"KEEP": True, "PRECISION": "tf32x3", "RESIDENT": launch.resident}
+        if name == "score"
+        else {"unit": None}
+    )
     names = kernel.arg_names
     types = {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
     types |= {n: "*fp32" for n in ("scores", "gradient") if n in names}
@@ -96,7 +101,7 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], opti
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dim", [96, 128])
 def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None:
-    options = dict(choosing.LAUNCH["narrow"])
+    options = choosing.LAUNCHES["narrow"].tile() | {"RESIDENT": choosing.LAUNCHES["narrow"].resident}
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
@@ -117,7 +122,7 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None
 @compiles
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
-    options = summarising._options(4, 256, projects=True)
+    options = summarising._launch(4, 256, projects=True)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     constants = {"HEADS": 32, "GROUPS": 1, "D": 128, "E": 96, "D_PAD": 64, "E_PAD": 64, "SIZE": 4}
     constants |= {"MAX": 0, "MIN": 1, "AVG": 2, "PRECISION": "tf32x3", "norm": None} | options

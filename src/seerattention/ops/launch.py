@@ -17,24 +17,26 @@ class Launch:
     """How a kernel is compiled and started.
 
     Attributes:
-        block_m: Queries per tile; a longer query block is several tiles.
-        block_n: Keys per tile; a longer KV block is several tiles.
+        block_m: Queries per tile, or query blocks where these are scored; a longer one is several tiles.
+        block_n: Keys per tile, or KV blocks where these are scored; a longer one is several tiles.
         warps: Warps per program.
         stages: Steps of the loop over keys or a list that are in flight.
         programs: Programs per multiprocessor.
         registers: Most registers per thread, to let more programs share a multiprocessor; NVIDIA only.
         tma: Whether TMA brings tiles, where there is TMA and the kernel can use it.
         direct: Whether threads store what they hold themselves, in PTX, where a kernel can; NVIDIA only.
+        resident: Summaries per query block held in shared memory at a time, where blocks are scored.
     """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    programs: int
+    programs: int = 1
     registers: int | None = None
     tma: bool = True
     direct: bool = False
+    resident: int = 1
 
     def within(self, queries: int, keys: int) -> Launch:
         """Return the launch with tiles no larger than a block; a product needs 16 queries at least."""
@@ -45,21 +47,23 @@ class Launch:
         self, q: Tensor, k: Tensor, block_size: tuple[int, int], options: Options
     ) -> dict[str, Any]:
         """Return what a kernel of attention and its compiler know ahead of a call."""
-        given = {
+        return {
             "HEADS": q.shape[1],
             "KV_HEADS": k.shape[1],
             "D": q.shape[3],
             "BLOCK_D": padded(q.shape[3]),
             "BLOCK_Q": block_size[0],
             "BLOCK_K": block_size[1],
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
             "SOFTCAP": options.softcap is not None,
             "SEQUENCES": power_of_two(options.sequences) if options.sequences else 0,
             "STAGES": self.stages,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
+            **self.tile(),
         }
+
+    def tile(self) -> dict[str, int]:
+        """Return a tile's sizes and what the compiler is told."""
+        given = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        given |= {"num_warps": self.warps, "num_stages": self.stages}
         if self.registers and torch.version.hip is None:
             given["maxnreg"] = self.registers
         return given
@@ -88,3 +92,8 @@ def starts(options: Options, unused: Tensor) -> list[Tensor]:
 def numbers(options: Options) -> tuple[int, float, float]:
     """Return the number of packed sequences, the scale and the softcap."""
     return options.sequences, options.scale, 0.0 if options.softcap is None else options.softcap
+
+
+def width(x: Tensor) -> str:
+    """Return which of two launches scores summaries: ``wide`` for fp32 and those of more than 256 bytes."""
+    return "narrow" if x.element_size() == 2 and x.shape[3] <= 128 else "wide"

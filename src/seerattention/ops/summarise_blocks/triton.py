@@ -6,44 +6,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.language import DTYPES, INTERPRETED, jit, padded, products, tl, unsupported_here
-from seerattention.rows import Rows, num_blocks
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import SummaryOptions
+from seerattention.rows import num_blocks
 
-#: Launch settings: tokens per program, tokens of each block loaded between two turns of the loop, and
-#: warps. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
-LAUNCH: dict[str, dict[str, int]] = {
-    "pool": {"TOKENS": 1024, "UNROLL": 8, "num_warps": 4},
-    "project": {"TOKENS": 1024, "UNROLL": 4, "num_warps": 8},
-    "wide": {"TOKENS": 16, "UNROLL": 2, "num_warps": 8},
-}
+#: Of a tile, ``block_m`` is the tokens and ``block_n`` how many of each block are loaded between two turns of
+#: the loop. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
+LAUNCHES = {"pool": Launch(1024, 8, 4, 1), "project": Launch(1024, 4, 8, 1), "wide": Launch(16, 2, 8, 1)}
 
 
-def unsupported(
-    x: Tensor,
-    size: int,
-    pools: tuple[str, ...],
-    *,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    merge: int,
-    norm: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    rows: Rows | None,
-) -> list[str]:
+def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = unsupported_here(x)
+    dtype, weight, norm, rows = options.dtype, options.weight, options.norm, options.rows
     given = [t for t in (x, weight, norm) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("it has no backward; use backend='reference' for gradients")
     if rows is not None and rows.lengths is None:
         reasons.append("the host does not know the lengths of the packed sequences")
-    if merge > 1:
+    if options.merge > 1:
         reasons.append("it does not merge heads")
-    if weight is None and len(pools) > 1 and (norm is not None or rotary is not None):
+    if weight is None and len(options.pools) > 1 and (norm is not None or options.rotary is not None):
         reasons.append("without a projection it neither normalises nor rotates several pools")
     if dtype not in DTYPES or x.dtype not in DTYPES or any(t.dtype != dtype for t in given[1:]):
         reasons.append(f"x, weight and norm must be float16, bfloat16 or float32, weights {dtype}")
@@ -54,25 +43,16 @@ def unsupported(
     return reasons
 
 
-def run(
-    x: Tensor,
-    size: int,
-    pools: tuple[str, ...],
-    *,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    merge: int,
-    norm: Tensor | None,
-    eps: float,
-    rotary: tuple[Tensor, Tensor] | None,
-    rows: Rows | None,
-) -> Tensor:
+def run(x: Tensor, options: SummaryOptions) -> Tensor:
     """Return the summaries, ``[B, H, N, E]``."""
-    cos, sin = (None, None) if rotary is None else rotary
-    edges = None if rows is None else rows.edges(x.shape[2], size, x.device)
+    cos, sin = options.rotary or (None, None)
+    edges = None if options.rows is None else options.rows.edges(x.shape[2], options.size, x.device)
     # An operator of torch costs tens of microseconds a call; only torch.compile needs one.
-    launch = summarise_op if torch.compiler.is_compiling() else summarise
-    return launch(x, size, " ".join(pools), dtype, weight, norm, eps, cos, sin, edges)
+    start = summarise_op if torch.compiler.is_compiling() else summarise
+    return start(
+        x, options.size, " ".join(options.pools), options.dtype, options.weight, options.norm, options.eps,
+        cos, sin, edges,
+    )  # fmt: skip
 
 
 def summarise(
@@ -88,17 +68,17 @@ def summarise(
     edges: Tensor | None,
 ) -> Tensor:
     """Launch the kernel; arguments as those of `run`, pools in one text, packed blocks by their edges."""
-    out = _empty(x, size, pools, dtype, weight, norm, eps, cos, sin, edges)
+    out = _empty(x, size, pools, dtype, weight, edges)
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
     place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
     if weight is None:
         dim = width
-    options = _options(
+    launch = _launch(
         size, max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1
     )
     with torch.cuda.device_of(x):
-        _summarise[batch * heads, num_blocks(blocks, options["ROWS"])](
+        _summarise[batch * heads, num_blocks(blocks, launch["ROWS"])](
             x,
             None if weight is None else weight.contiguous(),
             norm,
@@ -123,23 +103,13 @@ def summarise(
             MIN=place["min"],
             AVG=place["avg"],
             PRECISION=products(x),
-            **options,
+            **launch,
         )
     return out
 
 
-def _empty(
-    x: Tensor,
-    size: int,
-    pools: str,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    edges: Tensor | None,
-) -> Tensor:
+def _empty(x: Tensor, size: int, pools: str, dtype: torch.dtype, weight: Tensor | None, *rest: Any) -> Tensor:
+    edges = rest[-1]
     plain = x.shape[1], len(pools.split()) * x.shape[3]
     heads, dim = plain if weight is None else (weight.shape[0], weight.shape[2])
     blocks = num_blocks(x.shape[2], size) if edges is None else edges.shape[1]
@@ -150,13 +120,13 @@ summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summar
 summarise_op.register_fake(_empty)
 
 
-def _options(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
-    options = dict(LAUNCH["wide" if nbytes > 256 else "project" if projects else "pool"])
+def _launch(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
+    launch = LAUNCHES["wide" if nbytes > 256 else "project" if projects else "pool"]
     # 16 rows are the least that a product takes; more than 64 do not fit into registers.
-    rows = max(16, options.pop("TOKENS") // size)
-    options["ROWS"] = min(64, 1 << (rows.bit_length() - 1))
-    options["UNROLL"] = math.gcd(size, options["UNROLL"])
-    return options | {"num_stages": 1}
+    rows = min(64, max(16, launch.block_m // size))
+    rows = 1 << (rows.bit_length() - 1)
+    unroll = math.gcd(size, launch.block_n)
+    return {"ROWS": rows, "UNROLL": unroll, "num_warps": launch.warps, "num_stages": launch.stages}
 
 
 # Every vector is held as two halves, so that a rotation, which mixes entry i with entry i + E / 2, needs

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.language import (
-    add_values,
+    add_product,
     cap,
     jit,
     load_tile,
@@ -85,7 +85,7 @@ def _step(
     exact: tl.constexpr = q.dtype == tl.float32
     largest = tl.max(scores, 1) * (1.0 if exact else scale)
     p, fade, maximum, total = softmax_step(scores, largest, maximum, total, scale, exact, True)
-    return add_values(acc, fade, p, v, scale), maximum, total
+    return add_product(acc * fade[:, None], p, v, scale), maximum, total
 
 
 @jit
