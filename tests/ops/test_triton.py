@@ -125,7 +125,7 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
     options = summarising._launch(4, 256, projects=True)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     constants = {"HEADS": 32, "GROUPS": 1, "D": 128, "E": 96, "D_PAD": 64, "E_PAD": 64, "SIZE": 4}
-    constants |= {"MAX": 0, "MIN": 1, "AVG": 2, "PRECISION": "tf32x3", "norm": None} | options
+    constants |= {"PLACES": (0, 1, 2), "PRECISION": "tf32x3", "norm": None} | options
     constants |= {} if packed else {"edges": None}
     types = dict.fromkeys(("x", "weight", "out"), "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
     made = compiled(summarising._summarise, constants, types | {"edges": "*i32", "eps": "fp32"}, launch)

@@ -28,6 +28,9 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 #: What the matrix units of GPUs multiply.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+#: Numbers per head that a tile of attention holds at most.
+MAX_HEAD_DIM = 256
+
 
 def jit(*plain: Any) -> Any:
     """Compile a device function: ``@jit``, or ``@jit("tokens", ...)`` with the names of plain integers.
@@ -56,11 +59,14 @@ def unsupported_dtype(dtype: torch.dtype) -> list[str]:
     return []
 
 
-def unsupported_strides(**tensors: Tensor | None) -> list[str]:
-    """Return the tensors whose last dimension is not contiguous, as reasons."""
-    return [
+def unsupported_attention(q: Tensor, **others: Tensor | None) -> list[str]:
+    """Return the reasons why kernels of attention take no such tensors."""
+    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    return reasons + [
         f"the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}"
-        for name, x in tensors.items()
+        for name, x in {"q": q, **others}.items()
         if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1
     ]
 

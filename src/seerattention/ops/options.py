@@ -35,16 +35,7 @@ def _short(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Options(Asked):
-    """The optional parts of one call, as every backend gets them.
-
-    Attributes:
-        rows: Where queries lie among keys.
-        scale: Softmax scale.
-        softcap: Scores become ``softcap * tanh(scores * scale / softcap)``; None leaves them alone.
-        sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
-            only.
-        return_lse: Also return the logarithm of the softmax's denominator.
-    """
+    """The optional parts of one call, as every backend gets them: arguments of `block_sparse_attention`."""
 
     rows: Rows
     scale: float
@@ -119,11 +110,7 @@ class Options(Asked):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PoolOptions(Options):
-    """The optional parts of one call of `pooled_attention`.
-
-    Attributes:
-        per_kv_head: One map per KV head, for gates that choose for a whole group of query heads.
-    """
+    """The optional parts of one call of `pooled_attention`, whose arguments these are."""
 
     per_kv_head: bool = False
 

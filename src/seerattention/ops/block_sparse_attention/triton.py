@@ -12,12 +12,7 @@ from torch import Tensor
 
 from seerattention.ops.block_sparse_attention.kernels.backward import backward, bit_strides
 from seerattention.ops.block_sparse_attention.kernels.forward import attention_kernel
-from seerattention.ops.language import (
-    power_of_two,
-    unsupported_dtype,
-    unsupported_here,
-    unsupported_strides,
-)
+from seerattention.ops.language import power_of_two, unsupported_attention
 from seerattention.ops.launch import Launch, numbers, positive, starts
 from seerattention.ops.options import Options
 from seerattention.rows import num_blocks
@@ -25,7 +20,6 @@ from seerattention.selection import BlockSelection
 
 __all__ = ["backward", "run", "unsupported"]
 
-MAX_HEAD_DIM = 256
 BLOCKS_K = (16, 32, 64, 128)
 
 
@@ -57,14 +51,12 @@ def launch_of(head_dim: int, block_size: tuple[int, int], itemsize: int) -> Laun
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    tensors = {"k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks, **options.starts}
+    reasons = unsupported_attention(q, **tensors)
     if selection.block_size[1] not in BLOCKS_K:
         allowed = ", ".join(map(str, BLOCKS_K))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
-    tensors = {"q": q, "k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
-    return reasons + unsupported_strides(**tensors, **options.starts)
+    return reasons
 
 
 def run(

@@ -22,9 +22,7 @@ WORK_BYTES = 8 * 2**20
 CUDA_WORK_BYTES = 512 * 2**20
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
-) -> list[str]:
+def unsupported(**_: object) -> list[str]:
     """Return the reasons why this backend cannot run; it runs everything."""
     return []
 

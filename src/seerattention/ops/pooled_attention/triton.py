@@ -12,20 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import (
-    padded,
-    power_of_two,
-    unsupported_dtype,
-    unsupported_here,
-    unsupported_strides,
-)
+from seerattention.ops.language import padded, power_of_two, unsupported_attention
 from seerattention.ops.launch import Launch, numbers, positive, starts
 from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention._triton_kernel import pooled_kernel
 from seerattention.ops.tma import tiles
 from seerattention.rows import num_blocks
 
-MAX_HEAD_DIM = 256
 BLOCKS_Q = (1, 16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
 #: Maxima that one step of the epilogue holds; half as many where the map has a row per query, whose
@@ -61,14 +54,12 @@ def unsupported(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    reasons = unsupported_attention(q, k=k, v=v, sinks=options.sinks, **options.starts)
     for name, size, allowed in zip(("query", "KV"), block_size, (BLOCKS_Q, BLOCKS_K), strict=True):
         if size not in allowed:
             listed = ", ".join(map(str, allowed))
             reasons.append(f"{name} blocks must have one of {listed} tokens, got {size}")
-    return reasons + unsupported_strides(q=q, k=k, v=v, sinks=options.sinks, **options.starts)
+    return reasons
 
 
 def run(

@@ -71,7 +71,7 @@ def summarise(
     out = _empty(x, size, pools, dtype, weight, edges)
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
-    place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
+    places = tuple(names.index(name) if name in names else -1 for name in ("max", "min", "avg"))
     if weight is None:
         dim = width
     launch = _launch(
@@ -99,9 +99,7 @@ def summarise(
             D_PAD=padded(num_blocks(width, 2)),
             E_PAD=padded(num_blocks(dim, 2)),
             SIZE=size,
-            MAX=place["max"],
-            MIN=place["min"],
-            AVG=place["avg"],
+            PLACES=places,
             PRECISION=products(x),
             **launch,
         )
@@ -157,18 +155,16 @@ def _summarise(
     D_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
     SIZE: tl.constexpr,
-    MAX: tl.constexpr,
-    MIN: tl.constexpr,
-    AVG: tl.constexpr,
+    PLACES: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Summarise `ROWS` blocks of one head; MAX, MIN and AVG are the pools' places, -1 if not wanted."""
+    """Summarise `ROWS` blocks of one head; PLACES are those of max, min and avg, -1 if not wanted."""
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     E_HALF: tl.constexpr = (E + 1) // 2
-    POOLS: tl.constexpr = (MAX >= 0) + (MIN >= 0) + (AVG >= 0)
+    POOLS: tl.constexpr = (PLACES[0] >= 0) + (PLACES[1] >= 0) + (PLACES[2] >= 0)
     # Without a projection the pools lie behind one another.
     WIDTH: tl.constexpr = E if weight is not None else POOLS * E
     e = tl.arange(0, E_PAD)
@@ -176,8 +172,8 @@ def _summarise(
     kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
     x += batch * stride_b + head * stride_h
     like = out.dtype.element_ty
-    high_a, high_b, low_a, low_b, mean_a, mean_b = _pool(
-        x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, MAX, MIN, AVG, ROWS, UNROLL
+    pools = _pool(
+        x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, PLACES, ROWS, UNROLL
     )
     for group in range(GROUPS):
         head_out = head * GROUPS + group
@@ -185,18 +181,13 @@ def _summarise(
             w = weight + head_out * (POOLS * D * E)
             first = tl.zeros([ROWS, E_PAD], tl.float32)
             second = first
-            if MAX >= 0:
-                first, second = _project(high_a, high_b, w + MAX * D * E, first, second, D, E, PRECISION)
-            if MIN >= 0:
-                first, second = _project(low_a, low_b, w + MIN * D * E, first, second, D, E, PRECISION)
-            if AVG >= 0:
-                first, second = _project(mean_a, mean_b, w + AVG * D * E, first, second, D, E, PRECISION)
-        elif MAX >= 0:
-            first, second = high_a, high_b
-        elif MIN >= 0:
-            first, second = low_a, low_b
+            for kind in tl.static_range(3):
+                if PLACES[kind] >= 0:
+                    a, b = pools[kind]
+                    first, second = _project(a, b, w + PLACES[kind] * D * E, first, second, D, E, PRECISION)
         else:
-            first, second = mean_a, mean_b
+            # The first that is wanted; of several, the others are stored below.
+            first, second = pools[0 if PLACES[0] >= 0 else 1 if PLACES[1] >= 0 else 2]
         if norm is not None:
             first, second = _normalise(first, second, norm + e[None, :], eps, E)
         if cos is not None:
@@ -209,15 +200,11 @@ def _summarise(
             tl.store(to, first, mask=kept_a)
             tl.store(to + E_HALF, second, mask=kept_b)
         else:
-            if MAX >= 0:
-                tl.store(to + MAX * E, high_a, mask=kept_a)
-                tl.store(to + MAX * E + E_HALF, high_b, mask=kept_b)
-            if MIN >= 0:
-                tl.store(to + MIN * E, low_a, mask=kept_a)
-                tl.store(to + MIN * E + E_HALF, low_b, mask=kept_b)
-            if AVG >= 0:
-                tl.store(to + AVG * E, mean_a, mask=kept_a)
-                tl.store(to + AVG * E + E_HALF, mean_b, mask=kept_b)
+            for kind in tl.static_range(3):
+                if PLACES[kind] >= 0:
+                    a, b = pools[kind]
+                    tl.store(to + PLACES[kind] * E, a, mask=kept_a)
+                    tl.store(to + PLACES[kind] * E + E_HALF, b, mask=kept_b)
 
 
 @jit
@@ -233,9 +220,7 @@ def _pool(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
-    MAX: tl.constexpr,
-    MIN: tl.constexpr,
-    AVG: tl.constexpr,
+    PLACES: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -259,15 +244,15 @@ def _pool(
             at = x + tl.minimum(token, end - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
             a = tl.load(at, mask=inside_a, other=0.0).to(like).to(tl.float32)
             b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0).to(like).to(tl.float32)
-            if MAX >= 0:
+            if PLACES[0] >= 0:
                 high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
-            if MIN >= 0:
+            if PLACES[1] >= 0:
                 low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
-            if AVG >= 0:
+            if PLACES[2] >= 0:
                 here = (token < end)[:, None]
                 sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
     count = tl.maximum(tl.minimum(end - first, SIZE), 1).to(tl.float32)[:, None]
-    return high_a, high_b, low_a, low_b, sum_a / count, sum_b / count
+    return (high_a, high_b), (low_a, low_b), (sum_a / count, sum_b / count)
 
 
 @jit
