@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.language import padded, power_of_two
 from seerattention.ops.options import Options
+
+Given = TypeVar("Given", bound=Options)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Launch:
         return self.programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def positive(q: Tensor, options: Options) -> tuple[Tensor, Options]:
+def positive(q: Tensor, options: Given) -> tuple[Tensor, Given]:
     """Return queries and a positive scale that make the same scores: maxima come before scaling."""
     if options.scale > 0:
         return q, options

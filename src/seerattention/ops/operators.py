@@ -26,8 +26,9 @@ def flat(options: Options) -> tuple[Any, ...]:
 
 def asked(q: Tensor, k: Tensor, flat: tuple[Any, ...]) -> dict[str, Any]:
     """Put together again what `flat` took apart."""
-    lengths, scale, softcap, sinks, *starts = flat
-    rows = Rows(q.shape[2], k.shape[2], *starts, tuple(zip(lengths[::2], lengths[1::2], strict=True)) or None)
+    lengths, scale, softcap, sinks, starts_q, starts_k = flat
+    pairs = tuple(zip(lengths[::2], lengths[1::2], strict=True))
+    rows = Rows(q.shape[2], k.shape[2], starts_q, starts_k, pairs or None)
     return {"rows": rows, "scale": scale, "softcap": softcap, "sinks": sinks}
 
 

@@ -27,13 +27,11 @@ from seerattention.testing.poison import poison, unread_tokens
 class Backend(Protocol):
     """A backend of an op, as a module or an object."""
 
-    @property
-    def unsupported(self) -> Callable[..., list[str]]:
+    def unsupported(self, *args: Any, **kwargs: Any) -> list[str]:
         """Return the reasons why it cannot run."""
         ...
 
-    @property
-    def run(self) -> Callable[..., Any]:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the op."""
         ...
 

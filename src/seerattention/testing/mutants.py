@@ -142,7 +142,7 @@ def _forgets_head(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     group = q.shape[1] // k.shape[1]
     wide = [x.repeat_interleave(group, 1).unflatten(1, (-1, group)) for x in (k, v)]
     cut = [torch.cat([x[:, :, :-1], x[:, :, -1:].detach()], 2).flatten(1, 2) for x in wide]
-    return by_reference(q, *cut, *rest)
+    return by_reference(q, cut[0], cut[1], *rest)
 
 
 def _forgets_last_block(*call: Any) -> tuple[Tensor, Tensor]:

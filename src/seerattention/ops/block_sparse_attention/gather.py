@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.attention_scores import by_block
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -185,10 +185,7 @@ def _to_blocks(x: Tensor, size: int, rows: Rows) -> Tensor:
         padded = x.new_zeros(x.shape[1], blocks * size, x.shape[3])
         padded[:, _in_blocks(rows, x.shape[2], size, x.device)] = x[0]
         return padded.view(-1, size, x.shape[3])
-    missing = -x.shape[2] % size
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    return x.reshape(-1, size, x.shape[3])
+    return by_block(x, size, 2).flatten(0, 2)
 
 
 def _from_blocks(x: Tensor, like: Tensor, rows: Rows) -> Tensor:

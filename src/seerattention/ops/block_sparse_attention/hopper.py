@@ -6,7 +6,6 @@ The kernel is in ``kernels/hopper.py``; docs/kernels.md has its design and its m
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from typing import Any
 
@@ -119,7 +118,8 @@ def start(
     tiles, tiles_k = num_blocks(num_queries, TILE), num_blocks(k.shape[2], TILE)
     items = batch * heads * num_blocks(tiles, 2 if share else 1)
     stages = RING_BYTES // (TILE * dim * q.element_size()) // (1 if share else 2)
-    programs = min(_processors(q.device), num_blocks(items, 1 if share else 2))
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(processors, num_blocks(items, 1 if share else 2))
     # A kernel argument that is not used still needs a pointer.
     maxima = lse
     if shares is not None:
@@ -163,8 +163,3 @@ def start(
 @torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

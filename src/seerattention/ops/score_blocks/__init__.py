@@ -59,8 +59,8 @@ def score_blocks(
 
     Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks are this project's (docs/method.md).
     """
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    options = ScoreOptions(sub_blocks=sub_blocks, scale=scale, rows=rows, block_size=block_size)
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    options = ScoreOptions(sub_blocks=sub_blocks, scale=factor, rows=rows, block_size=block_size)
     _check(queries, keys, options)
     run = choose(BACKENDS, ORDER, backend, queries=queries, keys=keys, options=options).run
     if rows is None or not rows.is_packed:

@@ -59,8 +59,9 @@ class _Score(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, winners = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        return *_backward(gradient.contiguous(), *ctx.saved_tensors, wanted, ctx.options), None
+        return *_backward(gradient.contiguous(), queries, keys, winners, wanted, ctx.options), None
 
 
 def _forward(
