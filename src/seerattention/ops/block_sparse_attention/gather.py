@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.attention_scores import by_block
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -21,10 +22,7 @@ from seerattention.selection import BlockSelection
 #: Bytes of gathered keys, values and scores per batched product; at least one row is taken.
 WORK_BYTES = 8 * 2**20
 
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
-    """Return the reasons why this backend cannot run."""
-    return []
+unsupported = runs_everything
 
 
 def run(

@@ -34,14 +34,11 @@ RING_BYTES = 224 * 1024
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = why_not(q, k, v, options)
-    if selection.block_size[0] % TILE or selection.block_size[1] % TILE:
-        reasons.append(f"blocks must be multiples of {TILE} tokens, got {selection.block_size}")
-    return reasons
+    return why_not(q, k, v, selection.block_size, options)
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
-    """Return the reasons why the kernel cannot run, whatever the blocks are."""
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], options: Options) -> list[str]:
+    """Return the reasons why the kernel cannot run."""
     reasons = []
     if kernel is None:
         reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
@@ -67,6 +64,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
         reasons.append("it has no softcap")
     if options.packed:
         reasons.append("it takes no packed sequences")
+    if block_size[0] % TILE or block_size[1] % TILE:
+        reasons.append(f"blocks must be multiples of {TILE} tokens, got {block_size}")
     return reasons
 
 
@@ -74,15 +73,8 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
-    out, lse = outputs(q, options)
-    start(q, k, v, selection.bits, selection.block_size, options, out, lse)
+    out, lse = start(q, k, v, selection.bits, selection.block_size, options)
     return out, lse if options.return_lse else None
-
-
-def outputs(q: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Allocate the output and, if wanted, its logarithms."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, out.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
 
 
 def start(
@@ -92,26 +84,24 @@ def start(
     bits: Tensor,
     block_size: tuple[int, int],
     options: Options,
-    out: Tensor,
-    lse: Tensor,
     shares: Tensor | None = None,
-) -> None:
-    """Start the kernel, which fills ``out``, ``lse`` unless it is empty, and ``shares`` if given.
+) -> tuple[Tensor, Tensor]:
+    """Start the kernel and return the output and its logarithms, empty unless asked for; fill ``shares``.
 
     Args:
-        q: ``[B, Hq, Tq, D]`` and like ``k`` and ``v`` as `unsupported` wants them.
+        q: ``[B, Hq, Tq, D]`` and like ``k`` and ``v`` as `why_not` wants them.
         k: ``[B, Hk, Tk, D]``.
         v: ``[B, Hk, Tk, D]``.
         bits: int32 ``[1 or B, divisor of Hq, Nq, words]``, see `BlockSelection`.
         block_size: Tokens per (query block, KV block).
         options: The options.
-        out: Contiguous ``[B, Hq, Tq, D]``.
-        lse: Contiguous fp32 ``[B, Hq, Tq]`` or empty.
         shares: Zeroed fp32 ``[B, Hq, ceil(Tq / 64), ceil(Tk / 64)]`` for the largest probability of every
             64 queries and 64 keys; all blocks must be selected then.
     """
     assert kernel is not None
     batch, heads, num_queries, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = out.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
     # Both warpgroups of a multiprocessor take halves of one query block where it has 128 tokens: they
     # read the same list, so each tile is loaded once for both.
     share = block_size[0] % (2 * TILE) == 0
@@ -152,11 +142,12 @@ def start(
             STAGES=stages,
             WORDS=max(32, 1 << (bits.shape[3] - 1).bit_length()),
             SHARE=share,
-            LSE=lse.numel() > 0,
+            LSE=options.return_lse,
             SINKS=options.sinks is not None,
             MAP=shares is not None,
             num_warps=4,
         )
+    return out, lse
 
 
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def token_mask(selection: BlockSelection, num_heads: int, rows: Rows) -> Tensor:

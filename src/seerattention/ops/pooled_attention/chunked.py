@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.attention_scores import by_block
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import PoolOptions
 from seerattention.rows import num_blocks
 
@@ -21,10 +22,7 @@ from seerattention.rows import num_blocks
 WORK_BYTES = 8 * 2**20
 CUDA_WORK_BYTES = 512 * 2**20
 
-
-def unsupported(**_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(

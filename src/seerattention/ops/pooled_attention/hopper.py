@@ -24,10 +24,7 @@ def unsupported(
     """Return the reasons why this backend cannot run."""
     if v is None:
         return ["it computes the output, for which it needs v"]
-    reasons = hopper.why_not(q, k, v, options)
-    if block_size[0] % hopper.TILE or block_size[1] % hopper.TILE:
-        reasons.append(f"blocks must be multiples of {hopper.TILE} tokens, got {block_size}")
-    return reasons
+    return hopper.why_not(q, k, v, block_size, options)
 
 
 def run(
@@ -35,12 +32,11 @@ def run(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return the output, the row-normalised block-max map, and lse (None unless asked)."""
     assert v is not None
-    out, lse = hopper.outputs(q, options)
     tiles = (num_blocks(x.shape[2], hopper.TILE) for x in (q, k))
     target = torch.zeros(*q.shape[:2], *tiles, dtype=torch.float32, device=q.device)
     rows, columns = num_blocks(q.shape[2], BLOCK[0]), num_blocks(k.shape[2], BLOCK[1])
     every = torch.full((1, 1, rows, num_blocks(columns, 32)), -1, dtype=torch.int32, device=q.device)
-    hopper.start(q, k, v, every, BLOCK, options, out, lse, target)
+    out, lse = hopper.start(q, k, v, every, BLOCK, options, target)
     if options.per_kv_head:
         target = target.unflatten(1, (k.shape[1], -1)).amax(2)
     pool = (block_size[0] // hopper.TILE, block_size[1] // hopper.TILE)

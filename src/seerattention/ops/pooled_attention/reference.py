@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention.reference import shares
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import PoolOptions
 
-
-def unsupported(**_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(

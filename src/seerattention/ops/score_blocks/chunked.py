@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import ScoreOptions
 from seerattention.ops.score_blocks._sub_blocks import max_over_sub_blocks
 from seerattention.rows import num_blocks
@@ -13,10 +14,7 @@ from seerattention.rows import num_blocks
 #: Products are reduced to block scores in slices of at most this many bytes.
 SLICE_BYTES = 16 * 2**20
 
-
-def unsupported(**_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:

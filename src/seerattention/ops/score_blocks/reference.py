@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import ScoreOptions
 from seerattention.ops.score_blocks._sub_blocks import max_over_sub_blocks
 
-
-def unsupported(**_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:

@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import SummaryOptions
 
-
-def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(x: Tensor, options: SummaryOptions) -> Tensor:

@@ -192,8 +192,10 @@ def _summarise(
             first, second = _normalise(first, second, norm + e[None, :], eps, E)
         if cos is not None:
             turn = batch * stride_turn + row[:, None] * E + e[None, :]
-            cos_a, sin_a = _turn(cos + turn, sin + turn, kept_a)
-            cos_b, sin_b = _turn(cos + turn + E_HALF, sin + turn + E_HALF, kept_b)
+            cos_a = tl.load(cos + turn, mask=kept_a, other=0.0).to(tl.float32)
+            sin_a = tl.load(sin + turn, mask=kept_a, other=0.0).to(tl.float32)
+            cos_b = tl.load(cos + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+            sin_b = tl.load(sin + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
             first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
         to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
         if WIDTH == E:
@@ -265,15 +267,6 @@ def _normalise(first, second, norm, eps, E: tl.constexpr):
     first *= factor * tl.load(norm, mask=e < E_HALF, other=0.0).to(tl.float32)
     second *= factor * tl.load(norm + E_HALF, mask=E_HALF + e < E, other=0.0).to(tl.float32)
     return first, second
-
-
-@jit
-def _turn(cos, sin, kept):
-    """Load one half of the cosines and sines of a tile."""
-    return (
-        tl.load(cos, mask=kept, other=0.0).to(tl.float32),
-        tl.load(sin, mask=kept, other=0.0).to(tl.float32),
-    )
 
 
 @jit
