@@ -60,23 +60,20 @@ def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, dire
 
 
 @compiles
-@pytest.mark.parametrize("name", ["score", "back_to_queries", "back_to_keys"])
+@pytest.mark.parametrize("name", ["score", "back to queries", "back to keys"])
 @pytest.mark.parametrize(("dtype", "dim"), [("bf16", 128), ("fp32", 128)])
 def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int) -> None:
-    kernel = getattr(_triton_kernel, name)
+    kernel = _triton_kernel.score if name == "score" else _triton_kernel.back
     kind = "narrow" if dtype == "bf16" else "wide"
     launch = scoring.LAUNCHES[kind]["score" if name == "score" else "back"]
     constants: dict[str, Any] = launch.tile()
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
     constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
-    constants |= (
-        {"KEEP": True, "PRECISION": "tf32x3", "RESIDENT": launch.resident}
-        if name == "score"
-        else {"unit": None}
-    )
+    scored = {"KEEP": True, "PRECISION": "tf32x3", "RESIDENT": launch.resident}
+    constants |= scored if name == "score" else {"unit": None, "TO_KEYS": name == "back to keys"}
     names = kernel.arg_names
-    types = {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
+    types = {n: "*" + dtype for n in ("queries", "keys", "other", "out") if n in names}
     types |= {n: "*fp32" for n in ("scores", "gradient") if n in names}
     types |= {n: t for n, t in (("winners", "*u8"), ("scale", "fp32")) if n in names}
     # torch's memory begins at multiples of 16 bytes: only then are copies asynchronous.

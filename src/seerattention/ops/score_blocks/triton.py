@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from seerattention.ops.language import padded, products, unsupported_dtype, unsupported_here
 from seerattention.ops.launch import Launch, width
 from seerattention.ops.options import ScoreOptions
-from seerattention.ops.score_blocks._triton_kernel import back_to_keys, back_to_queries, score
+from seerattention.ops.score_blocks._triton_kernel import back, score
 from seerattention.rows import num_blocks
 
 #: By what `width` says; of the kernel that scores, and of those that send gradients back.
@@ -106,20 +106,21 @@ def _backward(
         largest = torch.linalg.vector_norm(gradient, float("inf"))
         unit = torch.exp2(torch.frexp(largest).exponent.float()).clamp(min=2.0**-120)
     found: list[Tensor | None] = [None, None]
-    back = ((back_to_queries, keys, queries, launch.block_m), (back_to_keys, queries, keys, launch.block_n))
-    for place, (kernel, other, mine, blocks) in enumerate(back):
+    sides = (keys, queries, launch.block_m), (queries, keys, launch.block_n)
+    for place, (other, mine, blocks) in enumerate(sides):
         if not wanted[place]:
             continue
         out = torch.empty_like(mine)
         tiles = num_blocks(gradient.shape[2 + place], blocks) * options.sub_blocks[place]
         with torch.cuda.device_of(queries):
-            kernel[mine.shape[0] * mine.shape[1], tiles](
+            back[mine.shape[0] * mine.shape[1], tiles](
                 gradient,
                 winners,
                 other,
                 unit,
                 out,
                 *_numbers(queries, keys, gradient, options),
+                TO_KEYS=place == 1,
                 **_constants(queries, keys, options, launch),
             )
         found[place] = out
