@@ -145,7 +145,7 @@ def choose_rows(
             ``[S, H or a divisor, longest, E]``.
         bits: Of the whole selection, zeros.
         first: Row of the first query block given.
-        block_size: Tokens per query block and KV block.
+        block_size: Tokens per (query block, KV block).
         lengths: Queries and keys of the sequence, or one after the other of every packed one with queries.
         sequences: Of packed sequences, what `_sequences` returns.
         subs: Summaries per query block and KV block.

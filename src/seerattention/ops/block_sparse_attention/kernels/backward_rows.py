@@ -146,10 +146,7 @@ def queries_kernel(
         shift = tl.load(shift_ptr + at, mask=places < queries, other=float("inf"))
         delta = tl.load(delta_ptr + at, mask=places < queries, other=0.0)
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        # Nobody may still read the list of the tile before.
-        tl.debug_barrier()
         count = expand(bits_row, list_ptr, last_block, 32)
-        tl.debug_barrier()
 
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1]
         v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1]

@@ -30,6 +30,8 @@ def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
     """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
     places = tl.arange(0, 32)
     count = 0
+    # Nobody may still read the list of the tile before.
+    tl.debug_barrier()
     for start in range(0, last_block // 32 + 1, WORDS):
         words = start + tl.arange(0, WORDS)
         word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
@@ -40,6 +42,7 @@ def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
         rank = before[:, None] + tl.cumsum(chosen, 1) - 1
         tl.store(list_ptr + rank, blocks, mask=chosen != 0)
         count += tl.sum(in_word, 0)
+    tl.debug_barrier()
     return count
 
 
@@ -140,10 +143,7 @@ def attention_kernel(
         q = load_tile(q_head, q_strides[2], token, queries, BLOCK_M, D, BLOCK_D)
         # Asked for early, so that the answer travels together with the queries.
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        # Nobody may still read the list of the tile before.
-        tl.debug_barrier()
         count = expand(bits_row, list_ptr, last_block, 32)
-        tl.debug_barrier()
 
         first_k = tl.cast(start_k, tl.int64)
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
