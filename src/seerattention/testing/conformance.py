@@ -154,10 +154,7 @@ def attention_batch_rows_are_independent(
         alone = BlockSelection.from_mask(selection.to_mask()[b : b + 1], selection.block_size)
         one = slice(b, b + 1)
         for together, chosen in ((out, alone), (shared, first)):
-            budget = Budget.of(
-                _reference(chosen, options),
-                *(x[one] for x in (q, k, v)),
-            )
+            budget = Budget.of(_reference(chosen, options), *(x[one] for x in (q, k, v)))
             budget.check(together[one])
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import padded, power_of_two, unsupported_attention
+from seerattention.ops.language import power_of_two, unsupported_attention
 from seerattention.ops.launch import Launch, numbers, positive, starts
 from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention._triton_kernel import pooled_kernel
@@ -21,8 +21,7 @@ from seerattention.rows import num_blocks
 
 BLOCKS_Q = (1, 16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
-#: Maxima that one step of the epilogue holds; half as many where the map has a row per query, whose
-#: addresses take registers too.
+#: Maxima that one step of the epilogue holds.
 CHUNK_CELLS = 8192
 
 
@@ -77,10 +76,12 @@ def run(
     items = q.shape[0] * pooled.shape[1] * rows
     programs = min(items, launch.most_programs(q.device))
     cell = min(block_k, launch.block_n)
+    # Where the map has a row per query, addresses take registers too.
+    held = CHUNK_CELLS // 2 if block_q == 1 else CHUNK_CELLS
     cells = num_blocks(k.shape[2], launch.block_n) * (launch.block_n // cell)
     scratch = torch.empty(programs * cells * launch.block_m, dtype=torch.float32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    described = tiles(launch.block_n, padded(q.shape[3]), k, values) if launch.tma else None
+    described = tiles(launch.block_n, k, values) if launch.tma else None
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
         pooled_kernel[(programs,)](
@@ -105,7 +106,7 @@ def run(
             k.shape[2],
             *numbers(options),
             PER_KV_HEAD=options.per_kv_head,
-            CHUNK=_chunk(launch, block_q, block_k // cell),
+            CHUNK=max(1, min(128, held // (launch.block_m * (block_k // cell)))),
             DIRECT=launch.direct and q.is_cuda and torch.version.hip is None,
             TMA=described is not None,
             HAS_V=v is not None,
@@ -114,9 +115,3 @@ def run(
             **launch.constants(q, k, block_size, options),
         )
     return None if v is None else out, pooled, lse if options.return_lse else None
-
-
-def _chunk(launch: Launch, block_q: int, merge: int) -> int:
-    """Columns of the map that one step of the epilogue makes."""
-    limit = CHUNK_CELLS // 2 if block_q == 1 else CHUNK_CELLS
-    return max(1, min(128, limit // (launch.block_m * merge)))
