@@ -93,7 +93,7 @@ def starts(options: Options, unused: Tensor) -> list[Tensor]:
 
 def numbers(options: Options) -> tuple[int, float, float]:
     """Return the number of packed sequences, the scale and the softcap."""
-    return options.sequences, options.scale, 0.0 if options.softcap is None else options.softcap
+    return options.sequences, options.scale, options.softcap or 0.0
 
 
 def width(x: Tensor) -> str:

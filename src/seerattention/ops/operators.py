@@ -14,19 +14,19 @@ from torch import Tensor
 from seerattention.ops.options import Options
 from seerattention.rows import Rows
 
-#: The options in an operator's schema, as `flat` returns them.
+#: The options in an operator's schema, as `flatten` returns them.
 FLAT = "int[] lengths, float scale, float? softcap, Tensor? sinks, Tensor? starts_q, Tensor? starts_k"
 
 
-def flat(options: Options) -> tuple[Any, ...]:
+def flatten(options: Options) -> tuple[Any, ...]:
     """Take apart what every attention op may be asked for, but for ``return_lse``."""
     rows, lengths = options.rows, [n for one in options.rows.lengths or () for n in one]
     return lengths, options.scale, options.softcap, options.sinks, rows.starts_q, rows.starts_k
 
 
-def asked(q: Tensor, k: Tensor, flat: tuple[Any, ...]) -> dict[str, Any]:
-    """Put together again what `flat` took apart."""
-    lengths, scale, softcap, sinks, starts_q, starts_k = flat
+def unflatten(q: Tensor, k: Tensor, given: tuple[Any, ...]) -> dict[str, Any]:
+    """Put together again what `flatten` took apart."""
+    lengths, scale, softcap, sinks, starts_q, starts_k = given
     pairs = tuple(zip(lengths[::2], lengths[1::2], strict=True))
     rows = Rows(q.shape[2], k.shape[2], starts_q, starts_k, pairs or None)
     return {"rows": rows, "scale": scale, "softcap": softcap, "sinks": sinks}

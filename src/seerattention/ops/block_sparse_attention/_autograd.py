@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.operators import FLAT, as_told, asked, flat, like, told
+from seerattention.ops.operators import FLAT, as_told, flatten, like, told, unflatten
 from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
@@ -23,7 +23,7 @@ def run(
     if not hasattr(backend, "backward") or not (learns or torch.compiler.is_compiling()):
         return backend.run(q, k, v, selection, options)
     return _attend(
-        q, k, v, selection.bits, list(selection.block_size), selection.shape[3], *flat(options),
+        q, k, v, selection.bits, list(selection.block_size), selection.shape[3], *flatten(options),
         learns or options.return_lse, backend.__name__,
     )  # fmt: skip
 
@@ -39,7 +39,7 @@ def _call(
     *options, return_lse, backend = rest
     batch, heads, rows = bits.shape[:3]
     selection = BlockSelection(bits, (batch, heads, rows, columns), (block_size[0], block_size[1]))
-    whole = Options(return_lse=return_lse, **asked(q, k, tuple(options)))
+    whole = Options(return_lse=return_lse, **unflatten(q, k, tuple(options)))
     return importlib.import_module(backend), selection, whole
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.dispatch import check_qkv, choose, load_backends
-from seerattention.ops.operators import FLAT, as_told, asked, flat, told
+from seerattention.ops.operators import FLAT, as_told, flatten, told, unflatten
 from seerattention.ops.options import PoolOptions
 from seerattention.rows import Rows
 
@@ -127,14 +127,14 @@ def _run(
     module = choose(BACKENDS, ORDER, backend, **args)
     if not torch.compiler.is_compiling():
         return module.run(**args)
-    rest = *flat(options), options.per_kv_head, options.return_lse, module.__name__
+    rest = *flatten(options), options.per_kv_head, options.return_lse, module.__name__
     out, target, lse = _operator(q, k, v, list(block_size), *rest)
     return None if v is None else out, target, lse if options.return_lse else None
 
 
 def _options(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> PoolOptions:
     *given, per_kv_head, return_lse, _ = rest
-    return PoolOptions(per_kv_head=per_kv_head, return_lse=return_lse, **asked(q, k, tuple(given)))
+    return PoolOptions(per_kv_head=per_kv_head, return_lse=return_lse, **unflatten(q, k, tuple(given)))
 
 
 @torch.library.custom_op(
