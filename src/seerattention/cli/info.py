@@ -26,7 +26,7 @@ def support() -> list[Support]:
 
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.ops.dispatch import explain
-    from seerattention.ops.options import Options, PoolOptions
+    from seerattention.ops.options import Options, PoolOptions, ScoreOptions, SummaryOptions
     from seerattention.policies import TopK
     from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
@@ -44,13 +44,12 @@ def support() -> list[Support]:
             weight = gate.linear_k.weight.detach()
             k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
             choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "rows": rows}
-            pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
-            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None, "rows": None}
-            scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
+            pools = {"size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
+            scoring = ScoreOptions(sub_blocks=(8, 8), scale=gate.scale)
             asked: dict[str, dict[str, Any]] = {
                 "block_sparse_attention": qkv | reading,
-                "summarise_blocks": pooling,
-                "score_blocks": scoring | {"rows": None, "block_size": (64, 64)},
+                "summarise_blocks": {"x": k, "options": SummaryOptions(**pools, weight=weight)},
+                "score_blocks": {"queries": k_blocks, "keys": k_blocks, "options": scoring},
                 "select_blocks": choice,
                 "pooled_attention": qkv | mapping,
             }
