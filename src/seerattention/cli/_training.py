@@ -39,7 +39,7 @@ DryRun = Annotated[bool, typer.Option(help="Print the plan, with one step timed,
 def keys(recipe: str) -> list[tuple[str, str, str]]:
     """Return every setting of a recipe, its default and what it is, for the help."""
     from seerattention import train
-    from seerattention.gate import GateConfig
+    from seerattention.gate_config import GateConfig
     from seerattention.train.recipe import SHAPE
 
     return [*explained(getattr(train, recipe), without=("gate",)), *explained(GateConfig, "gate.", SHAPE)]

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seerattention.train import objectives
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -35,6 +33,9 @@ class TrainConfig:
         self._check_whole(1, "steps", "save_every", "grad_accum")
         self._check(self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
+        # Loads torch, which the help of a command does without.
+        from seerattention.train import objectives
+
         objectives.create(self.objective)
 
     def _check(self, right: bool, name: str, must: str) -> None:

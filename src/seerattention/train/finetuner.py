@@ -20,9 +20,9 @@ from seerattention.train.distiller import Distiller
 from seerattention.train.joint import JointPass
 from seerattention.train.language import IGNORED, LanguageLoss
 from seerattention.train.loop import Loop
-from seerattention.train.prepare import training_backend
 from seerattention.train.processes import shard_layers, whole
 from seerattention.train.share import Batch, Documents, Share, packed_arguments
+from seerattention.train.trained import training_backend
 
 
 class Finetuner(Loop):
