@@ -64,7 +64,8 @@ class DistillConfig(TrainConfig):
     """How gates are taught alone, by AdamW without weight decay.
 
     Attributes:
-        recall_density: Density at which recall is reported, in (0, 1].
+        recall_density: Density at which recall is reported, in (0, 1]; in short sequences that of three
+            blocks a row, since any gate finds two.
         eval_every: Steps between measurements of recall on held-out text.
         patience: Measurements without a better recall after which training stops; 0 never stops early.
 
@@ -186,7 +187,7 @@ class JointStep:
         loss: Mean cross-entropy of the global batch's tokens, in nats.
         gate_loss: Mean of the gates' objective over layers, without its factor; None where they do not learn.
         recall: Mean of `sampled_recall` over layers, at the step's density; None likewise.
-        density: Fraction of the causally valid blocks asked for.
+        density: Fraction of the causally valid blocks asked for; short sequences cannot have every one.
         norm: Norm of the model's gradient before clipping.
         gate_norm: Norm of the gates' gradient.
         tokens: Tokens read in this step by all processes.

@@ -97,6 +97,11 @@ class Finetuner(Loop):
         )
         return [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that remain, those of the gates alone among them where they come first."""
+        return super().steps_left + (0 if self.done else self.config.warmup_gate_steps)
+
     def warm_up(self) -> Distiller | None:
         """Return what trains the gates alone before the joint steps; None where that is done."""
         if self.done or not self.config.warmup_gate_steps:
