@@ -200,6 +200,24 @@ def store_tile(pointer, stride, first, inside, x, D: tl.constexpr):
 
 
 @jit
+def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
+    """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
+    places = tl.arange(0, 32)
+    count = 0
+    for start in range(0, last_block // 32 + 1, WORDS):
+        words = start + tl.arange(0, WORDS)
+        word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
+        blocks = words[:, None] * 32 + places[None, :]
+        chosen = ((word[:, None] >> places[None, :]) & 1) & (blocks <= last_block).to(tl.int32)
+        in_word = tl.sum(chosen, 1)
+        before = count + tl.cumsum(in_word, 0) - in_word
+        rank = before[:, None] + tl.cumsum(chosen, 1) - 1
+        tl.store(list_ptr + rank, blocks, mask=chosen != 0)
+        count += tl.sum(in_word, 0)
+    return count
+
+
+@jit
 def sequence_of(
     unit, unit_starts, starts, num_queries, num_keys,
     UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, SEQUENCES: tl.constexpr,

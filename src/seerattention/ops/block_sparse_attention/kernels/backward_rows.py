@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention.kernels.forward import LENGTHS, expand, open_row
-from seerattention.ops.language import cap, jit, load_tile, product, score, store_tile, tl
+from seerattention.ops.block_sparse_attention.kernels.forward import LENGTHS, open_row
+from seerattention.ops.language import cap, expand, jit, load_tile, product, score, store_tile, tl
 
 
 @jit("num_queries", "padded", "tiles")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from seerattention.ops.language import (
     add_values,
     cap,
+    expand,
     jit,
     load_tile,
     score,
@@ -26,25 +27,7 @@ LENGTHS = (
 
 
 @jit
-def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
-    """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
-    places = tl.arange(0, 32)
-    count = 0
-    for start in range(0, last_block // 32 + 1, WORDS):
-        words = start + tl.arange(0, WORDS)
-        word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
-        blocks = words[:, None] * 32 + places[None, :]
-        chosen = ((word[:, None] >> places[None, :]) & 1) & (blocks <= last_block).to(tl.int32)
-        in_word = tl.sum(chosen, 1)
-        before = count + tl.cumsum(in_word, 0) - in_word
-        rank = before[:, None] + tl.cumsum(chosen, 1) - 1
-        tl.store(list_ptr + rank, blocks, mask=chosen != 0)
-        count += tl.sum(in_word, 0)
-    return count
-
-
-@jit
-def _step(
+def step(
     q,
     acc,
     maximum,
@@ -63,10 +46,12 @@ def _step(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    APART: tl.constexpr = 1,
 ):
     """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax.
 
-    ``scale`` makes logarithms to base 2 of scores; ``first_query`` is the position of the tile's first query.
+    ``scale`` makes logarithms to base 2 of scores; ``first_query`` is the position of the tile's first query,
+    and every next one's is ``APART`` later: 0 where the rows are heads of one token.
     """
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
@@ -80,7 +65,7 @@ def _step(
         scale = 1.4426950408889634
     # Only a row's own blocks hold keys after a query of the tile.
     if first_key + BLOCK_N > first_query + 1:
-        later = (first_key + keys)[None, :] > (first_query + tl.arange(0, BLOCK_M))[:, None]
+        later = (first_key + keys)[None, :] > (first_query + APART * tl.arange(0, BLOCK_M))[:, None]
         scores = tl.where(later, float("-inf"), scores)
     exact: tl.constexpr = q.dtype == tl.float32
     largest = tl.max(scores, 1) * (1.0 if exact else scale)
@@ -203,7 +188,7 @@ def attention_kernel(
         for i in tl.range(0, count * STEPS, num_stages=STAGES):
             first_key = block * BLOCK_K + i % STEPS * BLOCK_N
             block = tl.load(list_ptr + (i + 1) // STEPS)
-            acc, maximum, total = _step(
+            acc, maximum, total = step(
                 q, acc, maximum, total, k_head, v_head, k_strides[2], v_strides[2], first_key, first_query,
                 len_k, log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
