@@ -1,7 +1,7 @@
 """Pure PyTorch on any device: gather what every token selected and multiply it batched.
 
-A sequence at a time, so that what was gathered stays near; nothing else of the cache is touched. A GPU is waited
-for once a sequence, to learn how much there is to gather.
+A sequence at a time, so that what was gathered stays near; nothing else of the cache is touched. A GPU is
+waited for once a sequence, to learn how much there is to gather.
 """
 
 from __future__ import annotations
