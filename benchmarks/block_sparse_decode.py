@@ -3,7 +3,7 @@
 python benchmarks/block_sparse_decode.py --out benchmarks/results/<device>/block_sparse_decode.json
 
 One layer of Llama-3.1-8B, bf16, blocks of 64 per KV head, every step a CUDA graph of many. Dense is cuDNN and
-FlashAttention-2 through PyTorch, a group's query heads as the rows of one query block; the faster one counts.
+FlashAttention-2 through PyTorch; the faster one counts.
 ``--sizes`` are pairs BATCHxTOKENS; ``--pages`` times a cache of pages of as many tokens as well.
 """
 
@@ -44,8 +44,11 @@ def selection_of(batch: int, tokens: int, density: float) -> BlockSelection:
 
 def dense(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend to the whole cache; a step of one token needs no mask."""
+    if name != "cudnn":
+        # A group's query heads as the rows of one query block.
+        q = q.view(len(q), KV_HEADS, -1, DIM)
     with sdpa_kernel(DENSE[name]):
-        return F.scaled_dot_product_attention(q.view(len(q), KV_HEADS, -1, DIM), k, v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > KV_HEADS)
 
 
 def main() -> None:
@@ -59,7 +62,7 @@ def main() -> None:
     args = options.parse_args()
     dtype = getattr(torch, args.dtype)
     place = (triton.LAUNCHES, (dtype.itemsize, DIM))
-    override({"decode": [place], "MOST_SPLITS": [(triton.__dict__, "MOST_SPLITS")]}, args.set)
+    override({name: [(triton.__dict__, name)] for name in ("MOST_SPLITS", "MOST_WORDS")}, args.set)
     rows: list[dict[str, Any]] = []
     for size in args.sizes:
         batch, tokens = (int(n) for n in size.split("x"))
@@ -70,7 +73,7 @@ def main() -> None:
         sparse = partial(block_sparse_decode, q, k, v, selection, lengths=lengths, backend="triton")
         if args.sweep:
             settings = product((64,), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6))
-            tried = [Launch(16, *setting) for setting in settings]
+            tried = [(Launch(16, *setting),) for setting in settings]
             sweep(size, [place], tried, sparse)
             continue
         variants: dict[str, Callable[[], object]] = {"sparse": sparse}
@@ -92,9 +95,8 @@ def main() -> None:
             rows.append(row)
             print(*row.values(), flush=True)
         del k, v, variants, sparse
-    write(
-        args.out, rows, density=args.density, dtype=args.dtype, launches=launches({"decode": triton.LAUNCHES})
-    )
+    made = {f"{key} {i}": each for key, some in triton.LAUNCHES.items() for i, each in enumerate(some)}
+    write(args.out, rows, density=args.density, dtype=args.dtype, launches=launches({"decode": made}))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
 @pytest.mark.parametrize("page", [0, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
-    launch = decoding.LAUNCHES[2, dim]
+    launch = decoding.LAUNCHES[2, dim][0]
     shared = {"HEADS": 32, "LISTS": 8, "D": dim, "BLOCK_D": dim, "SPLITS": 16, "SOFTCAP": False, "LSE": True}
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
@@ -143,11 +143,18 @@ def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
     types |= dict.fromkeys(("bits_ptr", "scratch_ptr", "lengths_ptr", "pages_ptr"), "*i32")
     strides: Any = dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), ("i32",) * 3)
     numbers = {"scale": "fp32", "softcap": "fp32"}
-    constants = shared | {"KV_HEADS": 8, "BIT_HEADS": 8, "BLOCK_K": 64, "BLOCK_M": 16, "PAGE": page}
+    constants = shared | {
+        "KV_HEADS": 8,
+        "BIT_HEADS": 8,
+        "BLOCK_K": 64,
+        "BLOCK_M": 16,
+        "PAGE": page,
+        "WORDS": 64,
+    }
     constants |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages, "LENGTHS": True, "SINKS": False}
     made = compiled(_decode_kernel.decode_kernel, constants, types | strides | numbers, options)
-    # A multiprocessor runs several of them, and has 227 KiB on Hopper.
-    assert launch.programs * made.metadata.shared <= 227 * 1024
+    # Three share the 227 KiB that a multiprocessor of Hopper has.
+    assert 3 * made.metadata.shared <= 227 * 1024
     assert "cp.async" in made.asm["ptx"]
     merged = ("out_ptr", "lse_ptr", "parts_ptr", "state_ptr")
     types = {name: types[name] for name in merged} | {"out_strides": ("i32",) * 3, "scale": "fp32"}

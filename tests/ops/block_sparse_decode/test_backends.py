@@ -59,12 +59,25 @@ def test_token_by_token_is_all_at_once(backend: str) -> None:
         torch.testing.assert_close(step, at_once[:, :, token : token + 1])
 
 
+@pytest.mark.parametrize("name", ["ragged", "wide-pages"])
+def test_any_strides(name: str) -> None:
+    """As caches and engines lay them out: heads after tokens, keys beside values, or nothing in order."""
+    case = next(case for case in CASES if case.name == name)
+    q, k, v, selection, options = decode_inputs(case)
+    expected, _ = gather.run(q, k, v, selection, options)
+    after = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    beside = torch.cat([k, v], -1).split(k.shape[3], -1)
+    odd = (torch.nn.functional.pad(x, (1, 2))[..., 1:-2] for x in (k, v))
+    for keys, values in (after, beside, odd):
+        assert torch.equal(gather.run(q, keys, values, selection, options)[0], expected)
+
+
 def test_a_long_cache_is_not_copied() -> None:
     case = Case(name="", keys=16384, density=0.02)
     q, k, v, selection, options = decode_inputs(case)
     with LargestTensor() as largest:
         gather.run(q, k, v, selection, options)
-    assert 0 < largest.bytes < k.nbytes / 8
+    assert 0 < largest.bytes <= k.nbytes / 16
 
 
 class WrongPage:

@@ -68,6 +68,7 @@ def decode_kernel(  # noqa: PLR0915
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
+    WORDS: tl.constexpr,
     SPLITS: tl.constexpr,
     LENGTHS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -88,7 +89,7 @@ def decode_kernel(  # noqa: PLR0915
     last_block = tl.minimum(tl.where(seen > 0, (seen - 1) // BLOCK_K, -1), columns - 1)
     bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
     list_ptr = scratch_ptr + (item.to(tl.int64) * SPLITS + split) * 2 * (columns + 1)
-    count = expand(bits_row + token.to(tl.int64) * stride_bits_row, list_ptr, last_block, 32)
+    count = expand(bits_row + token.to(tl.int64) * stride_bits_row, list_ptr, last_block, WORDS)
     tl.debug_barrier()
     begin, end = count * split // SPLITS, count * (split + 1) // SPLITS
     if PAGE:

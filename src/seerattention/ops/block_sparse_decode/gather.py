@@ -24,7 +24,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: DecodeOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
-    mask = selection.to_mask()
+    mask, block = selection.to_mask(), selection.block_size[1]
     lists = q.shape[1] if mask.shape[1] == q.shape[1] else k.shape[1]
     mask = mask.repeat_interleave(lists // mask.shape[1], 1)
     tokens = torch.arange(q.shape[2], device=q.device) - q.shape[2]
@@ -33,14 +33,14 @@ def run(
     for b in range(len(q)):
         length = options.rows.num_keys if options.lengths is None else options.lengths[b]
         positions = tokens + length
-        keys, hidden = _keys_of(mask[b % len(mask)], positions, selection.block_size[1])
-        page, place = torch.full_like(keys, b), keys
+        keys, hidden = _keys_of(mask[b % len(mask)], positions, block)
+        pages, place = b, keys
         if options.pages is not None:
-            page = options.pages[b][keys // options.page_tokens].clamp(0, len(k) - 1)
+            pages = options.pages[b][keys // options.page_tokens].clamp(0, len(k) - 1)
             place = keys % options.page_tokens
+        key, value = (_take(x, pages, kv_heads, place) for x in (k, v))
         # [lists, Tq, group, D] and [lists, Tq, keys, D].
-        queries = (q[b] * options.scale).unflatten(0, (lists, -1)).transpose(1, 2)
-        scores = queries @ k[page, kv_heads, place].mT
+        scores = (q[b] * options.scale).unflatten(0, (lists, -1)).transpose(1, 2) @ key.mT
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
@@ -48,12 +48,28 @@ def run(
             sinks = options.sinks.to(scores.dtype).view(lists, 1, -1, 1).expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sinks], -1)
         share = scores.softmax(-1)[..., : keys.shape[-1]]
-        attended = (share @ v[page, kv_heads, place]).masked_fill(hidden.all(-1)[..., None, None], 0)
+        # A sum per block and then their sum: in one chain of all keys the rounding errors would add up.
+        by_block = share.unflatten(-1, (-1, block)).transpose(2, 3)
+        attended = (by_block @ value.unflatten(2, (-1, block))).sum(2)
+        attended = attended.masked_fill(hidden.all(-1)[..., None, None], 0)
         outs.append(attended.transpose(1, 2).flatten(0, 1))
         if options.return_lse:
             wide = scores.to(torch.promote_types(q.dtype, torch.float32))
             lses.append(wide.logsumexp(-1).transpose(1, 2).flatten(0, 1))
     return torch.stack(outs), torch.stack(lses) if options.return_lse else None
+
+
+def _take(x: Tensor, pages: Tensor | int, heads: Tensor, place: Tensor) -> Tensor:
+    """Return the tokens at places of pages, ``[*place.shape, D]``."""
+    dim = x.shape[3]
+    if x.stride(3) != 1 or any(stride % dim for stride in x.stride()[:3]):
+        x = x.contiguous()
+    strides = x.stride()
+    # As rows of one matrix, which are taken many times faster than by three indices.
+    last = sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides[:3], strict=True))
+    rows = (pages * strides[0] + heads * strides[1] + place * strides[2]) // dim
+    matrix = x.as_strided((last // dim + 1, dim), (dim, 1))
+    return matrix.index_select(0, rows.flatten()).view(*place.shape, dim)
 
 
 def _keys_of(mask: Tensor, positions: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -29,15 +29,18 @@ MAX_HEAD_DIM = 256
 BLOCKS = (16, 32, 64, 128)
 #: Programs that share what one token reads from one KV head, at the most.
 MOST_SPLITS = 64
+#: Words of a row of bits that a program looks at together, at the most.
+MOST_WORDS = 64
 
-#: By bytes per element and padded head dimension; a tile's rows are the heads of a group, 16 at least.
+#: By bytes per element and padded head dimension: a launch for lists in parts, and one for whole lists. A tile's
+#: rows are the heads of a group, 16 at least.
 LAUNCHES = {
-    (2, 64): Launch(16, 64, 4, 4, 4),
-    (2, 128): Launch(16, 64, 4, 3, 2),
-    (2, 256): Launch(16, 32, 4, 3, 2),
-    (4, 64): Launch(16, 32, 4, 2, 2),
-    (4, 128): Launch(16, 32, 4, 2, 2),
-    (4, 256): Launch(16, 16, 4, 2, 2),
+    (2, 64): (Launch(16, 64, 4, 3, 1), Launch(16, 64, 4, 4, 1)),
+    (2, 128): (Launch(16, 64, 4, 3, 1), Launch(16, 64, 4, 4, 1)),
+    (2, 256): (Launch(16, 32, 4, 3, 1),),
+    (4, 64): (Launch(16, 32, 4, 2, 1),),
+    (4, 128): (Launch(16, 32, 4, 2, 1),),
+    (4, 256): (Launch(16, 16, 4, 2, 1),),
 }
 
 
@@ -99,10 +102,11 @@ def _launch(
     lists = heads if bits.shape[1] == heads else k.shape[1]
     group = heads // lists
     columns = bits.shape[3] * 32
-    launch = LAUNCHES[q.element_size(), max(64, power_of_two(head_dim))]
-    launch = replace(launch, block_m=max(16, power_of_two(group)), block_n=min(launch.block_n, block))
+    choices = LAUNCHES[q.element_size(), max(64, power_of_two(head_dim))]
     items = batch * lists * tokens
-    splits = splits_of(items, columns, launch.most_programs(q.device))
+    splits = splits_of(items, columns, choices[0].most_programs(q.device))
+    launch = choices[-1 if splits == 1 else 0]
+    launch = replace(launch, block_m=max(16, power_of_two(group)), block_n=min(launch.block_n, block))
     # Every program's list and its pages, and one entry more each, which are read ahead.
     scratch = torch.empty(items * splits * 2 * (columns + 1), dtype=torch.int32, device=q.device)
     parts = q.new_empty((items, splits, group, head_dim) if splits > 1 else (0,), dtype=torch.float32)
@@ -139,6 +143,7 @@ def _launch(
             BIT_HEADS=bits.shape[1],
             BLOCK_K=block,
             PAGE=0 if pages is None else k.shape[2] // block,
+            WORDS=min(MOST_WORDS, power_of_two(bits.shape[3])),
             LENGTHS=lengths is not None,
             SINKS=sinks is not None,
             **shape,
