@@ -19,6 +19,7 @@ from seerattention.gate import AttnGate as AttnGate
 from seerattention.gate import GateConfig as GateConfig
 from seerattention.gate import Scorer as Scorer
 from seerattention.ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
+from seerattention.ops.block_sparse_decode import block_sparse_decode as block_sparse_decode
 from seerattention.ops.pooled_attention import pooled_attention as pooled_attention
 from seerattention.policies import Calibrated as Calibrated
 from seerattention.policies import Policy as Policy

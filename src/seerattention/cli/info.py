@@ -26,7 +26,7 @@ def support() -> list[Support]:
 
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.ops.dispatch import explain
-    from seerattention.ops.options import Options, PoolOptions
+    from seerattention.ops.options import DecodeOptions, Options, PoolOptions
     from seerattention.policies import TopK
     from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
@@ -39,6 +39,8 @@ def support() -> list[Support]:
             k = q[:, :1]
             qkv, rows = {"q": q, "k": k, "v": k}, Rows.last(128, 128)
             reading = {"selection": BlockSelection.full(rows, (64, 64), device), "options": Options.of(q, k)}
+            step = {"q": q[:, :, -1:], "options": DecodeOptions.of(q[:, :, -1:], k)}
+            step["selection"] = BlockSelection.full(Rows.last(1, 128), (1, 64), device)
             mapping = {"block_size": (64, 64), "options": PoolOptions.of(q, k)}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()
@@ -49,6 +51,7 @@ def support() -> list[Support]:
             scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
             asked: dict[str, dict[str, Any]] = {
                 "block_sparse_attention": qkv | reading,
+                "block_sparse_decode": qkv | step,
                 "summarise_blocks": pooling,
                 "score_blocks": scoring | {"rows": None, "block_size": (64, 64)},
                 "select_blocks": choice,

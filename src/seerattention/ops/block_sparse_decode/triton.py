@@ -32,7 +32,7 @@ MOST_SPLITS = 64
 #: Words of a row of bits that a program looks at together, at the most.
 MOST_WORDS = 64
 
-#: By bytes per element and padded head dimension: a launch for lists in parts, and one for whole lists. A tile's
+#: By bytes per element and padded head dimension: a launch for lists in parts, one for whole lists. A tile's
 #: rows are the heads of a group, 16 at least.
 LAUNCHES = {
     (2, 64): (Launch(16, 64, 4, 3, 1), Launch(16, 64, 4, 4, 1)),
