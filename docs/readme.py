@@ -451,8 +451,8 @@ def decode() -> str:
     """Return a step of decoding beside dense decoding."""
     report = read("h200", "block_sparse_decode.json")
     return parts(
-        f"{report['date']}, {machine(report)}; {report['dtype']}, 32 query and 8 KV heads of 128, blocks of 64 "
-        f"per KV head, {report['density']:.0%} of them read:",
+        f"{report['date']}, {machine(report)}; {report['dtype']}, 32 query and 8 KV heads of 128, blocks of "
+        f"64 per KV head, {report['density']:.0%} of them read:",
         table(
             "size: {size} | variant: {variant} | median us: {us:.1f} | range us: {low:.1f}-{high:.1f} | "
             "x dense: {x_dense:.2f} | TB/s: {TB_s:.2f}",
