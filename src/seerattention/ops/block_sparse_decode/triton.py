@@ -60,6 +60,9 @@ def unsupported(
 
 def splits_of(items: int, blocks: int, programs: int) -> int:
     """Return into how many parts each of ``items`` lists of at most ``blocks`` is split, a power of two."""
+    if 2 * items > programs:
+        # Halves would save less than merging them costs.
+        return 1
     return min(MOST_SPLITS, power_of_two(blocks), power_of_two(-(-programs // items)))
 
 
