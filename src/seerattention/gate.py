@@ -5,14 +5,13 @@ B batch, H heads (Hq query, Hk key/value, G = Hq // Hk), T tokens, N blocks, D h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seerattention.gate_config import GateConfig as GateConfig
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks import project_blocks, rotate, summarise_blocks
@@ -22,201 +21,23 @@ from seerattention.scorer import Scorer as Scorer
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-POOLS = ("max", "min", "avg")
 
+class Weight(nn.Module):
+    """A weight that `summarise_blocks` takes: calling the module returns it.
 
-@dataclass(frozen=True)
-class GateConfig:
-    """Everything that defines a gate's weights; saved beside them.
+    Read in a forward pass it is there also where others keep it elsewhere meanwhile, as offloading does.
 
-    The defaults are the design of docs/method.md that reads most of what matters within 3 % of dense
-    attention's products; `published` gives the one of the paper.
-
-    Attributes:
-        num_heads: Query heads, ``Hq``.
-        num_kv_heads: KV heads, ``Hk``.
-        head_dim: Dimension of a head, ``D``.
-        block_size: Tokens per block, of queries and keys.
-        gate_dim: Dimension ``E`` of the projected summaries; default three quarters of ``head_dim``, in
-            steps of 16, or ``head_dim`` where queries are not projected or summaries not rotated.
-        q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
-        k_pool: The same for keys.
-        q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
-            block pair's score is the maximum over its pairs of sub-blocks.
-        k_sub_block: The same for keys.
-        per_kv_head: One score per KV head, the group's queries merged by the projection, instead of
-            one per query head.
-        rope: Rotate the summaries to the position of their first token.
-        rope_pairs: Which rotations summaries of ``gate_dim < head_dim`` get: ``slowest`` are those of the
-            head's slowest pairs of values, whose content the projection starts by passing; ``spread`` are
-            those of a head of ``gate_dim``, as the published code has it.
-        rope_theta: Base of the rotation where the model's own rotary code is not at hand.
-        qk_norm: RMS-normalise the projected summaries.
-        q_proj: Project queries. Without, queries are used as pooled and keys are projected once per
-            query head.
-        init: ``identity`` starts as the plain dot product of mean-pooled q and k; ``random`` as the
-            published code does, normal with standard deviation 0.02.
+    Args:
+        shape: ``[H, in, out]`` of a matrix per head, ``[dim]`` of a norm.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int = 64
-    gate_dim: int | None = None
-    q_pool: tuple[str, ...] = ("max", "min", "avg")
-    k_pool: tuple[str, ...] = ("max", "min", "avg")
-    q_sub_block: int | None = 4
-    k_sub_block: int | None = 4
-    per_kv_head: bool = False
-    rope: bool = True
-    rope_pairs: Literal["slowest", "spread"] = "slowest"
-    rope_theta: float = 10000.0
-    qk_norm: bool = False
-    q_proj: bool = True
-    init: Literal["identity", "random"] = "identity"
-
-    def __post_init__(self) -> None:
-        # JSON gives lists; keep the configuration hashable.
-        object.__setattr__(self, "q_pool", tuple(self.q_pool))
-        object.__setattr__(self, "k_pool", tuple(self.k_pool))
-        optional = ("gate_dim", "q_sub_block", "k_sub_block")
-        for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", *optional):
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.gate_dim is None:
-            narrow = max(16, round(0.75 * self.head_dim / 16) * 16)
-            narrower = self.q_proj and self.rope and narrow < self.head_dim
-            object.__setattr__(self, "gate_dim", narrow if narrower else self.head_dim)
-        for name in ("q_pool", "k_pool"):
-            pools = getattr(self, name)
-            if not pools or len(set(pools)) != len(pools) or not set(pools) <= set(POOLS):
-                raise ValueError(f"{name} must name some of {POOLS}, each once, got {pools}")
-        for name in ("q_sub", "k_sub"):
-            if self.block_size % getattr(self, name):
-                raise ValueError(
-                    f"{name}_block={getattr(self, name)} must divide block_size={self.block_size}"
-                )
-        if self.rope and self.dim % 2:
-            raise ValueError(f"rotary positions need an even gate_dim, got {self.dim}")
-        if self.rope_pairs not in ("slowest", "spread"):
-            raise ValueError(f"rope_pairs must be 'slowest' or 'spread', got {self.rope_pairs!r}")
-        if not self.q_proj and (len(self.q_pool) > 1 or self.dim != self.head_dim):
-            raise ValueError(
-                "without q_proj the gate needs one q pool and gate_dim == head_dim, got "
-                f"q_pool={self.q_pool}, gate_dim={self.dim}, head_dim={self.head_dim}"
-            )
-        if self.per_kv_head and not self.q_proj:
-            raise ValueError("per_kv_head merges a group's queries by q_proj; set q_proj=True")
-        if self.init not in ("identity", "random"):
-            raise ValueError(f"init must be 'identity' or 'random', got {self.init!r}")
-
-    @property
-    def dim(self) -> int:
-        """Gate dimension ``E``."""
-        assert self.gate_dim is not None
-        return self.gate_dim
-
-    @property
-    def q_sub(self) -> int:
-        """Tokens per query summary."""
-        return self.block_size if self.q_sub_block is None else self.q_sub_block
-
-    @property
-    def k_sub(self) -> int:
-        """Tokens per key summary."""
-        return self.block_size if self.k_sub_block is None else self.k_sub_block
-
-    @classmethod
-    def published(
-        cls,
-        gate_type: str = "Qavg_Kmaxminavg",
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        block_size: int = 64,
-        gate_dim: int | None = None,
-        force_double: bool = False,
-        rope_theta: float = 10000.0,
-    ) -> GateConfig:
-        """Return the configuration of a published prefill gate.
-
-        Args:
-            gate_type: ``Q`` and ``K`` each followed by pools in the order max, min, avg.
-            num_heads: Query heads.
-            num_kv_heads: KV heads.
-            head_dim: Dimension of a head.
-            block_size: Tokens per block.
-            gate_dim: ``seerattn_gate_hidden_size``; default ``head_dim``.
-            force_double: Project queries even where one pool of the right size makes it optional.
-            rope_theta: Base of the rotation.
-
-        Raises:
-            ValueError: If the type cannot be read.
-
-        Source: the published code, microsoft/SeerAttention at aba03e3.
-        """
-        parts = re.fullmatch(r"Q((?:max)?(?:min)?(?:avg)?)_K((?:max)?(?:min)?(?:avg)?)", gate_type)
-        if not parts or not all(parts.groups()):
-            raise ValueError(
-                f"unknown gate type {gate_type!r}; write Q and K each followed by some of max, min, "
-                "avg in this order, e.g. 'Qavg_Kmaxminavg'"
-            )
-        q_pool, k_pool = (tuple(re.findall("max|min|avg", part)) for part in parts.groups())
-        double = force_double or len(q_pool) > 1 or gate_dim not in (None, head_dim)
-        return cls(
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            gate_dim or head_dim,
-            q_pool,
-            k_pool,
-            q_sub_block=None,
-            k_sub_block=None,
-            q_proj=double,
-            rope_pairs="spread",
-            rope_theta=rope_theta,
-            init="random",
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GateConfig:
-        """Read a configuration back.
-
-        Raises:
-            ValueError: If a setting is unknown or one without default is missing.
-        """
-        known = set(cls.__dataclass_fields__)
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown gate settings {unknown}; known are {sorted(known)}")
-        required = {"num_heads", "num_kv_heads", "head_dim"}
-        if missing := sorted(required - set(values)):
-            raise ValueError(f"gate settings are missing {missing}")
-        return cls(**values)
-
-
-class HeadLinear(nn.Module):
-    """The matrix of a linear layer without bias per head; `summarise_blocks` multiplies by it.
-
-    Attributes:
-        weight: ``[H, in, out]``.
-    """
-
-    def __init__(self, heads: int, width: int, dim: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, width, dim))
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> Tensor:
+        """Return the weight."""
+        return self.weight
 
 
 class AttnGate(nn.Module):
@@ -244,10 +65,10 @@ class AttnGate(nn.Module):
             q_heads, q_width = config.num_kv_heads, groups * q_width
         k_heads = config.num_kv_heads if config.q_proj else config.num_heads
         k_width = len(config.k_pool) * config.head_dim
-        self.linear_q = HeadLinear(q_heads, q_width, config.dim) if config.q_proj else None
-        self.linear_k = HeadLinear(k_heads, k_width, config.dim)
-        self.norm_q = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
-        self.norm_k = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
+        self.linear_q = Weight(q_heads, q_width, config.dim) if config.q_proj else None
+        self.linear_k = Weight(k_heads, k_width, config.dim)
+        self.norm_q = Weight(config.dim) if config.qk_norm else None
+        self.norm_k = Weight(config.dim) if config.qk_norm else None
         # What `ProductScorer` asks for.
         self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
@@ -257,6 +78,8 @@ class AttnGate(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the projections as ``config.init`` says, from torch's random generator."""
         c = self.config
+        for norm in filter(None, (self.norm_q, self.norm_k)):
+            nn.init.ones_(norm.weight)
         if c.init == "random":
             for linear in filter(None, (self.linear_q, self.linear_k)):
                 nn.init.normal_(linear.weight, std=0.02)
@@ -285,8 +108,10 @@ class AttnGate(nn.Module):
     def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         width = max(c.dim, c.head_dim) if c.rope_pairs == "slowest" else c.dim
-        exponent = torch.arange(width - c.dim, width, 2, device=positions.device) / width
-        angle = positions[..., None].float() * c.rope_theta**-exponent
+        # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
+        # positions are many turns.
+        inverse = 1 / c.rope_theta ** (torch.arange(width - c.dim, width, 2, device="cpu") / width)
+        angle = positions[..., None].float() * inverse.to(positions.device, non_blocking=True)
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
@@ -296,16 +121,17 @@ class AttnGate(nn.Module):
         ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `ProductScorer.compress`.
         """
         c = self.config
-        options = {"weight": self.linear_k.weight} | _norm(self.norm_k)
+        options = {"weight": self.linear_k(), "norm": None if self.norm_k is None else self.norm_k()}
         return self._summarise(k, c.k_sub, c.k_pool, positions, rows, **options)
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
         c = self.config
         options = {
-            "weight": None if self.linear_q is None else self.linear_q.weight,
+            "weight": None if self.linear_q is None else self.linear_q(),
+            "norm": None if self.norm_q is None else self.norm_q(),
             "merge": c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
-        } | _norm(self.norm_q)
+        }
         return self._summarise(q, c.q_sub, c.q_pool, positions, rows, **options)
 
     def _summarise(
@@ -326,7 +152,7 @@ class AttnGate(nn.Module):
             return summarise_blocks(x, size, pools, dtype=dtype, rows=rows, **options)
         # Tokens get no gradient while a gate learns: their pools are constants, made in one read, and
         # in what the projection will multiply.
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         return project_blocks(summarise_blocks(x, size, pools, dtype=dtype, rows=rows), **options)
 
@@ -374,10 +200,6 @@ class AttnGate(nn.Module):
             positions = torch.arange(rows.num_keys, device=k_nope.device)
         k_blocks = self.compress(k_nope, positions=positions)
         return self.score(q_nope, k_blocks, positions=positions[..., rows.first :])
-
-
-def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
-    return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
 
 
 def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None) -> None:

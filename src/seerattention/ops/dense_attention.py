@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.crossover import cudnn_from
+from seerattention.ops.dispatch import outside_autocast
 
 #: Kernels of dense attention in the order in which `cudnn_first` takes them.
 CUDNN_FIRST = [
@@ -24,6 +25,7 @@ MASKED_ROWS = 512
 EXPLICIT_BYTES = 2**28
 
 
+@outside_autocast
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -113,13 +115,7 @@ def _explicit_rows(q: Tensor, k: Tensor) -> int:
 
 
 def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Attention by its scores, for what torch's kernels lack: soft-capped scores and sinks."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -20,7 +20,7 @@ from seerattention.train.layer import gate_scores, learn
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
 from seerattention.train.share import Batch, Documents, packed_arguments
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import LEAST_TAKEN, sampled_recall
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
@@ -81,6 +81,10 @@ class Distiller(Loop):
                 for key, value in tensors.items()
                 if key.startswith("best.")
             }
+        if out is not None and getattr(model, "is_quantized", False):
+            # Four-bit layers lay their weights out anew in their first pass on a CPU: no change of the base.
+            with torch.no_grad():
+                self.decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         self._checksum = base_checksum(model) if out is not None else ""
         self._write_run(base_checksum_before=self._checksum)
         if self.sharded:
@@ -110,6 +114,13 @@ class Distiller(Loop):
         if len(self.heldout) and (self.done % self.config.eval_every == 0 or self.done == self.config.steps):
             measured = self._measure()
         return Step(self.done, loss, recall, heldout_recall=measured, **read)
+
+    @property
+    def measured_tokens(self) -> int:
+        """Tokens of held-out text that the remaining steps read to measure recall."""
+        c, every = self.config, self.config.eval_every
+        times = c.steps // every - self.done // every + bool(c.steps % every and not self.finished)
+        return times * sum(map(len, self.heldout))
 
     def memory(self, length: int) -> dict[str, int]:
         """Return the most that weights, optimizer and a layer's maps take; the forward pass comes on top."""
@@ -172,8 +183,8 @@ class Distiller(Loop):
             self.stale += 1
         return recall
 
-    def heldout_recall(self, densities: tuple[float, ...]) -> list[float]:
-        """Return recall at each density, the mean over layers and the held-out sequences."""
+    def heldout_recall(self, densities: tuple[float, ...], least: int = LEAST_TAKEN) -> list[float]:
+        """Return recall at each density, the mean over layers and sequences; see `sampled_recall`."""
         by_layer = dict(self.gates.items())
         found: list[Tensor] = []
 
@@ -181,7 +192,7 @@ class Distiller(Loop):
             gate, length = by_layer[call.layer], call.q.shape[2]
             out, target = _with_target(gate, call.q, call.k, call.v, call)
             scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions)
-            found.append(sampled_recall(target, scores, gate.block_size, length, densities))
+            found.append(sampled_recall(target, scores, gate.block_size, length, densities, least=least))
             return out
 
         for tokens in self.heldout:

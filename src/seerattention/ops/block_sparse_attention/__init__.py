@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import _autograd
-from seerattention.ops.dispatch import check_qkv, choose, load_backends
+from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -51,6 +51,7 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: Literal[True],
     **asked: Unpack[_Asked],
 ) -> Attended: ...  # fmt: skip
+@outside_autocast
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -104,8 +105,7 @@ def block_sparse_attention(
     _check_selection(q, k, selection, options)
     args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}
     module = choose(BACKENDS, ORDER, backend, **args)
-    differentiable = _autograd.wanted(q, k, v, sinks) and hasattr(module, "backward")
-    out, lse = _autograd.run(module.__name__, **args) if differentiable else module.run(**args)
+    out, lse = _autograd.run(module, **args)
     return Attended(out, lse) if return_lse else out
 
 

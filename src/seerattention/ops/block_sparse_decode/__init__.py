@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import Attended
-from seerattention.ops.dispatch import check_qkv, choose, load_backends
+from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
+from seerattention.ops.operators import as_told, told
 from seerattention.ops.options import DecodeOptions
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
@@ -16,6 +21,7 @@ BACKENDS = load_backends(__name__, __path__)
 ORDER = ("triton", "gather")
 
 
+@outside_autocast
 def block_sparse_decode(
     q: Tensor,
     k: Tensor,
@@ -71,9 +77,46 @@ def block_sparse_decode(
         q, k, lengths=lengths, pages=pages, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
     )
     _check_selection(q, k, selection, options)
+    q, k, v = q.detach(), k.detach(), v.detach()
     args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}
-    out, lse = choose(BACKENDS, ORDER, backend, **args).run(**args)
+    module = choose(BACKENDS, ORDER, backend, **args)
+    if not torch.compiler.is_compiling():
+        out, lse = module.run(**args)
+    else:
+        out, lse = _operator(
+            q, k, v, selection.bits, selection.shape[3], selection.block_size[1], options.scale, softcap,
+            sinks, lengths, pages, return_lse, module.__name__,
+        )  # fmt: skip
     return Attended(out, lse) if return_lse else out
+
+
+@torch.library.custom_op("seerattention::block_sparse_decode", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    columns: int,
+    block: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lengths: Tensor | None,
+    pages: Tensor | None,
+    return_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens = bits.shape[:3]
+    selection = BlockSelection(bits, (batch, heads, tokens, columns), (1, block))
+    options = DecodeOptions.of(
+        q, k, lengths=lengths, pages=pages, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
+    )
+    return as_told(q, *importlib.import_module(backend).run(q, k, v, selection, options))
+
+
+@_operator.register_fake
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return told(q, return_lse=rest[-2])
 
 
 def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: DecodeOptions) -> None:

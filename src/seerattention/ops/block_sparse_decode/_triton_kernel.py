@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention.kernels.forward import step
-from seerattention.ops.language import expand, jit, load_tile, softmax_start, store_tile, tl
+from seerattention.ops.block_sparse_attention.kernels.forward import expand, step
+from seerattention.ops.language import jit, load_tile, softmax_start, store_tile, tl
 
 
 @jit
@@ -90,7 +90,6 @@ def decode_kernel(  # noqa: PLR0915
     bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
     list_ptr = scratch_ptr + (item.to(tl.int64) * SPLITS + split) * 2 * (columns + 1)
     count = expand(bits_row + token.to(tl.int64) * stride_bits_row, list_ptr, last_block, WORDS)
-    tl.debug_barrier()
     begin, end = count * split // SPLITS, count * (split + 1) // SPLITS
     if PAGE:
         page_list = list_ptr + columns + 1

@@ -14,18 +14,11 @@ from torch import Tensor
 
 from seerattention.ops.block_sparse_attention.kernels.backward import bit_strides
 from seerattention.ops.block_sparse_decode._triton_kernel import decode_kernel, merge_kernel
-from seerattention.ops.language import (
-    padded,
-    power_of_two,
-    unsupported_dtype,
-    unsupported_here,
-    unsupported_strides,
-)
-from seerattention.ops.launch import Launch
+from seerattention.ops.language import padded, power_of_two, unsupported_attention
+from seerattention.ops.launch import Launch, positive
 from seerattention.ops.options import DecodeOptions
 from seerattention.selection import BlockSelection
 
-MAX_HEAD_DIM = 256
 BLOCKS = (16, 32, 64, 128)
 #: Programs that share what one token reads from one KV head, at the most.
 MOST_SPLITS = 64
@@ -48,14 +41,12 @@ def unsupported(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: DecodeOptions
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    tensors = {"k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
+    reasons = unsupported_attention(q, **tensors, lengths=options.lengths, pages=options.pages)
     if selection.block_size[1] not in BLOCKS:
         allowed = ", ".join(map(str, BLOCKS))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
-    tensors = {"q": q, "k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
-    return reasons + unsupported_strides(**tensors, lengths=options.lengths, pages=options.pages)
+    return reasons
 
 
 def splits_of(items: int, blocks: int, programs: int) -> int:
@@ -70,41 +61,13 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: DecodeOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked."""
-    # A custom operator costs tens of microseconds, which only a compiler needs to spend.
-    launch = _operator if torch.compiler.is_compiling() else _launch
-    out, lse = launch(
-        q, k, v, selection.bits, selection.block_size[1], options.scale, options.softcap, options.sinks,
-        options.return_lse, options.lengths, options.pages,
-    )  # fmt: skip
-    return out, lse if options.return_lse else None
-
-
-def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    block: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    lengths: Tensor | None,
-    pages: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Start both kernels; everything they need to know of selection and cache they read on the device."""
-    if scale <= 0:
-        # The kernel takes maxima and masks before it scales.
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    out, lse = _outputs(q, return_lse)
+    q, options = positive(q, options)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
     batch, heads, tokens, head_dim = q.shape
+    bits, block = selection.bits, selection.block_size[1]
     lists = heads if bits.shape[1] == heads else k.shape[1]
-    group = heads // lists
-    columns = bits.shape[3] * 32
+    group, columns = heads // lists, selection.shape[3]
     choices = LAUNCHES[q.element_size(), max(64, power_of_two(head_dim))]
     items = batch * lists * tokens
     splits = splits_of(items, columns, choices[0].most_programs(q.device))
@@ -115,7 +78,8 @@ def _launch(
     parts = q.new_empty((items, splits, group, head_dim) if splits > 1 else (0,), dtype=torch.float32)
     state = q.new_empty((items, splits, 2, group) if splits > 1 else (0,), dtype=torch.float32)
     shape = {"HEADS": heads, "LISTS": lists, "D": head_dim, "BLOCK_D": padded(head_dim), "SPLITS": splits}
-    shape |= {"SOFTCAP": softcap is not None, "LSE": return_lse}
+    shape |= {"SOFTCAP": options.softcap is not None, "LSE": options.return_lse}
+    pages = options.pages
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
         decode_kernel[(items, splits)](
@@ -128,44 +92,29 @@ def _launch(
             state,
             bits,
             scratch,
-            scratch if sinks is None else sinks,
-            scratch if lengths is None else lengths,
-            scratch if pages is None else pages,
-            q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
-            out.stride()[:3],
+            *(scratch if x is None else x for x in (options.sinks, options.lengths, pages)),
+            *(x.stride()[:3] for x in (q, k, v, out)),
             *bit_strides(bits),
             0 if pages is None else pages.stride(0),
             columns,
             tokens,
             k.shape[2],
-            scale,
-            0.0 if softcap is None else softcap,
+            options.scale,
+            options.softcap or 0.0,
             KV_HEADS=k.shape[1],
             BIT_HEADS=bits.shape[1],
             BLOCK_K=block,
             PAGE=0 if pages is None else k.shape[2] // block,
             WORDS=min(MOST_WORDS, power_of_two(bits.shape[3])),
-            LENGTHS=lengths is not None,
-            SINKS=sinks is not None,
+            LENGTHS=options.lengths is not None,
+            SINKS=options.sinks is not None,
+            STAGES=launch.stages,
             **shape,
-            **launch.constants(),
+            **launch.tile(),
         )
         if splits > 1:
             merge_kernel[(items, group)](
-                parts, state, out, lse, out.stride()[:3], tokens, scale,
+                parts, state, out, lse, out.stride()[:3], tokens, options.scale,
                 EXACT=q.dtype == torch.float32, **shape,
             )  # fmt: skip
-    return out, lse
-
-
-_operator = torch.library.custom_op("seerattention::block_sparse_decode_triton", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bits: Tensor, block: int, scale: float, softcap: float | None,
-    sinks: Tensor | None, return_lse: bool, lengths: Tensor | None, pages: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _outputs(q, return_lse)
+    return out, lse if options.return_lse else None

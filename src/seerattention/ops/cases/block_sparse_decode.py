@@ -48,11 +48,11 @@ class Case(AttentionCase):
     def options(self, device: str = "cpu", *, return_lse: bool = False) -> DecodeOptions:
         """Return the options of the case, its tensors on a device."""
         held, pages = torch.tensor(self.held, dtype=torch.int32, device=device), self.pages()
-        more = {
-            "lengths": held if self.held else None,
-            "pages": None if pages is None else pages.to(device),
-        }
-        return DecodeOptions(**self.asked(device, return_lse), **more)
+        return DecodeOptions(
+            **self.asked(device, return_lse),
+            lengths=held if self.held else None,
+            pages=None if pages is None else pages.to(device),
+        )
 
 
 CASES = (

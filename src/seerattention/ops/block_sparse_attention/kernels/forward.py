@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 from seerattention.ops.language import (
-    add_values,
+    add_product,
     cap,
-    expand,
     jit,
     load_tile,
     score,
@@ -27,50 +26,54 @@ LENGTHS = (
 
 
 @jit
+def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
+    """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
+    places = tl.arange(0, 32)
+    count = 0
+    # Nobody may still read the list of the tile before.
+    tl.debug_barrier()
+    for start in range(0, last_block // 32 + 1, WORDS):
+        words = start + tl.arange(0, WORDS)
+        word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
+        blocks = words[:, None] * 32 + places[None, :]
+        chosen = ((word[:, None] >> places[None, :]) & 1) & (blocks <= last_block).to(tl.int32)
+        in_word = tl.sum(chosen, 1)
+        before = count + tl.cumsum(in_word, 0) - in_word
+        rank = before[:, None] + tl.cumsum(chosen, 1) - 1
+        tl.store(list_ptr + rank, blocks, mask=chosen != 0)
+        count += tl.sum(in_word, 0)
+    tl.debug_barrier()
+    return count
+
+
+@jit
 def step(
-    q,
-    acc,
-    maximum,
-    total,
-    k_ptr,
-    v_ptr,
-    stride_kt,
-    stride_vt,
-    first_key,
-    first_query,
-    len_k,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    APART: tl.constexpr = 1,
-):
+    q, acc, maximum, total, k_ptr, v_ptr, stride_kt, stride_vt, first_key, first_query, len_k, scale, softcap,
+    SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, APART: tl.constexpr = 1,
+):  # fmt: skip
     """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax.
 
-    ``scale`` makes logarithms to base 2 of scores; ``first_query`` is the position of the tile's first query,
-    and every next one's is ``APART`` later: 0 where the rows are heads of one token.
+    Scores times ``scale`` are capped, or else logarithms to base 2. ``first_query`` is the position of the
+    tile's first query, and every next one's is ``APART`` later: 0 where the rows are heads of one token.
     """
-    keys = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_ptrs = k_ptr + first_key.to(tl.int64) * stride_kt + (keys[None, :] * stride_kt + dims[:, None])
     here = (keys < len_k - first_key)[None, :] & (dims < D)[:, None]
     k = tl.load(k_ptrs, mask=here, other=0.0)
     v = load_tile(v_ptr, stride_vt, first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
     scores = score(q, k, scale)
     if SOFTCAP:
-        scores = cap(scores * scale, softcap, q.dtype == tl.float32)
-        scale = 1.4426950408889634
+        scores = cap(scores * scale, softcap, EXACT)
+    base2 = 1.4426950408889634 if SOFTCAP else scale
     # Only a row's own blocks hold keys after a query of the tile.
     if first_key + BLOCK_N > first_query + 1:
         later = (first_key + keys)[None, :] > (first_query + APART * tl.arange(0, BLOCK_M))[:, None]
         scores = tl.where(later, float("-inf"), scores)
-    exact: tl.constexpr = q.dtype == tl.float32
-    largest = tl.max(scores, 1) * (1.0 if exact else scale)
-    p, fade, maximum, total = softmax_step(scores, largest, maximum, total, scale, exact, True)
-    return add_values(acc, fade, p, v, scale), maximum, total
+    largest = tl.max(scores, 1) * (1.0 if EXACT else base2)
+    p, fade, maximum, total = softmax_step(scores, largest, maximum, total, base2, EXACT, True)
+    return add_product(acc * fade[:, None], p, v, scale), maximum, total
 
 
 @jit
@@ -155,6 +158,8 @@ def attention_kernel(
 ):
     """Take query tiles from the counter until there are none left."""
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    places = tl.arange(0, BLOCK_M)
     list_ptr = scratch_ptr + tl.program_id(0) * (columns + 1)
     item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < items:
@@ -168,10 +173,7 @@ def attention_kernel(
         q = load_tile(q_head, q_strides[2], token, queries, BLOCK_M, D, BLOCK_D)
         # Asked for early, so that the answer travels together with the queries.
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        # Nobody may still read the list of the tile before.
-        tl.debug_barrier()
         count = expand(bits_row, list_ptr, last_block, 32)
-        tl.debug_barrier()
 
         first_k = tl.cast(start_k, tl.int64)
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
@@ -180,7 +182,7 @@ def attention_kernel(
         log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
         # What one unit of `maximum` is in natural logarithms.
         natural_scale = 1.0 if SOFTCAP else scale
-        unit = natural_scale if q.dtype == tl.float32 else 0.6931471805599453
+        unit = natural_scale if EXACT else 0.6931471805599453
         maximum, total = softmax_start(sinks_ptr, head, unit, BLOCK_M, SINKS)
 
         # The list is read one step ahead, so that the loads of keys and values never wait for it.
@@ -199,7 +201,6 @@ def attention_kernel(
         store_tile(out_head, out_strides[2], token, queries, acc, D)
         if LSE:
             natural = maximum * unit + tl.log2(total) * 0.6931471805599453
-            places = tl.arange(0, BLOCK_M)
             tl.store(
                 lse_ptr + (b * HEADS + head) * num_queries + token + places, natural, mask=places < queries
             )
