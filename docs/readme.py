@@ -447,6 +447,23 @@ def designs(name: str) -> tuple[Report, Designs, list[str], list[str]]:
     return report, by, trained, [m for m in first if any(key[0] == m for key in by)] + found
 
 
+def decode() -> str:
+    """Return a step of decoding beside dense decoding."""
+    report = read("h200", "block_sparse_decode.json")
+    return parts(
+        f"{report['date']}, {machine(report)}; {report['dtype']}, 32 query and 8 KV heads of 128, blocks of "
+        f"64 per KV head, {report['density']:.0%} of them read:",
+        table(
+            "size: {size} | variant: {variant} | median us: {us:.1f} | range us: {low:.1f}-{high:.1f} | "
+            "x dense: {x_dense:.2f} | TB/s: {TB_s:.2f}",
+            (
+                r | {"us": r["ms"] * 1e3, "low": r["range_ms"][0] * 1e3, "high": r["range_ms"][1] * 1e3}
+                for r in report["rows"]
+            ),
+        ),
+    )
+
+
 def gates(name: str) -> str:
     """Return what one run of the gate designs trained, beside the scorers of that run."""
     report, by, trained, free = designs(name)
@@ -553,7 +570,7 @@ PAGES = {
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
         "bench": bench, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
-        "backward": backward,
+        "backward": backward, "decode": decode,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
     "docs/method.md": {

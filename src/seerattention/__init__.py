@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from seerattention.hosts.transformers import set_gates as set_gates
     from seerattention.hosts.transformers import set_policy as set_policy
     from seerattention.ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
+    from seerattention.ops.block_sparse_decode import block_sparse_decode as block_sparse_decode
     from seerattention.ops.pooled_attention import pooled_attention as pooled_attention
     from seerattention.policies import Calibrated as Calibrated
     from seerattention.policies import Policy as Policy
@@ -51,6 +52,7 @@ __getattr__, __dir__ = later(
         "hosts.transformers": "add_gates attach dense detach load_gates new_gates prefill push_to_hub "
         "save_gates set_gates set_policy",
         "ops.block_sparse_attention": "block_sparse_attention",
+        "ops.block_sparse_decode": "block_sparse_decode",
         "ops.pooled_attention": "pooled_attention",
         "policies": "Calibrated Policy Threshold TokenBudget TopK TopP",
         "selection": "BlockSelection causal_blocks",

@@ -8,6 +8,7 @@ from seerattention.gate import AttnGate, GateConfig
 from seerattention.hosts.transformers import load_base, new_gates
 from seerattention.measure import bundled
 from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
+from seerattention.ops.block_sparse_decode import block_sparse_decode
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.select_blocks import select_blocks
@@ -28,6 +29,7 @@ def call(op, backend):
     mask = torch.eye(4, dtype=torch.bool)[None, None]
     mask[..., 0] = True
     selection = BlockSelection.from_mask(mask, (64, 64))
+    last = BlockSelection.from_mask(mask[:, :, -1:], (1, 64))
 
     def summaries(k, name="reference"):
         weight = gate.linear_k.weight.detach().to(k.dtype)
@@ -43,6 +45,7 @@ def call(op, backend):
 
     return {
         "block_sparse_attention": lambda q, k: block_sparse_attention(q, k, k, selection, backend=backend),
+        "block_sparse_decode": lambda q, k: block_sparse_decode(q[:, :, -1:], k, k, last, backend=backend),
         "pooled_attention": lambda q, k: pooled_attention(q, k, k, (64, 64), backend=backend)[0],
         "summarise_blocks": lambda q, k: summaries(k, backend),
         "score_blocks": lambda q, k: score_blocks(q, k, (8, 8), backend=backend),
@@ -52,7 +55,8 @@ def call(op, backend):
 
 def test_the_table_is_about_every_operation():
     assert {row.op for row in ROWS} == {
-        "block_sparse_attention", "pooled_attention", "score_blocks", "select_blocks", "summarise_blocks"
+        "block_sparse_attention", "block_sparse_decode", "pooled_attention", "score_blocks", "select_blocks",
+        "summarise_blocks",
     }  # fmt: skip
 
 

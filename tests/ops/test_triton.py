@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from seerattention.ops.block_sparse_decode import _triton_kernel as _decode_kernel
+from seerattention.ops.block_sparse_decode import triton as decoding
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
@@ -85,11 +87,13 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (dtype == "bf16" or name == "score")
 
 
-def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]) -> Any:
-    """Compile a kernel for Hopper; torch's memory begins at multiples of 16 bytes."""
+def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, Any], options: dict[str, int]) -> Any:
+    """Compile a kernel for Hopper; torch's memory begins at multiples of 16 bytes, strides are such."""
     names = kernel.arg_names
     types = {name: kind for name, kind in types.items() if name not in constants}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
+    places = [(names.index(n),) for n, t in types.items() if t[0][0] == "*"]
+    places += [(names.index(n), i) for n, t in types.items() if isinstance(t, tuple) for i in range(len(t))]
+    aligned = {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(kernel, **typed(kernel, constants, types), attrs=aligned)
     return triton.compile(source, target=HOPPER, options=options)
 
@@ -129,12 +133,43 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
     assert made.metadata.shared <= 99 * 1024
 
 
+@compiles
+@pytest.mark.parametrize("page", [0, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
+    launch = decoding.LAUNCHES[2, dim][0]
+    shared = {"HEADS": 32, "LISTS": 8, "D": dim, "BLOCK_D": dim, "SPLITS": 16, "SOFTCAP": False, "LSE": True}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    types |= dict.fromkeys(("lse_ptr", "parts_ptr", "state_ptr", "sinks_ptr"), "*fp32")
+    types |= dict.fromkeys(("bits_ptr", "scratch_ptr", "lengths_ptr", "pages_ptr"), "*i32")
+    strides: Any = dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), ("i32",) * 3)
+    numbers = {"scale": "fp32", "softcap": "fp32"}
+    constants = shared | {
+        "KV_HEADS": 8,
+        "BIT_HEADS": 8,
+        "BLOCK_K": 64,
+        "BLOCK_M": 16,
+        "PAGE": page,
+        "WORDS": 64,
+    }
+    constants |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages, "LENGTHS": True, "SINKS": False}
+    made = compiled(_decode_kernel.decode_kernel, constants, types | strides | numbers, options)
+    # Three share the 227 KiB that a multiprocessor of Hopper has.
+    assert 3 * made.metadata.shared <= 227 * 1024
+    assert "cp.async" in made.asm["ptx"]
+    merged = ("out_ptr", "lse_ptr", "parts_ptr", "state_ptr")
+    types = {name: types[name] for name in merged} | {"out_strides": ("i32",) * 3, "scale": "fp32"}
+    compiled(_decode_kernel.merge_kernel, shared | {"EXACT": False}, types, {"num_warps": 4})
+
+
 @pytest.mark.parametrize(
     "files",
     [
         ("block_sparse_attention/interpreted_triton", "summarise_blocks/interpreted_triton"),
         ("block_sparse_attention/interpreted_gradients", "select_blocks/interpreted_triton"),
         ("pooled_attention/interpreted_triton", "score_blocks/interpreted_triton"),
+        ("block_sparse_decode/interpreted_triton",),
     ],
     ids=" ".join,
 )

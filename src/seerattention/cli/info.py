@@ -31,7 +31,7 @@ def support() -> list[Support]:
 
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.ops.dispatch import explain
-    from seerattention.ops.options import Options, PoolOptions, ScoreOptions, SummaryOptions
+    from seerattention.ops.options import DecodeOptions, Options, PoolOptions, ScoreOptions, SummaryOptions
     from seerattention.policies import TopK
     from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
@@ -44,6 +44,8 @@ def support() -> list[Support]:
             k = q[:, :1]
             qkv, rows = {"q": q, "k": k, "v": k}, Rows.last(128, 128)
             reading = {"selection": BlockSelection.full(rows, (64, 64), device), "options": Options.of(q, k)}
+            step = {"q": q[:, :, -1:], "options": DecodeOptions.of(q[:, :, -1:], k)}
+            step["selection"] = BlockSelection.full(Rows.last(1, 128), (1, 64), device)
             mapping = {"block_size": (64, 64), "options": PoolOptions.of(q, k)}
             gate = AttnGate(GateConfig(2, 1, 64)).to(device, dtype)
             weight = gate.linear_k.weight.detach()
@@ -53,6 +55,7 @@ def support() -> list[Support]:
             scoring = ScoreOptions(sub_blocks=(8, 8), scale=gate.scale)
             asked: dict[str, dict[str, Any]] = {
                 "block_sparse_attention": qkv | reading,
+                "block_sparse_decode": qkv | step,
                 "summarise_blocks": {"x": k, "options": SummaryOptions(**pools, weight=weight)},
                 "score_blocks": {"queries": k_blocks, "keys": k_blocks, "options": scoring},
                 "select_blocks": choice,

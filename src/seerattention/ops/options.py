@@ -147,3 +147,48 @@ class SummaryOptions(Asked):
     eps: float = 1e-6
     rotary: tuple[Tensor, Tensor] | None = None
     rows: Rows | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DecodeOptions(Options):
+    """The optional parts of one call of `block_sparse_decode`; ``rows.num_keys`` is what the cache can hold.
+
+    Attributes:
+        lengths: int32 ``[B]``, keys of every sequence, its queries the last of them; None for a full cache.
+        pages: int32 ``[B, N]``, the pages of every sequence in order; None where a sequence's keys lie
+            behind one another.
+    """
+
+    lengths: Tensor | None = None
+    pages: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, *, rows: Rows | None = None, scale: float | None = None, **more: Any
+    ) -> Self:
+        """Check what a caller gave and fill in the rest, as `Options.of`; ``rows`` follows from the cache."""
+        pages = more.get("pages")
+        capacity = k.shape[2] * (1 if pages is None else pages.shape[-1])
+        if rows is None and capacity < q.shape[2]:
+            raise ValueError(f"the cache holds {capacity} tokens, fewer than the {q.shape[2]} queries")
+        return super().of(q, k, rows=rows or Rows.last(q.shape[2], capacity), scale=scale, **more)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens that lie behind one another: of a page, or of a whole sequence."""
+        return self.rows.num_keys // (1 if self.pages is None else self.pages.shape[1])
+
+    def _check_rows(self, q: Tensor, k: Tensor) -> None:
+        for name, x, shape in (("lengths", self.lengths, "[B]"), ("pages", self.pages, "[B, N]")):
+            if x is None:
+                continue
+            if x.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, got {x.dtype}")
+            if x.dim() != shape.count(",") + 1 or x.shape[0] != q.shape[0]:
+                raise ValueError(f"{name} must be {shape} for a batch of {q.shape[0]}, got {list(x.shape)}")
+            if x.device != q.device:
+                raise ValueError(f"{name} are on {x.device}, q on {q.device}")
+        if self.pages is None and k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"k holds {k.shape[0]} sequences, q {q.shape[0]}; a paged cache needs pages=, its block table"
+            )

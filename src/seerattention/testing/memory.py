@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """A context that records the largest storage any operation inside it returns.
+    """A context that records the largest storage that any operation inside it makes.
 
     Attributes:
         bytes: Size of that storage.
@@ -28,8 +28,10 @@ class LargestTensor(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation and look at what it returns."""
+        # What is a view takes no memory.
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
                 self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return result

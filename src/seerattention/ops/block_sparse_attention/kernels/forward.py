@@ -47,6 +47,36 @@ def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
 
 
 @jit
+def step(
+    q, acc, maximum, total, k_ptr, v_ptr, stride_kt, stride_vt, first_key, first_query, len_k, scale, softcap,
+    SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, APART: tl.constexpr = 1,
+):  # fmt: skip
+    """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax.
+
+    Scores times ``scale`` are capped, or else logarithms to base 2. ``first_query`` is the position of the
+    tile's first query, and every next one's is ``APART`` later: 0 where the rows are heads of one token.
+    """
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k_ptrs = k_ptr + first_key.to(tl.int64) * stride_kt + (keys[None, :] * stride_kt + dims[:, None])
+    here = (keys < len_k - first_key)[None, :] & (dims < D)[:, None]
+    k = tl.load(k_ptrs, mask=here, other=0.0)
+    v = load_tile(v_ptr, stride_vt, first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
+    scores = score(q, k, scale)
+    if SOFTCAP:
+        scores = cap(scores * scale, softcap, EXACT)
+    base2 = 1.4426950408889634 if SOFTCAP else scale
+    # Only a row's own blocks hold keys after a query of the tile.
+    if first_key + BLOCK_N > first_query + 1:
+        later = (first_key + keys)[None, :] > (first_query + APART * tl.arange(0, BLOCK_M))[:, None]
+        scores = tl.where(later, float("-inf"), scores)
+    largest = tl.max(scores, 1) * (1.0 if EXACT else base2)
+    p, fade, maximum, total = softmax_step(scores, largest, maximum, total, base2, EXACT, True)
+    return add_product(acc * fade[:, None], p, v, scale), maximum, total
+
+
+@jit
 def open_row(
     item, rows, columns, bits_ptr, bit_strides, starts, num_queries, num_keys,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BIT_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -129,7 +159,7 @@ def attention_kernel(
     """Take query tiles from the counter until there are none left."""
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    places, keys, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    places = tl.arange(0, BLOCK_M)
     list_ptr = scratch_ptr + tl.program_id(0) * (columns + 1)
     item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < items:
@@ -149,9 +179,7 @@ def attention_kernel(
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
         v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1] + first_k * v_strides[2]
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        # Scores times the first are capped, or times the second logarithms to base 2, as capped ones are.
         log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
-        base2 = 1.4426950408889634 if SOFTCAP else log2_scale
         # What one unit of `maximum` is in natural logarithms.
         natural_scale = 1.0 if SOFTCAP else scale
         unit = natural_scale if EXACT else 0.6931471805599453
@@ -162,21 +190,10 @@ def attention_kernel(
         for i in tl.range(0, count * STEPS, num_stages=STAGES):
             first_key = block * BLOCK_K + i % STEPS * BLOCK_N
             block = tl.load(list_ptr + (i + 1) // STEPS)
-            k_ptrs = k_head + first_key.to(tl.int64) * k_strides[2]
-            k_ptrs += keys[None, :] * k_strides[2] + dims[:, None]
-            here = (keys < len_k - first_key)[None, :] & (dims < D)[:, None]
-            k = tl.load(k_ptrs, mask=here, other=0.0)
-            v = load_tile(v_head, v_strides[2], first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
-            scores = score(q, k, log2_scale)
-            if SOFTCAP:
-                scores = cap(scores * log2_scale, softcap, EXACT)
-            # Only a row's own blocks hold keys after a query of the tile.
-            if first_key + BLOCK_N > first_query + 1:
-                later = (first_key + keys)[None, :] > (first_query + places)[:, None]
-                scores = tl.where(later, float("-inf"), scores)
-            largest = tl.max(scores, 1) * (1.0 if EXACT else base2)
-            p, fade, maximum, total = softmax_step(scores, largest, maximum, total, base2, EXACT, True)
-            acc = add_product(acc * fade[:, None], p, v, log2_scale)
+            acc, maximum, total = step(
+                q, acc, maximum, total, k_head, v_head, k_strides[2], v_strides[2], first_key, first_query,
+                len_k, log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
         # A query that sees nothing gets zeros.
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
