@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.language import padded
+from seerattention.ops.launch import Launch
 
 
-def tiles(rows: int, *tensors: Tensor) -> list[object] | None:
-    """Describe tiles of ``rows`` tokens of ``[B, H, T, D]``; None where there is no TMA, or not for these."""
-    if not tensors[0].is_cuda or torch.version.hip is not None:
+def tiles(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
+    """Describe tiles of ``rows`` tokens of ``[B, H, T, D]``; None where TMA cannot bring them or is off."""
+    if not launch.tma or not tensors[0].is_cuda or torch.version.hip is not None:
         return None
     if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return None

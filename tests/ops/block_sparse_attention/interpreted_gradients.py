@@ -61,7 +61,7 @@ def test_tiles_by_tma(block_size: tuple[int, int], monkeypatch: pytest.MonkeyPat
         shape = [1, 1, rows, 32]
         return [tma.describe(x, list(x.shape), list(x.stride()), shape) for x in tensors]
 
-    monkeypatch.setattr(backward, "_tiles", described)
+    monkeypatch.setattr(backward, "tiles", described)
     gradients.check_gradients(gradients.by_name("triton"), replace(TINY, head_dim=24, block_size=block_size))
     # Rows that are no whole tiles keep their queries' addresses.
     assert len(made) == (4 if block_size[0] == 16 else 2)

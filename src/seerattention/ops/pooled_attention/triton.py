@@ -81,7 +81,7 @@ def run(
     cells = num_blocks(k.shape[2], launch.block_n) * (launch.block_n // cell)
     scratch = torch.empty(programs * cells * launch.block_m, dtype=torch.float32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    described = tiles(launch.block_n, k, values) if launch.tma else None
+    described = tiles(launch, launch.block_n, k, values)
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
         pooled_kernel[(programs,)](

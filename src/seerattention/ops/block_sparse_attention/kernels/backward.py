@@ -136,7 +136,7 @@ def queries(
     scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     # A tile of keys may reach into the next sequence, whose values are none of this one's business.
-    described = tiles(launch.block_n, k, v) if launch.tma and not options.packed else None
+    described = None if options.packed else tiles(launch, launch.block_n, k, v)
     queries_kernel[(programs,)](
         q,
         k,
@@ -181,7 +181,7 @@ def keys(
     launch = _launch_of(KEYS_TIGHT if tight else KEYS, q, selection.block_size)
     # A tile of queries must not reach into another row.
     whole = not options.packed and selection.block_size[0] % launch.block_m == 0
-    described = tiles(launch.block_m, q, grad) if launch.tma and whole else None
+    described = tiles(launch, launch.block_m, q, grad) if whole else None
     if described is None:
         launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
