@@ -20,7 +20,7 @@ from seerattention.train.layer import gate_scores, learn
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
 from seerattention.train.share import Batch, Documents, packed_arguments
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import LEAST_TAKEN, sampled_recall
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
@@ -115,6 +115,13 @@ class Distiller(Loop):
             measured = self._measure()
         return Step(self.done, loss, recall, heldout_recall=measured, **read)
 
+    @property
+    def measured_tokens(self) -> int:
+        """Tokens of held-out text that the remaining steps read to measure recall."""
+        c, every = self.config, self.config.eval_every
+        times = c.steps // every - self.done // every + bool(c.steps % every and not self.finished)
+        return times * sum(map(len, self.heldout))
+
     def memory(self, length: int) -> dict[str, int]:
         """Return the most that weights, optimizer and a layer's maps take; the forward pass comes on top."""
         c, blocks = self.gates.config, -(-length // self.gates.config.block_size)
@@ -176,8 +183,8 @@ class Distiller(Loop):
             self.stale += 1
         return recall
 
-    def heldout_recall(self, densities: tuple[float, ...]) -> list[float]:
-        """Return recall at each density, the mean over layers and the held-out sequences."""
+    def heldout_recall(self, densities: tuple[float, ...], least: int = LEAST_TAKEN) -> list[float]:
+        """Return recall at each density, the mean over layers and sequences; see `sampled_recall`."""
         by_layer = dict(self.gates.items())
         found: list[Tensor] = []
 
@@ -185,7 +192,7 @@ class Distiller(Loop):
             gate, length = by_layer[call.layer], call.q.shape[2]
             out, target = _with_target(gate, call.q, call.k, call.v, call)
             scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions)
-            found.append(sampled_recall(target, scores, gate.block_size, length, densities))
+            found.append(sampled_recall(target, scores, gate.block_size, length, densities, least=least))
             return out
 
         for tokens in self.heldout:

@@ -385,6 +385,15 @@ def offloaded(tiny, tmp_path):
     assert torch.equal(tiny.logits(spread, ids), dense)
 
 
+def saved_whole(tiny, tmp_path):
+    model, ids = attached(tiny), tiny.tokens(1, 40)
+    model.save_pretrained(tmp_path)
+    read, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert sorted(told["unexpected_keys"]) == [n for n in sorted(model.state_dict()) if "attn_gate" in n]
+    assert host.BaseInfo.of(read).fingerprint == host.BaseInfo.of(model).fingerprint
+    assert torch.equal(tiny.logits(read, ids), tiny.logits(host.detach(model), ids))
+
+
 def offloaded_later(tiny, tmp_path):
     import accelerate
 
@@ -416,15 +425,6 @@ def offloaded_later(tiny, tmp_path):
         host.attach(model, gates, POLICY, min_tokens=0)
         assert torch.equal(tiny.logits(model, ids), expected)
         assert set(host.usage(model)) == {"sparse"}
-
-
-def saved_whole(tiny, tmp_path):
-    model, ids = attached(tiny), tiny.tokens(1, 40)
-    model.save_pretrained(tmp_path)
-    read, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert sorted(told["unexpected_keys"]) == [n for n in sorted(model.state_dict()) if "attn_gate" in n]
-    assert host.BaseInfo.of(read).fingerprint == host.BaseInfo.of(model).fingerprint
-    assert torch.equal(tiny.logits(read, ids), tiny.logits(host.detach(model), ids))
 
 
 def tensor_parallel(tiny, tmp_path):

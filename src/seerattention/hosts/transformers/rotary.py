@@ -16,9 +16,6 @@ from seerattention.hosts.transformers.family import family_of
 from seerattention.hosts.transformers.request import LayerCall, running
 from seerattention.hosts.transformers.support import LONGROPE
 
-#: Types of RoPE whose angles depend on the text's length.
-BY_LENGTH = ("dynamic", "longrope")
-
 
 def no_rotation(dim: int) -> Rotary:
     """Return angles of zero, for the gates of layers without a rotary embedding."""
@@ -48,6 +45,12 @@ def _rope_type(config: PreTrainedConfig) -> str:
 def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
     """Return what a rotary module with frequencies per kind of layer must be told: the kind with gates."""
     return () if hasattr(rotary, "inv_freq") else ("full_attention",)
+
+
+def _by_length(config: PreTrainedConfig) -> str | None:
+    """Return the kind of RoPE where its angles depend on the text's length, else None."""
+    kind = _rope_type(config)
+    return kind if kind in ("dynamic", "longrope") else None
 
 
 def _frequencies(rotary: nn.Module) -> int:
@@ -80,7 +83,7 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
     width = head_dim_of(config) if pairs == "slowest" else dim
     if dim > width or width != head_dim_of(config):
         width = dim
-        if _rope_type(config) == "longrope":
+        if _by_length(config) == "longrope":
             raise NotImplementedError(
                 f"longrope has a factor for every pair of a head's values, so gate_dim must be "
                 f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
@@ -95,7 +98,7 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
-    return functools.partial(_turned, found, turned, width, dim, _rope_type(config) in BY_LENGTH)
+    return functools.partial(_turned, found, turned, width, dim, _by_length(config) is not None)
 
 
 def _turned(
@@ -134,8 +137,8 @@ class Unrotate:
         self.rotates = getattr(family_of(model), "rotates", None)
         self.order = head_order(model)
         self.rotary: Rotary | None = None
-        kind = _rope_type(self.config)
-        self.why_not = f"RoPE is of type {kind}, and {LONGROPE}" if kind in BY_LENGTH else None
+        kind = _by_length(self.config)
+        self.why_not = None if kind is None else f"RoPE is of type {kind}, and {LONGROPE}"
         if self.why_not is None:
             try:
                 self.rotary = model_rotary(model, head_dim_of(self.config))
