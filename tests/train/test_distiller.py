@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seerattention.hosts.transformers import base_checksum, new_gates
+from seerattention.hosts.transformers import attach, attached, base_checksum, detach, new_gates
 from seerattention.policies import TopK, select
 from seerattention.rows import Rows
 from seerattention.train import DistillConfig, Distiller, TextWindows
@@ -326,6 +327,23 @@ def test_the_log_has_the_base_checksum_before_and_after_and_a_changed_base_is_an
         list(run)
     log = json.loads((tmp_path / "run.json").read_text())
     assert log["base_checksum_before"] != log["base_checksum_after"] == base_checksum(model)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_gates_that_were_attached_learn_as_others(model, text, copied):
+    """Attached gates ask for no gradient; detached, copied or still attached they are taught all the same."""
+    used, other = gates_of(model), gates_of(model)
+    attach(model, used, "top_k:0.5", min_tokens=0)
+    assert not any(p.requires_grad for p in used.parameters())
+    taught = copy.deepcopy(used) if copied else used
+    losses = []
+    for gates in (taught, other):
+        run = Distiller(model, gates, TextWindows(text, 128), DistillConfig(steps=3)).run()
+        losses.append([step.loss for step in run])
+        if attached(model):
+            detach(model)
+    assert losses[0] == losses[1]
+    assert same(state_of(taught), state_of(other))
 
 
 class Relaid(torch.nn.Module):

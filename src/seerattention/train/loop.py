@@ -89,6 +89,8 @@ class Loop:
         self.done = self.saved = self.first = 0
         self.named: dict[str, nn.Parameter] = {}
         gates.use_rotary_of(model)
+        # Gates in use, and copies of them, ask for no gradient.
+        gates.requires_grad_(True)
         self.named_gates = {f"gates.{n}": p for n, p in gates.named_parameters()}
 
     @property
