@@ -18,6 +18,9 @@ from seerattention.selection import BlockSelection
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: Kinds of devices that autocast knows. Looked up here: compilers of PyTorch 2.11 cannot enter the question.
+AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
+
 
 def load_backends(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
     """Import every backend of an op: the files of its folder, not starting with an underscore; no folders.
@@ -65,7 +68,7 @@ def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(op)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not (device in AUTOCAST and torch.is_autocast_enabled(device)):
             return op(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return op(*args, **kwargs)
