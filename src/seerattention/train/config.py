@@ -9,6 +9,9 @@ import numpy as np
 
 from seerattention.train import objectives
 
+#: Of all settings.
+LARGEST = 1e37
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -34,7 +37,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            self._check(not isinstance(value, float) or math.isfinite(value), field.name, "finite")
+            # NaN is in no range; what is larger is infinite in the optimizer's float32.
+            fits = not isinstance(value, float) or -LARGEST < value < LARGEST
+            self._check(fits, field.name, f"finite and below {LARGEST:g}")
         self._check_whole(1, "steps", "save_every", "grad_accum")
         self._check(self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
