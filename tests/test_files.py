@@ -44,7 +44,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchanges):
     replace(tmp_path / "folder", "old")
     if exchanges:
         # No moment without a folder of that name.
-        monkeypatch.setattr(Path, "rename", lambda *paths: pytest.fail("moved away"))
+        monkeypatch.setattr(Path, "replace", lambda *paths: pytest.fail("moved away"))
     else:
         monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
     with atomic_folder(tmp_path / "folder") as temporary:

@@ -84,7 +84,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     try:
         with locked(beside):
             if old.exists() and not folder.exists():
-                old.rename(folder)
+                old.replace(folder)
             _remove(new, old)
             new.mkdir()
             try:
@@ -166,13 +166,13 @@ def _exchange(new: Path, folder: Path, old: Path) -> None:
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     here, exchange = -100, 2
     if not folder.exists():
-        new.rename(folder)
+        new.replace(folder)
     elif rename is None or rename(here, os.fsencode(new), here, os.fsencode(folder), exchange):
-        folder.rename(old)
+        folder.replace(old)
         try:
-            new.rename(folder)
+            new.replace(folder)
         except OSError:
-            old.rename(folder)
+            old.replace(folder)
             raise
 
 

@@ -84,7 +84,7 @@ class Distiller(Loop):
                 for key, value in tensors.items()
                 if key.startswith("best.")
             }
-            if self._kept:
+            if self._kept and out is not None:
                 check_weights(out, self._kept, {k: v.shape for k, v in gates.state_dict().items()})
         if self.sharded:
             model.requires_grad_(False)
