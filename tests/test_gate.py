@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from seerattention import AttnGate, GateConfig, Threshold, TopK
 from seerattention.ops.score_blocks import chunked
@@ -77,7 +79,7 @@ def rotated(x: Tensor, theta: float) -> Tensor:
     The angle is rounded to fp32, as the models' own code does: at position 1000 that is 3e-5 radians.
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half) / half)
+    frequency = 1 / theta ** (torch.arange(half) / half)
     angle = (torch.arange(x.shape[1]) * BLOCK).float()[:, None] * frequency
     turn = torch.polar(torch.ones(()).double(), angle.double())
     turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * turn
@@ -334,6 +336,19 @@ def test_own_rotary_code_is_used() -> None:
     reference.load_state_dict(gate.state_dict())
     assert torch.equal(unrotated, reference(q, k))
     assert not torch.equal(unrotated, plain)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize(("width", "pairs"), [(32, "spread"), (80, "slowest"), (128, "slowest")])
+def test_angles_without_a_model_are_a_models_to_the_bit(width: int, pairs: Any, theta: float) -> None:
+    """At late positions the last bit of a frequency is most of what differs from published code."""
+    rope = {"rope_type": "default", "rope_theta": theta}
+    model = LlamaRotaryEmbedding(LlamaConfig(head_dim=width, rope_parameters=rope))
+    positions = torch.tensor([[0, 64, 1_000, 131_008]])
+    expected = [x.chunk(2, -1)[0][..., -16:].repeat(1, 1, 2) for x in model(torch.empty(0), positions)]
+    narrower = GateConfig(4, 2, width, gate_dim=DIM, rope_pairs=pairs, rope_theta=theta)
+    for actual, wanted in zip(AttnGate(narrower)._plain_rotary(positions), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @torch.no_grad()

@@ -116,41 +116,46 @@ def locked(folder: str | Path, *, again: bool = False) -> Iterator[None]:
         yield
         return
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _opened(file)
+    _held.add(file)
     try:
-        _lock(descriptor, file)
-        _held.add(file)
-        try:
-            _remove(*folder.glob(f"{UNFINISHED}-*"))
-            yield
-        finally:
-            _held.discard(file)
-            # Before it is free: who opened it meanwhile sees that it is no longer the one.
-            if _is(descriptor, file):
-                file.unlink()
-            if made:
-                with suppress(OSError):
-                    folder.rmdir()
+        _remove(*folder.glob(f"{UNFINISHED}-*"))
+        yield
     finally:
+        _held.discard(file)
+        # Before it is free: who opened it meanwhile sees that it is no longer the one.
+        if _is(descriptor, file):
+            file.unlink()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
         os.close(descriptor)
 
 
-def _lock(descriptor: int, file: Path) -> None:
+def _opened(file: Path) -> int:
+    """Open a file that this process alone has open so; twice, if its last owner removed it meanwhile."""
+    for _ in range(2):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            if _free(descriptor) and _is(descriptor, file):
+                return descriptor
+            os.close(descriptor)
+    raise ValueError(f"another process is writing to {file.parent}; wait for it or choose another folder")
+
+
+def _free(descriptor: int) -> bool:
+    """Lock a file, or say that another process has it locked."""
     try:
         import fcntl
-    except ModuleNotFoundError:
-        return
-    busy = False
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        busy = True
-    except OSError:
-        # The file system has no locks.
-        return
-    if busy or not _is(descriptor, file):
-        raise ValueError(f"another process is writing to {file.parent}; wait for it or choose another folder")
+        return False
+    except (ModuleNotFoundError, OSError):
+        # There are no locks, or not on this file system.
+        pass
+    return True
 
 
 def _is(descriptor: int, file: Path) -> bool:

@@ -207,16 +207,22 @@ class GateConfig:
         return cls(**values)
 
 
-class HeadLinear(nn.Module):
-    """The matrix of a linear layer without bias per head; `summarise_blocks` multiplies by it.
+class Weight(nn.Module):
+    """A weight that `summarise_blocks` takes: calling the module returns it.
 
-    Attributes:
-        weight: ``[H, in, out]``.
+    Read in a forward pass it is there also where others keep it elsewhere meanwhile, as offloading does.
+
+    Args:
+        shape: ``[H, in, out]`` of a matrix per head, ``[dim]`` of a norm.
     """
 
-    def __init__(self, heads: int, width: int, dim: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, width, dim))
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> Tensor:
+        """Return the weight."""
+        return self.weight
 
 
 class AttnGate(nn.Module):
@@ -244,10 +250,10 @@ class AttnGate(nn.Module):
             q_heads, q_width = config.num_kv_heads, groups * q_width
         k_heads = config.num_kv_heads if config.q_proj else config.num_heads
         k_width = len(config.k_pool) * config.head_dim
-        self.linear_q = HeadLinear(q_heads, q_width, config.dim) if config.q_proj else None
-        self.linear_k = HeadLinear(k_heads, k_width, config.dim)
-        self.norm_q = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
-        self.norm_k = nn.RMSNorm(config.dim, eps=1e-6) if config.qk_norm else None
+        self.linear_q = Weight(q_heads, q_width, config.dim) if config.q_proj else None
+        self.linear_k = Weight(k_heads, k_width, config.dim)
+        self.norm_q = Weight(config.dim) if config.qk_norm else None
+        self.norm_k = Weight(config.dim) if config.qk_norm else None
         # What `ProductScorer` asks for.
         self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
@@ -257,6 +263,8 @@ class AttnGate(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the projections as ``config.init`` says, from torch's random generator."""
         c = self.config
+        for norm in filter(None, (self.norm_q, self.norm_k)):
+            nn.init.ones_(norm.weight)
         if c.init == "random":
             for linear in filter(None, (self.linear_q, self.linear_k)):
                 nn.init.normal_(linear.weight, std=0.02)
@@ -285,8 +293,10 @@ class AttnGate(nn.Module):
     def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         width = max(c.dim, c.head_dim) if c.rope_pairs == "slowest" else c.dim
-        exponent = torch.arange(width - c.dim, width, 2, device=positions.device) / width
-        angle = positions[..., None].float() * c.rope_theta**-exponent
+        # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
+        # positions are many turns.
+        inverse = 1 / c.rope_theta ** (torch.arange(width - c.dim, width, 2, device="cpu") / width)
+        angle = positions[..., None].float() * inverse.to(positions.device, non_blocking=True)
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
@@ -296,16 +306,17 @@ class AttnGate(nn.Module):
         ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `ProductScorer.compress`.
         """
         c = self.config
-        options = {"weight": self.linear_k.weight} | _norm(self.norm_k)
+        options = {"weight": self.linear_k(), "norm": None if self.norm_k is None else self.norm_k()}
         return self._summarise(k, c.k_sub, c.k_pool, positions, rows, **options)
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
         c = self.config
         options = {
-            "weight": None if self.linear_q is None else self.linear_q.weight,
+            "weight": None if self.linear_q is None else self.linear_q(),
+            "norm": None if self.norm_q is None else self.norm_q(),
             "merge": c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
-        } | _norm(self.norm_q)
+        }
         return self._summarise(q, c.q_sub, c.q_pool, positions, rows, **options)
 
     def _summarise(
@@ -326,7 +337,7 @@ class AttnGate(nn.Module):
             return summarise_blocks(x, size, pools, dtype=dtype, rows=rows, **options)
         # Tokens get no gradient while a gate learns: their pools are constants, made in one read, and
         # in what the projection will multiply.
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         return project_blocks(summarise_blocks(x, size, pools, dtype=dtype, rows=rows), **options)
 
@@ -374,10 +385,6 @@ class AttnGate(nn.Module):
             positions = torch.arange(rows.num_keys, device=k_nope.device)
         k_blocks = self.compress(k_nope, positions=positions)
         return self.score(q_nope, k_blocks, positions=positions[..., rows.first :])
-
-
-def _norm(norm: nn.RMSNorm | None) -> dict[str, Any]:
-    return {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
 
 
 def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None) -> None:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from seerattention import cli
 
 #: What of audited operations is done to files.
-OPERATIONS = ("open", "os.", "shutil.", "ctypes.dlsym")
+OPERATIONS = ("open", "os.", "shutil.", "ctypes.dlsym", "fcntl.flock")
 
 #: Numbers of a clock, in whatever JSON.
 CLOCK = ("seconds", "prefill_s", "date")
@@ -86,8 +86,8 @@ class Work:
 
     def _ours(self, event: str, arguments: tuple[Any, ...]) -> bool:
         first = arguments[0] if arguments else None
-        if event == "ctypes.dlsym":
-            return arguments[1] == "renameat2"
+        if event in ("ctypes.dlsym", "fcntl.flock"):
+            return event == "fcntl.flock" or arguments[1] == "renameat2"
         if isinstance(first, str | bytes | os.PathLike):
             path = os.fsdecode(first)
             # In a folder that is being removed paths are relative to it.

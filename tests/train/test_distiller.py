@@ -449,3 +449,27 @@ def test_the_log_has_the_base_checksum_before_and_after_and_a_changed_base_is_an
         list(run)
     log = json.loads((tmp_path / "run.json").read_text())
     assert log["base_checksum_before"] != log["base_checksum_after"] == base_checksum(model)
+
+
+class Relaid(torch.nn.Module):
+    """Lays its weights out anew in its first pass, as bitsandbytes does on a CPU."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+        self.transposed = False
+
+    def forward(self, x):
+        if not self.transposed:
+            self.weight, self.transposed = self.weight.T.contiguous(), True
+        return x @ self.weight
+
+
+def test_quantised_weights_that_are_laid_out_anew_are_no_changed_base(model, text, tmp_path):
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Relaid(layer.mlp.up_proj)
+    model.is_quantized = True
+    config = DistillConfig(steps=1)
+    list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
+    log = json.loads((tmp_path / "run.json").read_text())
+    assert log["base_checksum_before"] == log["base_checksum_after"] == base_checksum(model)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seerattention.hosts.transformers import attach, base_checksum, detach, load_gates
-from seerattention.hosts.transformers.intercept import unwrapped
+from seerattention.hosts.transformers.base import unwrapped
 from seerattention.train import (
     FinetuneConfig,
     Finetuner,

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.dispatch import outside_autocast
 from seerattention.rows import Rows
 
 #: Bytes of scores that `block_mass` holds at a time (fp32): what a CPU's cache takes, and what fills a GPU.
 WORK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 
 
+@outside_autocast
 def attention_scores(
     q: Tensor, k: Tensor, positions: Tensor, *, scale: float, softcap: float | None = None
 ) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.crossover import cudnn_from
+from seerattention.ops.dispatch import outside_autocast
 
 #: Kernels of dense attention in the order in which `cudnn_first` takes them.
 CUDNN_FIRST = [
@@ -24,6 +25,7 @@ MASKED_ROWS = 512
 EXPLICIT_BYTES = 2**28
 
 
+@outside_autocast
 def dense_attention(
     q: Tensor,
     k: Tensor,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from seerattention.ops.language import INTERPRETED
 from seerattention.selection import BlockSelection
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def load_backends(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
@@ -47,6 +52,20 @@ def choose(
     lines = [f"  {k}: {_describe(v)}" for k, v in args.items()]
     because = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items()]
     raise NotImplementedError("\n".join(["no backend accepts", *lines, "because", *because]))
+
+
+def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
+    """Let an op compute in the dtypes of what it is given, as its contract says, also under autocast."""
+
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return op(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return op(*args, **kwargs)
+
+    return run
 
 
 def explain(backends: Mapping[str, ModuleType], **args: Any) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seerattention.files import write_whole
+from seerattention.hosts.transformers.gates import infinite
 from seerattention.settings import typed
 from seerattention.train.processes import like
 
@@ -68,11 +69,6 @@ def read_checkpoint(
     if bad := infinite(tensors):
         raise _damaged(path, f"{bad[0]} is not finite")
     return state, tensors
-
-
-def infinite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
 
 
 def _damaged(path: Path, why: str) -> ValueError:

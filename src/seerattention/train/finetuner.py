@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seerattention.hosts.transformers import BaseInfo, Gates, attached, intercept
-from seerattention.hosts.transformers.intercept import unwrapped
+from seerattention.hosts.transformers.base import unwrapped
 from seerattention.train.config import DistillConfig, FinetuneConfig, JointStep
 from seerattention.train.distiller import Distiller
 from seerattention.train.joint import JointPass

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from seerattention.files import check_writable, locked, write_json
 from seerattention.hosts.transformers import Gates, base_checksum
+from seerattention.hosts.transformers.gates import infinite
 from seerattention.train import objectives
 from seerattention.train.checkpoint import (
     FORMAT,
-    infinite,
     optimizer_tensors,
     read_checkpoint,
     restore_optimizer,
@@ -92,7 +92,14 @@ class Loop:
         self.named: dict[str, nn.Parameter] = {}
         gates.use_rotary_of(model)
         self.named_gates = {f"gates.{n}": p for n, p in gates.named_parameters()}
-        self._weights, self._text = ("", "") if out is None else (base_checksum(model), identity_of(batches))
+        self._weights = self._text = ""
+        if out is not None:
+            if getattr(model, "is_quantized", False):
+                # Four-bit layers lay their weights out anew in their first pass on a CPU, and are the same.
+                with torch.no_grad():
+                    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                    model.get_decoder()(tokens, use_cache=False)
+            self._weights, self._text = base_checksum(model), identity_of(batches)
 
     @property
     def finished(self) -> bool:

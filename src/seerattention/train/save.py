@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from seerattention.files import atomic_folder
 from seerattention.hosts.transformers import BaseInfo, save_gates
-from seerattention.hosts.transformers.intercept import unwrapped
-from seerattention.train.checkpoint import infinite
+from seerattention.hosts.transformers.base import unwrapped
+from seerattention.hosts.transformers.gates import infinite
 from seerattention.train.finetuner import Finetuner
 
 #: Folders of a fine-tuned model, or of adapters on a quantised one, and of its gates.

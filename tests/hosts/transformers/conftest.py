@@ -105,7 +105,12 @@ KINDS = {
     "granite": (GraniteForCausalLM, GraniteConfig, {"attention_multiplier": 0.4, "logits_scaling": 2.0}),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layers": [1, 0]}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"rope_parameters": PARTIAL}),
-    "phi3-longrope": (Phi3ForCausalLM, Phi3Config, {"rope_parameters": LONG}),
+    "phi3-longrope": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        # Phi3's configuration takes the switch from here alone.
+        {"rope_parameters": LONG, "original_max_position_embeddings": 64},
+    ),
     "glm4": (Glm4ForCausalLM, Glm4Config, {"head_dim": 16, "rope_parameters": PARTIAL}),
     "gemma2": (
         Gemma2ForCausalLM,

@@ -11,6 +11,8 @@ from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers.family import family_of, halves
 from seerattention.measure.observe import Watch
 from seerattention.ops.dense_attention import dense_attention
+from seerattention.policies import parse, select
+from seerattention.rows import Rows
 from seerattention.testing.budget import Budget
 from seerattention.train import DistillConfig, Distiller
 
@@ -60,6 +62,76 @@ def unrotated(tiny, model, layer, x):
     basis = torch.eye(size, dtype=x.dtype)[None, :, None].expand(1, size, length, size)
     matrix = tiny.rotated(model, layer, basis, torch.arange(length)[None])[0].transpose(0, 1)
     return torch.linalg.solve(matrix, x.transpose(1, 2), left=False).transpose(1, 2)
+
+
+NTK = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+BY_LENGTH = {
+    "longrope": ("phi3-longrope", {"original_max_position_embeddings": 256}),
+    # Not at a block's border.
+    "longrope from 250": ("phi3-longrope", {"original_max_position_embeddings": 250}),
+    "dynamic": ("llama", {"rope_parameters": NTK, "max_position_embeddings": 256}),
+}
+
+
+def seen_by_length(tiny, name, ids, sub_block=16, **inputs):
+    """A model's calls and selections with the gates that made them, and its rotary module after the pass."""
+    kind, changes = BY_LENGTH[name]
+    model, seen = tiny.make(kind, **changes), []
+    gates = tiny.gates_for(model, gate_dim=16, q_sub_block=sub_block, k_sub_block=sub_block)
+    host.attach(model, gates, "top_k:0.4", min_tokens=0, observe=lambda *call: seen.append(call))
+    tiny.logits(model, ids, **inputs)
+    own = dict(gates.items())
+    return [(own[layer], call, selection) for layer, call, selection in seen], model
+
+
+def chosen(tiny, model, gate, call, tokens, row=0):
+    """What a gate chooses in a row if it is turned by the model's angles for all positions of a pass."""
+    angles = copy.deepcopy(model.model.rotary_emb)(torch.zeros(1), torch.arange(tokens)[None])
+    pairs, table = angles[0].shape[-1] // 2, (torch.ones(tokens, 16), torch.zeros(tokens, 16))
+    for whole, of_pairs in zip(table, angles, strict=True):
+        whole[:, :pairs] = whole[:, 8 : 8 + pairs] = of_pairs[0, :, :pairs]
+    gate = copy.deepcopy(gate)
+    gate.use_rotary(lambda positions: tuple(x[positions] for x in table))
+    place, (length, _) = call.rows.places(call.rows.num_queries)[row], call.rows.known[row]
+    scores, rows = gate(call.q_nope[:, :, place], call.k_nope[:, :, place]), Rows.last(length, length)
+    return select(parse("top_k:0.4"), scores, rows=rows, block_size=gate.block_size).to_mask()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [249, 251, 256, 257, 262, 271, 272, 273, 300])
+@pytest.mark.parametrize("sub_block", [4, 16])
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_a_prompt_is_turned_by_one_set_of_factors(tiny, name, sub_block, length):
+    """That of its length, whatever parts of it queries and keys are summarised in."""
+    seen, model = seen_by_length(tiny, name, tiny.tokens(1, length), sub_block)
+    for gate, call, selection in seen:
+        assert torch.equal(selection.to_mask(), chosen(tiny, model, gate, call, length))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_a_batch_is_turned_by_the_factors_of_its_longest(tiny, name):
+    """As the model does it."""
+    ids, mask = tiny.tokens(2, 262), torch.ones(2, 262, dtype=torch.long)
+    mask[0, :70] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    seen, model = seen_by_length(tiny, name, ids, attention_mask=mask, position_ids=positions)
+    for gate, call, selection in seen:
+        short, long = selection.row_slice(0, 12).to_mask()[..., :12], selection.row_slice(12, 29).to_mask()
+        assert torch.equal(short, chosen(tiny, model, gate, call, 262))
+        assert torch.equal(long, chosen(tiny, model, gate, call, 262, row=1))
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_gates_leave_the_models_own_rotary_state_alone(tiny, name):
+    """Some modules keep the frequencies of the longest text so far; a gate's part of a text is none."""
+    kind, changes = BY_LENGTH[name]
+    plain, model = (tiny.make(kind, **changes) for _ in range(2))
+    host.attach(model, tiny.gates_for(model, gate_dim=16), "top_k:1", min_tokens=0)
+    for length in (258, 300, 271, 200, 257):
+        for each in (plain, model):
+            tiny.logits(each, tiny.tokens(1, length))
+        assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize("length", [50, 150])

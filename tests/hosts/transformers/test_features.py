@@ -119,6 +119,18 @@ def longrope(tiny, tmp_path):
     raise NotImplementedError(how)
 
 
+def taken_out(tiny, tmp_path):
+    model = attached(tiny)
+    ids, cache = tiny.tokens(1, 64), DynamicCache(config=model.config)
+    tiny.logits(model, ids[:, :32], cache=cache)
+    before = host.usage(model)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+    tiny.logits(model, ids[:, 32:], cache=cache)
+    (how,) = set(host.usage(model)) - set(before)
+    raise NotImplementedError(how)
+
+
 def padding(tiny, tmp_path):
     model, ids = attached(tiny), tiny.tokens(1, 64)
     alone = tiny.logits(model, ids)
@@ -165,6 +177,24 @@ def several_turns(tiny, tmp_path):
     assert_sparse(model)
 
 
+def sliding_turns(tiny, tmp_path):
+    """Padding at the end of a turn does no harm in that turn, but takes the place of tokens in the next."""
+    model, gold, ids = (
+        attached(tiny, kind="gemma2"),
+        attached(tiny, kind="gemma2").double(),
+        tiny.tokens(2, 96),
+    )
+    mask = torch.ones(2, 96, dtype=torch.long)
+    mask[1, 50:64] = 0
+    cache, alone, exact = (DynamicCache(config=model.config) for _ in range(3))
+    for part in (slice(0, 32), slice(32, 64)):
+        out = tiny.logits(model, ids[:, part], cache=cache, attention_mask=mask[:, : part.stop])
+        part = slice(part.start, min(part.stop, 50))
+        row = tiny.logits(model, ids[1:, part], cache=alone)
+        tiny.assert_as_close(out[1:, : row.shape[1]], row, tiny.logits(gold, ids[1:, part], cache=exact))
+    tiny.logits(model, ids[:, 64:], cache=cache, attention_mask=mask)
+
+
 def packed(tiny, tmp_path):
     both = torch.cat([torch.arange(12), torch.arange(8)])[None]
     tiny.logits(attached(tiny), tiny.tokens(1, 20), position_ids=both)
@@ -173,6 +203,10 @@ def packed(tiny, tmp_path):
 def masks(tiny, tmp_path):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     tiny.logits(attached(tiny), tiny.tokens(1, 20), attention_mask=mask)
+
+
+def bidirectional(tiny, tmp_path):
+    tiny.logits(attached(tiny), tiny.tokens(1, 20), is_causal=False)
 
 
 def generate_modes(tiny, tmp_path):
@@ -303,6 +337,7 @@ def bits(tiny, tmp_path, **how):
     )
     ids = tiny.tokens(1, 80)
     dense = tiny.logits(small, ids)
+    checksum = host.base_checksum(small)
     # Gates made for the model in full precision, told by its name.
     model.config._name_or_path = "someone/tiny-base"
     gates = tiny.gates_for(model)
@@ -313,6 +348,10 @@ def bits(tiny, tmp_path, **how):
     assert host.usage(small) == {"sparse": 4}
     host.detach(small)
     assert torch.equal(tiny.logits(small, ids), dense)
+    assert host.base_checksum(small) == checksum
+    # Numbers again, but not those that the gates' fingerprint is of.
+    host.attach(small.dequantize(), gates, "top_k:1", min_tokens=0)
+    host.detach(small)
     small.config._name_or_path = "someone/else"
     with pytest.raises(ValueError, match="its name is else, not tiny-base"):
         host.attach(small, gates, "top_k:1")
@@ -344,6 +383,48 @@ def offloaded(tiny, tmp_path):
     assert host.usage(spread) == {"sparse": 3}
     host.detach(spread)
     assert torch.equal(tiny.logits(spread, ids), dense)
+
+
+def saved_whole(tiny, tmp_path):
+    model, ids = attached(tiny), tiny.tokens(1, 40)
+    model.save_pretrained(tmp_path)
+    read, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert sorted(told["unexpected_keys"]) == [n for n in sorted(model.state_dict()) if "attn_gate" in n]
+    assert host.BaseInfo.of(read).fingerprint == host.BaseInfo.of(model).fingerprint
+    assert torch.equal(tiny.logits(read, ids), tiny.logits(host.detach(model), ids))
+
+
+def offloaded_later(tiny, tmp_path):
+    import accelerate
+
+    def disk(model):
+        return accelerate.disk_offload(model, tmp_path / "offload", execution_device="cpu")
+
+    def cpu(model):
+        return accelerate.cpu_offload(model, execution_device="cpu")
+
+    ids, settings = tiny.tokens(1, 80), {"qk_norm": True}
+    for offload in (disk, cpu):
+        model = tiny.make()
+        gates, others = tiny.gates_for(model, **settings), tiny.gates_for(model, init="random")
+        host.attach(model, gates, POLICY, min_tokens=0)
+        host.add_gates(model, "others", others)
+        host.save_gates(model, tmp_path / "before")
+        expected, checksum = tiny.logits(model, ids), host.base_checksum(model)
+        offload(model)
+        assert model.model.layers[1].self_attn.attn_gate.linear_k.weight.is_meta
+        assert torch.equal(tiny.logits(model, ids), expected)
+        assert host.base_checksum(model) == checksum
+        host.save_gates(model, tmp_path / "after")
+        before, after = ((tmp_path / name / "gates.safetensors").read_bytes() for name in ("before", "after"))
+        assert after == before
+        for name in ("others", "default"):
+            host.set_gates(model, name)
+            assert torch.equal(tiny.logits(model, ids), expected) == (name == "default")
+        host.detach(model)
+        host.attach(model, gates, POLICY, min_tokens=0)
+        assert torch.equal(tiny.logits(model, ids), expected)
+        assert set(host.usage(model)) == {"sparse"}
 
 
 def tensor_parallel(tiny, tmp_path):
@@ -404,6 +485,58 @@ def checkpointing(tiny, tmp_path):
     gradients(tiny, tmp_path, checkpointing=True)
 
 
+def distributed(tiny, tmp_path):
+    """One process is enough to see who waits for a gradient that never comes."""
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    def sharded(model):
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    def steps(model):
+        """Three steps, of which the third shows what the first left."""
+        for p in model.parameters():
+            p.grad = None
+        losses = []
+        for _ in range(3):
+            losses.append(model(ids, labels=ids, use_cache=False).loss)
+            losses[-1].backward()
+        return torch.stack(losses)
+
+    ids, options = tiny.tokens(2, 64), {"policy": "top_k:0.5", "min_tokens": 0}
+    expected = steps(host.attach(tiny.make(), tiny.gates_for(tiny.make()), **options))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        for wrap in (DistributedDataParallel, sharded):
+            for wrapped_first in (False, True):
+                model, gates = tiny.make(), tiny.gates_for(tiny.make())
+                if wrapped_first:
+                    model = host.attach(wrap(model), gates, **options)
+                else:
+                    model = wrap(host.attach(model, gates, **options))
+                torch.testing.assert_close(steps(model), expected)
+                assert host.attached(model)
+                assert host.BaseInfo.of(model).num_layers == 2
+                assert host.usage(model) == {"sparse": 6}
+                assert not [n for n, p in model.named_parameters() if "attn_gate" in n and p.requires_grad]
+                host.set_policy(model, "top_k:1")
+                with host.dense(model):
+                    steps(model)
+                assert host.usage(model) == {"sparse": 6}
+                assert host.detach(model) is model
+                assert not host.attached(model)
+                # Whoever teaches gates gets them as they came.
+                assert all(p.requires_grad for p in gates.parameters())
+                steps(model)
+    finally:
+        dist.destroy_process_group()
+
+
 def dropout(tiny, tmp_path):
     attached(tiny, attention_dropout=0.1).train()(tiny.tokens(1, 64))
 
@@ -415,11 +548,14 @@ CHECKS = {
     ("cache", "copied, cropped, reordered, rows selected"): changed_cache,
     ("cache", "filled before attaching, or by other gates"): filled_elsewhere,
     ("cache", "the same with RoPE of type dynamic or longrope"): longrope,
+    ("cache", "keys taken out, as by compression: sparse from then on"): taken_out,
     ("prompt", "left or right padding"): padding,
     ("prompt", "in pieces"): in_pieces,
     ("prompt", "several turns on one cache"): several_turns,
+    ("prompt", "the same, with sliding windows and padding between a row's tokens"): sliding_turns,
     ("prompt", "packed sequences"): packed,
     ("prompt", "4-D masks"): masks,
+    ("prompt", "bidirectional attention, is_causal=False"): bidirectional,
     ("generate", "greedy, sampling, beams"): generate_modes,
     ("generate", "assisted: draft model, prompt lookup"): assisted,
     ("generate", "pipeline"): pipeline,
@@ -430,11 +566,14 @@ CHECKS = {
     ("base", "4-bit (bitsandbytes)"): four_bits,
     ("base", "8-bit (bitsandbytes)"): eight_bits,
     ("base", "device_map with layers on the disk"): offloaded,
+    ("base", "offloaded by Accelerate after attaching"): offloaded_later,
+    ("base", "save_pretrained"): saved_whole,
     ("base", "tensor parallelism"): tensor_parallel,
     ("base", "torch.compile"): compiled,
     ("base", "torch.compile(fullgraph=True)"): fullgraph,
     ("training", "the model"): gradients,
     ("training", "activation checkpointing"): checkpointing,
+    ("training", "DDP and FSDP2, before or after attaching"): distributed,
     ("training", "attention dropout"): dropout,
 }
 

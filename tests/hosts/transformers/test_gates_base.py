@@ -2,13 +2,18 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations import bitnet
 
 from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers import base
+from seerattention.hosts.transformers.base import device_of
+from seerattention.hosts.transformers.family import attention_layers
 
 
 def loaded(model, folder, dtype):
@@ -85,6 +90,90 @@ def test_checksum_covers_every_weight(tiny):
             parameter.view(-1)[-1] = was
     assert host.base_checksum(model) == own
     host.attach(model, tiny.gates_for(model), "top_k:0.1")
+    assert host.base_checksum(model) == own
+
+
+class Packed(nn.Module):
+    """Weights of eight bits in buffers, as layers of GPTQ, AWQ and BitNet hold theirs."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("qweight", (linear.weight.detach() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("workspace", torch.zeros(2), persistent=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scales)
+
+
+def bit_linear(linear):
+    made = bitnet.BitLinear(linear.in_features, linear.out_features, bias=False, dtype=torch.float32)
+    scale = linear.weight.detach().abs().mean()
+    made.weight = bitnet.pack_weights((linear.weight.detach() / scale).round().clamp(-1, 1))
+    made.weight_scale = (1 / scale)[None]
+    return made
+
+
+def quantised(model, make):
+    for attention in attention_layers(model).values():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(attention, name, make(getattr(attention, name)))
+    return model
+
+
+def named(model, name):
+    model.config._name_or_path = name
+    return model
+
+
+# Norms stay parameters in qwen3, and identify nothing.
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize("make", [Packed, bit_linear])
+def test_models_whose_quantised_weights_are_buffers_are_known_by_name(tiny, make, shape):
+    full = named(tiny.make(shape), "someone/base")
+    small = named(quantised(tiny.make(shape), make), "me/base")
+    other = named(quantised(tiny.make(shape, seed=5), make), "someone/other")
+    assert host.BaseInfo.of(small).fingerprint == ""
+    for gates in (tiny.gates_for(full), tiny.gates_for(small)):
+        host.attach(small, gates, "top_k:0.8", min_tokens=0)
+        with pytest.raises(ValueError, match="its name is other, not base, and nothing but the name"):
+            host.attach(other, gates, "top_k:0.8")
+
+
+def test_weights_that_are_not_saved_leave_nothing_to_identify(tiny):
+    """Norms alone would be the same in many models."""
+    model = tiny.make("qwen3")
+    for attention in attention_layers(model).values():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(attention, name, nn.Identity())
+    assert host.BaseInfo.of(model).fingerprint == ""
+
+
+def test_weights_in_buffers_are_found(tiny):
+    """Frozen by being no parameters: the same numbers are the same model."""
+    model, frozen = tiny.make(), tiny.make()
+    for module in list(frozen.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    assert host.BaseInfo.of(frozen) == host.BaseInfo.of(model)
+    assert host.base_checksum(frozen) == host.base_checksum(model)
+    # Where they are is where gates go.
+    frozen.to("meta").model.layers[0].self_attn.q_proj._hf_hook = SimpleNamespace(execution_device="cuda:1")
+    assert device_of(frozen.model.layers[0]) == torch.device("cuda:1")
+
+
+def test_checksum_covers_buffers_that_are_saved(tiny):
+    model = quantised(tiny.make(), Packed)
+    own = host.base_checksum(model)
+    for name, buffer in model.named_buffers():
+        was = buffer.flatten()[-1].clone()
+        buffer.view(-1)[-1] += 1
+        assert (host.base_checksum(model) != own) == name.endswith(("qweight", "scales")), name
+        buffer.view(-1)[-1] = was
+    host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
+    assert tiny.logits(model, tiny.tokens(1, 70)).isfinite().all()
     assert host.base_checksum(model) == own
 
 

@@ -137,7 +137,7 @@ def pooled(x, pools):
 def turned(x, positions):
     """Rotate ``[N, H, E]``: each pair (i, i + E/2) by position * theta ** (-2i / E), angles in fp32."""
     half = x.shape[-1] // 2
-    angle = (positions.float()[:, None] * THETA ** (-torch.arange(half) / half))[:, None]
+    angle = (positions.float()[:, None] * (1 / THETA ** (torch.arange(half) / half)))[:, None]
     cos, sin = angle.cos().to(torch.promote_types(x.dtype, torch.float32)), angle.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

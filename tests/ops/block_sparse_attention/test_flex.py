@@ -44,6 +44,9 @@ def test_a_new_length_is_not_a_new_compilation() -> None:
         out = block_sparse_attention(q, k, v, full, backend="flex")
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         torch.testing.assert_close(out, expected)
+    # Nor is autocast, which changes nothing.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block_sparse_attention(q, k, v, full, backend="flex"), out)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 

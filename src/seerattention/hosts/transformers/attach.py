@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from seerattention.engine.layer import Observer, SparseLayer
 from seerattention.gate import Scorer
-from seerattention.hosts.transformers.base import BaseInfo, device_of
+from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
-from seerattention.hosts.transformers.gates import Gates
+from seerattention.hosts.transformers.gates import Gates, check_finite
 from seerattention.hosts.transformers.intercept import (
     Runtime,
     idle_runtime,
@@ -22,7 +22,6 @@ from seerattention.hosts.transformers.intercept import (
     refuse_stand_in,
     runtime_of,
     uninstall,
-    unwrapped,
 )
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.transformers.support import PARALLEL, PREFIXES
@@ -72,10 +71,10 @@ def attach(
     everything that was attached; `add_gates` adds, `set_gates` and `set_policy` change what is.
 
     Args:
-        model: A transformers model of a supported family, also compiled or wrapped by PEFT; adapters may
-            come before or after.
-        scorers: `Gates`, which become the child modules ``self_attn.attn_gate``; or one scorer for
-            every layer, such as a baseline.
+        model: A transformers model of a supported family, also compiled or wrapped by PEFT, DDP, FSDP or
+            Accelerate; adapters and wrappers may come before or after.
+        scorers: `Gates`, which become the child modules ``self_attn.attn_gate`` and ask for no gradient
+            while they are; or one scorer for every layer, such as a baseline.
         policy: How many blocks to read, as an object or text such as ``"top_k:0.1"``; default the one
             saved with the gates.
         name: What `set_gates` calls these gates.
@@ -107,9 +106,17 @@ def attach(
         detach(base)
     layer = SparseLayer({}, new.policy, unrotate, backend, min_tokens, observe)
     runtime = install(base, layer)
-    runtime.owner = _Owner({name: new}, name)
+    runtime.owner = _Owner({}, name)
+    _keep(base, runtime, name, new)
     _activate(base, runtime, name)
     return model
+
+
+def _keep(model: PreTrainedModel, runtime: Runtime, name: str, new: _GateSet) -> None:
+    """Put a set of gates among those of a model."""
+    runtime.owner.sets[name] = new
+    if isinstance(new.scorers, Gates):
+        new.scorers.used_by(model)
 
 
 def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
@@ -117,7 +124,7 @@ def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
     adapters = getattr(model, "peft_config", None) or {}
     if any(config.peft_type == "PREFIX_TUNING" for config in adapters.values()):
         raise NotImplementedError(PREFIXES)
-    if (getattr(base, "_tp_size", None) or 1) > 1:
+    if (base.tp_size or 1) > 1:
         raise NotImplementedError(PARALLEL)
 
 
@@ -160,6 +167,7 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
             raise ValueError(
                 f"these gates have {name}={made}, the model has {needed}; make them by new_gates"
             )
+    check_finite(gates.named_weights())
     have = [index for index, _ in gates.items()]
     if have != layers:
         raise ValueError(
@@ -177,7 +185,11 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
     if isinstance(chosen.scorers, Gates):
         scorers = dict(chosen.scorers.items())
         for index, gate in scorers.items():
-            layers[index].attn_gate = gate.to(device_of(layers[index]))
+            if device_of(gate) != (device := device_of(layers[index])):
+                gate.to(device)
+            # Nothing passes a gradient to gates in use. Whoever trains the model itself, over several
+            # processes too, need not know of them.
+            layers[index].attn_gate = gate.requires_grad_(False)
     # Passes that began before end as they began.
     runtime.switch.handler = replace(sparse_layer(model), scorers=scorers, policy=chosen.policy)
 
@@ -185,6 +197,7 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
 def _remove_gates(layers: dict[int, nn.Module]) -> None:
     for attention in layers.values():
         if "attn_gate" in attention._modules:
+            attention.attn_gate.requires_grad_(True)
             del attention.attn_gate
 
 
@@ -195,8 +208,11 @@ def detach(model: Model) -> Model:
         ValueError: If nothing is attached, or inside `intercept` or `dense`.
     """
     base = unwrapped(model)
-    _attached(base)
+    sets = _attached(base).owner.sets
     idle_runtime(base)
+    for one in sets.values():
+        if isinstance(one.scorers, Gates):
+            one.scorers.used_by(None)
     _remove_gates(full_attention_layers(base))
     uninstall(base)
     return model
@@ -228,7 +244,8 @@ def add_gates(
     if name in sets:
         raise ValueError(f"there are gates named {name!r} already; choose another name")
     saved = scorers.policy if isinstance(scorers, Gates) else None
-    sets[name] = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
+    new = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
+    _keep(base, _attached(base), name, new)
 
 
 def set_gates(model: nn.Module, name: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class BaseInfo:
         fingerprint: SHA-256 over samples of the attention weights, rounded so that a model stored in
             bfloat16 or float16 has the same fingerprint whatever precision it is loaded in; one stored
             in float32, in float32 and bfloat16. Adapters such as LoRA do not change it. Empty where
-            nothing but a name is known: of published gates and of quantised models.
+            nothing but a name is known: of published gates, and of models that are or were quantised.
     """
 
     name: str
@@ -51,14 +52,14 @@ class BaseInfo:
     @classmethod
     def of(cls, model: PreTrainedModel) -> BaseInfo:
         """Describe a model."""
+        model = unwrapped(model)
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
         return cls(
             name=str(model.config._name_or_path),
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
             head_dim=head_dim_of(config),
             fingerprint=fingerprint(model),
         )
@@ -92,6 +93,19 @@ class BaseInfo:
         return []
 
 
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside what PEFT, `torch.compile`, DDP, FSDP or Accelerate make of it."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, PreTrainedModel):
+            return model
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def _last_part(name: str) -> str:
     """Return the last part of a hub id or a folder; for a folder in the hub's cache, of its hub id."""
     if cached := re.search(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", name):
@@ -107,17 +121,22 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module computes, also where accelerate loads its weights when they are needed."""
     for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            if not parameter.is_meta:
-                return parameter.device
+        for _, tensor in _tensors(part):
+            if not tensor.is_meta:
+                return tensor.device
             if (device := getattr(getattr(part, "_hf_hook", None), "execution_device", None)) is not None:
                 return torch.device(device)
     return torch.device("cpu")
 
 
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over a module's own parameters and buffers by name: quantised weights may be either."""
+    return chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+
+
 def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
     """Bring offloaded weights to the CPU for a while."""
-    if not hasattr(module, "_hf_hook") or not any(p.is_meta for p in module.parameters(recurse=False)):
+    if not hasattr(module, "_hf_hook") or not any(x.is_meta for _, x in _tensors(module)):
         return nullcontext()
     # Whoever offloads has accelerate; nobody else needs it.
     from accelerate.utils import align_module_device
@@ -125,13 +144,16 @@ def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
     return align_module_device(module, torch.device("cpu"))
 
 
-def _base_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over a module's own parameters by name: without gates, under adapters as if there were none."""
+def _base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over a module's weights by name: without gates, under adapters as if there were none."""
     # An adapter such as LoRA wraps a layer and keeps it as `base_layer`.
     adapted = [f"{name}." for name, part in module.named_modules() if hasattr(part, "base_layer")]
     own = []
     for prefix, part in module.named_modules():
-        for name, _ in part.named_parameters(recurse=False):
+        for name, _ in _tensors(part):
+            # Those are no weights: tables of angles, say, which a forward pass may replace.
+            if name in part._non_persistent_buffers_set:
+                continue
             path = f"{prefix}.{name}".removeprefix(".")
             around = next((one for one in adapted if path.startswith(one)), "")
             inner = path.removeprefix(around)
@@ -140,23 +162,28 @@ def _base_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             own.append((around + inner.removeprefix("base_layer.") if around else path, part, name))
     for path, part, name in sorted(own, key=lambda entry: entry[0]):
         with _loaded(part):
-            yield path, part.get_parameter(name).detach()
+            yield path, getattr(part, name).detach()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a cheap fingerprint of the attention weights (see `BaseInfo`), "" if they are quantised."""
-    digest = hashlib.sha256()
+    if hasattr(model, "is_quantized"):
+        # False where transformers read quantised weights, GGUF among them, and made numbers of them again.
+        return ""
+    digest, known = hashlib.sha256(), False
     for index, attention in attention_layers(model).items():
-        for name, parameter in _base_parameters(attention):
-            plain = type(parameter) in (Tensor, nn.Parameter) and parameter.dtype.is_floating_point
-            if not plain or parameter.element_size() == 1:
+        for name, weight in _base_weights(attention):
+            plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
+            if not plain or weight.element_size() == 1:
                 return ""
-            flat = parameter.flatten()
+            known |= weight.dim() > 1
+            flat = weight.flatten()
             sample = flat[_spread(flat.numel(), FINGERPRINT_SAMPLES).to(flat.device)].to(torch.bfloat16)
             sample = torch.where(sample.abs() < FINGERPRINT_LEAST, torch.zeros_like(sample), sample)
-            digest.update(f"{index}.{name}{tuple(parameter.shape)}".encode())
+            digest.update(f"{index}.{name}{tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    # Norms alone, where projections keep their weights out of what is saved, tell no models apart.
+    return digest.hexdigest()[:16] if known else ""
 
 
 def _spread(size: int, count: int) -> Tensor:
@@ -168,9 +195,9 @@ def _spread(size: int, count: int) -> Tensor:
 def base_checksum(model: PreTrainedModel) -> str:
     """Return the SHA-256 of every weight of the base model, gates left out."""
     digest = hashlib.sha256()
-    for name, parameter in _base_parameters(model):
+    for name, weight in _base_weights(unwrapped(model)):
         # A sharded weight is put together first, by all processes.
-        parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         digest.update(name.encode())
-        digest.update(parameter.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(weight.flatten().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.hosts.transformers.base import BaseInfo, device_of
+from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.rotary import model_rotary, no_rotation
 from seerattention.policies import Calibration
@@ -19,8 +21,21 @@ from seerattention.policies import Calibration
 KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
 
+def infinite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys of weights that hold NaN or infinity."""
+    return [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
+
+
+def check_finite(weights: Mapping[str, Tensor], where: str = "") -> None:
+    """Refuse weights, by key, that hold NaN or infinity."""
+    for key in infinite(weights):
+        raise ValueError(
+            f"{key}{where} holds NaN or infinity; train the gates again from a state that is finite"
+        )
+
+
 def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse weights of a file, by key, whose keys or shapes are not exactly those expected."""
+    """Refuse weights of a file, by key, whose keys or shapes are not those expected, or not finite."""
     again = "save or download the gates again"
     for what, keys in (("missing", set(shapes) - set(weights)), ("extra", set(weights) - set(shapes))):
         if keys:
@@ -31,6 +46,7 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str
                 f"{key} in {file} is {list(weights[key].shape)}, its configuration needs {list(shape)}; "
                 f"{again}"
             )
+    check_finite(weights, f" in {file}")
 
 
 class Gates(nn.Module):
@@ -67,10 +83,22 @@ class Gates(nn.Module):
 
     def named_weights(self) -> dict[str, Tensor]:
         """Return every gate's weights, by their keys in a file."""
-        return {KEY.format(i, n): value for i, gate in self.items() for n, value in gate.state_dict().items()}
+        # Called, since a state dict has no numbers where the weights are offloaded.
+        named = ((i, *child) for i, gate in self.items() for child in gate.named_children())
+        return {KEY.format(i, f"{name}.weight"): weight().detach() for i, name, weight in named}
 
     def use_rotary_of(self, model: PreTrainedModel) -> None:
-        """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included."""
+        """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included.
+
+        Raises:
+            ValueError: If another model uses these gates.
+        """
+        user = _USERS.get(self, lambda: None)()
+        if user is not None and user is not model:
+            raise ValueError(
+                "these gates are attached to another model, which rotates, moves and converts them as its "
+                "own; use copy.deepcopy(gates), or detach the other model first"
+            )
         if not self.config.rope:
             return
         family, config = family_of(model), model.config.get_text_config()
@@ -78,6 +106,17 @@ class Gates(nn.Module):
         for index, gate in self.items():
             turns = not hasattr(family, "rotates") or family.rotates(config, index)
             gate.use_rotary(rotary if turns else no_rotation(self.config.dim))
+
+    def used_by(self, model: PreTrainedModel | None) -> None:
+        """Remember which model the gates are attached to, if any."""
+        if model is None:
+            _USERS.pop(self, None)
+        else:
+            _USERS[self] = ref(model)
+
+
+# Not kept on the gates, whose copies and pickles are attached to nothing.
+_USERS: WeakKeyDictionary[Gates, ref[PreTrainedModel]] = WeakKeyDictionary()
 
 
 def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
@@ -94,6 +133,7 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
         NotImplementedError: If the model's family has no file.
         ValueError: If a setting does not fit, or no layer has full attention.
     """
+    model = unwrapped(model)
     family_of(model)
     layers, base = full_attention_layers(model), BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}

@@ -8,11 +8,12 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.gate import Rotary
 from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.family import family_of
+from seerattention.hosts.transformers.request import LayerCall, running
 from seerattention.hosts.transformers.support import LONGROPE
 
 
@@ -27,15 +28,29 @@ def _still(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     return cos, torch.zeros_like(cos)
 
 
-def _rotary_module(model: PreTrainedModel) -> nn.Module | None:
+def _rotary_module(model: PreTrainedModel) -> nn.Module:
     # A vision tower of the same model may have one of its own.
-    modules = model.get_decoder().named_modules()
-    return next((m for n, m in modules if n.endswith("rotary_emb")), None)
+    for name, module in model.get_decoder().named_modules():
+        if name.endswith("rotary_emb"):
+            return module
+    raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
+
+
+def _rope_type(config: PreTrainedConfig) -> str:
+    """Return the type of RoPE of the layers with gates."""
+    settings = config.rope_parameters
+    return settings.get("full_attention", settings)["rope_type"]
 
 
 def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
     """Return what a rotary module with frequencies per kind of layer must be told: the kind with gates."""
     return () if hasattr(rotary, "inv_freq") else ("full_attention",)
+
+
+def _by_length(config: PreTrainedConfig) -> str | None:
+    """Return the kind of RoPE where its angles depend on the text's length, else None."""
+    kind = _rope_type(config)
+    return kind if kind in ("dynamic", "longrope") else None
 
 
 def _frequencies(rotary: nn.Module) -> int:
@@ -45,11 +60,11 @@ def _frequencies(rotary: nn.Module) -> int:
 
 def head_order(model: PreTrainedModel) -> Tensor | None:
     """Return the order of a head's values in which gates see q and k (`Family.order`), or None for as is."""
-    family, rotary = family_of(model), _rotary_module(model)
-    if rotary is None or not hasattr(family, "order"):
+    family = family_of(model)
+    if not hasattr(family, "order"):
         return None
     head_dim = head_dim_of(model.config.get_text_config())
-    order = family.order(head_dim, 2 * _frequencies(rotary))
+    order = family.order(head_dim, 2 * _frequencies(_rotary_module(model)))
     return None if order == list(range(head_dim)) else torch.tensor(order)
 
 
@@ -64,13 +79,11 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             family does not say which.
     """
     found = _rotary_module(model)
-    if found is None:
-        raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
     config = model.config.get_text_config()
     width = head_dim_of(config) if pairs == "slowest" else dim
     if dim > width or width != head_dim_of(config):
         width = dim
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        if _by_length(config) == "longrope":
             raise NotImplementedError(
                 f"longrope has a factor for every pair of a head's values, so gate_dim must be "
                 f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
@@ -85,16 +98,23 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
-    return functools.partial(_turned, found, turned, width, dim)
+    return functools.partial(_turned, found, turned, width, dim, _by_length(config) is not None)
 
 
-def _turned(found: nn.Module, turned: int, width: int, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _turned(
+    found: nn.Module, turned: int, width: int, dim: int, by_length: bool, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return a rotary module's angles for the slowest of ``width`` values, of which it turns some pairs."""
-    like = torch.empty(0, dtype=torch.float32, device=positions.device)
+    like, count = torch.empty(0, dtype=torch.float32, device=positions.device), positions.shape[1]
+    if by_length and isinstance(call := running(), LayerCall):
+        # The module goes by the greatest position it is asked for. Gates ask for a part of the text, and are
+        # to turn it, and leave the module, as the model did in this pass.
+        last = call.given["position_ids"].max().to(positions.device)
+        positions = torch.cat((positions, last.expand(len(positions), 1)), 1)
     # Some modules return every angle twice, others once.
     # In a model over several devices the module may be on another one than the gate.
     angles = found(like, positions, *_kind_of_layer(found))
-    cos, sin = (x[..., :turned].to(positions.device) for x in angles)
+    cos, sin = (x[:, :count, :turned].to(positions.device) for x in angles)
     still = width // 2 - turned
     cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
     # The fastest come first.
@@ -117,9 +137,8 @@ class Unrotate:
         self.rotates = getattr(family_of(model), "rotates", None)
         self.order = head_order(model)
         self.rotary: Rotary | None = None
-        settings = getattr(self.config, "rope_parameters", None) or {}
-        kind = settings.get("full_attention", settings).get("rope_type", "default")
-        self.why_not = f"RoPE is of type {kind}, and {LONGROPE}" if kind in ("dynamic", "longrope") else None
+        kind = _by_length(self.config)
+        self.why_not = None if kind is None else f"RoPE is of type {kind}, and {LONGROPE}"
         if self.why_not is None:
             try:
                 self.rotary = model_rotary(model, head_dim_of(self.config))

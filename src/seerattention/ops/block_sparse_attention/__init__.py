@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import _autograd
-from seerattention.ops.dispatch import check_qkv, choose, load_backends
+from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -51,6 +51,7 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, return_lse: Literal[True],
     **asked: Unpack[_Asked],
 ) -> Attended: ...  # fmt: skip
+@outside_autocast
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

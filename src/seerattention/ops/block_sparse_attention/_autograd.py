@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seerattention.ops.dispatch import outside_autocast
 from seerattention.ops.options import Options
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
@@ -85,6 +86,7 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     schema="(Tensor grad, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@outside_autocast
 def _differentiate(
     grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

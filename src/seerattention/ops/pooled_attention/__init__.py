@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from seerattention.ops.dispatch import check_qkv, choose, load_backends
+from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
 from seerattention.ops.options import PoolOptions
 from seerattention.rows import Rows
 
@@ -104,6 +104,7 @@ def pooled_map(
     return _run(q, k, None, block_size, backend, rows, **asked)[1]
 
 
+@outside_autocast
 def _run(
     q: Tensor,
     k: Tensor,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.dispatch import choose, load_backends
+from seerattention.ops.dispatch import choose, load_backends, outside_autocast
 from seerattention.ops.score_blocks.chunked import SLICE_BYTES as SLICE_BYTES
 from seerattention.rows import Rows, num_blocks
 
@@ -16,6 +16,7 @@ BACKENDS = load_backends(__name__, __path__)
 ORDER = ("triton", "chunked")
 
 
+@outside_autocast
 def score_blocks(
     queries: Tensor,
     keys: Tensor,

@@ -65,8 +65,7 @@ def _slice(
     # A head's query summaries meet the key summaries of its group.
     heads, length = queries.shape[1:3]
     queries = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    with torch.autocast(queries.device.type, enabled=False):
-        products = (queries @ keys.mT).unflatten(2, (heads // keys.shape[1], length))
+    products = (queries @ keys.mT).unflatten(2, (heads // keys.shape[1], length))
     scores = max_over_sub_blocks(products, *sub_blocks).flatten(1, 2)
     if valid is None:
         return scores

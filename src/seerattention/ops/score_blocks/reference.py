@@ -26,7 +26,6 @@ def run(
     dtype = torch.promote_types(queries.dtype, torch.float32)
     # A head's query summaries meet the key summaries of its group.
     grouped = (queries.to(dtype) * scale).unflatten(1, (keys.shape[1], -1))
-    with torch.autocast(queries.device.type, enabled=False):
-        products = grouped @ keys.to(dtype).mT[:, :, None]
+    products = grouped @ keys.to(dtype).mT[:, :, None]
     scores = max_over_sub_blocks(products, *sub_blocks).flatten(1, 2)
     return scores if rows is None else scores.masked_fill(~rows.causal(block_size, scores.device), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seerattention.ops.dispatch import choose, load_backends
+from seerattention.ops.dispatch import choose, load_backends, outside_autocast
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
@@ -16,6 +16,7 @@ BACKENDS = load_backends(__name__, __path__)
 ORDER = ("triton", "composed")
 
 
+@outside_autocast
 def select_blocks(
     q: Tensor,
     k_blocks: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.dispatch import choose, load_backends
+from seerattention.ops.dispatch import choose, load_backends, outside_autocast
 from seerattention.ops.summarise_blocks.reference import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks.reference import project_blocks as project_blocks
 from seerattention.ops.summarise_blocks.reference import rotate as rotate
@@ -17,6 +17,7 @@ BACKENDS = load_backends(__name__, __path__)
 ORDER = ("triton", "reference")
 
 
+@outside_autocast
 def summarise_blocks(
     x: Tensor,
     size: int,

@@ -57,7 +57,7 @@ def project_blocks(
         weight = weight.unflatten(0, (summary.shape[1], -1))
         summary = torch.einsum("bhni,hgio->bhgno", summary, weight).flatten(1, 2)
     if norm is not None:
-        summary = F.rms_norm(summary, norm.shape, norm, eps)
+        summary = F.rms_norm(summary, norm.shape, norm.to(summary.dtype), eps)
     return summary if rotary is None else rotate(summary, *rotary)
 
 
