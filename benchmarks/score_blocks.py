@@ -80,11 +80,11 @@ def main() -> None:
     """Print a table and write a report."""
     options = parser(__doc__, [8192, 32768, 65536])
     options.add_argument(
-        "--set", nargs="+", default=[], metavar="KERNEL.NAME=VALUE", help="e.g. back.num_stages=2"
+        "--set", nargs="+", default=[], metavar="KERNEL.NAME=VALUE", help="e.g. back.stages=2"
     )
     options.add_argument("--torch-up-to", type=int, default=32768, help="tokens (default: %(default)s)")
     args = options.parse_args()
-    table = BACKENDS["triton"].LAUNCH["narrow"]
+    table = BACKENDS["triton"].LAUNCHES["narrow"]
     override({kernel: [(table, kernel)] for kernel in table}, args.set)
     rows: list[dict[str, Any]] = []
     for case in (c for c in CASES if c.large and c.queries * 8 in args.tokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -61,8 +61,7 @@ def times(seconds: list[float], digits: int = 3) -> dict[str, Any]:
 def launches(tables: Mapping[str, dict[Any, Any]]) -> dict[str, Any]:
     """Return tables of launches as plain JSON types."""
     return {
-        name: {str(key): asdict(launch) if is_dataclass(launch) else launch for key, launch in table.items()}
-        for name, table in tables.items()
+        name: {str(key): asdict(launch) for key, launch in table.items()} for name, table in tables.items()
     }
 
 
@@ -79,12 +78,10 @@ def override(places: Mapping[str, list[Place]], texts: Iterable[str]) -> None:
 
 
 def _changed(launch: Any, field: str, value: int) -> Any:
-    settings = launch if isinstance(launch, dict) else asdict(launch)
+    settings = asdict(launch)
     if field not in settings:
         raise ValueError(f"{field!r} is no setting of a launch; there are {sorted(settings)}")
     kind = bool if isinstance(settings[field], bool) else int
-    if isinstance(launch, dict):
-        return {**launch, field: value}
     return replace(launch, **{field: kind(value)})
 
 

@@ -1,7 +1,7 @@
 """Time the way from q and k to a selection on a GPU, part by part, beside the same in PyTorch.
 
 python benchmarks/select_blocks.py --tokens 32768 131072 --out benchmarks/results/<device>/select_blocks.json
-python benchmarks/select_blocks.py --gates sixteen --set select.narrow.COLUMNS=128 select.narrow.num_warps=8
+python benchmarks/select_blocks.py --gates sixteen --set select.narrow.block_n=128 select.narrow.warps=8
 python benchmarks/select_blocks.py --gates sixteen --sweep
 """
 
@@ -22,6 +22,7 @@ from seerattention.ops import score_blocks as score_op
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.cases.select_blocks import CASES, Case
+from seerattention.ops.launch import Launch
 from seerattention.policies import Policy, parse
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
@@ -31,14 +32,14 @@ KERNELS: dict[str, Any] = {name: op.BACKENDS["triton"] for name, op in
 
 #: Tried by ``--sweep``.
 SCORE_SETTINGS = [
-    {"ROWS": rows, "COLUMNS": columns, "RESIDENT": resident, "num_warps": warps, "num_stages": stages}
+    Launch(rows, columns, warps, stages, resident=resident)
     for rows, columns, resident, warps, stages in itertools.product(
         (64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (1, 2, 3)
     )
     if rows * columns <= 2048 * warps
 ]
 SUMMARY_SETTINGS = [
-    {"TOKENS": tokens, "UNROLL": unroll, "num_warps": warps}
+    Launch(tokens, unroll, warps, 1)
     for tokens, unroll, warps in itertools.product((128, 256, 512, 1024, 2048), (2, 4, 8, 16), (4, 8))
 ]
 
@@ -139,7 +140,7 @@ def try_launches(case: Case, policy: Policy, dtype: torch.dtype) -> None:
         ("summarise k", "summarise", "project", SUMMARY_SETTINGS),
         (f"score+policy {policy}", "select", "narrow", SCORE_SETTINGS),
     ):
-        places: list[Place] = [(KERNELS[kernel].LAUNCH, "wide" if wide else group)]
+        places: list[Place] = [(KERNELS[kernel].LAUNCHES, "wide" if wide else group)]
         sweep(f"{case.name:16} {part:28}", places, settings, timed[part])
 
 
@@ -151,7 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     places: dict[str, list[Place]] = {}
     for name, module in KERNELS.items():
-        places |= {f"{name}.{group}": [(module.LAUNCH, group)] for group in module.LAUNCH}
+        places |= {f"{name}.{group}": [(module.LAUNCHES, group)] for group in module.LAUNCHES}
         places |= {f"{name}.{key}": [(vars(module), key)] for key in vars(module) if key.endswith("_BYTES")}
     override(places, args.set)
     dtype, policies = getattr(torch, args.dtype), [parse(text) for text in args.policies]

@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,6 +94,40 @@ def test_every_command_and_option_in_the_documentation_exists(page):
     every = set().union(*map(options, known.values()))
     for option in set(re.findall(r"`(--[a-z][\w-]*)", text)) - every - OTHERS:
         assert f'"{option}"' in scripts, f"{page.name} names the option {option}"
+
+
+def test_the_readme_names_every_extra_and_the_code_no_other():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("\n## ")[0]
+    for name, packages in extras.items():
+        row = re.search(rf"^\| `{name}` \|.*$", install, re.M)
+        assert row, f"the README does not say what {name} is for"
+        own = {re.split(r"[<>=]", package)[0] for package in packages}
+        own -= {"datasets"} if name == "eval" else set()
+        assert own <= set(re.findall(r"[\w-]+", row[0])), row[0]
+    named = {
+        e for f in (ROOT / "src").rglob("*.py") for e in re.findall(r"seerattention\[(\w+)\]", f.read_text())
+    }
+    assert named <= set(extras)
+
+
+def test_every_package_that_is_imported_is_a_dependency_or_in_an_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [
+        *project["dependencies"],
+        *(p for extra in project["optional-dependencies"].values() for p in extra),
+    ]
+    # triton comes with torch on a GPU, tqdm with lm-eval.
+    known = {re.split(r"[<>=]", p)[0].replace("-", "_") for p in listed} | {"triton", "tqdm", "seerattention"}
+    imported = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) <= known
 
 
 def test_the_method_page_has_a_row_for_every_part():

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import seerattention
+import seerattention.train
 
 PACKAGE = Path(seerattention.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 #: What a part may import besides itself, read from docs/design.md: everything in the layers before.
 LAYERS = [
-    {"rows"},
-    {"selection", "scorer", "files", "device", "settings"},
+    {"rows", "later"},
+    {"selection", "scorer", "files", "device", "settings", "gate_config"},
     {"policies", "crossover"},
     {"ops"},
     {"gate"},
@@ -276,8 +280,36 @@ print(before == state())
     assert python(code) == "True\n"
 
 
-def test_public_names_are_there() -> None:
-    assert [n for n in dir(seerattention) if not hasattr(seerattention, n)] == []
+@pytest.mark.parametrize("package", [seerattention, seerattention.train], ids=lambda p: p.__name__)
+def test_public_names_are_there_and_are_those_that_type_checkers_see(package: ModuleType) -> None:
+    checked = next(n for n in ast.parse(inspect.getsource(package)).body if isinstance(n, ast.If))
+    imports = [n for n in checked.body if isinstance(n, ast.ImportFrom)]
+    assert {a.name for n in imports for a in n.names} == set(dir(package)) - set(vars(package))
+    for node in imports:
+        for alias in node.names:
+            home = importlib.import_module(str(node.module))
+            assert getattr(package, alias.name) is getattr(home, alias.name)
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
-        seerattention.magic  # noqa: B018
+        package.magic  # noqa: B018
     assert {"attach", "detach", "AttnGate", "seer_attention", "TopK"} <= set(dir(seerattention))
+
+
+def test_help_needs_no_torch() -> None:
+    code = """
+from typer.testing import CliRunner
+from typer.main import get_command
+from seerattention.cli import app
+
+def paths(command, path=()):
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from paths(inner, (*path, name))
+
+asked = list(paths(get_command(app())))
+for path in asked:
+    result = CliRunner().invoke(app(), [*path, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output, (path, result.output)
+heavy = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "matplotlib")
+print(len(asked) > 12, [name for name in heavy if name in sys.modules])
+"""
+    assert python(code) == "True []\n"

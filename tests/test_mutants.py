@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -11,11 +12,12 @@ from seerattention.ops.pooled_attention import reference as pooled_reference
 from seerattention.testing import conformance
 from seerattention.testing.mutants import (
     ATTENTION_MUTANTS,
-    ColumnNormalised,
-    LastRowsOnly,
     Mutant,
-    NormalisedBeforeGroup,
-    ShiftedCausalLimit,
+    Run,
+    column_normalised,
+    last_rows_only,
+    normalised_before_group,
+    shifted_causal_limit,
 )
 
 CASE = Case(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32)
@@ -29,7 +31,7 @@ RED = {
 
 
 def test_what_is_right_passes() -> None:
-    for backend in (reference, gather, ShiftedCausalLimit(reference, 0)):
+    for backend in (reference, gather, Mutant(partial(shifted_causal_limit, shift=0), reference)):
         conformance.check_attention(backend, CASE)
     conformance.check_pooled(
         pooled_reference, PoolCase(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32)
@@ -48,8 +50,8 @@ def test_attention_checks_notice(name: str) -> None:
             run(mutant, CASE)
 
 
-@pytest.mark.parametrize("mutant", [ColumnNormalised, LastRowsOnly, NormalisedBeforeGroup])
-def test_pooled_checks_notice(mutant: type[Mutant]) -> None:
+@pytest.mark.parametrize("bug", [column_normalised, last_rows_only, normalised_before_group])
+def test_pooled_checks_notice(bug: Run) -> None:
     case = PoolCase(name="", heads=4, kv_heads=2, queries=200, keys=200, head_dim=32, per_kv_head=True)
     with pytest.raises(AssertionError):
-        conformance.check_pooled(mutant(pooled_reference), case)
+        conformance.check_pooled(Mutant(bug, pooled_reference), case)

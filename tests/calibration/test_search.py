@@ -10,11 +10,11 @@ import torch
 from seerattention.calibration import search as calibration
 from seerattention.calibration.fit import Length, Target, fit
 from seerattention.calibration.gains import Maps
-from seerattention.calibration.search import calibrate
+from seerattention.calibration.search import Outcome, calibrate
 from seerattention.hosts import transformers as host
 from seerattention.measure import bundled
 from seerattention.measure.compare import measured
-from seerattention.policies import Calibrated, TopK
+from seerattention.policies import Calibrated, Calibration, TopK
 
 KNOBS = TopK(1.0, sink_blocks=1)
 BLOCK = 16
@@ -155,9 +155,7 @@ def test_gates_that_are_not_finite_are_refused(teacher):
     gates = bundled.load_teacher_gates()
     with torch.no_grad():
         next(iter(dict(gates.items())[3].parameters())).fill_(math.nan)
-    with pytest.raises(
-        ValueError, match=r"layers.3.self_attn.*weight holds NaN or infinity; train the gates"
-    ):
+    with pytest.raises(ValueError, match=r"layers.3.self_attn.*holds NaN or infinity; train the gates"):
         calibrate(model, gates, text, Target(density=0.4), length=1024, windows=2)
 
 
@@ -192,6 +190,44 @@ def test_the_least_density_within_a_perplexity_is_found(teacher, monkeypatch):
     assert found.policy.calibration.density == pytest.approx(0.5, rel=0.03)
     assert found.policy.calibration.density >= 0.5
     assert (found.policy.calibration.target, found.policy.calibration.value) == ("ppl_increase", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("target", "found", "said"),
+    [
+        # SmolLM2-135M: asked for 20 %, it read 34.2 %, and the advice was to read more.
+        (
+            Target(density=0.2),
+            {"density": 0.342},
+            "20.0% was asked for and missed at 2,048 tokens, where it is 34.2%; thresholds depend on the "
+            "text: calibrate on more windows, of text and length like your prompts, or use top_k:0.2, which "
+            "reads as much of any text",
+        ),
+        (Target(density=0.2), {"density": 0.15}, "missed at 2,048 tokens, where it is 15.0%"),
+        (Target(density=0.2), {"density": 0.219}, "perplexity +5.0%: a higher density is worth its time"),
+        (
+            Target(recall=0.9),
+            {"recall": 0.88},
+            "90.0% was asked for and missed at 2,048 tokens, where it is 88",
+        ),
+        (Target(recall=0.9), {"recall": 0.95, "perplexity": 10.0}, "perplexity +0.0%: use it as it is"),
+        (Target(ppl_increase=0.01), {}, "1.0% was asked for and missed at 2,048 tokens, where it is 5.0%"),
+        (Target(ppl_increase=0.1), {}, "perplexity +5.0%: a higher density"),
+    ],
+)
+def test_what_missed_its_target_says_so_and_what_helps(target, found, said):
+    laws = {0: ((-1.0, 0.0, 0.0),)}
+    made = Calibration(target.name, target.value, 2048, (64, 64), 0.0, target.density, laws)
+    met = {"density": 0.2, "recall": 0.9, "perplexity": 10.5, "dense_perplexity": 10.0} | found
+    rows = [met | {"tokens": 1024}, met | {"tokens": 2048}]
+    assert said in Outcome(Calibrated(made), rows, [], []).recommendation()
+
+
+def test_a_target_missed_at_half_the_length_alone_is_missed():
+    made = Calibration("density", 0.2, 2048, (64, 64), 0.0, 0.2, {0: ((-1.0, 0.0, 0.0),)})
+    row = {"tokens": 2048, "density": 0.2, "recall": 0.9, "perplexity": 10.0, "dense_perplexity": 10.0}
+    outcome = Outcome(Calibrated(made), [row | {"tokens": 1024, "density": 0.3}, row], [], [])
+    assert "missed at 1,024 tokens, where it is 30.0%" in str(outcome.missed())
 
 
 def test_measured_on_text_that_was_not_fitted_to(teacher):

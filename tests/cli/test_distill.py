@@ -17,6 +17,7 @@ def test_it_prints_its_plan_shows_progress_and_writes_gates_that_load(distil, tm
     assert result.exit_code == 0, result.output
     assert "4 of 1 x 128 tokens read 512; the base is frozen" in said
     assert "held out: the end of the text, not trained on" in said
+    assert "left for distilling and the report" in said
     assert "step 4/4 loss" in said
     gates = load_gates(tmp_path / "out" / "gates")
     assert gates.policy == "top_k:0.3"
@@ -32,15 +33,37 @@ def test_a_dry_run_times_a_step_and_writes_nothing(distil, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_time_in_the_plan_has_what_is_read_besides_the_steps(distil, tmp_path, monkeypatch):
+    from seerattention.train.loop import Loop
+
+    monkeypatch.setattr(Loop, "time_a_step", lambda self: 10.0)
+    # A step reads 128 tokens, so does each pass over the one held-out window: one with the steps, and the
+    # report's three.
+    _, said = distil(tmp_path / "out", "--steps", 4, "--dry-run")
+    assert "10.00 s for one step, about 80 s in all" in said
+    _, said = distil(tmp_path / "out", "--steps", 4, "--dry-run", "--set", "report=false")
+    assert "10.00 s for one step, about 50 s in all" in said
+    assert "report none" in said
+    _, said = distil(tmp_path / "out", "--steps", 4, "--dry-run", "--set", "eval_every=1")
+    assert "about 110 s in all" in said
+
+
 def test_it_ends_with_a_report_on_heldout_text(distil, tmp_path):
     settings = ("packing=true", "grad_accum=2", "sequences=2", "eval_every=1", "patience=3")
     result, said = distil(tmp_path / "out", "--steps", 3, *(f"--set={one}" for one in settings))
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "gates" / "results.json").read_text())
-    assert set(report["recall"]) == {"top_k:0.2", "top_k:0.1", "top_k:0.05"}
+    # 8 blocks: all three densities read the row's own block and the first, so there is one row of them.
+    assert set(report["recall"]) == {"top_k:0.2"}
     assert report["heldout_tokens"] == 128
     assert report["dense"]["perplexity"] > 1
-    assert "perplexity" in report["top_k:0.05"]
+    assert report["top_k:0.2"]["density"] == pytest.approx(15 / 36)
+    assert "top_k:0.05" not in report
+    assert "report 1 windows and 0 needle documents, dense, top_k:0.2: 3 passes of 128 tokens" in said
+    assert "recall shown at a density of 58.3%: recall_density 0.1 is fewer than 3 blocks of a row" in said
+    asked = "top_k:0.05,sink_blocks=1 asks for 5.0% of a prompt of 8 blocks and reads 41.7%"
+    assert said.count(f"too short {asked}") == said.count(f"too short: {asked}") == 1
+    assert said.index("measured dense") < said.index("measured top_k:0.2")
     assert "a document of 128 is too short" in report["skipped"]
     assert "not measured: needles" in said
 
@@ -140,7 +163,7 @@ def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, t
     assert "https://huggingface.co/me/gates" in said
     card = pushed["me/gates"]["README.md"].decode()
     assert "| objective | sharp_kl |" in card
-    assert "| top_k:0.05 |" in card
+    assert "| top_k:0.2 |" in card
     assert str(tmp_path) not in card
 
 

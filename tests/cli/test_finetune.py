@@ -31,6 +31,8 @@ def test_a_run_prints_its_plan_extends_the_context_and_leaves_a_model_and_its_ga
     assert "2 of the gates alone, then 2 joint, of 1 x 512 tokens" in said
     assert "a density of 0.2 to 0.5, drawn per step, on backend" in said
     assert "all weights" in said
+    assert "left for the gates alone" in said
+    assert "left for joint training and the report" in said
     assert "step 2/2 loss" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert model.config.rope_parameters["rope_type"] == "yarn"

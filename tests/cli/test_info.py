@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from seerattention.cli.info import support
+from seerattention.cli.info import model_report, support
 from seerattention.gate import AttnGate, GateConfig
+from seerattention.hosts.transformers import load_base, new_gates
+from seerattention.measure import bundled
 from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.score_blocks import score_blocks
@@ -71,14 +73,39 @@ def test_the_line_is_true(row):
         Budget.of(reference, q, k).check(run(q, k))
 
 
-def test_it_lists_backends_with_reasons_and_explains_a_model(invoke, base):
+def test_it_lists_backends_with_reasons(invoke):
     result, said = invoke("info")
     assert result.exit_code == 0
     for name in ("gather", "reference", "chunked", "llama", "top_k:<density>", "meanpool"):
         assert name in said
-    assert "layers 0-1: sparse prefill, dense decoding" in invoke("info", base)[1]
     table = invoke("info", "--markdown")[0].output
     assert "| `block_sparse_attention` | `gather` | yes | yes |" in table
+
+
+def test_a_model_comes_first_with_what_a_new_user_asks(invoke, base):
+    result, said = invoke("info", base)
+    assert result.exit_code == 0, result.output
+    size = sum(p.numel() for p in new_gates(load_base(str(base))).parameters())
+    model, machine = said.split("seerattention 0")
+    for words in (
+        f"{base}: llama",
+        "heads 2 of queries, 1 of keys and values, of dimension 16",
+        "longest text 256 tokens",
+        f"gates {size / 1e6:.2f} M parameters, {size * 4 / 1e6:.1f} MB, in 2 layers; blocks of 64 tokens",
+        "layers 0-1: sparse prefill, dense decoding",
+        # 4 blocks: a row reads two of them, or what it sees, whatever was asked for.
+        "tokens top_k:0.2 top_k:0.1 top_k:0.05",
+        "256 70.0% 70.0% 70.0%",
+    ):
+        assert words in model
+    assert "block_sparse_attention" in machine
+
+
+def test_a_model_whose_settings_are_met_at_some_lengths_only():
+    _, reads = model_report(str(bundled.TEACHER))
+    cells = [list(column.cells) for column in reads.columns]
+    assert cells[0] == ["2,048", "8,192", "32,768"]
+    assert cells[2] == ["11.9%", "9.1%", "9.9%"], "10 % of 32 blocks is not even the first and the own block"
 
 
 def test_it_gives_a_backends_reason_why_not(invoke, monkeypatch):

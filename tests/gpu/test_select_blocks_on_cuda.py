@@ -16,6 +16,7 @@ from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.cases import summarise_blocks as summaries
 from seerattention.ops.cases.select_blocks import CASES, EIGHT, SIXTEEN, Case
+from seerattention.ops.launch import Launch
 from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Calibrated, Calibration, Policy
@@ -236,14 +237,7 @@ def test_tiles_and_chunks_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
         (128, 64, 4, 8, 1),
         (16, 32, 1, 4, 2**22),
     ):
-        settings = {
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "RESIDENT": resident,
-            "num_warps": warps,
-            "num_stages": 2,
-        }
-        monkeypatch.setitem(kernel.LAUNCH, "narrow", settings)
+        monkeypatch.setitem(kernel.LAUNCHES, "narrow", Launch(rows, columns, warps, 2, resident=resident))
         monkeypatch.setattr(kernel, "SCORE_BYTES", size)
         monkeypatch.setattr(kernel, "SUMMARY_BYTES", 4 * size)
         certain.check(select_blocks(policy=TopK(0.1), **args))

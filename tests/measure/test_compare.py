@@ -12,7 +12,7 @@ from seerattention import attach, detach
 from seerattention.hosts.transformers import attached as is_attached
 from seerattention.hosts.transformers import new_gates
 from seerattention.measure import bundled, compare
-from seerattention.measure.compare import measured
+from seerattention.measure.compare import distinct, measured
 from seerattention.measure.needle import NeedleTask
 from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import next_token_losses, perplexity
@@ -75,6 +75,30 @@ def test_a_text_too_short_for_the_density_asked_for_is_said(given) -> None:
     assert "asks for 10.0% of a prompt of 10 blocks and reads" in short.short
     assert f"reads {short.density:.1%}" in short.short
     assert measured(model, gates, "top_k:1", windows=windows[:1]).short is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "densities"),
+    [
+        (65536, [0.2, 0.1, 0.05]),
+        # 32 blocks: 5 and 10 % are the first block and the own one, 11.9 %; 64 blocks: 5 % is.
+        (2048, [0.2, 0.1]),
+        (4096, [0.2, 0.1, 0.05]),
+        # 4 blocks: all are two blocks, 70 %.
+        (256, [0.2]),
+    ],
+)
+def test_densities_that_read_the_same_are_one(tokens: int, densities: list[float]) -> None:
+    found = distinct((0.2, 0.1, 0.05), tokens, 64)
+    assert [policy.density for policy in found] == densities
+    assert all(policy.sink_blocks == 1 for policy in found)
+
+
+def test_every_text_is_a_step(given) -> None:
+    model, gates, windows, documents = given
+    steps: list[int] = []
+    measured(model, gates, POLICY, windows=windows, documents=documents, step=lambda: steps.append(1))
+    assert len(steps) == len(windows) + len(documents)
 
 
 def test_the_policy_saved_with_the_gates_is_the_default(given) -> None:

@@ -60,18 +60,20 @@ def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, dire
 
 
 @compiles
-@pytest.mark.parametrize("name", ["score", "back_to_queries", "back_to_keys"])
+@pytest.mark.parametrize("name", ["score", "back to queries", "back to keys"])
 @pytest.mark.parametrize(("dtype", "dim"), [("bf16", 128), ("fp32", 128)])
 def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int) -> None:
-    kernel = getattr(_triton_kernel, name)
+    kernel = _triton_kernel.score if name == "score" else _triton_kernel.back
     kind = "narrow" if dtype == "bf16" else "wide"
-    constants = dict(scoring.LAUNCH[kind]["score" if name == "score" else "back"])
+    launch = scoring.LAUNCHES[kind]["score" if name == "score" else "back"]
+    constants: dict[str, Any] = launch.tile()
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
     constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
-    constants |= {"KEEP": True, "PRECISION": "tf32x3"} if name == "score" else {"unit": None}
+    scored = {"KEEP": True, "PRECISION": "tf32x3", "RESIDENT": launch.resident}
+    constants |= scored if name == "score" else {"unit": None, "TO_KEYS": name == "back to keys"}
     names = kernel.arg_names
-    types = {n: "*" + dtype for n in ("queries", "keys", "out") if n in names}
+    types = {n: "*" + dtype for n in ("queries", "keys", "other", "out") if n in names}
     types |= {n: "*fp32" for n in ("scores", "gradient") if n in names}
     types |= {n: t for n, t in (("winners", "*u8"), ("scale", "fp32")) if n in names}
     # torch's memory begins at multiples of 16 bytes: only then are copies asynchronous.
@@ -96,7 +98,7 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], opti
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dim", [96, 128])
 def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None:
-    options = dict(choosing.LAUNCH["narrow"])
+    options = choosing.LAUNCHES["narrow"].tile() | {"RESIDENT": choosing.LAUNCHES["narrow"].resident}
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
@@ -117,10 +119,10 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None
 @compiles
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
-    options = summarising._options(4, 256, projects=True)
+    options = summarising._launch(4, 256, projects=True)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     constants = {"HEADS": 32, "GROUPS": 1, "D": 128, "E": 96, "D_PAD": 64, "E_PAD": 64, "SIZE": 4}
-    constants |= {"MAX": 0, "MIN": 1, "AVG": 2, "PRECISION": "tf32x3", "norm": None} | options
+    constants |= {"PLACES": (0, 1, 2), "PRECISION": "tf32x3", "norm": None} | options
     constants |= {} if packed else {"edges": None}
     types = dict.fromkeys(("x", "weight", "out"), "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
     made = compiled(summarising._summarise, constants, types | {"edges": "*i32", "eps": "fp32"}, launch)

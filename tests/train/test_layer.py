@@ -7,9 +7,11 @@ from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.score_blocks import chunked
 from seerattention.ops.summarise_blocks import reference as summarise
+from seerattention.policies import TopK
+from seerattention.selection import causal_blocks
 from seerattention.testing.memory import LargestTensor
 from seerattention.train import layer, objectives, target_recall
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import LEAST_TAKEN, sampled_recall, shown_density
 
 
 def inputs(tokens):
@@ -91,6 +93,27 @@ def test_recall_on_all_rows_is_target_recall():
     found = sampled_recall(target, scores, (16, 16), 250, (0.2, 0.5))
     for density, value in zip((0.2, 0.5), found.tolist(), strict=True):
         assert value == pytest.approx(target_recall(target, scores, (16, 16), 250, density), rel=1e-6)
+
+
+def test_recall_of_a_short_sequence_is_that_of_a_choice():
+    """Of 32 blocks 10 % is one, which any gate finds: three are taken, and the density says so."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 32, 32, generator=generator)
+    # All see the own block and the first; a third of the rest is in one block, where only some find it.
+    target = torch.zeros(1, 2, 32, 32)
+    rows = torch.arange(32)
+    target[..., 0], target[:, :, rows, rows] = 0.4, 0.4
+    target[:, :, rows, rows // 2] += 0.2
+    given = 8.0 * (target > 0.3)
+    poor, good = (given + right * target.clamp(max=0.2) + 0.1 * scores for right in (0, 30))
+    asked = (16, 16), 512, (0.1,)
+    assert torch.equal(sampled_recall(target, poor, *asked), sampled_recall(target, good, *asked))
+    found = [float(sampled_recall(target, s, *asked, least=LEAST_TAKEN)[0]) for s in (poor, good)]
+    assert found[0] < 0.9 < found[1] == pytest.approx(1)
+    valid = causal_blocks(512, 512, (16, 16))
+    taken = torch.ones(32, 32, dtype=torch.bool).tril().triu(-2) & valid
+    assert shown_density(0.1, 32) == pytest.approx(float(taken.sum() / valid.sum()))
+    assert shown_density(0.5, 32) == pytest.approx(TopK(0.5).expected_density(32, 16))
 
 
 def test_learning_reads_nothing_back_and_weights_the_gradient():

@@ -15,6 +15,7 @@ from seerattention.calibration.gains import Maps, record
 from seerattention.hosts.transformers import Gates, attach, detach
 from seerattention.measure.compare import measured
 from seerattention.policies import Calibrated, Calibration, Policy, TopK
+from seerattention.policies.base import SHORT
 
 #: For a rise of perplexity: the highest density that is tried, and how often the range below it is halved.
 DENSEST = 0.9
@@ -45,18 +46,42 @@ class Outcome:
     head_densities: list[list[float]]
 
     def recommendation(self) -> str:
-        """Return in a sentence what the policy does."""
+        """Return in a sentence what the policy does, and what to do about it where that was not asked for."""
         row = self.rows[-1]
         rise = row["perplexity"] / row["dense_perplexity"] - 1
         text = (
             f"reads {row['density']:.1%} of the blocks at {row['tokens']:,.0f} tokens, keeps "
             f"{row['recall']:.1%} of the attention, perplexity {rise:+.1%}: "
         )
+        if missed := self.missed():
+            return text + missed
         if rise <= 0.01:
             return text + "use it as it is"
         if rise <= 0.03:
             return text + "fine for most uses; check retrieval on your own prompts"
         return text + "a higher density is worth its time where quality matters"
+
+    def missed(self) -> str | None:
+        """Return in a sentence that the target was missed at a length, and the remedy; None if it was met."""
+        target, asked = self.policy.calibration.target, self.policy.calibration.value
+        for row in reversed(self.rows):
+            rise = row["perplexity"] / row["dense_perplexity"] - 1
+            found, off = {
+                "density": (row["density"], abs(row["density"] - asked) / asked),
+                "recall": (row["recall"], (asked - row["recall"]) / (1 - asked)),
+                "ppl_increase": (rise, (rise - asked) / asked),
+            }[target]
+            if off <= SHORT:
+                continue
+            said = (
+                f"{asked:.1%} was asked for and missed at {row['tokens']:,.0f} tokens, where it is "
+                f"{found:.1%}; thresholds depend on the text: calibrate on more windows, of text and length "
+                "like your prompts"
+            )
+            if target == "density":
+                said += f", or use top_k:{asked:g}, which reads as much of any text"
+            return said
+        return None
 
 
 def calibrate(

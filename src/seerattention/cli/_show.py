@@ -77,8 +77,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[Any]:
-    """Run a training to its end with a bar of its losses, recall and time left; return its steps."""
+def train(trainer: Loop, console: Console, doing: str = "distilling", after: int = 0) -> list[Any]:
+    """Run a training to its end with a bar of its losses, recall and time left; return its steps.
+
+    ``after`` are the tokens that its report will read.
+    """
     total = trainer.config.steps
     every = max(1, total // LINES)
     steps = []
@@ -87,9 +90,11 @@ def train(trainer: Loop, console: Console, doing: str = "distilling") -> list[An
         for step in trainer.run():
             steps.append(step)
             if len(steps) == 1:
-                left = (total - step.step) * step.seconds
+                left = trainer.seconds_left(step.tokens, step.seconds, after)
+                what = doing + " and the report" * bool(after)
                 console.print(
-                    f"time        {step.seconds:.2f} s for the first step, about {duration(left)} left"
+                    f"time        {step.seconds:.2f} s for the first step, about {duration(left)} left "
+                    f"for {what}"
                 )
             said = _said(step)
             progress.update(task, completed=step.step, said=said)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 from rich.console import Console
 
-from seerattention.cli._show import console_of, duration, table
+from seerattention.cli._show import bar, console_of, duration, table
 from seerattention.files import locked, write_json
 from seerattention.settings import build, explained, read
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from seerattention.measure.compare import Row
+    from seerattention.measure.needle import NeedleDocument
+    from seerattention.policies import TopK
     from seerattention.train.recipe import Recipe, Run
 
 R = TypeVar("R", bound="Recipe[Any]")
@@ -40,7 +45,7 @@ DryRun = Annotated[bool, typer.Option(help="Print the plan, with one step timed,
 def keys(recipe: str) -> list[tuple[str, str, str]]:
     """Return every setting of a recipe, its default and what it is, for the help."""
     from seerattention import train
-    from seerattention.gate import GateConfig
+    from seerattention.gate_config import GateConfig
     from seerattention.train.recipe import SHAPE
 
     return [*explained(getattr(train, recipe), without=("gate",)), *explained(GateConfig, "gate.", SHAPE)]
@@ -60,8 +65,71 @@ def alone(told: Recipe[Any], out: Path, dry_run: bool) -> AbstractContextManager
     return locked(out) if main and not dry_run else nullcontext()
 
 
-def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool) -> Console | None:
+class Report(NamedTuple):
+    """What is measured at the end: dense attention beside ``policies``, on held-out text."""
+
+    policies: list[TopK]
+    short: list[str]
+    windows: list[np.ndarray]
+    documents: list[NeedleDocument]
+    skipped: str
+    recall: bool
+
+    @property
+    def passes(self) -> int:
+        """Passes over a window or a document of its length."""
+        texts = len(self.windows) + len(self.documents)
+        return len(self.windows) * self.recall + (1 + len(self.policies)) * texts
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that they read."""
+        return self.passes * len(self.windows[0])
+
+    def __str__(self) -> str:
+        attention = ", ".join(["dense", *map(_name, self.policies)])
+        return (
+            f"{len(self.windows)} windows and {len(self.documents)} needle documents, {attention}: "
+            f"{self.passes} passes of {len(self.windows[0]):,} tokens; --set report=false leaves it out"
+        )
+
+
+def _name(policy: TopK) -> str:
+    return f"{policy.name}:{policy.density:g}"
+
+
+def planned(run: Run[Any], densities: Sequence[float]) -> Report:
+    """Return what the report will measure: of densities that read the same of the text, one."""
+    import numpy as np
+
+    from seerattention.measure.compare import distinct
+    from seerattention.measure.needle import NeedleTask
+    from seerattention.policies import TopK
+    from seerattention.rows import num_blocks
+
+    trainer, windows = run.trainer, run.text.heldout
+    length, block = len(windows[0]), trainer.gates.config.block_size
+    blocks = num_blocks(length, block)
+    asked = (TopK(density, sink_blocks=1).short_of(blocks, block) for density in densities)
+    policies, short, documents, skipped = distinct(densities, length, block), [*filter(None, asked)], [], ""
+    recall = hasattr(trainer, "heldout_recall")
+    if trainer.sharded:
+        skipped = "perplexity and needles: the model is sharded; measure them on one process"
+        return Report(policies, short, windows, documents, skipped, recall)
+    try:
+        task = NeedleTask(run.tokenizer, np.concatenate(windows))
+        documents = [task.make(length, seed) for seed in range(NEEDLES)]
+    except ValueError as error:
+        skipped = f"needles: {error}"
+    return Report(policies, short, windows, documents, skipped, recall)
+
+
+def go(
+    run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool, plan: Report | None
+) -> Console | None:
     """Print the plan, with ``more`` lines after model, gates and text; None where that is all."""
+    from seerattention.train.share import tokens_of
+
     trainer, base = run.trainer, run.trainer.model
     console = console_of(quiet=not trainer.accelerator.is_main_process)
     parts = trainer.memory(len(run.text.heldout[0]))
@@ -72,15 +140,19 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
         f"{trainer.gates.config.block_size} tokens",
         "text": str(run.text),
         **more,
+        "report": "none" if plan is None else str(plan),
         "memory": f"about {sum(parts.values()) / 2**30:.1f} GB beside the layers' activations: "
         + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in parts.items()),
         "output": str(out),
     }
     for what, said in lines.items():
         console.print(f"{what:<12}{said}", markup=False)
+    for why in [] if plan is None else plan.short:
+        console.print(f"{'too short':<12}{why}", markup=False)
     if dry_run:
         took = trainer.time_a_step()
-        whole = duration(took * trainer.config.steps)
+        tokens = tokens_of(trainer.batches(trainer.index)).size
+        whole = duration(trainer.seconds_left(tokens, took, 0 if plan is None else plan.tokens))
         console.print(f"time        {took:.2f} s for one step, about {whole} in all")
         return None
     if trainer.done:
@@ -88,7 +160,7 @@ def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool)
     return console
 
 
-def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder: Path) -> list[Row]:
+def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[Row]:
     """Measure the gates dense beside sparse on held-out text, print it, and keep it beside them.
 
     Every process must call this, one measures and writes. Returns what was measured, dense first; nothing
@@ -96,18 +168,27 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
     """
     from seerattention.hosts.transformers.checkpoint import RESULTS
 
-    trainer = run.trainer
-    names = [f"top_k:{density:g}" for density in densities]
-    recall = getattr(trainer, "heldout_recall", lambda densities: [])(densities)
-    if not trainer.accelerator.is_main_process:
-        return []
-    rows, skipped = _measure(run, densities)
+    trainer, names = run.trainer, list(map(_name, plan.policies))
+    with bar(console) as progress:
+        task = progress.add_task("report", total=plan.passes)
+
+        def step(count: int = 1) -> None:
+            progress.advance(task, count)
+
+        recall: list[float] = []
+        if plan.recall:
+            # As many blocks of a row as the policies read at least: the text's first and the own.
+            recall = trainer.heldout_recall(tuple(p.density for p in plan.policies), least=2)
+            step(len(plan.windows))
+        if not trainer.accelerator.is_main_process:
+            return []
+        rows = _measure(console, run, plan, step)
     found: dict[str, Any] = {
         "text": str(run.text),
-        "heldout_tokens": sum(map(len, run.text.heldout)),
+        "heldout_tokens": sum(map(len, plan.windows)),
         "steps": trainer.done,
         **({"recall": dict(zip(names, recall, strict=True))} if recall else {}),
-        **({"skipped": skipped} if skipped else {}),
+        **({"skipped": plan.skipped} if plan.skipped else {}),
         **{row.method: row.values() for row in rows},
     }
     lines = {name: [f"{value:.3f}"] for name, value in zip(names, recall, strict=False)}
@@ -122,35 +203,26 @@ def report(console: Console, run: Run[Any], densities: tuple[float, ...], folder
     titles = ["attention", *(["recall"] if recall else []), "density", "perplexity", "needles"]
     cells = [[name, *line] for name, line in lines.items()]
     console.print(table(titles, cells, "held-out text, no dense last rows"))
-    for why in dict.fromkeys(row.short for row in rows if row.short):
+    for why in plan.short:
         console.print(f"too short: {why}", markup=False)
-    if skipped:
-        console.print(f"not measured: {skipped}", markup=False)
+    if plan.skipped:
+        console.print(f"not measured: {plan.skipped}", markup=False)
     write_json(folder / RESULTS, found)
     return rows
 
 
-def _measure(run: Run[Any], densities: tuple[float, ...]) -> tuple[list[Row], str]:
-    """Return the rows, and what could not be measured and why."""
-    import numpy as np
-
+def _measure(console: Console, run: Run[Any], plan: Report, step: Callable[[], None]) -> list[Row]:
+    """Return the rows, saying on the way which one is measured."""
     from seerattention.measure.compare import measured
-    from seerattention.measure.needle import NeedleTask
-    from seerattention.policies import TopK
 
-    model, windows, documents, skipped = run.trainer.model, run.text.heldout, [], ""
     if run.trainer.sharded:
-        return [], "perplexity and needles: the model is sharded; measure them on one process"
-    try:
-        task = NeedleTask(run.tokenizer, np.concatenate(windows))
-        documents = [task.make(len(windows[0]), seed) for seed in range(NEEDLES)]
-    except ValueError as error:
-        skipped = f"needles: {error}"
+        return []
+    model, rows = run.trainer.model, []
     model.eval()
-    rows = [measured(model, None, windows=windows, documents=documents)]
-    for density in densities:
-        policy, name = TopK(density, sink_blocks=1), f"top_k:{density:g}"
-        rows.append(
-            measured(model, run.trainer.gates, policy, method=name, windows=windows, documents=documents)
-        )
-    return rows, skipped
+    for policy in (None, *plan.policies):
+        name, scorer = ("dense", None) if policy is None else (_name(policy), run.trainer.gates)
+        texts: dict[str, Any] = {"windows": plan.windows, "documents": plan.documents, "step": step}
+        rows.append(measured(model, scorer, policy, method=name, **texts))
+        if not console.is_terminal:
+            console.print(f"  measured {name}")
+    return rows

@@ -54,24 +54,32 @@ def run(
 def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> None:
     from seerattention.hosts.transformers import push_to_hub as push
     from seerattention.hosts.transformers import save_gates
+    from seerattention.rows import num_blocks
     from seerattention.train.save import GATES
+    from seerattention.train.target import LEAST_TAKEN, shown_density
 
     run = told.start(None if dry_run else out)
     trainer, source, count = run.trainer, told.source, told.config.steps
     read = f"{source.sequences} x {source.length:,} tokens"
+    asked = told.config.recall_density
+    shown = shown_density(asked, num_blocks(source.length, trainer.gates.config.block_size))
     more = {
-        "steps": f"{count} of {read} read {count * source.sequences * source.length:,}; the base is frozen"
+        "steps": f"{count} of {read} read {count * source.sequences * source.length:,}; the base is frozen",
+        "recall": f"shown at a density of {shown:.1%}",
     }
-    if (console := _training.go(run, told.model, more, out, dry_run)) is None:
+    if shown > 1.1 * asked:
+        more["recall"] += f": recall_density {asked:g} is fewer than {LEAST_TAKEN} blocks of a row"
+    plan = _training.planned(run, DENSITIES) if told.report else None
+    if (console := _training.go(run, told.model, more, out, dry_run, plan)) is None:
         return
-    train(trainer, console)
+    train(trainer, console, after=plan.tokens if plan else 0)
     if dropped := getattr(run.text.batches, "dropped", 0):
         console.print(f"dropped {dropped:,} documents of fewer than 4 blocks")
     main = trainer.accelerator.is_main_process
     if main:
         save_gates(trainer.gates, out / GATES, policy=told.policy)
         console.print(f"the gates are in {out / GATES}")
-    rows = _training.report(console, run, DENSITIES, out / GATES) if told.report else []
+    rows = _training.report(console, run, plan, out / GATES) if plan else []
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
         address = push(

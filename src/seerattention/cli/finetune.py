@@ -75,15 +75,17 @@ def _teach(told: Finetuning, out: Path, dry_run: bool) -> None:
         f"{positions.max_position_embeddings:,} tokens",
         "attention": f"a density of {reads} on backend {tuner.backend}{fall}",
     }
-    if (console := _training.go(run, told.model, more, out, dry_run)) is None:
+    densities = tuple(sorted(set(c.densities), reverse=True))
+    plan = _training.planned(run, densities) if told.report else None
+    if (console := _training.go(run, told.model, more, out, dry_run, plan)) is None:
         return
     if (first := tuner.warm_up()) is not None:
-        train(first, console, "gates alone")
-    train(tuner, console, "joint")
+        train(first, console, "the gates alone")
+    train(tuner, console, "joint training", plan.tokens if plan else 0)
     folder = save_finetuned(tuner, out, policy=told.policy, tokenizer=run.tokenizer, rebuild=run.rebuild)
     what = "the model is" if folder.name == MODEL else "the base is quantised, so the adapters alone are"
     console.print(f"{what} in {folder}, its gates in {out / GATES}")
-    if told.report:
-        _training.report(console, run, tuple(sorted(set(c.densities), reverse=True)), out / GATES)
+    if plan:
+        _training.report(console, run, plan, out / GATES)
     tuner.accelerator.wait_for_everyone()
     tuner.accelerator.end_training()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Container, Iterable
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from rich.table import Table
 
 from seerattention.cli._show import console_of, table
+
+#: Lengths and densities of the table of what is read of a model's prompts.
+LENGTHS, DENSITIES = (2048, 8192, 32768, 131072), (0.2, 0.1, 0.05)
 
 
 class Support(NamedTuple):
@@ -26,7 +31,7 @@ def support() -> list[Support]:
 
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.ops.dispatch import explain
-    from seerattention.ops.options import Options, PoolOptions
+    from seerattention.ops.options import Options, PoolOptions, ScoreOptions, SummaryOptions
     from seerattention.policies import TopK
     from seerattention.rows import Rows
     from seerattention.selection import BlockSelection
@@ -44,13 +49,12 @@ def support() -> list[Support]:
             weight = gate.linear_k.weight.detach()
             k_blocks = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
             choice = {"q": q, "k_blocks": k_blocks, "scorer": gate, "policy": TopK(0.1), "rows": rows}
-            pooling = {"x": k, "size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
-            pooling |= {"weight": weight, "merge": 1, "norm": None, "rotary": None, "rows": None}
-            scoring = {"queries": k_blocks, "keys": k_blocks, "sub_blocks": (8, 8), "scale": gate.scale}
+            pools = {"size": gate.config.k_sub, "pools": gate.config.k_pool, "dtype": dtype}
+            scoring = ScoreOptions(sub_blocks=(8, 8), scale=gate.scale)
             asked: dict[str, dict[str, Any]] = {
                 "block_sparse_attention": qkv | reading,
-                "summarise_blocks": pooling,
-                "score_blocks": scoring | {"rows": None, "block_size": (64, 64)},
+                "summarise_blocks": {"x": k, "options": SummaryOptions(**pools, weight=weight)},
+                "score_blocks": {"queries": k_blocks, "keys": k_blocks, "options": scoring},
                 "select_blocks": choice,
                 "pooled_attention": qkv | mapping,
             }
@@ -117,20 +121,55 @@ def crossover_lines() -> list[str]:
     return lines
 
 
-def layer_report(model: str) -> list[tuple[str, str]]:
-    """Return ranges of a model's layers, and which are sparse with gates attached; reads no weights."""
+def model_report(model: str) -> tuple[list[str], Table]:
+    """Return what there is to know of a model before its gates are trained; reads no weights.
+
+    Lines on its heads, the longest text, every layer and the gates that `distill` would make; and what
+    settings of ``top_k`` read at lengths up to the longest.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from seerattention.gate import AttnGate, GateConfig
+    from seerattention.hosts.transformers.base import head_dim_of
     from seerattention.hosts.transformers.family import attention_layers, family_of, full_attention_layers
+    from seerattention.policies import TopK
+    from seerattention.rows import num_blocks
 
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     family_of(built)
-    full = full_attention_layers(built)
+    full, text = full_attention_layers(built), config.get_text_config()
+    heads = text.num_attention_heads
+    design = GateConfig(heads, getattr(text, "num_key_value_heads", None) or heads, head_dim_of(text))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AttnGate(design).parameters()) * len(full)
+    longest = getattr(text, "max_position_embeddings", None)
+    lines = [
+        f"{model}: {text.model_type}, {built.num_parameters() / 1e6:,.1f} M parameters",
+        f"heads        {heads} of queries, {design.num_kv_heads} of keys and values, of dimension "
+        f"{design.head_dim}",
+        f"longest text {f'{longest:,} tokens' if longest else 'not in its configuration'}",
+        f"gates        {size / 1e6:.2f} M parameters, {size * 4 / 1e6:.1f} MB, in {len(full)} layers; blocks "
+        f"of {design.block_size} tokens",
+        *(f"layers {layers}: {what}" for layers, what in _ranges(attention_layers(built), full)),
+    ]
+    rows, policies = [], [TopK(density, sink_blocks=1) for density in DENSITIES]
+    for tokens in sorted({n for n in LENGTHS if n < (longest or n + 1)} | {longest or LENGTHS[-1]}):
+        blocks = num_blocks(tokens, design.block_size)
+        reads = (policy.expected_density(blocks, design.block_size) for policy in policies)
+        rows.append([f"{tokens:,}", *(f"{read:.1%}" for read in reads)])
+    titles = ["tokens", *(f"top_k:{density:g}" for density in DENSITIES)]
+    return lines, table(
+        titles, rows, "what is read at a length, in whole blocks: the first, the own, the best"
+    )
+
+
+def _ranges(layers: Iterable[int], full: Container[int]) -> list[tuple[str, str]]:
+    """Return ranges of layers, and whether they are sparse with gates attached."""
     grouped: list[tuple[int, int, str]] = []
-    for index in attention_layers(built):
+    for index in layers:
         what = "sparse prefill, dense decoding" if index in full else "dense: sliding-window attention"
         if grouped and grouped[-1][2] == what and grouped[-1][1] == index - 1:
             grouped[-1] = (grouped[-1][0], index, what)
@@ -143,7 +182,7 @@ def run(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model to explain.")] = "",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the support table only.")] = False,
 ) -> None:
-    """Show what runs where on this machine and why not; with a model, what its layers would do."""
+    """Show what runs where on this machine and why not; with a model, first what its layers would do."""
     if as_markdown:
         print(markdown())
         return
@@ -156,6 +195,11 @@ def run(
     from seerattention.policies import forms
 
     console = console_of()
+    if model:
+        lines, reads = model_report(model)
+        for line in lines:
+            console.print(line, soft_wrap=True)
+        console.print(reads)
     console.print("  ".join(f"{k} {v}" for k, v in versions().items()))
     rows = []
     for r in support():
@@ -173,7 +217,3 @@ def run(
         console.print(line)
     for f in features():
         console.print(f"{f.kind:<16} {f.name}: {answer(f.reason, f.note)}", markup=False)
-    if model:
-        console.print(f"\n{model}")
-        for layers, what in layer_report(model):
-            console.print(f"  layers {layers}: {what}")

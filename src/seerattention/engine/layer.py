@@ -47,6 +47,7 @@ class SparseLayer:
             measured crossovers says which, by length and, where the policy knows it, by density.
         observe: Called after every sparse layer.
         usage: How often a layer was sparse, or dense and why.
+        short: Of every policy that could not read what it asks for, why, in the latest such prompt.
         crossovers: The table's entry for every kind of device at hand.
     """
 
@@ -57,6 +58,7 @@ class SparseLayer:
     min_tokens: int | None = None
     observe: Observer | None = None
     usage: Counter[str] = field(default_factory=Counter)
+    short: dict[str, str] = field(default_factory=dict)
     crossovers: Mapping[str, Crossover] = field(default_factory=_crossovers)
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -93,6 +95,7 @@ class SparseLayer:
             self.usage[why or "sparse"] += 1
         if why is not None:
             return call.dense()
+        self._note_short(call, scorer.block_size[1])
         out, selection = seer_attention(
             call.q,
             call.k,
@@ -112,6 +115,13 @@ class SparseLayer:
             with _ONE_AT_A_TIME:
                 self.observe(call.layer, call, selection)
         return out
+
+    def _note_short(self, call: AttentionCall, block: int) -> None:
+        """Remember that a prompt is too short for the density asked for, see `Policy.short_of`."""
+        for new, total in set(call.lengths):
+            tokens = call.prompt_tokens or (total if new == total else 0)
+            if tokens and (why := self.policy.short_of(num_blocks(tokens, block), block)):
+                self.short[str(self.policy)] = why
 
     def _policy_of(self, call: AttentionCall, scorer: Scorer) -> Policy:
         """Return the policy, for a piece of a prompt of known length as it is for the whole prompt."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from statistics import median
@@ -18,7 +18,7 @@ from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import hidden_states, token_losses
 from seerattention.measure.retrieval import retrieval
 from seerattention.measure.timing import timed
-from seerattention.policies import Policy, parse
+from seerattention.policies import Policy, TopK, parse
 from seerattention.rows import num_blocks
 from seerattention.scorer import Scorer
 
@@ -96,6 +96,22 @@ def short_of(scorer: Gates | Scorer, policy: Policy | str | None, tokens: int) -
     return policy.short_of(num_blocks(tokens, block), block)
 
 
+def distinct(densities: Sequence[float], tokens: int, block: int) -> list[TopK]:
+    """Return ``top_k`` with the first block at densities; of those that read the same of a text, the nearest.
+
+    Args:
+        densities: Those asked for.
+        tokens: Of the text.
+        block: Tokens per block.
+    """
+    nearest: dict[float, TopK] = {}
+    for policy in (TopK(density, sink_blocks=1) for density in densities):
+        read = policy.expected_density(num_blocks(tokens, block), block) or 0.0
+        others = (policy, nearest.get(read, policy))
+        nearest[read] = min(others, key=lambda p: abs(p.density - read))
+    return list(nearest.values())
+
+
 def measured(
     model: PreTrainedModel,
     scorer: Gates | Scorer | None,
@@ -105,6 +121,7 @@ def measured(
     windows: Sequence[np.ndarray] = (),
     documents: Sequence[NeedleDocument] = (),
     recall_rows: int = 0,
+    step: Callable[[], None] = lambda: None,
 ) -> Row:
     """Measure one way of attending.
 
@@ -117,6 +134,7 @@ def measured(
         documents: Needle documents to be answered.
         recall_rows: Query tokens per layer and call whose recall is measured. Looking at them takes time
             that counts in ``prefill_s``.
+        step: Called after every window and document.
 
     Returns:
         One row. Its density and recall are over windows and documents together.
@@ -133,8 +151,9 @@ def measured(
             hidden, took = timed(lambda text=text: hidden_states(model, text))
             losses.append(token_losses(model, hidden, text).double().cpu().numpy())
             seconds.append(took)
+            step()
         if len(documents):
-            needles = retrieval(model, documents)
+            needles = retrieval(model, documents, step)
     if policy is None and isinstance(scorer, Gates):
         policy = scorer.policy
     tokens = max([len(text) for text in windows] + [len(d.tokens) for d in documents])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,12 +28,18 @@ def predictions(model: PreTrainedModel, document: NeedleDocument, hidden: Tensor
     return np.asarray(logits_of(model, hidden[where]).argmax(-1).cpu())
 
 
-def retrieval(model: PreTrainedModel, documents: Sequence[NeedleDocument]) -> float:
+def retrieval(
+    model: PreTrainedModel, documents: Sequence[NeedleDocument], step: Callable[[], None] = lambda: None
+) -> float:
     """Return the fraction of all answers that the model predicts right in every digit.
 
     Args:
         model: A causal language model, with or without gates attached.
         documents: From `NeedleTask.make`, each run in one pass.
+        step: Called after each.
     """
-    correct = sum(document.correct(predictions(model, document)) for document in documents)
+    correct = 0
+    for document in documents:
+        correct += document.correct(predictions(model, document))
+        step()
     return correct / sum(len(d.answers) for d in documents)

@@ -39,10 +39,12 @@ def attention_scores(
     return scores.masked_fill_(later, float("-inf"))
 
 
-def by_block(x: Tensor, size: int, dim: int = -1) -> Tensor:
-    """Split a dimension into blocks of ``size`` and their entries, zeros behind a short last one."""
-    short = -x.shape[dim] % size
-    return F.pad(x.movedim(dim, -1), (0, short)).movedim(-1, dim).unflatten(dim, (-1, size))
+def by_block(x: Tensor, size: int, dim: int = -1, fill: float = 0.0) -> Tensor:
+    """Split a dimension into blocks of ``size`` and their entries, ``fill`` behind a short last one."""
+    after, short = -1 - dim if dim < 0 else x.dim() - 1 - dim, -x.shape[dim] % size
+    if short:
+        x = F.pad(x, (*(0, 0) * after, 0, short), value=fill)
+    return x.unflatten(dim, (-1, size))
 
 
 def block_mass(

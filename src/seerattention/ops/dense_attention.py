@@ -115,13 +115,7 @@ def _explicit_rows(q: Tensor, k: Tensor) -> int:
 
 
 def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Attention by its scores, for what torch's kernels lack: soft-capped scores and sinks."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -29,6 +29,11 @@ def load_backends(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{package}.{name}") for name in names}
 
 
+def runs_everything(*_: object, **__: object) -> list[str]:
+    """Be the ``unsupported`` of a backend that has no reason why not."""
+    return []
+
+
 def choose(
     backends: Mapping[str, ModuleType], order: tuple[str, ...], backend: str, **args: Any
 ) -> ModuleType:

@@ -28,6 +28,9 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 #: What the matrix units of GPUs multiply.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+#: Numbers per head that a tile of attention holds at most.
+MAX_HEAD_DIM = 256
+
 
 def jit(*plain: Any) -> Any:
     """Compile a device function: ``@jit``, or ``@jit("tokens", ...)`` with the names of plain integers.
@@ -56,11 +59,14 @@ def unsupported_dtype(dtype: torch.dtype) -> list[str]:
     return []
 
 
-def unsupported_strides(**tensors: Tensor | None) -> list[str]:
-    """Return the tensors whose last dimension is not contiguous, as reasons."""
-    return [
+def unsupported_attention(q: Tensor, **others: Tensor | None) -> list[str]:
+    """Return the reasons why kernels of attention take no such tensors."""
+    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    return reasons + [
         f"the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}"
-        for name, x in tensors.items()
+        for name, x in {"q": q, **others}.items()
         if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1
     ]
 
@@ -168,14 +174,14 @@ def softmax_step(scores, largest, maximum, total, scale, EXACT: tl.constexpr, HO
 
 
 @jit
-def add_values(acc, fade, p, v, scale):
-    """Return ``acc * fade + p @ v``, the probabilities rounded to the type of ``v``."""
-    if v.dtype == tl.float32:
-        # A sum per tile and then their sum: in one chain of all keys the rounding errors would add up.
-        acc = acc * fade[:, None] + product(p, v, scale * 0.0)
+def add_product(total, weights, x, scale):
+    """Return ``total + weights @ x``, the weights rounded to the type of ``x``; any finite ``scale`` does."""
+    if x.dtype == tl.float32:
+        # A sum per product and then their sum: in one chain of all the rounding errors would add up.
+        total += product(weights, x, scale * 0.0)
     else:
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
-    return acc
+        total = tl.dot(weights.to(x.dtype), x, total)
+    return total
 
 
 @jit
@@ -231,3 +237,50 @@ def sequence_of(
         start_k = tl.load(starts_k + which, mask=inside, other=0)
         len_k = tl.load(starts_k + which + 1, mask=inside, other=0) - start_k
     return unit, first_row, start_q, len_q, start_k, len_k
+
+
+@jit
+def best_products(
+    queries, keys, row, column, last_q, last_k, E: tl.constexpr, E_LOW: tl.constexpr, E_REST: tl.constexpr,
+    SUBS_Q: tl.constexpr, SUBS_K: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return block pairs' largest products over their pairs of summaries, and with KEEP the pairs' numbers.
+
+    ``row`` and ``column`` are the blocks of a tile. Summaries of ``E`` numbers lie behind one another from
+    ``queries`` and ``keys`` on, the last of them ``last_q`` and ``last_k``; a product takes their first
+    ``E_LOW`` numbers and, if any, the ``E_REST`` after them. A query block's are held ``RESIDENT`` at a time.
+    """
+    e = tl.arange(0, E_LOW)
+    PARTS: tl.constexpr = 2 if E_REST > 0 else 1
+    # One product per pair of places within a block: the maximum over sub-blocks is then one between whole
+    # tiles. A short last block repeats its last summary: equal to an earlier pair, it never wins.
+    best = tl.full([row.shape[0], column.shape[0]], float("-inf"), tl.float32)
+    winner = tl.full(best.shape, SUBS_Q * SUBS_K, tl.int32)
+    for held in range(0, SUBS_Q, RESIDENT):
+        parts = ()
+        for sub in tl.static_range(RESIDENT):
+            at_q = queries + tl.minimum(row * SUBS_Q + held + sub, last_q)[:, None] * E
+            query = tl.load(at_q + e[None, :], mask=(e < E)[None, :], other=0.0)
+            parts = parts + (query,)  # noqa: RUF005, Triton has no stars
+            if E_REST > 0:
+                more = E_LOW + tl.arange(0, E_REST)
+                query = tl.load(at_q + more[None, :], mask=(more < E)[None, :], other=0.0)
+                parts = parts + (query,)  # noqa: RUF005
+        for sub_k in range(SUBS_K):
+            at_k = keys + tl.minimum(column * SUBS_K + sub_k, last_k)[None, :] * E
+            key = tl.load(at_k + e[:, None], mask=(e < E)[:, None], other=0.0)
+            if E_REST > 0:
+                more = E_LOW + tl.arange(0, E_REST)
+                key_rest = tl.load(at_k + more[:, None], mask=(more < E)[:, None], other=0.0)
+            for sub in tl.static_range(RESIDENT):
+                product = tl.dot(parts[sub * PARTS], key, input_precision=PRECISION)
+                if E_REST > 0:
+                    rest = tl.dot(parts[sub * PARTS + 1], key_rest, product, input_precision=PRECISION)
+                    product = rest
+                if KEEP:
+                    pair = (held + sub) * SUBS_K + sub_k
+                    better = (product > best) | ((product == best) & (winner > pair))
+                    winner = tl.where(better, pair, winner)
+                best = tl.maximum(best, product)
+    return best, winner

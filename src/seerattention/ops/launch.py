@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from seerattention.ops.language import power_of_two
+from seerattention.ops.language import padded, power_of_two
+from seerattention.ops.options import Options
+
+Given = TypeVar("Given", bound=Options)
 
 
 @dataclass(frozen=True)
@@ -14,33 +19,52 @@ class Launch:
     """How a kernel is compiled and started.
 
     Attributes:
-        block_m: Queries per tile; a longer query block is several tiles.
-        block_n: Keys per tile; a longer KV block is several tiles.
+        block_m: Queries per tile, or query blocks where these are scored; a longer one is several tiles.
+        block_n: Keys per tile, or KV blocks where these are scored; a longer one is several tiles.
         warps: Warps per program.
         stages: Steps of the loop over keys or a list that are in flight.
         programs: Programs per multiprocessor.
         registers: Most registers per thread, to let more programs share a multiprocessor; NVIDIA only.
         tma: Whether TMA brings tiles, where there is TMA and the kernel can use it.
         direct: Whether threads store what they hold themselves, in PTX, where a kernel can; NVIDIA only.
+        resident: Summaries per query block held in shared memory at a time, where blocks are scored.
     """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    programs: int
+    programs: int = 1
     registers: int | None = None
     tma: bool = True
     direct: bool = False
+    resident: int = 1
 
     def within(self, queries: int, keys: int) -> Launch:
         """Return the launch with tiles no larger than a block; a product needs 16 queries at least."""
         block_m = min(self.block_m, max(16, power_of_two(queries)))
         return replace(self, block_m=block_m, block_n=min(self.block_n, keys))
 
-    def constants(self) -> dict[str, int]:
-        """Return the kernel's sizes and what the compiler is told."""
-        given = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages}
+    def constants(
+        self, q: Tensor, k: Tensor, block_size: tuple[int, int], options: Options
+    ) -> dict[str, Any]:
+        """Return what a kernel of attention and its compiler know ahead of a call."""
+        return {
+            "HEADS": q.shape[1],
+            "KV_HEADS": k.shape[1],
+            "D": q.shape[3],
+            "BLOCK_D": padded(q.shape[3]),
+            "BLOCK_Q": block_size[0],
+            "BLOCK_K": block_size[1],
+            "SOFTCAP": options.softcap is not None,
+            "SEQUENCES": power_of_two(options.sequences) if options.sequences else 0,
+            "STAGES": self.stages,
+            **self.tile(),
+        }
+
+    def tile(self) -> dict[str, int]:
+        """Return a tile's sizes and what the compiler is told."""
+        given = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         given |= {"num_warps": self.warps, "num_stages": self.stages}
         if self.registers and torch.version.hip is None:
             given["maxnreg"] = self.registers
@@ -51,3 +75,27 @@ class Launch:
         if device.type == "cpu":
             return 2
         return self.programs * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def positive(q: Tensor, options: Given) -> tuple[Tensor, Given]:
+    """Return queries and a positive scale that make the same scores: maxima come before scaling."""
+    if options.scale > 0:
+        return q, options
+    if options.scale < 0:
+        return -q, replace(options, scale=-options.scale)
+    return torch.zeros_like(q), replace(options, scale=1.0)
+
+
+def starts(options: Options, unused: Tensor) -> list[Tensor]:
+    """Return where packed sequences start; a tensor that is not used still needs a pointer."""
+    return [unused if x is None else x for x in options.starts.values()]
+
+
+def numbers(options: Options) -> tuple[int, float, float]:
+    """Return the number of packed sequences, the scale and the softcap."""
+    return options.sequences, options.scale, options.softcap or 0.0
+
+
+def width(x: Tensor) -> str:
+    """Return which of two launches scores summaries: ``wide`` for fp32 and those of more than 256 bytes."""
+    return "narrow" if x.element_size() == 2 and x.shape[3] <= 128 else "wide"

@@ -1,27 +1,41 @@
-"""What a call of an attention op may ask for besides its tensors."""
+"""What a call of an op may ask for besides its tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from seerattention.rows import Rows
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Options:
-    """The optional parts of one call, as every backend gets them.
+class Asked:
+    """What a call asks for, as an error names it."""
 
-    Attributes:
-        rows: Where queries lie among keys.
-        scale: Softmax scale.
-        softcap: Scores become ``softcap * tanh(scores * scale / softcap)``; None leaves them alone.
-        sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
-            only.
-        return_lse: Also return the logarithm of the softmax's denominator.
-    """
+    def __repr__(self) -> str:
+        """Name what differs from the defaults, tensors by their shape: values may be on a device."""
+        shown = []
+        for field in fields(self):  # type: ignore[arg-type]  # a dataclass
+            value = getattr(self, field.name)
+            if value is not field.default:
+                shown.append(f"{field.name}={_short(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, Rows):
+        packed = "" if value.starts_q is None else f" of {len(value.starts_q) - 1} packed sequences"
+        return f"{value.num_queries} of {value.num_keys} tokens{packed}"
+    if isinstance(value, tuple):
+        return tuple(_short(x) for x in value)
+    return list(value.shape) if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Options(Asked):
+    """The optional parts of one call, as every backend gets them: arguments of `block_sparse_attention`."""
 
     rows: Rows
     scale: float
@@ -71,19 +85,6 @@ class Options:
         """Packed sequences, 0 if there are none."""
         return 0 if self.rows.starts_q is None else len(self.rows.starts_q) - 1
 
-    def __repr__(self) -> str:
-        """Name what differs from the defaults, tensors by their shape: values may be on a device."""
-        shown = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Rows):
-                packed = f" of {self.sequences} packed sequences" if self.packed else ""
-                shown.append(f"rows={value.num_queries} of {value.num_keys} tokens{packed}")
-            elif value is not field.default:
-                is_tensor = isinstance(value, Tensor)
-                shown.append(f"{field.name}={list(value.shape) if is_tensor else value}")
-        return f"{type(self).__name__}({', '.join(shown)})"
-
     def _check_rows(self, q: Tensor, k: Tensor) -> None:
         rows = self.rows
         if rows.num_queries != q.shape[2] or rows.num_keys > k.shape[2]:
@@ -109,14 +110,40 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PoolOptions(Options):
-    """The optional parts of one call of `pooled_attention`.
-
-    Attributes:
-        per_kv_head: One map per KV head, for gates that choose for a whole group of query heads.
-    """
+    """The optional parts of one call of `pooled_attention`, whose arguments these are."""
 
     per_kv_head: bool = False
 
     def map_shape(self, q: Tensor, k: Tensor, block_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the shape of the map, ``[B, Hq or Hk, rows, columns]``."""
         return q.shape[0], (k if self.per_kv_head else q).shape[1], *self.rows.num_blocks(block_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ScoreOptions(Asked):
+    """What one call of `score_blocks` asks for, whose arguments these are."""
+
+    sub_blocks: tuple[int, int]
+    scale: float
+    rows: Rows | None = None
+    block_size: tuple[int, int] = (64, 64)
+
+    @property
+    def past(self) -> int | None:
+        """Keys before the first query; None scores every pair."""
+        return None if self.rows is None else self.rows.first
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SummaryOptions(Asked):
+    """What one call of `summarise_blocks` asks for, whose arguments these are; ``rows`` only if packed."""
+
+    size: int
+    pools: tuple[str, ...]
+    dtype: torch.dtype
+    weight: Tensor | None = None
+    merge: int = 1
+    norm: Tensor | None = None
+    eps: float = 1e-6
+    rotary: tuple[Tensor, Tensor] | None = None
+    rows: Rows | None = None

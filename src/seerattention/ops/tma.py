@@ -7,29 +7,22 @@ import importlib
 import torch
 from torch import Tensor
 
+from seerattention.ops.language import padded
 
-def tiles(rows: int, columns: int, *tensors: Tensor | None) -> list[object] | None:
-    """Describe tiles of tensors; None where there is no TMA or it cannot serve.
 
-    Args:
-        rows: Tokens per tile.
-        columns: Numbers per token that a kernel wants, zeros past the last dimension's end.
-        tensors: ``[B, H, T, D]``; the first is described again in the place of one that is None.
-    """
-    if tensors[0] is None or not tensors[0].is_cuda or torch.version.hip is not None:
+def tiles(rows: int, *tensors: Tensor) -> list[object] | None:
+    """Describe tiles of ``rows`` tokens of ``[B, H, T, D]``; None where there is no TMA, or not for these."""
+    if not tensors[0].is_cuda or torch.version.hip is not None:
         return None
     if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return None
     described: list[object] = []
     for x in tensors:
-        if x is None:
-            described.append(described[0])
-            continue
         # It wants addresses and strides of whole 16 bytes.
         steps = [x.data_ptr(), *(x.element_size() * s for s in x.stride()[:3])]
         if any(step % 16 for step in steps) or min(x.stride()[:3]) == 0:
             return None
-        described.append(describe(x, list(x.shape), list(x.stride()), [1, 1, rows, columns]))
+        described.append(describe(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[3])]))
     return described
 
 

@@ -27,13 +27,11 @@ from seerattention.testing.poison import poison, unread_tokens
 class Backend(Protocol):
     """A backend of an op, as a module or an object."""
 
-    @property
-    def unsupported(self) -> Callable[..., list[str]]:
+    def unsupported(self, *args: Any, **kwargs: Any) -> list[str]:
         """Return the reasons why it cannot run."""
         ...
 
-    @property
-    def run(self) -> Callable[..., Any]:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the op."""
         ...
 
@@ -156,10 +154,7 @@ def attention_batch_rows_are_independent(
         alone = BlockSelection.from_mask(selection.to_mask()[b : b + 1], selection.block_size)
         one = slice(b, b + 1)
         for together, chosen in ((out, alone), (shared, first)):
-            budget = Budget.of(
-                _reference(chosen, options),
-                *(x[one] for x in (q, k, v)),
-            )
+            budget = Budget.of(_reference(chosen, options), *(x[one] for x in (q, k, v)))
             budget.check(together[one])
 
 

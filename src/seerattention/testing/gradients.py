@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, BlockSelection, Options], tuple[Tenso
 def by_name(backend: str) -> Attend:
     """Return the public function with a backend chosen, its options taken apart."""
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-    ) -> tuple[Tensor, Tensor]:
+    def attend(*call: Any) -> tuple[Tensor, Tensor]:
+        *given, options = call
         return block_sparse_attention(
-            q, k, v, selection, scale=options.scale, softcap=options.softcap, sinks=options.sinks,
+            *given, scale=options.scale, softcap=options.softcap, sinks=options.sinks,
             return_lse=True, rows=options.rows, backend=backend,
         )  # fmt: skip
 

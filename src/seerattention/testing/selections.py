@@ -67,14 +67,7 @@ class Certain:
     left: Tensor
 
     @classmethod
-    def of(
-        cls,
-        scorer: Any,
-        policy: Policy,
-        q: Tensor,
-        k_blocks: Tensor,
-        rows: Rows,
-    ) -> Certain:
+    def of(cls, scorer: Any, policy: Policy, q: Tensor, k_blocks: Tensor, rows: Rows) -> Certain:
         """Decide from the scores in fp64 of the summaries that backends get.
 
         Args:

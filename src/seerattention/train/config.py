@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from seerattention.train import objectives
-
 #: Of all settings.
 LARGEST = 1e37
 
@@ -43,6 +41,9 @@ class TrainConfig:
         self._check_whole(1, "steps", "save_every", "grad_accum")
         self._check(self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
+        # Loads torch, which the help of a command does without.
+        from seerattention.train import objectives
+
         objectives.create(self.objective)
 
     def _check(self, right: bool, name: str, must: str) -> None:
@@ -72,7 +73,8 @@ class DistillConfig(TrainConfig):
     """How gates are taught alone, by AdamW without weight decay.
 
     Attributes:
-        recall_density: Density at which recall is reported, in (0, 1].
+        recall_density: Density at which recall is reported, in (0, 1]; in short sequences that of three
+            blocks a row, since any gate finds two.
         eval_every: Steps between measurements of recall on held-out text.
         patience: Measurements without a better recall after which training stops; 0 never stops early.
 
@@ -194,7 +196,7 @@ class JointStep:
         loss: Mean cross-entropy of the global batch's tokens, in nats.
         gate_loss: Mean of the gates' objective over layers, without its factor; None where they do not learn.
         recall: Mean of `sampled_recall` over layers, at the step's density; None likewise.
-        density: Fraction of the causally valid blocks asked for.
+        density: Fraction of the causally valid blocks asked for; short sequences cannot have every one.
         norm: Norm of the model's gradient before clipping.
         gate_norm: Norm of the gates' gradient.
         tokens: Tokens read in this step by all processes.

@@ -23,7 +23,7 @@ from seerattention.train.layer import gate_scores, learn
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
 from seerattention.train.share import Batch, Documents, packed_arguments
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import LEAST_TAKEN, sampled_recall
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
@@ -116,6 +116,13 @@ class Distiller(Loop):
                 raise self._not_finite(f"step {self.done} has made gates whose scores are not finite")
         return Step(self.done, loss, recall, heldout_recall=measured, **read)
 
+    @property
+    def measured_tokens(self) -> int:
+        """Tokens of held-out text that the remaining steps read to measure recall."""
+        c, every = self.config, self.config.eval_every
+        times = c.steps // every - self.done // every + bool(c.steps % every and not self.finished)
+        return times * sum(map(len, self.heldout))
+
     def memory(self, length: int) -> dict[str, int]:
         """Return the most that weights, optimizer and a layer's maps take; the forward pass comes on top."""
         c, blocks = self.gates.config, -(-length // self.gates.config.block_size)
@@ -177,8 +184,11 @@ class Distiller(Loop):
             self.stale += 1
         return recall
 
-    def heldout_recall(self, densities: tuple[float, ...]) -> list[float]:
-        """Return recall at each density, the mean over layers and held-out text; NaN for scores of NaN."""
+    def heldout_recall(self, densities: tuple[float, ...], least: int = LEAST_TAKEN) -> list[float]:
+        """Return recall at each density, the mean over layers and sequences; NaN if scores are.
+
+        See `sampled_recall` for ``least``.
+        """
         by_layer = dict(self.gates.items())
         found: list[Tensor] = []
 
@@ -186,7 +196,7 @@ class Distiller(Loop):
             gate, length = by_layer[call.layer], call.q.shape[2]
             out, target = _with_target(gate, call.q, call.k, call.v, call)
             scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions)
-            recall = sampled_recall(target, scores, gate.block_size, length, densities)
+            recall = sampled_recall(target, scores, gate.block_size, length, densities, least=least)
             found.append(recall.where(scores.isfinite().all(), torch.nan))
             return out
 

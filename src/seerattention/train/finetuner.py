@@ -20,9 +20,9 @@ from seerattention.train.distiller import Distiller
 from seerattention.train.joint import JointPass
 from seerattention.train.language import IGNORED, LanguageLoss
 from seerattention.train.loop import Loop
-from seerattention.train.prepare import training_backend
 from seerattention.train.processes import shard_layers, whole
 from seerattention.train.share import Batch, Documents, Share, packed_arguments
+from seerattention.train.trained import training_backend
 
 
 class Finetuner(Loop):
@@ -93,6 +93,11 @@ class Finetuner(Loop):
             (list(self.named_gates.values()), c.gate_lr, 0.0),
         )
         return [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for p, lr, decay in groups if p]
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that remain, those of the gates alone among them where they come first."""
+        return super().steps_left + (0 if self.done else self.config.warmup_gate_steps)
 
     def warm_up(self) -> Distiller | None:
         """Return what trains the gates alone before the joint steps; None where that is done."""

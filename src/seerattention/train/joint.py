@@ -21,7 +21,7 @@ from seerattention.train.layer import gate_scores, learn
 from seerattention.train.objectives import Objective
 from seerattention.train.share import Documents, Share
 from seerattention.train.soft import log_gates, soft_attention
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import LEAST_TAKEN, sampled_recall
 
 #: q and k before the rotary embedding, without a gradient.
 Nope = tuple[Tensor, Tensor]
@@ -123,7 +123,8 @@ class JointPass:
             scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))
         target = self._target(gate, q.detach(), k.detach(), more)
         loss = self.objective(target, scores, gate.block_size, length) * weight
-        recall = sampled_recall(target, scores.detach(), gate.block_size, length, (self.density,))[0]
+        found = scores.detach(), gate.block_size, length, (self.density,)
+        recall = sampled_recall(target, *found, least=LEAST_TAKEN)[0]
         self._values.append(torch.stack((loss.detach(), recall * weight)))
         self.losses.append(self.settings.gate_weight * loss)
         if self.density >= 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from seerattention.gate import AttnGate
 from seerattention.rows import Rows
 from seerattention.train.objectives import Objective
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import LEAST_TAKEN, sampled_recall
 
 
 def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tensor) -> Tensor:
@@ -61,5 +61,5 @@ def learn(
         loss = objective(target, scores, size, length) * weight
     loss.backward()
     scores = scores.detach()
-    recall = sampled_recall(target, scores, size, length, (density,))[0]
+    recall = sampled_recall(target, scores, size, length, (density,), least=LEAST_TAKEN)[0]
     return torch.stack((loss.detach(), recall * weight)), scores

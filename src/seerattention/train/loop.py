@@ -158,6 +158,27 @@ class Loop:
         """Parameters that are trained, those of gates and model together."""
         return sum(p.numel() for p in (*self.named.values(), *self.named_gates.values()))
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that remain."""
+        return self.config.steps - self.done
+
+    @property
+    def measured_tokens(self) -> int:
+        """Tokens that the remaining steps read besides those that are learned from."""
+        return 0
+
+    def seconds_left(self, tokens: int, seconds: float, after: int = 0) -> float:
+        """Return about how long the remaining steps take, from what one of them took.
+
+        Args:
+            tokens: Tokens that a step reads, on all processes.
+            seconds: What it took.
+            after: Tokens read after the last step, on one process as held-out text is.
+        """
+        each = seconds / tokens * self.accelerator.num_processes
+        return self.steps_left * seconds + (self.measured_tokens + after) * each
+
     def memory(self, length: int) -> dict[str, int]:
         """Estimate the bytes that training on sequences of a length takes, by what takes them."""
         raise NotImplementedError

@@ -1,32 +1,28 @@
-"""All that a training run is told, as one set of settings: what ``config.toml`` in its folder repeats."""
+"""All that a training run is told, as one set of settings: what ``config.toml`` in its folder repeats.
+
+The help of a command lists them, so that what is heavy is imported inside the functions here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
-
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from seerattention.files import check_writable, write_whole
-from seerattention.gate import GateConfig
-from seerattention.hosts.transformers import load_base, load_gates, new_gates
-from seerattention.hosts.transformers.checkpoint import check_replaceable
-from seerattention.policies import parse
+from seerattention.gate_config import GateConfig
 from seerattention.settings import flat, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
-from seerattention.train.data import text_files
-from seerattention.train.distiller import Distiller
-from seerattention.train.finetuner import Finetuner
-from seerattention.train.loop import Loop
-from seerattention.train.prepare import checkpoint_layers, extend_context, prepare
-from seerattention.train.processes import make_accelerator
-from seerattention.train.save import ADAPTER, GATES, MODEL
-from seerattention.train.share import LEAST_BLOCKS
 from seerattention.train.source import Source, Text
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from seerattention.train.distiller import Distiller
+    from seerattention.train.finetuner import Finetuner
+    from seerattention.train.loop import Loop
 
 #: The settings of a run, in its folder.
 SETTINGS = "config.toml"
@@ -34,7 +30,7 @@ SETTINGS = "config.toml"
 #: Settings of gates that their model gives.
 SHAPE = ("num_heads", "num_kv_heads", "head_dim")
 
-Trainer = TypeVar("Trainer", bound=Loop)
+Trainer = TypeVar("Trainer", bound="Loop")
 
 
 @dataclass
@@ -71,8 +67,6 @@ class Recipe(Generic[Trainer]):
         report: Measure the gates at the end, on held-out text.
     """
 
-    kind: ClassVar[type[Any]]
-
     model: str
     source: Source
     config: TrainConfig
@@ -95,6 +89,17 @@ class Recipe(Generic[Trainer]):
             OSError: If something cannot be read or written.
             ValueError: If the settings contradict each other or the checkpoint.
         """
+        import torch
+        from transformers import AutoTokenizer
+
+        from seerattention.hosts.transformers import load_gates, new_gates
+        from seerattention.hosts.transformers.checkpoint import check_replaceable
+        from seerattention.policies import parse
+        from seerattention.train.data import text_files
+        from seerattention.train.processes import make_accelerator
+        from seerattention.train.save import ADAPTER, GATES, MODEL
+        from seerattention.train.share import LEAST_BLOCKS
+
         parse(self.policy)
         if self.gates and self.gate:
             raise ValueError("gates have their design; leave gate out, or gates to start from new ones")
@@ -111,7 +116,7 @@ class Recipe(Generic[Trainer]):
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
         gates = given or new_gates(base, **self.gate)
         text = self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size)
-        trainer = self.kind(
+        trainer = self.kind()(
             wrapped, gates, text.batches, self.config, out=out, accelerator=accelerator,
             shard=self.shard or None, **self.more(text),
         )  # fmt: skip
@@ -121,8 +126,14 @@ class Recipe(Generic[Trainer]):
             write_whole(out / SETTINGS, lambda path: path.write_text(written, encoding="utf-8"))
         return Run(trainer, text, tokenizer, lambda: self.load("cpu")[1])
 
+    def kind(self) -> Callable[..., Trainer]:
+        """Return the trainer's class."""
+        raise NotImplementedError
+
     def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
         """Return the model on a device as it is before training, and what adapters made of it."""
+        from seerattention.hosts.transformers import load_base
+
         base = load_base(self.model, dtype=self.dtype, device=device)
         return base, base
 
@@ -132,13 +143,17 @@ class Recipe(Generic[Trainer]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(Recipe[Distiller]):
+class Distillation(Recipe["Distiller"]):
     """Gates for a frozen model."""
-
-    kind = Distiller
 
     config: DistillConfig = field(default_factory=DistillConfig)
     policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
+
+    def kind(self) -> type[Distiller]:
+        """Return the trainer's class."""
+        from seerattention.train.distiller import Distiller
+
+        return Distiller
 
     def more(self, text: Text) -> dict[str, Any]:
         """Return the held-out text, on which the best gates are found."""
@@ -146,7 +161,7 @@ class Distillation(Recipe[Distiller]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetuning(Recipe[Finetuner]):
+class Finetuning(Recipe["Finetuner"]):
     """A model and its gates together.
 
     Attributes:
@@ -161,8 +176,6 @@ class Finetuning(Recipe[Finetuner]):
         backend: Of block-sparse attention.
     """
 
-    kind = Finetuner
-
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: int = 0
     gates_only: bool = False
@@ -175,8 +188,20 @@ class Finetuning(Recipe[Finetuner]):
         if not self.policy:
             object.__setattr__(self, "policy", f"top_k:{self.config.densities[0]:g},sink_blocks=1")
 
+    def kind(self) -> type[Finetuner]:
+        """Return the trainer's class."""
+        from seerattention.train.finetuner import Finetuner
+
+        return Finetuner
+
     def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
         """Return the model on a device as it is before training, and what adapters made of it."""
+        import torch
+        from transformers import AutoConfig
+
+        from seerattention.hosts.transformers import load_base
+        from seerattention.train.trained import checkpoint_layers, extend_context, prepare
+
         config, length = AutoConfig.from_pretrained(self.model), self.source.length
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if self.rope_type:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from seerattention.train.data import Packs, TextWindows, dataset_documents, read_tokens, text_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Windows of held-out text that recall and perplexity are measured on.
 HELDOUT_WINDOWS = 4

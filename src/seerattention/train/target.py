@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.policies import TopK
+from seerattention.policies import Rule, TopK
 from seerattention.selection import causal_blocks
 
 #: Share of the query-block rows, from the start, that objectives leave out: they see few blocks. Source: the
@@ -14,6 +14,9 @@ SKIPPED_ROWS = 0.25
 
 #: Rows on which recall is measured while training: all would cost a top-k of the whole map in every layer.
 RECALL_ROWS = 64
+
+#: Fewest blocks of a row whose recall is shown while training: any gate finds the row's own and the first.
+LEAST_TAKEN = 3
 
 
 def target_recall(
@@ -42,11 +45,28 @@ def sampled_recall(
     length: int,
     densities: tuple[float, ...],
     most: int = RECALL_ROWS,
+    least: int = 1,
 ) -> Tensor:
-    """Return `target_recall` per density on at most ``most`` evenly spaced rows, on the device."""
+    """Return `target_recall` per density on at most ``most`` evenly spaced rows, on the device.
+
+    Where a density comes to fewer blocks of a row than ``least``, these are taken.
+    """
     first, last = int(SKIPPED_ROWS * scores.shape[2]), scores.shape[2] - 1
     count = min(most, last - first + 1)
     rows = torch.linspace(first, last, count, device=scores.device, dtype=torch.float64).round().long()
     valid = causal_blocks(length, length, size, scores.device)[rows]
     target, scores = target[:, :, rows], scores[:, :, rows]
-    return torch.stack([(target * TopK(d).choose(scores, valid, size[1])).sum(-1).mean() for d in densities])
+    always = torch.zeros_like(valid)
+    rules = [Rule("count", max(least, TopK(d).blocks(valid.shape[1]))) for d in densities]
+    return torch.stack([(target * rule.choose(scores, valid, always)).sum(-1).mean() for rule in rules])
+
+
+def shown_density(density: float, num_blocks: int) -> float:
+    """Return the density at which training shows recall: in a short sequence more than was asked for.
+
+    Args:
+        density: The one asked for.
+        num_blocks: Blocks of the sequence.
+    """
+    taken = max(LEAST_TAKEN, TopK(density).blocks(num_blocks))
+    return TopK(density, local_blocks=taken).always_density(num_blocks)

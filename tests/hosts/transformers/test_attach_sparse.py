@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
-from seerattention.hosts.transformers.attach import sparse_layer
+from seerattention.hosts.transformers.attach import prompt_of, sparse_layer
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.policies import parse, select
 from seerattention.rows import Rows
@@ -177,6 +177,25 @@ def test_short_prompts_are_dense_and_say_so(tiny):
     assert host.usage(model) == {"dense: fewer than 41 tokens": 2}
     tiny.logits(model, tiny.tokens(1, 41))
     assert host.usage(model)["sparse"] == 2
+
+
+def test_a_prompt_too_short_for_what_was_asked_says_so(tiny):
+    model = tiny.make()
+    host.attach(model, tiny.gates_for(model), "top_k:0.1,sink_blocks=1", min_tokens=0)
+    tiny.logits(model, tiny.tokens(1, 100))
+    # 7 blocks: a row reads two of them, 13 pairs of 28.
+    why = (
+        "top_k:0.1,sink_blocks=1 asks for 10.0% of a prompt of 7 blocks and reads 46.4%: a row reads whole "
+        "blocks, at least 2"
+    )
+    assert host.usage(model).short == (why,)
+    assert str(host.usage(model)) == f"{{'sparse': 2}}; too short: {why}"
+    model.generate(tiny.tokens(1, 100), max_new_tokens=2, do_sample=False)
+    assert host.usage(model).short == (why,), "a decoding step is no prompt"
+    host.set_policy(model, "top_k:0.52")
+    with torch.no_grad(), prompt_of(model, 160):
+        model(tiny.tokens(1, 80))
+    assert host.usage(model).short == (why,), "a piece of a prompt that is long enough"
 
 
 @pytest.mark.parametrize("name", baselines.names())

@@ -7,7 +7,6 @@ variable when the kernel's file is imported. On a GPU `tests/gpu` runs the compi
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection
-from seerattention.testing.mutants import DroppedLastBlock, SwappedHeadMap, WrongScale
+from seerattention.testing.mutants import Mutant, Run, dropped_last_block, swapped_head_map, wrong_scale
 
 # A query that sees nothing has a denominator of 0, whose logarithm the kernel takes on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
@@ -94,10 +93,10 @@ def test_runs_are_alike_bit_for_bit() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("mutant", [WrongScale, DroppedLastBlock, SwappedHeadMap])
-def test_planted_bugs_are_noticed(mutant: Any) -> None:
+@pytest.mark.parametrize("bug", [wrong_scale, dropped_last_block, swapped_head_map])
+def test_planted_bugs_are_noticed(bug: Run) -> None:
     with pytest.raises(AssertionError):
-        conformance.attention_matches_reference(mutant(backend), TINY)
+        conformance.attention_matches_reference(Mutant(bug, backend), TINY)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
@@ -155,8 +154,9 @@ def test_compiled_without_a_break() -> None:
         torch.compile(call, fullgraph=True, backend="eager")(q, k, v), expected, strict=True
     ):
         assert torch.equal(one, other)
-    op = torch.ops.seerattention.block_sparse_triton.default
-    args = q, k, v, selection.bits, [16, 16], selection.shape[3], 0.2, None, None, True, None, None
+    op = torch.ops.seerattention.block_sparse_attention.default
+    rest = 0.2, None, None, None, None, True, backend.__name__
+    args = q, k, v, selection.bits, [16, 16], selection.shape[3], [], *rest
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 

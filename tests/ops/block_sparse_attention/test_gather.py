@@ -57,3 +57,14 @@ def test_public_function_chooses_gather() -> None:
     scaled = block_sparse_attention(q, k, v, selection, scale=0.5)
     assert torch.equal(scaled, gather.run(q, k, v, selection, Options.of(q, k, scale=0.5))[0])
     assert torch.equal(block_sparse_attention(q, k, v, selection, scale=0.5, backend="gather"), scaled)
+
+
+def test_compiled_without_a_break() -> None:
+    shape = Shape(name="", heads=4, kv_heads=2, queries=100, keys=100, head_dim=16, block_size=(16, 16))
+    # As models hand them over: heads after tokens in memory.
+    qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(shape)]
+    selection = random_selection(shape, density=0.4)
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    out, plain = compiled(*qkv, selection), block_sparse_attention(*qkv, selection)
+    assert torch.equal(out, plain)
+    assert out.stride() == qkv[0].stride()

@@ -139,8 +139,8 @@ def test_compiled_without_a_break() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     for one, other in zip(compiled(q, k, v), call(q, k, v), strict=True):
         assert torch.equal(one, other)
-    op = torch.ops.seerattention.pooled_triton.default
-    args = q, k, v, [16, 16], [1, 4, 3, 7], False, 0.2, None, None, True, None, None
+    op = torch.ops.seerattention.pooled_attention.default
+    args = q, k, v, [16, 16], [], 0.2, None, None, None, None, False, True, backend.__name__
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from seerattention.ops.cases.pooled_attention import CASES
 from seerattention.ops.options import PoolOptions
-from seerattention.ops.pooled_attention import chunked
+from seerattention.ops.pooled_attention import chunked, pooled_attention
 from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv
@@ -29,3 +30,14 @@ def test_stays_within_its_budget(block_size: tuple[int, int], queries: int, kv_h
     with LargestTensor() as largest:
         chunked.run(q, k, v, block_size, PoolOptions.of(q, k))
     assert 4 * 4096 * 4096 > chunked.WORK_BYTES >= largest.bytes > chunked.WORK_BYTES // 2
+
+
+@pytest.mark.parametrize("name", ["batch", "packed", "sinks"])
+def test_compiled_without_a_break(name: str) -> None:
+    case = next(case for case in SMALL if case.name == name)
+    qkv, options = random_qkv(case), case.options()
+    compiled = torch.compile(pooled_attention, fullgraph=True, backend="aot_eager")
+    asked = {"sinks": options.sinks, "rows": options.rows, "return_lse": True}
+    plain = pooled_attention(*qkv, case.block_size, **asked)
+    for one, other in zip(compiled(*qkv, case.block_size, **asked), plain, strict=True):
+        assert torch.equal(one, other)

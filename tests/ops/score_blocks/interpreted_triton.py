@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seerattention.ops import language
 from seerattention.ops.cases.score_blocks import CASES, Case
+from seerattention.ops.launch import Launch
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.packed import check_packed_scores
@@ -25,11 +26,8 @@ kernel = BACKENDS["triton"]
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles, of different sizes, at the sizes that an interpreter computes."""
-    score = {"ROWS": 16, "COLUMNS": 16, "RESIDENT": 2, "num_warps": 4, "num_stages": 1}
-    back = {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(
-        kernel, "LAUNCH", {"narrow": {"score": score, "back": back}, "wide": {"score": score, "back": back}}
-    )
+    small = {"score": Launch(16, 16, 4, 1, resident=2), "back": Launch(16, 32, 4, 1)}
+    monkeypatch.setattr(kernel, "LAUNCHES", {"narrow": small, "wide": small})
     return
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from seerattention import baselines
 from seerattention.ops import language
 from seerattention.ops.cases.select_blocks import CASES, Case
+from seerattention.ops.launch import Launch
 from seerattention.ops.select_blocks import BACKENDS, select_blocks
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
@@ -52,8 +53,8 @@ POLICIES = [
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and chunks at the sizes that an interpreter computes."""
-    small = {"ROWS": 16, "COLUMNS": 16, "RESIDENT": 2, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(kernel, "LAUNCH", {"narrow": small, "wide": small})
+    small = Launch(16, 16, 4, 1, resident=2)
+    monkeypatch.setattr(kernel, "LAUNCHES", {"narrow": small, "wide": small})
     monkeypatch.setattr(kernel, "SCORE_BYTES", 4 * 2 * 16 * 32)
     return
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -276,13 +276,30 @@ def set_policy(model: nn.Module, policy: Policy | str) -> None:
     runtime.switch.handler = replace(sparse_layer(model), policy=current.policy)
 
 
-def usage(model: nn.Module) -> dict[str, int]:
+class Usage(dict[str, int]):
+    """How often a layer's attention ran sparse, or dense and why.
+
+    Attributes:
+        short: Sentences that say which prompts were too short for the density that a policy asks for, and
+            what was read of them instead.
+    """
+
+    def __init__(self, counts: Mapping[str, int], short: Iterable[str] = ()) -> None:
+        super().__init__(counts)
+        self.short = tuple(short)
+
+    def __repr__(self) -> str:
+        return "; ".join([super().__repr__(), *(f"too short: {why}" for why in self.short)])
+
+
+def usage(model: nn.Module) -> Usage:
     """Return how often a layer's attention ran sparse, or dense and why, since attaching.
 
     Raises:
         ValueError: If nothing is attached.
     """
-    return dict(sparse_layer(model).usage)
+    layer = sparse_layer(model)
+    return Usage(layer.usage, layer.short.values())
 
 
 @contextmanager

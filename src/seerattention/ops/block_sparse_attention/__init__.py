@@ -105,8 +105,7 @@ def block_sparse_attention(
     _check_selection(q, k, selection, options)
     args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}
     module = choose(BACKENDS, ORDER, backend, **args)
-    differentiable = _autograd.wanted(q, k, v, sinks) and hasattr(module, "backward")
-    out, lse = _autograd.run(module.__name__, **args) if differentiable else module.run(**args)
+    out, lse = _autograd.run(module, **args)
     return Attended(out, lse) if return_lse else out
 
 

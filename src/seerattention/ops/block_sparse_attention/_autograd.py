@@ -1,65 +1,47 @@
-"""What makes a backend differentiable that comes with a ``backward`` of its own.
-
-One operator for all of them, so that compilers see a call, its shapes and its gradient, and no kernels.
-"""
+"""One operator for the backends with a ``backward`` of their own, which makes them differentiable."""
 
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.dispatch import outside_autocast
+from seerattention.ops.operators import FLAT, as_told, flatten, like, told, unflatten
 from seerattention.ops.options import Options
-from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
 
 
-def wanted(*inputs: Tensor | None) -> bool:
-    """Whether a gradient of one of the inputs is asked for."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
 def run(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Return what the backend's ``run`` does, differentiable once in q, k, v and sinks.
-
-    Args:
-        backend: The full name of its module, which has a function ``backward``.
-        q: ``[B, Hq, Tq, D]``.
-        k: ``[B, Hk, Tk, D]``.
-        v: ``[B, Hk, Tk, D]``.
-        selection: The blocks to read.
-        options: The options.
-    """
+    backend: ModuleType, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
+) -> tuple[Tensor, Any]:
+    """Return what a backend's ``run`` does; with a ``backward``, differentiable once in q, k, v and sinks."""
+    inputs = (q, k, v, options.sinks)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if not hasattr(backend, "backward") or not (learns or torch.compiler.is_compiling()):
+        return backend.run(q, k, v, selection, options)
     return _attend(
-        q, k, v, selection.bits, list(selection.block_size), selection.shape[3], options.scale,
-        options.softcap, options.sinks, **options.starts, backend=backend,
+        q, k, v, selection.bits, list(selection.block_size), selection.shape[3], *flatten(options),
+        learns or options.return_lse, backend.__name__,
     )  # fmt: skip
 
 
 #: What the operators take besides tensors that have a gradient, as torch writes it.
-_REST = (
-    "Tensor bits, int[] block_size, int columns, float scale, float? softcap, Tensor? sinks, "
-    "Tensor? starts_q, Tensor? starts_k, str backend"
-)
+_REST = f"Tensor bits, int[] block_size, int columns, {FLAT}, bool return_lse, str backend"
 
 
 def _call(
-    q: Tensor, k: Tensor, bits: Tensor, block_size: list[int], columns: int, scale: float,
-    softcap: float | None, sinks: Tensor | None, starts_q: Tensor | None, starts_k: Tensor | None,
-    backend: str,
-) -> tuple[Any, BlockSelection, Options]:  # fmt: skip
+    q: Tensor, k: Tensor, bits: Tensor, block_size: list[int], columns: int, *rest: Any
+) -> tuple[Any, BlockSelection, Options]:
     """Put together again what an operator cannot take."""
-    block_q, block_k = block_size
+    *options, return_lse, backend = rest
     batch, heads, rows = bits.shape[:3]
-    selection = BlockSelection(bits, (batch, heads, rows, columns), (block_q, block_k))
-    where = Rows(q.shape[2], k.shape[2], starts_q, starts_k)
-    options = Options(rows=where, scale=scale, softcap=softcap, sinks=sinks, return_lse=True)
-    return importlib.import_module(backend), selection, options
+    selection = BlockSelection(bits, (batch, heads, rows, columns), (block_size[0], block_size[1]))
+    whole = Options(return_lse=return_lse, **unflatten(q, k, tuple(options)))
+    return importlib.import_module(backend), selection, whole
 
 
 @torch.library.custom_op(
@@ -69,15 +51,12 @@ def _call(
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     module, selection, options = _call(q, k, *rest)
-    out, lse = module.run(q, k, v, selection, options)
-    # A compiler is told one layout, whatever the backend's is.
-    return out.contiguous(), lse.contiguous()
+    return as_told(q, *module.run(q, k, v, selection, options))
 
 
 @_attend.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+    return told(q, return_lse=rest[-2])
 
 
 @torch.library.custom_op(
@@ -92,6 +71,7 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module, selection, options = _call(q, k, *rest)
     dq, dk, dv, delta = module.backward(grad, grad_lse, q, k, v, out, lse, selection, options)
+    dq, dk, dv = (like(x, of) for x, of in ((dq, q), (dk, k), (dv, v)))
     if options.sinks is None:
         return dq, dk, dv, q.new_empty(0)
     # A sink is a score like any other, whose value is zero.
@@ -103,22 +83,22 @@ def _differentiate(
 def _(
     grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sinks = rest[5]
+    sinks = rest[6]
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bits, *settings, sinks, starts_q, starts_k, ctx.backend = inputs
+    q, k, v, bits, *settings, sinks, starts_q, starts_k, _, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, bits, sinks, starts_q, starts_k)
     ctx.settings = settings
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     *inputs, bits, sinks, starts_q, starts_k = ctx.saved_tensors
-    rest = bits, *ctx.settings, sinks, starts_q, starts_k, ctx.backend
+    rest = bits, *ctx.settings, sinks, starts_q, starts_k, True, ctx.backend
     dq, dk, dv, dsinks = _differentiate(grad, grad_lse, *inputs, *rest)
-    return dq, dk, dv, *(None,) * 5, None if sinks is None else dsinks, None, None, None
+    return dq, dk, dv, *(None,) * 6, None if sinks is None else dsinks, *(None,) * 4
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.attention_scores import by_block
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -21,10 +22,7 @@ from seerattention.selection import BlockSelection
 #: Bytes of gathered keys, values and scores per batched product; at least one row is taken.
 WORK_BYTES = 8 * 2**20
 
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
-    """Return the reasons why this backend cannot run."""
-    return []
+unsupported = runs_everything
 
 
 def run(
@@ -91,9 +89,7 @@ def backward(
         dq[part.group] = torch.bmm(dscores, key) * options.scale
         for total, weights, x in ((dk, dscores, query), (dv, share, g)):
             total.index_add_(0, part.where, torch.bmm(weights.mT, x).view(-1, block_k, dim).to(wide))
-    dq, dk, dv = (
-        _from_blocks(x, like, rows).to(like.dtype).contiguous() for x, like in ((dq, q), (dk, k), (dv, v))
-    )
+    dq, dk, dv = (_from_blocks(x, like, rows).to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, delta
 
 
@@ -187,10 +183,7 @@ def _to_blocks(x: Tensor, size: int, rows: Rows) -> Tensor:
         padded = x.new_zeros(x.shape[1], blocks * size, x.shape[3])
         padded[:, _in_blocks(rows, x.shape[2], size, x.device)] = x[0]
         return padded.view(-1, size, x.shape[3])
-    missing = -x.shape[2] % size
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    return x.reshape(-1, size, x.shape[3])
+    return by_block(x, size, 2).flatten(0, 2)
 
 
 def _from_blocks(x: Tensor, like: Tensor, rows: Rows) -> Tensor:

@@ -6,7 +6,6 @@ The kernel is in ``kernels/hopper.py``; docs/kernels.md has its design and its m
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from typing import Any
 
@@ -35,14 +34,11 @@ RING_BYTES = 224 * 1024
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = why_not(q, k, v, options)
-    if selection.block_size[0] % TILE or selection.block_size[1] % TILE:
-        reasons.append(f"blocks must be multiples of {TILE} tokens, got {selection.block_size}")
-    return reasons
+    return why_not(q, k, v, selection.block_size, options)
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
-    """Return the reasons why the kernel cannot run, whatever the blocks are."""
+def why_not(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], options: Options) -> list[str]:
+    """Return the reasons why the kernel cannot run."""
     reasons = []
     if kernel is None:
         reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
@@ -68,6 +64,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[str]:
         reasons.append("it has no softcap")
     if options.packed:
         reasons.append("it takes no packed sequences")
+    if block_size[0] % TILE or block_size[1] % TILE:
+        reasons.append(f"blocks must be multiples of {TILE} tokens, got {block_size}")
     return reasons
 
 
@@ -75,28 +73,8 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``."""
-    # A custom operator costs tens of microseconds, which only a compiler needs to spend.
-    launch = _operator if torch.compiler.is_compiling() else _launch
-    out, lse = launch(
-        q, k, v, selection.bits, *selection.block_size, options.scale, options.sinks, options.return_lse
-    )
+    out, lse = start(q, k, v, selection.bits, selection.block_size, options)
     return out, lse if options.return_lse else None
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    sinks: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = outputs(q, with_lse)
-    start(q, k, v, bits, (block_q, block_k), scale, sinks, out, lse)
-    return out, lse
 
 
 def start(
@@ -105,36 +83,33 @@ def start(
     v: Tensor,
     bits: Tensor,
     block_size: tuple[int, int],
-    scale: float,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    options: Options,
     shares: Tensor | None = None,
-) -> None:
-    """Start the kernel, which fills ``out``, ``lse`` unless it is empty, and ``shares`` if given.
+) -> tuple[Tensor, Tensor]:
+    """Start the kernel and return the output and its logarithms, empty unless asked for; fill ``shares``.
 
     Args:
-        q: ``[B, Hq, Tq, D]`` and like ``k`` and ``v`` as `unsupported` wants them.
+        q: ``[B, Hq, Tq, D]`` and like ``k`` and ``v`` as `why_not` wants them.
         k: ``[B, Hk, Tk, D]``.
         v: ``[B, Hk, Tk, D]``.
         bits: int32 ``[1 or B, divisor of Hq, Nq, words]``, see `BlockSelection`.
         block_size: Tokens per (query block, KV block).
-        scale: Softmax scale.
-        sinks: ``[Hq]`` or None.
-        out: Contiguous ``[B, Hq, Tq, D]``.
-        lse: Contiguous fp32 ``[B, Hq, Tq]`` or empty.
+        options: The options.
         shares: Zeroed fp32 ``[B, Hq, ceil(Tq / 64), ceil(Tk / 64)]`` for the largest probability of every
             64 queries and 64 keys; all blocks must be selected then.
     """
     assert kernel is not None
     batch, heads, num_queries, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = out.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
     # Both warpgroups of a multiprocessor take halves of one query block where it has 128 tokens: they
     # read the same list, so each tile is loaded once for both.
     share = block_size[0] % (2 * TILE) == 0
     tiles, tiles_k = num_blocks(num_queries, TILE), num_blocks(k.shape[2], TILE)
     items = batch * heads * num_blocks(tiles, 2 if share else 1)
     stages = RING_BYTES // (TILE * dim * q.element_size()) // (1 if share else 2)
-    programs = min(_processors(q.device), num_blocks(items, 1 if share else 2))
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(processors, num_blocks(items, 1 if share else 2))
     # A kernel argument that is not used still needs a pointer.
     maxima = lse
     if shares is not None:
@@ -144,7 +119,7 @@ def start(
             *(kernel.descriptor(x, TILE) for x in (q, k, v)),
             out,
             lse,
-            out if sinks is None else sinks.float().contiguous(),
+            out if options.sinks is None else options.sinks.float().contiguous(),
             maxima,
             lse if shares is None else shares,
             bits.contiguous(),
@@ -160,41 +135,22 @@ def start(
             tiles_k,
             k.shape[2] - num_queries,
             num_queries,
-            scale * LOG2E,
+            options.scale * LOG2E,
             D=dim,
             BLOCK_Q=block_size[0],
             PARTS=block_size[1] // TILE,
             STAGES=stages,
             WORDS=max(32, 1 << (bits.shape[3] - 1).bit_length()),
             SHARE=share,
-            LSE=lse.numel() > 0,
-            SINKS=sinks is not None,
+            LSE=options.return_lse,
+            SINKS=options.sinks is not None,
             MAP=shares is not None,
             num_warps=4,
         )
-
-
-_operator = torch.library.custom_op("seerattention::block_sparse_hopper", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return outputs(q, with_lse=rest[-1])
+    return out, lse
 
 
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.
 @torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the output and, if wanted, its logarithms."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_shape = q.shape[:3] if with_lse else (0,)
-    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)

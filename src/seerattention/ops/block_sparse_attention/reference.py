@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def token_mask(selection: BlockSelection, num_heads: int, rows: Rows) -> Tensor:
@@ -42,11 +40,16 @@ def run(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Return the output and the logarithm of the softmax's denominator of sequences of one length."""
-    groups = q.shape[1] // k.shape[1]
     # 0 * nan is nan, also in gradients: zero the keys and values that no query of the head reads.
     unread = ~mask.any(2)[..., None]
-    keys, values = (x.repeat_interleave(groups, 1).masked_fill(unread, 0) for x in (k, v))
-    scores = (q * options.scale) @ keys.mT
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).masked_fill(unread, 0) for x in (k, v))
+    share, lse = shares(q, keys, mask, options)
+    return share @ values, lse
+
+
+def shares(q: Tensor, k: Tensor, mask: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the softmax map ``[B, Hq, Tq, Tk]`` and its denominators' logarithms; k has Hq heads here."""
+    scores = (q * options.scale) @ k.mT
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -54,5 +57,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> 
         sinks = options.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
     lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
-    share = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
-    return share @ values, lse
+    return torch.softmax(scores, dim=-1)[..., : k.shape[2]], lse

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
+from seerattention.ops.operators import FLAT, as_told, flatten, told, unflatten
 from seerattention.ops.options import PoolOptions
 from seerattention.rows import Rows
 
@@ -122,4 +125,39 @@ def _run(
     if rows is not None:
         k, v = k[:, :, : rows.num_keys], None if v is None else v[:, :, : rows.num_keys]
     args = {"q": q, "k": k, "v": v, "block_size": block_size, "options": options}
-    return choose(BACKENDS, ORDER, backend, **args).run(**args)
+    module = choose(BACKENDS, ORDER, backend, **args)
+    if not torch.compiler.is_compiling():
+        return module.run(**args)
+    rest = *flatten(options), options.per_kv_head, options.return_lse, module.__name__
+    out, target, lse = _operator(q, k, v, list(block_size), *rest)
+    return None if v is None else out, target, lse if options.return_lse else None
+
+
+def _options(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> PoolOptions:
+    *given, per_kv_head, return_lse, _ = rest
+    return PoolOptions(per_kv_head=per_kv_head, return_lse=return_lse, **unflatten(q, k, tuple(given)))
+
+
+@torch.library.custom_op(
+    "seerattention::pooled_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor? v, int[] block_size, {FLAT}, bool per_kv_head, bool return_lse, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: list[int], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = importlib.import_module(rest[-1]).run
+    out, target, lse = run(q, k, v, (block_size[0], block_size[1]), _options(q, k, rest))
+    out, lse = as_told(q, out, lse)
+    return out, target.contiguous(), lse
+
+
+@_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor | None, block_size: list[int], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = _options(q, k, rest)
+    shape = options.map_shape(q, k, (block_size[0], block_size[1]))
+    out, lse = told(q, options.return_lse)
+    return q.new_empty(0) if v is None else out, q.new_empty(shape, dtype=torch.float32), lse

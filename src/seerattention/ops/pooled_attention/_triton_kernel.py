@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.language import (
-    add_values,
+    add_product,
     cap,
     jit,
     load_tile,
@@ -112,7 +112,7 @@ def _step(
             v = tl.load(v_ptrs)
         else:
             v = tl.load(v_ptrs, mask=(dims < D)[None, :], other=0.0)
-        acc = add_values(acc, fade, p, v, scale)
+        acc = add_product(acc * fade[:, None], p, v, scale)
     return acc, maximum, total
 
 

@@ -10,9 +10,10 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.attention_scores import by_block
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import PoolOptions
 from seerattention.rows import num_blocks
 
@@ -21,12 +22,7 @@ from seerattention.rows import num_blocks
 WORK_BYTES = 8 * 2**20
 CUDA_WORK_BYTES = 512 * 2**20
 
-
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
-) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(
@@ -90,7 +86,9 @@ def _attend(
         if options.return_lse:
             lse[:, rows] = scores.logsumexp(-1)
         share = torch.softmax(scores, -1)[..., :seen]
-        pooled = _block_max(share, block_size)
+        pooled = share
+        for dim, size in ((-1, block_size[1]), (-2, block_q)):
+            pooled = by_block(pooled, size, dim).amax(dim)
         if options.per_kv_head:
             pooled = pooled.amax(0, keepdim=True)
         target[:, first:until, : pooled.shape[2]] = pooled
@@ -107,13 +105,3 @@ def _slice_blocks(budget: int, groups: int, block_q: int, seen: int) -> int:
     """
     area = budget // (4 * groups * block_q)
     return max(1, (math.isqrt(seen * seen + 4 * block_q * area) - seen) // (2 * block_q))
-
-
-def _block_max(share: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """Max-pool ``[G, rows, columns]`` to ``[G, N, M]``; short last blocks count what they have."""
-    for dim, size in ((-1, block_size[1]), (-2, block_size[0])):
-        missing = -share.shape[dim] % size
-        if missing:
-            share = F.pad(share, (0, missing) if dim == -1 else (0, 0, 0, missing))
-        share = share.unflatten(dim, (-1, size)).amax(dim)
-    return share.float()

@@ -24,10 +24,7 @@ def unsupported(
     """Return the reasons why this backend cannot run."""
     if v is None:
         return ["it computes the output, for which it needs v"]
-    reasons = hopper.why_not(q, k, v, options)
-    if block_size[0] % hopper.TILE or block_size[1] % hopper.TILE:
-        reasons.append(f"blocks must be multiples of {hopper.TILE} tokens, got {block_size}")
-    return reasons
+    return hopper.why_not(q, k, v, block_size, options)
 
 
 def run(
@@ -35,39 +32,14 @@ def run(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return the output, the row-normalised block-max map, and lse (None unless asked)."""
     assert v is not None
-    launch = _operator if torch.compiler.is_compiling() else _launch
-    out, target, lse = launch(q, k, v, options.scale, options.sinks, options.return_lse)
+    tiles = (num_blocks(x.shape[2], hopper.TILE) for x in (q, k))
+    target = torch.zeros(*q.shape[:2], *tiles, dtype=torch.float32, device=q.device)
+    rows, columns = num_blocks(q.shape[2], BLOCK[0]), num_blocks(k.shape[2], BLOCK[1])
+    every = torch.full((1, 1, rows, num_blocks(columns, 32)), -1, dtype=torch.int32, device=q.device)
+    out, lse = hopper.start(q, k, v, every, BLOCK, options, target)
     if options.per_kv_head:
         target = target.unflatten(1, (k.shape[1], -1)).amax(2)
     pool = (block_size[0] // hopper.TILE, block_size[1] // hopper.TILE)
     if pool != (1, 1):
         target = F.max_pool2d(target, pool, ceil_mode=True)
     return out, target.div_(target.sum(-1, keepdim=True)), lse if options.return_lse else None
-
-
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, with_lse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the largest weight of every 64 queries and 64 keys, and lse (empty unless asked)."""
-    out, shares, lse = _outputs(q, k, with_lse)
-    shares.zero_()
-    rows, columns = num_blocks(q.shape[2], BLOCK[0]), num_blocks(k.shape[2], BLOCK[1])
-    every = torch.full((1, 1, rows, num_blocks(columns, 32)), -1, dtype=torch.int32, device=q.device)
-    hopper.start(q, k, v, every, BLOCK, scale, sinks, out, lse, shares)
-    return out, shares, lse
-
-
-def _outputs(q: Tensor, k: Tensor, with_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = hopper.outputs(q, with_lse)
-    tiles = (num_blocks(x.shape[2], hopper.TILE) for x in (q, k))
-    return out, torch.empty(*q.shape[:2], *tiles, dtype=torch.float32, device=q.device), lse
-
-
-_operator = torch.library.custom_op("seerattention::pooled_hopper", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, with_lse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(q, k, with_lse)

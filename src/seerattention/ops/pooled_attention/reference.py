@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.block_sparse_attention.reference import shares
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import PoolOptions
 
-
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
-) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(
@@ -46,15 +43,7 @@ def _attend(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return output, map and lse of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
-    scores = (q * options.scale) @ k.repeat_interleave(groups, 1).mT
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if options.sinks is not None:
-        sinks = options.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], -1)
-    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
-    share = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
+    share, lse = shares(q, k.repeat_interleave(groups, 1), mask, options)
     pooled = F.max_pool2d(share.float(), block_size, stride=block_size, ceil_mode=True)
     if options.per_kv_head:
         pooled = pooled.unflatten(1, (k.shape[1], groups)).amax(2)

@@ -12,24 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import (
-    padded,
-    power_of_two,
-    unsupported_dtype,
-    unsupported_here,
-    unsupported_strides,
-)
-from seerattention.ops.launch import Launch
+from seerattention.ops.language import power_of_two, unsupported_attention
+from seerattention.ops.launch import Launch, numbers, positive, starts
 from seerattention.ops.options import PoolOptions
 from seerattention.ops.pooled_attention._triton_kernel import pooled_kernel
 from seerattention.ops.tma import tiles
 from seerattention.rows import num_blocks
 
-MAX_HEAD_DIM = 256
 BLOCKS_Q = (1, 16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
-#: Maxima that one step of the epilogue holds; half as many where the map has a row per query, whose
-#: addresses take registers too.
+#: Maxima that one step of the epilogue holds.
 CHUNK_CELLS = 8192
 
 
@@ -61,77 +53,35 @@ def unsupported(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = unsupported_here(q) + unsupported_dtype(q.dtype)
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    reasons = unsupported_attention(q, k=k, v=v, sinks=options.sinks, **options.starts)
     for name, size, allowed in zip(("query", "KV"), block_size, (BLOCKS_Q, BLOCKS_K), strict=True):
         if size not in allowed:
             listed = ", ".join(map(str, allowed))
             reasons.append(f"{name} blocks must have one of {listed} tokens, got {size}")
-    return reasons + unsupported_strides(q=q, k=k, v=v, sinks=options.sinks, **options.starts)
+    return reasons
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
-    # A custom operator costs tens of microseconds, which only a compiler needs to spend.
-    launch = _operator if torch.compiler.is_compiling() else _launch
-    out, pooled, lse = launch(
-        q, k, v, list(block_size), list(options.map_shape(q, k, block_size)), options.per_kv_head,
-        options.scale, options.softcap, options.sinks, options.return_lse, **options.starts,
-    )  # fmt: skip
-    return None if v is None else out, pooled, lse if options.return_lse else None
-
-
-def _chunk(launch: Launch, block_q: int, merge: int) -> int:
-    """Columns of the map that one step of the epilogue makes."""
-    limit = CHUNK_CELLS // 2 if block_q == 1 else CHUNK_CELLS
-    return max(1, min(128, limit // (launch.block_m * merge)))
-
-
-def _outputs(
-    q: Tensor, v: Tensor | None, shape: list[int], return_lse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = q.new_empty(0) if v is None else torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-    return out, q.new_zeros(shape, dtype=torch.float32), lse
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    block_size: list[int],
-    map_shape: list[int],
-    per_kv_head: bool,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Start the kernel."""
-    if scale <= 0:
-        # The kernel takes maxima and masks before it scales.
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    out, pooled, lse = _outputs(q, v, map_shape, return_lse)
-    batch, heads, num_queries, head_dim = q.shape
-    kv_heads = k.shape[1]
+    q, options = positive(q, options)
+    values = k if v is None else v
+    out = q if v is None else torch.empty_like(q)
+    pooled = q.new_zeros(options.map_shape(q, k, block_size), dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
     block_q, block_k = block_size
-    launch = launch_of(head_dim, num_queries, q.element_size())
-    block_d = padded(head_dim)
-    sequences = 0 if starts_q is None else len(starts_q) - 1
-    rows = num_blocks(num_queries, max(block_q, launch.block_m)) + max(0, sequences - 1)
-    items = batch * (kv_heads if per_kv_head else heads) * rows
+    launch = launch_of(q.shape[3], q.shape[2], q.element_size())
+    rows = num_blocks(q.shape[2], max(block_q, launch.block_m)) + max(0, options.sequences - 1)
+    items = q.shape[0] * pooled.shape[1] * rows
     programs = min(items, launch.most_programs(q.device))
     cell = min(block_k, launch.block_n)
+    # Where the map has a row per query, addresses take registers too.
+    held = CHUNK_CELLS // 2 if block_q == 1 else CHUNK_CELLS
     cells = num_blocks(k.shape[2], launch.block_n) * (launch.block_n // cell)
     scratch = torch.empty(programs * cells * launch.block_m, dtype=torch.float32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    described = tiles(launch.block_n, block_d, k, v) if launch.tma else None
-    values = k if v is None else v
+    described = tiles(launch.block_n, k, values) if launch.tma else None
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
         pooled_kernel[(programs,)](
@@ -144,46 +94,24 @@ def _launch(
             lse,
             scratch,
             counter,
-            counter if sinks is None else sinks,
-            counter if starts_q is None else starts_q,
-            counter if starts_k is None else starts_k,
-            *(x.stride()[:3] for x in (q, k, values, q if v is None else out)),
+            counter if options.sinks is None else options.sinks,
+            *starts(options, counter),
+            *(x.stride()[:3] for x in (q, k, values, out)),
             items,
             rows,
-            map_shape[2],
-            map_shape[3],
+            pooled.shape[2],
+            pooled.shape[3],
             cells,
-            num_queries,
+            q.shape[2],
             k.shape[2],
-            sequences,
-            scale,
-            0.0 if softcap is None else softcap,
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            PER_KV_HEAD=per_kv_head,
-            D=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            CHUNK=_chunk(launch, block_q, block_k // cell),
+            *numbers(options),
+            PER_KV_HEAD=options.per_kv_head,
+            CHUNK=max(1, min(128, held // (launch.block_m * (block_k // cell)))),
             DIRECT=launch.direct and q.is_cuda and torch.version.hip is None,
             TMA=described is not None,
             HAS_V=v is not None,
-            SOFTCAP=softcap is not None,
-            SINKS=sinks is not None,
-            LSE=return_lse,
-            SEQUENCES=power_of_two(sequences) if sequences else 0,
-            **launch.constants(),
+            SINKS=options.sinks is not None,
+            LSE=options.return_lse,
+            **launch.constants(q, k, block_size, options),
         )
-    return out, pooled, lse
-
-
-_operator = torch.library.custom_op("seerattention::pooled_triton", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor | None, block_size: list[int], map_shape: list[int], per_kv_head: bool,
-    scale: float, softcap: float | None, sinks: Tensor | None, return_lse: bool, *starts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _outputs(q, v, map_shape, return_lse)
+    return None if v is None else out, pooled, lse if options.return_lse else None

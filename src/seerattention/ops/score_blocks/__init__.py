@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.ops.dispatch import choose, load_backends, outside_autocast
+from seerattention.ops.options import ScoreOptions
 from seerattention.ops.score_blocks.chunked import SLICE_BYTES as SLICE_BYTES
 from seerattention.rows import Rows, num_blocks
 
@@ -57,29 +60,24 @@ def score_blocks(
 
     Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks are this project's (docs/method.md).
     """
-    _check(queries, keys, sub_blocks, rows, block_size)
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    options = {"sub_blocks": sub_blocks, "scale": scale, "rows": rows, "block_size": block_size}
-    run = choose(BACKENDS, ORDER, backend, queries=queries, keys=keys, **options).run
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    options = ScoreOptions(sub_blocks=sub_blocks, scale=factor, rows=rows, block_size=block_size)
+    _check(queries, keys, options)
+    run = choose(BACKENDS, ORDER, backend, queries=queries, keys=keys, options=options).run
     if rows is None or not rows.is_packed:
-        return run(queries, keys, **options)
+        return run(queries, keys, options)
     size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
     places, longest = rows.places(rows.num_queries, size_q), rows.num_blocks(block_size)[1]
     parts = []
     for one in rows.sequences():
         own = keys[one.index, None, :, : num_blocks(one.rows.num_keys, size_k)]
-        part = run(queries[:, :, places[one.index]], own, **options | {"rows": one.rows})
+        part = run(queries[:, :, places[one.index]], own, replace(options, rows=one.rows))
         parts.append(F.pad(part, (0, longest - part.shape[3])))
     return torch.cat(parts, 2)
 
 
-def _check(
-    queries: Tensor,
-    keys: Tensor,
-    sub_blocks: tuple[int, int],
-    rows: Rows | None,
-    block_size: tuple[int, int],
-) -> None:
+def _check(queries: Tensor, keys: Tensor, options: ScoreOptions) -> None:
+    sub_blocks, rows, block_size = options.sub_blocks, options.rows, options.block_size
     for name, x in (("queries", queries), ("keys", keys)):
         if x.dim() != 4 or not x.numel():
             raise ValueError(f"{name} must be [B, H, S >= 1, E], got {list(x.shape)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from seerattention.ops.attention_scores import by_block
 
 
 def max_over_sub_blocks(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
@@ -13,11 +15,7 @@ def max_over_sub_blocks(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
     for dim, subs in ((-1, subs_k), (-2, subs_q)) if learns else ((-2, subs_q), (-1, subs_k)):
         if subs == 1:
             continue
-        missing = -products.shape[dim] % subs
-        if missing:
-            pad = (0, missing) if dim == -1 else (0, 0, 0, missing)
-            products = nn.functional.pad(products, pad, value=float("-inf"))
-        products = products.unflatten(dim, (-1, subs))
+        products = by_block(products, subs, dim, float("-inf"))
         # amax, faster, would share a gradient among equals; max gives it to the first of them.
         products = products.max(dim).values if learns else products.amax(dim)
     return products

@@ -1,4 +1,4 @@
-"""Kernels of `score_blocks`: one that scores and remembers which pair won, two that send gradients back.
+"""Kernels of `score_blocks`: one that scores and remembers which pair won, one that sends gradients back.
 
 In all of them sub-block ``i`` of many query blocks meets sub-block ``j`` of many KV blocks in one product,
 so that whatever belongs to a block pair lies in the same place of every tile: maxima, and the choice of
@@ -10,7 +10,7 @@ the winning pair, are taken register by register.
 
 from __future__ import annotations
 
-from seerattention.ops.language import jit, tl
+from seerattention.ops.language import add_product, best_products, jit, tl
 
 
 @jit("query_subs", "key_subs", "rows", "columns", "past")
@@ -34,42 +34,25 @@ def score(
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
     KEEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write a tile of block scores and, if wanted, the number of the pair that each came from."""
-    across = tl.cdiv(columns, COLUMNS)
+    across = tl.cdiv(columns, BLOCK_N)
     # The last rows see the most blocks: first.
-    down = tl.cdiv(rows, ROWS) - 1 - tl.program_id(1) // across
-    row = down * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    seen = tl.minimum(columns, (past + (down + 1) * ROWS * BLOCK_Q - 1) // BLOCK_K + 1) if CAUSAL else columns
-    if (tl.program_id(1) % across) * COLUMNS < seen:
+    down = tl.cdiv(rows, BLOCK_M) - 1 - tl.program_id(1) // across
+    row = down * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(1) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    latest = past + (down + 1) * BLOCK_M * BLOCK_Q - 1
+    seen = tl.minimum(columns, latest // BLOCK_K + 1) if CAUSAL else columns
+    if (tl.program_id(1) % across) * BLOCK_N < seen:
         head = tl.program_id(0).to(tl.int64)
-        e = tl.arange(0, E_PAD)
-        first_q = queries + head * query_subs * E + e[None, :]
-        first_k = keys + (head // GROUP) * key_subs * E + e[:, None]
-        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
-        winner = tl.full([ROWS, COLUMNS], SUBS_Q * SUBS_K, tl.int32)
-        for held in range(0, SUBS_Q, RESIDENT):
-            parts = ()
-            for sub in tl.static_range(RESIDENT):
-                # A short last block repeats its last summary: equal to an earlier pair, it never wins.
-                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, query_subs - 1)[:, None] * E
-                query = tl.load(at_q, mask=(e < E)[None, :], other=0.0)
-                parts = parts + (query,)  # noqa: RUF005, Triton has no stars
-            for sub_k in range(SUBS_K):
-                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[None, :] * E
-                key = tl.load(at_k, mask=(e < E)[:, None], other=0.0)
-                for sub in tl.static_range(RESIDENT):
-                    product = tl.dot(parts[sub], key, input_precision=PRECISION)
-                    if KEEP:
-                        pair = (held + sub) * SUBS_K + sub_k
-                        better = (product > best) | ((product == best) & (winner > pair))
-                        winner = tl.where(better, pair, winner)
-                    best = tl.maximum(best, product)
+        best, winner = best_products(
+            queries + head * query_subs * E, keys + (head // GROUP) * key_subs * E, row, column,
+            query_subs - 1, key_subs - 1, E, E_PAD, 0, SUBS_Q, SUBS_K, RESIDENT, PRECISION, KEEP,
+        )  # fmt: skip
         best *= scale
         if CAUSAL:
             last_query = past + row * BLOCK_Q + (BLOCK_Q - 1)
@@ -82,10 +65,10 @@ def score(
 
 
 @jit("query_subs", "key_subs", "rows", "columns", "past")
-def back_to_queries(
+def back(
     gradient,
     winners,
-    keys,
+    other,
     unit,
     out,
     query_subs,
@@ -102,125 +85,63 @@ def back_to_queries(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TO_KEYS: tl.constexpr,
 ):
-    """Write the gradient of one sub-block of `ROWS` query blocks: their winning keys, weighted."""
-    head = tl.program_id(0).to(tl.int64)
-    down = tl.cdiv(rows, ROWS) - 1 - tl.program_id(1) // SUBS_Q
-    sub_q = tl.program_id(1) % SUBS_Q
-    row = down * ROWS + tl.arange(0, ROWS)
-    e = tl.arange(0, E_PAD)
-    keys += (head // GROUP) * key_subs * E + e[None, :]
-    gradient += head * rows * columns
-    winners += head * rows * columns
-    end = tl.minimum(columns, (past + (down + 1) * ROWS * BLOCK_Q - 1) // BLOCK_K + 1) if CAUSAL else columns
-    last = (past + row * BLOCK_Q + (BLOCK_Q - 1)) // BLOCK_K
-    total = tl.zeros([ROWS, E_PAD], tl.float32)
-    for start in range(0, end, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        given = (row < rows)[:, None] & (column < columns)[None, :]
-        if CAUSAL:
-            given &= column[None, :] <= last[:, None]
-        weight, pair = _weights(gradient, winners, row[:, None] * columns + column[None, :], given)
-        if unit is not None:
-            weight /= tl.load(unit)
-        pair -= sub_q * SUBS_K
-        for sub_k in range(SUBS_K):
-            at = keys + tl.minimum(column * SUBS_K + sub_k, key_subs - 1)[:, None] * E
-            key = tl.load(at, mask=(e < E)[None, :], other=0.0)
-            part = tl.where(pair == sub_k, weight, 0.0).to(key.dtype)
-            total = _add_product(part, key, total, scale)
-    _store(out + head * query_subs * E, total, row * SUBS_Q + sub_q, query_subs, unit, scale, E)
+    """Write the gradient of one sub-block of a tile of blocks: the other side's summaries that won, weighted.
 
-
-@jit("query_subs", "key_subs", "rows", "columns", "past")
-def back_to_keys(
-    gradient,
-    winners,
-    queries,
-    unit,
-    out,
-    query_subs,
-    key_subs,
-    rows,
-    columns,
-    past,
-    scale,
-    GROUP: tl.constexpr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    SUBS_Q: tl.constexpr,
-    SUBS_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write the gradient of one sub-block of `COLUMNS` KV blocks, from all heads of its group."""
-    head_k = tl.program_id(0).to(tl.int64)
-    # The first blocks are seen by the most rows: they come first by themselves.
-    tile, sub_k = tl.program_id(1) // SUBS_K, tl.program_id(1) % SUBS_K
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    The tile is of `BLOCK_M` query blocks, or with TO_KEYS of `BLOCK_N` KV blocks, from all heads of a group.
+    """
+    MINE: tl.constexpr = BLOCK_N if TO_KEYS else BLOCK_M
+    SUBS: tl.constexpr = SUBS_K if TO_KEYS else SUBS_Q
+    OTHER_SUBS: tl.constexpr = SUBS_Q if TO_KEYS else SUBS_K
+    tile, sub = tl.program_id(1) // SUBS, tl.program_id(1) % SUBS
+    if TO_KEYS:
+        # The first blocks are seen by the most rows: they come first by themselves.
+        before = tl.maximum(tile * BLOCK_N * BLOCK_K - past, 0) if CAUSAL else 0
+        first = before // (BLOCK_Q * BLOCK_M) * BLOCK_M
+        end, subs, other_subs = rows, key_subs, query_subs
+    else:
+        # The last rows see the most blocks: first.
+        tile = tl.cdiv(rows, BLOCK_M) - 1 - tile
+        latest = past + (tile + 1) * BLOCK_M * BLOCK_Q - 1
+        first, end = 0, tl.minimum(columns, latest // BLOCK_K + 1) if CAUSAL else columns
+        subs, other_subs = query_subs, key_subs
+    mine = tile * MINE + tl.arange(0, MINE)
     e = tl.arange(0, E_PAD)
-    first = tl.maximum(tile * COLUMNS * BLOCK_K - past, 0) // (BLOCK_Q * ROWS) * ROWS if CAUSAL else 0
-    # How far a row's first query may be before the KV block, for the row to see it.
-    before = column * BLOCK_K - (past + BLOCK_Q - 1)
-    total = tl.zeros([COLUMNS, E_PAD], tl.float32)
-    for member in range(GROUP):
-        head = head_k * GROUP + member
-        first_q = queries + head * query_subs * E + e[None, :]
+    out_head = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([MINE, E_PAD], tl.float32)
+    for member in range(GROUP if TO_KEYS else 1):
+        head = out_head * GROUP + member if TO_KEYS else out_head
+        others = other + (head if TO_KEYS else head // GROUP) * other_subs * E + e[None, :]
         at_head = head * rows * columns
         # In fp32 a sum per head and then their sum: shorter chains round less.
-        sum_of_head = total * 0.0 if queries.dtype.element_ty == tl.float32 else total
-        for start in range(first, rows, ROWS):
-            row = start + tl.arange(0, ROWS)
-            given = (row < rows)[None, :] & (column < columns)[:, None]
+        sum_of_head = total * 0.0 if other.dtype.element_ty == tl.float32 else total
+        for start in range(first, end, BLOCK_M if TO_KEYS else BLOCK_N):
+            their = start + tl.arange(0, BLOCK_M if TO_KEYS else BLOCK_N)
+            row = their[None, :] if TO_KEYS else mine[:, None]
+            column = mine[:, None] if TO_KEYS else their[None, :]
+            given = (row < rows) & (column < columns)
             if CAUSAL:
-                given &= before[:, None] <= (row * BLOCK_Q)[None, :]
-            place = row[None, :] * columns + column[:, None]
-            weight, pair = _weights(gradient + at_head, winners + at_head, place, given)
+                # How far a row's first query may be before the KV block, for the row to see it.
+                given &= column * BLOCK_K - (past + BLOCK_Q - 1) <= row * BLOCK_Q
+            place = row * columns + column
+            weight = tl.load(gradient + at_head + place, mask=given, other=0.0)
+            pair = tl.load(winners + at_head + place, mask=given, other=0).to(tl.int32)
             if unit is not None:
                 weight /= tl.load(unit)
-            pair -= sub_k
-            for sub_q in range(SUBS_Q):
-                at = first_q + tl.minimum(row * SUBS_Q + sub_q, query_subs - 1)[:, None] * E
-                query = tl.load(at, mask=(e < E)[None, :], other=0.0)
-                part = tl.where(pair == sub_q * SUBS_K, weight, 0.0).to(query.dtype)
-                sum_of_head = _add_product(part, query, sum_of_head, scale)
-        total = total + sum_of_head if queries.dtype.element_ty == tl.float32 else sum_of_head
-    _store(out + head_k * key_subs * E, total, column * SUBS_K + sub_k, key_subs, unit, scale, E)
-
-
-@jit
-def _add_product(a, b, total, scale):
-    """Return ``total + a @ b``; in fp32 a sum per product and then their sum.
-
-    The product starts at a zero that the compiler does not know, or it would make one chain of both again,
-    whose rounding errors add up. A gradient may be a sum of few terms: three tf32 products would be seen.
-    """
-    if a.dtype == tl.float32:
-        zeros = tl.zeros([a.shape[0], b.shape[1]], tl.float32) + scale * 0.0
-        total += tl.dot(a, b, zeros, input_precision="ieee")
-    else:
-        total = tl.dot(a, b, total)
-    return total
-
-
-@jit
-def _weights(gradient, winners, at, given):
-    """Load the gradients and winning pairs of a tile of block pairs; 0 where they are not given."""
-    weight = tl.load(gradient + at, mask=given, other=0.0)
-    return weight, tl.load(winners + at, mask=given, other=0).to(tl.int32)
-
-
-@jit
-def _store(out, total, sub, subs, unit, scale, E: tl.constexpr):
-    """Write the gradients of the sub-blocks that there are."""
-    e = tl.arange(0, total.shape[1])
+            pair -= sub if TO_KEYS else sub * SUBS_K
+            for other_sub in range(OTHER_SUBS):
+                at = others + tl.minimum(their * OTHER_SUBS + other_sub, other_subs - 1)[:, None] * E
+                summary = tl.load(at, mask=(e < E)[None, :], other=0.0)
+                part = tl.where(pair == (other_sub * SUBS_K if TO_KEYS else other_sub), weight, 0.0)
+                # A gradient may be a sum of few terms: three tf32 products would be seen.
+                sum_of_head = add_product(sum_of_head, part, summary, scale)
+        total = total + sum_of_head if other.dtype.element_ty == tl.float32 else sum_of_head
     total *= scale
     if unit is not None:
         total *= tl.load(unit)
-    kept = (sub < subs)[:, None] & (e < E)[None, :]
-    tl.store(out + sub[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=kept)
+    sub += mine * SUBS
+    to = out + out_head * subs * E + sub[:, None] * E + e[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(sub < subs)[:, None] & (e < E)[None, :])

@@ -6,32 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from seerattention.ops.dispatch import runs_everything
+from seerattention.ops.options import ScoreOptions
 from seerattention.ops.score_blocks._sub_blocks import max_over_sub_blocks
-from seerattention.rows import Rows, num_blocks
+from seerattention.rows import num_blocks
 
 #: Products are reduced to block scores in slices of at most this many bytes.
 SLICE_BYTES = 16 * 2**20
 
-
-def unsupported(**_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
-def run(
-    queries: Tensor,
-    keys: Tensor,
-    sub_blocks: tuple[int, int],
-    scale: float,
-    rows: Rows | None,
-    block_size: tuple[int, int],
-) -> Tensor:
+def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
     """Return the scores. A slice's products are computed again in the backward pass."""
-    subs_q, subs_k = sub_blocks
+    (subs_q, subs_k), rows, block_size = options.sub_blocks, options.rows, options.block_size
     down, across = num_blocks(queries.shape[2], subs_q), num_blocks(keys.shape[2], subs_k)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     # Once, before slices: theirs is then one sum in fp32, and scaling the queries is cheaper than the scores.
-    queries, keys = queries.to(dtype) * scale, keys.to(dtype)
+    queries, keys = queries.to(dtype) * options.scale, keys.to(dtype)
     valid = None if rows is None else rows.causal(block_size, queries.device)
     row_bytes = dtype.itemsize * queries.shape[0] * queries.shape[1] * subs_q * keys.shape[2]
     step = max(1, SLICE_BYTES // row_bytes)
@@ -46,7 +38,7 @@ def run(
         args = (
             queries[:, :, part.start * subs_q : part.stop * subs_q],
             keys[:, :, : seen * subs_k],
-            sub_blocks,
+            options.sub_blocks,
             None if valid is None else valid[part],
             across,
         )

@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.policies import Policy, select
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection
 
-
-def unsupported(**_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
+unsupported = runs_everything
 
 
 def run(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.language import (
+    best_products,
     jit,
     padded,
     power_of_two,
@@ -29,18 +30,14 @@ from seerattention.ops.language import (
     unsupported_dtype,
     unsupported_here,
 )
+from seerattention.ops.launch import Launch, width
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection
 
-#: Launch settings of the score kernel: query blocks and KV blocks of a tile, summaries per query block held
-#: in shared memory at a time, and Triton's own. ``wide`` is for fp32 and summaries of more than 256 bytes;
-#: either takes less than 100 KB of shared memory.
-LAUNCH: dict[str, dict[str, int]] = {
-    "narrow": {"ROWS": 64, "COLUMNS": 64, "RESIDENT": 4, "num_warps": 4, "num_stages": 2},
-    "wide": {"ROWS": 64, "COLUMNS": 32, "RESIDENT": 1, "num_warps": 8, "num_stages": 1},
-}
+#: Launches of the score kernel, by what `width` says; either takes less than 100 KB of shared memory.
+LAUNCHES = {"narrow": Launch(64, 64, 4, 2, resident=4), "wide": Launch(64, 32, 8, 1)}
 
 #: Scores of a row that one warp of the policy kernel holds.
 SCORES_PER_WARP = 512
@@ -87,7 +84,7 @@ def run(
     lengths = [(one.rows.num_queries, one.rows.num_keys) for one in rows.sequences()]
     asked = (rule_of(policy, num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
     rules = [rule for rule in asked if rule is not None]
-    launch = choose_op if torch.compiler.is_compiling() else choose_rows
+    start = choose_op if torch.compiler.is_compiling() else choose_rows
     keys = k_blocks.contiguous()
     sequences = None if packed is None else _sequences(packed, scorer, q.device)
     bits = values = None
@@ -101,7 +98,7 @@ def run(
             values = _values(rules, heads, packed is not None, q.device)
             shape = (q.shape[0], heads, down, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
-        launch(
+        start(
             queries.contiguous(),
             keys,
             bits,
@@ -148,7 +145,7 @@ def choose_rows(
             ``[S, H or a divisor, longest, E]``.
         bits: Of the whole selection, zeros.
         first: Row of the first query block given.
-        block_size: Tokens per query block and KV block.
+        block_size: Tokens per (query block, KV block).
         lengths: Queries and keys of the sequence, or one after the other of every packed one with queries.
         sequences: Of packed sequences, what `_sequences` returns.
         subs: Summaries per query block and KV block.
@@ -166,22 +163,21 @@ def choose_rows(
     if sequences is not None:
         batch, down = len(sequences), max(num_blocks(n, block_q) for n in lengths[::2])
     last = first + down
-    options = dict(LAUNCH["narrow" if keys.element_size() == 2 and dim <= 128 else "wide"])
-    options["RESIDENT"] = math.gcd(subs[0], options["RESIDENT"])
+    launch = LAUNCHES[width(keys)]
     widths = [0] * down
     for queries_of_one, keys_of_one in zip(lengths[::2], lengths[1::2], strict=True):
         for row in range(first, min(last, num_blocks(queries_of_one, block_q))):
-            seen = min((row + 1) * block_q - queries_of_one, 0) + keys_of_one
-            widths[row - first] = max(widths[row - first], num_blocks(seen, block_k))
+            keys_seen = min((row + 1) * block_q - queries_of_one, 0) + keys_of_one
+            widths[row - first] = max(widths[row - first], num_blocks(keys_seen, block_k))
     # A packed sequence may see more in an earlier row than the ones that have later rows.
     widths = list(accumulate(widths, max))
-    chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), options["ROWS"]))
+    chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), launch.block_m))
     space = max((stop - start) * _stride(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
-            width = widths[stop - 1]
-            tiles = num_blocks(stop - start, options["ROWS"]) * num_blocks(width, options["COLUMNS"])
+            seen = widths[stop - 1]
+            tiles = num_blocks(stop - start, launch.block_m) * num_blocks(seen, launch.block_n)
             _score[batch * heads, tiles](
                 queries,
                 keys,
@@ -191,9 +187,9 @@ def choose_rows(
                 keys.shape[2],
                 start,
                 stop,
-                width,
-                _stride(width),
-                (first * block_q + past),
+                seen,
+                _stride(seen),
+                first * block_q + past,
                 scale,
                 HEADS=heads,
                 GROUP=heads // keys.shape[1],
@@ -203,17 +199,18 @@ def choose_rows(
                 SUBS_K=subs[1],
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
+                RESIDENT=math.gcd(subs[0], launch.resident),
                 PRECISION=products(keys),
-                **options,
+                **launch.tile(),
             )
-            wide = max(WORD, power_of_two(width))
+            wide = max(WORD, power_of_two(seen))
             _choose[batch * heads, stop - start](
                 scores,
                 bits,
                 sequences,
                 first + start,
                 stop - start,
-                _stride(width),
+                _stride(seen),
                 bits.shape[2],
                 bits.shape[3],
                 tokens,
@@ -335,15 +332,15 @@ def _score(
     SUBS_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write a tile of block scores; rows count from the first query summary, at position ``past``."""
-    across = tl.cdiv(width, COLUMNS)
-    row = start + (tl.program_id(1) // across) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(width, BLOCK_N)
+    row = start + (tl.program_id(1) // across) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(1) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(0).to(tl.int64)
     batch, first_q = head // HEADS, queries + head * query_subs * E
     last_q, last_k = query_subs - 1, key_subs - 1
@@ -352,39 +349,16 @@ def _score(
         batch = tl.load(entry).to(tl.int64)
         first_q = queries + ((head % HEADS) * query_subs + tl.load(entry + 1)) * E
         last_q, last_k, past = tl.load(entry + 2) - 1, tl.load(entry + 3) - 1, tl.load(entry + 5)
-    latest = past + (start + (tl.program_id(1) // across + 1) * ROWS) * BLOCK_Q - 1
-    wanted = (tl.program_id(1) % across) * COLUMNS * BLOCK_K <= latest
+    latest = past + (start + (tl.program_id(1) // across + 1) * BLOCK_M) * BLOCK_Q - 1
+    wanted = (tl.program_id(1) % across) * BLOCK_N * BLOCK_K <= latest
     if sequences is not None:
-        wanted &= (start + (tl.program_id(1) // across) * ROWS) * SUBS_Q <= last_q
+        wanted &= (start + (tl.program_id(1) // across) * BLOCK_M) * SUBS_Q <= last_q
     if wanted:
-        e = tl.arange(0, E_LOW)
         first_k = keys + (batch * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
-        PARTS: tl.constexpr = 2 if E_REST > 0 else 1
-        # One product per pair of places within a block: the maximum over sub-blocks is then one between
-        # whole tiles. A short last block repeats its last summary, which changes no maximum.
-        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
-        for held in range(0, SUBS_Q, RESIDENT):
-            parts = ()
-            for sub in tl.static_range(RESIDENT):
-                at_q = first_q + tl.minimum(row * SUBS_Q + held + sub, last_q)[:, None] * E
-                query = tl.load(at_q + e[None, :], mask=(e < E)[None, :], other=0.0)
-                parts = parts + (query,)  # noqa: RUF005, Triton has no stars
-                if E_REST > 0:
-                    more = E_LOW + tl.arange(0, E_REST)
-                    query = tl.load(at_q + more[None, :], mask=(more < E)[None, :], other=0.0)
-                    parts = parts + (query,)  # noqa: RUF005
-            for sub_k in range(SUBS_K):
-                at_k = first_k + tl.minimum(column * SUBS_K + sub_k, last_k)[None, :] * E
-                key = tl.load(at_k + e[:, None], mask=(e < E)[:, None], other=0.0)
-                if E_REST > 0:
-                    more = E_LOW + tl.arange(0, E_REST)
-                    key_rest = tl.load(at_k + more[:, None], mask=(more < E)[:, None], other=0.0)
-                for sub in tl.static_range(RESIDENT):
-                    product = tl.dot(parts[sub * PARTS], key, input_precision=PRECISION)
-                    if E_REST > 0:
-                        rest = tl.dot(parts[sub * PARTS + 1], key_rest, product, input_precision=PRECISION)
-                        product = rest
-                    best = tl.maximum(best, product)
+        best, _ = best_products(
+            first_q, first_k, row, column, last_q, last_k, E, E_LOW, E_REST, SUBS_Q, SUBS_K, RESIDENT,
+            PRECISION, False,
+        )  # fmt: skip
         to = scores + head * (stop - start) * stride
         kept = (row < stop)[:, None] & (column < width)[None, :]
         tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.dispatch import choose, load_backends, outside_autocast
+from seerattention.ops.options import SummaryOptions
 from seerattention.ops.summarise_blocks.reference import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks.reference import project_blocks as project_blocks
 from seerattention.ops.summarise_blocks.reference import rotate as rotate
@@ -73,8 +74,8 @@ def summarise_blocks(
             raise ValueError(
                 f"{name} must be [{x.shape[0]} or 1, {turns[0]}, {turns[1]}], got {list(angles.shape)}"
             )
-    dtype = x.dtype if dtype is None else dtype
-    options = {"dtype": dtype, "weight": weight, "merge": merge, "norm": norm, "rotary": rotary}
-    options["rows"] = packed
-    module = choose(BACKENDS, ORDER, backend, x=x, size=size, pools=pools, **options)
-    return module.run(x, size, pools, eps=eps, **options)
+    options = SummaryOptions(
+        size=size, pools=pools, dtype=x.dtype if dtype is None else dtype, weight=weight, merge=merge,
+        norm=norm, eps=eps, rotary=rotary, rows=packed,
+    )  # fmt: skip
+    return choose(BACKENDS, ORDER, backend, x=x, options=options).run(x, options)

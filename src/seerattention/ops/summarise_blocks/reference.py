@@ -6,37 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.rows import Rows
+from seerattention.ops.dispatch import runs_everything
+from seerattention.ops.options import SummaryOptions
+
+unsupported = runs_everything
 
 
-def unsupported(x: Tensor, size: int, pools: tuple[str, ...], **_: object) -> list[str]:
-    """Return the reasons why this backend cannot run; it runs everything."""
-    return []
-
-
-def run(
-    x: Tensor,
-    size: int,
-    pools: tuple[str, ...],
-    *,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    merge: int,
-    norm: Tensor | None,
-    eps: float,
-    rotary: tuple[Tensor, Tensor] | None,
-    rows: Rows | None,
-) -> Tensor:
+def run(x: Tensor, options: SummaryOptions) -> Tensor:
     """Return the summaries, ``[B, H, N, E]``: every packed sequence's as if it were alone."""
-    options = {"weight": weight, "merge": merge, "norm": norm, "eps": eps}
+    size, pools, rows, rotary = options.size, options.pools, options.rows, options.rotary
+    then = {"weight": options.weight, "merge": options.merge, "norm": options.norm, "eps": options.eps}
     if rows is None:
-        return project_blocks(pool_blocks(x.to(dtype), size, pools), rotary=rotary, **options)
+        return project_blocks(pool_blocks(x.to(options.dtype), size, pools), rotary=rotary, **then)
     parts = []
     for tokens, blocks in zip(rows.places(x.shape[2]), rows.places(x.shape[2], size), strict=True):
         if tokens.start < tokens.stop:
             turns = None if rotary is None else (rotary[0][:, blocks], rotary[1][:, blocks])
-            pools_of_one = pool_blocks(x[:, :, tokens].to(dtype), size, pools)
-            parts.append(project_blocks(pools_of_one, rotary=turns, **options))
+            pools_of_one = pool_blocks(x[:, :, tokens].to(options.dtype), size, pools)
+            parts.append(project_blocks(pools_of_one, rotary=turns, **then))
     return torch.cat(parts, 2)
 
 

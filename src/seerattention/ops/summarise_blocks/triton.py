@@ -6,44 +6,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.language import DTYPES, INTERPRETED, jit, padded, products, tl, unsupported_here
-from seerattention.rows import Rows, num_blocks
+from seerattention.ops.launch import Launch
+from seerattention.ops.options import SummaryOptions
+from seerattention.rows import num_blocks
 
-#: Launch settings: tokens per program, tokens of each block loaded between two turns of the loop, and
-#: warps. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
-LAUNCH: dict[str, dict[str, int]] = {
-    "pool": {"TOKENS": 1024, "UNROLL": 8, "num_warps": 4},
-    "project": {"TOKENS": 1024, "UNROLL": 4, "num_warps": 8},
-    "wide": {"TOKENS": 16, "UNROLL": 2, "num_warps": 8},
-}
+#: Of a tile, ``block_m`` is the tokens and ``block_n`` how many of each block are loaded between two turns of
+#: the loop. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
+LAUNCHES = {"pool": Launch(1024, 8, 4, 1), "project": Launch(1024, 4, 8, 1), "wide": Launch(16, 2, 8, 1)}
 
 
-def unsupported(
-    x: Tensor,
-    size: int,
-    pools: tuple[str, ...],
-    *,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    merge: int,
-    norm: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    rows: Rows | None,
-) -> list[str]:
+def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = unsupported_here(x)
+    dtype, weight, norm, rows = options.dtype, options.weight, options.norm, options.rows
     given = [t for t in (x, weight, norm) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("it has no backward; use backend='reference' for gradients")
     if rows is not None and rows.lengths is None:
         reasons.append("the host does not know the lengths of the packed sequences")
-    if merge > 1:
+    if options.merge > 1:
         reasons.append("it does not merge heads")
-    if weight is None and len(pools) > 1 and (norm is not None or rotary is not None):
+    if weight is None and len(options.pools) > 1 and (norm is not None or options.rotary is not None):
         reasons.append("without a projection it neither normalises nor rotates several pools")
     if dtype not in DTYPES or x.dtype not in DTYPES or any(t.dtype != dtype for t in given[1:]):
         reasons.append(f"x, weight and norm must be float16, bfloat16 or float32, weights {dtype}")
@@ -54,25 +43,16 @@ def unsupported(
     return reasons
 
 
-def run(
-    x: Tensor,
-    size: int,
-    pools: tuple[str, ...],
-    *,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    merge: int,
-    norm: Tensor | None,
-    eps: float,
-    rotary: tuple[Tensor, Tensor] | None,
-    rows: Rows | None,
-) -> Tensor:
+def run(x: Tensor, options: SummaryOptions) -> Tensor:
     """Return the summaries, ``[B, H, N, E]``."""
-    cos, sin = (None, None) if rotary is None else rotary
-    edges = None if rows is None else rows.edges(x.shape[2], size, x.device)
+    cos, sin = options.rotary or (None, None)
+    edges = None if options.rows is None else options.rows.edges(x.shape[2], options.size, x.device)
     # An operator of torch costs tens of microseconds a call; only torch.compile needs one.
-    launch = summarise_op if torch.compiler.is_compiling() else summarise
-    return launch(x, size, " ".join(pools), dtype, weight, norm, eps, cos, sin, edges)
+    start = summarise_op if torch.compiler.is_compiling() else summarise
+    return start(
+        x, options.size, " ".join(options.pools), options.dtype, options.weight, options.norm, options.eps,
+        cos, sin, edges,
+    )  # fmt: skip
 
 
 def summarise(
@@ -88,17 +68,17 @@ def summarise(
     edges: Tensor | None,
 ) -> Tensor:
     """Launch the kernel; arguments as those of `run`, pools in one text, packed blocks by their edges."""
-    out = _empty(x, size, pools, dtype, weight, norm, eps, cos, sin, edges)
+    out = _empty(x, size, pools, dtype, weight, edges)
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
-    place = {name: names.index(name) if name in names else -1 for name in ("max", "min", "avg")}
+    places = tuple(names.index(name) if name in names else -1 for name in ("max", "min", "avg"))
     if weight is None:
         dim = width
-    options = _options(
+    launch = _launch(
         size, max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1
     )
     with torch.cuda.device_of(x):
-        _summarise[batch * heads, num_blocks(blocks, options["ROWS"])](
+        _summarise[batch * heads, num_blocks(blocks, launch["ROWS"])](
             x,
             None if weight is None else weight.contiguous(),
             norm,
@@ -119,27 +99,15 @@ def summarise(
             D_PAD=padded(num_blocks(width, 2)),
             E_PAD=padded(num_blocks(dim, 2)),
             SIZE=size,
-            MAX=place["max"],
-            MIN=place["min"],
-            AVG=place["avg"],
+            PLACES=places,
             PRECISION=products(x),
-            **options,
+            **launch,
         )
     return out
 
 
-def _empty(
-    x: Tensor,
-    size: int,
-    pools: str,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    edges: Tensor | None,
-) -> Tensor:
+def _empty(x: Tensor, size: int, pools: str, dtype: torch.dtype, weight: Tensor | None, *rest: Any) -> Tensor:
+    edges = rest[-1]
     plain = x.shape[1], len(pools.split()) * x.shape[3]
     heads, dim = plain if weight is None else (weight.shape[0], weight.shape[2])
     blocks = num_blocks(x.shape[2], size) if edges is None else edges.shape[1]
@@ -150,13 +118,13 @@ summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summar
 summarise_op.register_fake(_empty)
 
 
-def _options(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
-    options = dict(LAUNCH["wide" if nbytes > 256 else "project" if projects else "pool"])
+def _launch(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
+    launch = LAUNCHES["wide" if nbytes > 256 else "project" if projects else "pool"]
     # 16 rows are the least that a product takes; more than 64 do not fit into registers.
-    rows = max(16, options.pop("TOKENS") // size)
-    options["ROWS"] = min(64, 1 << (rows.bit_length() - 1))
-    options["UNROLL"] = math.gcd(size, options["UNROLL"])
-    return options | {"num_stages": 1}
+    rows = min(64, max(16, launch.block_m // size))
+    rows = 1 << (rows.bit_length() - 1)
+    unroll = math.gcd(size, launch.block_n)
+    return {"ROWS": rows, "UNROLL": unroll, "num_warps": launch.warps, "num_stages": launch.stages}
 
 
 # Every vector is held as two halves, so that a rotation, which mixes entry i with entry i + E / 2, needs
@@ -187,18 +155,16 @@ def _summarise(
     D_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
     SIZE: tl.constexpr,
-    MAX: tl.constexpr,
-    MIN: tl.constexpr,
-    AVG: tl.constexpr,
+    PLACES: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Summarise `ROWS` blocks of one head; MAX, MIN and AVG are the pools' places, -1 if not wanted."""
+    """Summarise `ROWS` blocks of one head; PLACES are those of max, min and avg, -1 if not wanted."""
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     E_HALF: tl.constexpr = (E + 1) // 2
-    POOLS: tl.constexpr = (MAX >= 0) + (MIN >= 0) + (AVG >= 0)
+    POOLS: tl.constexpr = (PLACES[0] >= 0) + (PLACES[1] >= 0) + (PLACES[2] >= 0)
     # Without a projection the pools lie behind one another.
     WIDTH: tl.constexpr = E if weight is not None else POOLS * E
     e = tl.arange(0, E_PAD)
@@ -206,8 +172,8 @@ def _summarise(
     kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
     x += batch * stride_b + head * stride_h
     like = out.dtype.element_ty
-    high_a, high_b, low_a, low_b, mean_a, mean_b = _pool(
-        x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, MAX, MIN, AVG, ROWS, UNROLL
+    pools = _pool(
+        x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, PLACES, ROWS, UNROLL
     )
     for group in range(GROUPS):
         head_out = head * GROUPS + group
@@ -215,39 +181,32 @@ def _summarise(
             w = weight + head_out * (POOLS * D * E)
             first = tl.zeros([ROWS, E_PAD], tl.float32)
             second = first
-            if MAX >= 0:
-                first, second = _project(high_a, high_b, w + MAX * D * E, first, second, D, E, PRECISION)
-            if MIN >= 0:
-                first, second = _project(low_a, low_b, w + MIN * D * E, first, second, D, E, PRECISION)
-            if AVG >= 0:
-                first, second = _project(mean_a, mean_b, w + AVG * D * E, first, second, D, E, PRECISION)
-        elif MAX >= 0:
-            first, second = high_a, high_b
-        elif MIN >= 0:
-            first, second = low_a, low_b
+            for kind in tl.static_range(3):
+                if PLACES[kind] >= 0:
+                    a, b = pools[kind]
+                    first, second = _project(a, b, w + PLACES[kind] * D * E, first, second, D, E, PRECISION)
         else:
-            first, second = mean_a, mean_b
+            # The first that is wanted; of several, the others are stored below.
+            first, second = pools[0 if PLACES[0] >= 0 else 1 if PLACES[1] >= 0 else 2]
         if norm is not None:
             first, second = _normalise(first, second, norm + e[None, :], eps, E)
         if cos is not None:
             turn = batch * stride_turn + row[:, None] * E + e[None, :]
-            cos_a, sin_a = _turn(cos + turn, sin + turn, kept_a)
-            cos_b, sin_b = _turn(cos + turn + E_HALF, sin + turn + E_HALF, kept_b)
+            cos_a = tl.load(cos + turn, mask=kept_a, other=0.0).to(tl.float32)
+            sin_a = tl.load(sin + turn, mask=kept_a, other=0.0).to(tl.float32)
+            cos_b = tl.load(cos + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+            sin_b = tl.load(sin + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
             first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
         to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
         if WIDTH == E:
             tl.store(to, first, mask=kept_a)
             tl.store(to + E_HALF, second, mask=kept_b)
         else:
-            if MAX >= 0:
-                tl.store(to + MAX * E, high_a, mask=kept_a)
-                tl.store(to + MAX * E + E_HALF, high_b, mask=kept_b)
-            if MIN >= 0:
-                tl.store(to + MIN * E, low_a, mask=kept_a)
-                tl.store(to + MIN * E + E_HALF, low_b, mask=kept_b)
-            if AVG >= 0:
-                tl.store(to + AVG * E, mean_a, mask=kept_a)
-                tl.store(to + AVG * E + E_HALF, mean_b, mask=kept_b)
+            for kind in tl.static_range(3):
+                if PLACES[kind] >= 0:
+                    a, b = pools[kind]
+                    tl.store(to + PLACES[kind] * E, a, mask=kept_a)
+                    tl.store(to + PLACES[kind] * E + E_HALF, b, mask=kept_b)
 
 
 @jit
@@ -263,9 +222,7 @@ def _pool(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
-    MAX: tl.constexpr,
-    MIN: tl.constexpr,
-    AVG: tl.constexpr,
+    PLACES: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -289,15 +246,15 @@ def _pool(
             at = x + tl.minimum(token, end - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
             a = tl.load(at, mask=inside_a, other=0.0).to(like).to(tl.float32)
             b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0).to(like).to(tl.float32)
-            if MAX >= 0:
+            if PLACES[0] >= 0:
                 high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
-            if MIN >= 0:
+            if PLACES[1] >= 0:
                 low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
-            if AVG >= 0:
+            if PLACES[2] >= 0:
                 here = (token < end)[:, None]
                 sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
     count = tl.maximum(tl.minimum(end - first, SIZE), 1).to(tl.float32)[:, None]
-    return high_a, high_b, low_a, low_b, sum_a / count, sum_b / count
+    return (high_a, high_b), (low_a, low_b), (sum_a / count, sum_b / count)
 
 
 @jit
@@ -310,15 +267,6 @@ def _normalise(first, second, norm, eps, E: tl.constexpr):
     first *= factor * tl.load(norm, mask=e < E_HALF, other=0.0).to(tl.float32)
     second *= factor * tl.load(norm + E_HALF, mask=E_HALF + e < E, other=0.0).to(tl.float32)
     return first, second
-
-
-@jit
-def _turn(cos, sin, kept):
-    """Load one half of the cosines and sines of a tile."""
-    return (
-        tl.load(cos, mask=kept, other=0.0).to(tl.float32),
-        tl.load(sin, mask=kept, other=0.0).to(tl.float32),
-    )
 
 
 @jit

@@ -8,8 +8,6 @@ for bit. Design and floor: docs/kernels.md.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from seerattention.ops.block_sparse_attention.kernels.backward_columns import (
 )
 from seerattention.ops.block_sparse_attention.kernels.backward_rows import queries_kernel, rows_kernel
 from seerattention.ops.language import padded, power_of_two
-from seerattention.ops.launch import Launch
+from seerattention.ops.launch import Launch, numbers, starts
 from seerattention.ops.options import Options
 from seerattention.ops.tma import line, tiles
 from seerattention.rows import num_blocks
@@ -138,7 +136,7 @@ def queries(
     scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     # A tile of keys may reach into the next sequence, whose values are none of this one's business.
-    described = None if options.packed else _tiles(launch, launch.block_n, k, v)
+    described = tiles(launch.block_n, k, v) if launch.tma and not options.packed else None
     queries_kernel[(programs,)](
         q,
         k,
@@ -151,7 +149,7 @@ def queries(
         bits,
         scratch,
         counter,
-        *_starts(options, counter),
+        *starts(options, counter),
         *(x.stride()[:3] for x in (q, k, v, grad, dq)),
         *bit_strides(bits),
         items,
@@ -160,10 +158,10 @@ def queries(
         q.shape[2],
         shift.shape[2],
         k.shape[2],
-        *_numbers(options),
+        *numbers(options),
         BIT_HEADS=bits.shape[1],
         TMA=described is not None,
-        **_constants(q, k, selection, options, launch),
+        **launch.constants(q, k, selection.block_size, options),
     )
     return dq
 
@@ -183,7 +181,7 @@ def keys(
     launch = _launch_of(KEYS_TIGHT if tight else KEYS, q, selection.block_size)
     # A tile of queries must not reach into another row.
     whole = not options.packed and selection.block_size[0] % launch.block_m == 0
-    described = _tiles(launch, launch.block_m, q, grad) if whole else None
+    described = tiles(launch.block_m, q, grad) if launch.tma and whole else None
     if described is None:
         launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -191,16 +189,16 @@ def keys(
     group = q.shape[1] // k.shape[1]
     programs = launch.most_programs(q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    starts = _starts(options, counter)
+    places = starts(options, counter)
     columns = num_blocks(k.shape[2], selection.block_size[1])
     # Every sequence ends in at most one short block.
     columns += max(0, options.sequences - 1)
-    constants = _constants(q, k, selection, options, launch)
+    constants = launch.constants(q, k, selection.block_size, options)
     counts = torch.empty(q.shape[0] * k.shape[1] * columns, dtype=torch.int32, device=q.device)
     count_kernel[(len(counts),)](
         bits,
         counts,
-        *starts,
+        *places,
         *bit_strides(bits),
         columns,
         q.shape[2],
@@ -238,7 +236,7 @@ def keys(
         owner,
         plan,
         partial,
-        *starts,
+        *places,
         *(x.stride()[:3] for x in (q, k, v, grad)),
         *strides,
         *bit_strides(bits),
@@ -246,7 +244,7 @@ def keys(
         *sizes,
         shift.shape[2],
         k.shape[2],
-        *_numbers(options),
+        *numbers(options),
         BIT_HEADS=bits.shape[1],
         TMA=described is not None,
         **constants,
@@ -257,7 +255,7 @@ def keys(
         dv,
         plan,
         partial,
-        *starts,
+        *places,
         *strides,
         *sizes,
         k.shape[2],
@@ -295,37 +293,6 @@ def _launch_of(launches: dict[tuple[int, int], Launch], x: Tensor, block_size: t
     return launches[x.element_size(), max(64, power_of_two(x.shape[3]))].within(*block_size)
 
 
-def _tiles(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
-    """Describe tiles to TMA, if that is to bring them."""
-    return tiles(rows, padded(tensors[0].shape[3]), *tensors) if launch.tma else None
-
-
-def _starts(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where sequences start; a tensor that is not used still needs a pointer."""
-    starts = options.rows.starts_q, options.rows.starts_k
-    return unused if starts[0] is None else starts[0], unused if starts[1] is None else starts[1]
-
-
 def bit_strides(bits: Tensor) -> tuple[int, int, int]:
     """Return a selection's strides but for the words of a row; batch entries may share one selection."""
     return bits.stride(0) if bits.shape[0] > 1 else 0, bits.stride(1), bits.stride(2)
-
-
-def _numbers(options: Options) -> tuple[int, float, float]:
-    return options.sequences, options.scale, 0.0 if options.softcap is None else options.softcap
-
-
-def _constants(
-    q: Tensor, k: Tensor, selection: BlockSelection, options: Options, launch: Launch
-) -> dict[str, Any]:
-    return {
-        "HEADS": q.shape[1],
-        "KV_HEADS": k.shape[1],
-        "D": q.shape[3],
-        "BLOCK_D": padded(q.shape[3]),
-        "BLOCK_Q": selection.block_size[0],
-        "BLOCK_K": selection.block_size[1],
-        "SOFTCAP": options.softcap is not None,
-        "SEQUENCES": power_of_two(options.sequences) if options.sequences else 0,
-        **launch.constants(),
-    }

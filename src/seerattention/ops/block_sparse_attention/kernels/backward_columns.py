@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention.kernels.backward_rows import add_product, copy_tiles, shares
+from seerattention.ops.block_sparse_attention.kernels.backward_rows import copy_tiles, shares
 from seerattention.ops.block_sparse_attention.kernels.forward import LENGTHS
-from seerattention.ops.language import jit, load_tile, score, sequence_of, store_tile, tl
+from seerattention.ops.language import add_product, jit, load_tile, score, sequence_of, store_tile, tl
 
 
 @jit

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.block_sparse_attention.kernels.forward import LENGTHS, expand, open_row
-from seerattention.ops.language import cap, jit, load_tile, product, score, store_tile, tl
+from seerattention.ops.language import add_product, cap, jit, load_tile, score, store_tile, tl
 
 
 @jit("num_queries", "padded", "tiles")
@@ -70,17 +70,6 @@ def shares(scores, shift, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.const
     else:
         p = tl.exp2(scores * (scale * 1.4426950408889634) - shift)
     return p, slope
-
-
-@jit
-def add_product(total, weights, x, scale):
-    """Return ``total + weights @ x``, the weights rounded to the type of ``x``; any finite ``scale`` does."""
-    if x.dtype == tl.float32:
-        # A sum per block and then their sum: in one chain the rounding errors would add up.
-        total += product(weights, x, scale * 0.0)
-    else:
-        total = tl.dot(weights.to(x.dtype), x, total)
-    return total
 
 
 @jit
@@ -157,10 +146,7 @@ def queries_kernel(
         shift = tl.load(shift_ptr + at, mask=places < queries, other=float("inf"))
         delta = tl.load(delta_ptr + at, mask=places < queries, other=0.0)
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        # Nobody may still read the list of the tile before.
-        tl.debug_barrier()
         count = expand(bits_row, list_ptr, last_block, 32)
-        tl.debug_barrier()
 
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1]
         v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.language import (
-    add_values,
+    add_product,
     cap,
     jit,
     load_tile,
@@ -30,6 +30,8 @@ def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
     """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
     places = tl.arange(0, 32)
     count = 0
+    # Nobody may still read the list of the tile before.
+    tl.debug_barrier()
     for start in range(0, last_block // 32 + 1, WORDS):
         words = start + tl.arange(0, WORDS)
         word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
@@ -40,52 +42,8 @@ def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
         rank = before[:, None] + tl.cumsum(chosen, 1) - 1
         tl.store(list_ptr + rank, blocks, mask=chosen != 0)
         count += tl.sum(in_word, 0)
+    tl.debug_barrier()
     return count
-
-
-@jit
-def _step(
-    q,
-    acc,
-    maximum,
-    total,
-    k_ptr,
-    v_ptr,
-    stride_kt,
-    stride_vt,
-    first_key,
-    first_query,
-    len_k,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax.
-
-    ``scale`` makes logarithms to base 2 of scores; ``first_query`` is the position of the tile's first query.
-    """
-    keys = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
-    k_ptrs = k_ptr + first_key.to(tl.int64) * stride_kt + (keys[None, :] * stride_kt + dims[:, None])
-    here = (keys < len_k - first_key)[None, :] & (dims < D)[:, None]
-    k = tl.load(k_ptrs, mask=here, other=0.0)
-    v = load_tile(v_ptr, stride_vt, first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
-    scores = score(q, k, scale)
-    if SOFTCAP:
-        scores = cap(scores * scale, softcap, q.dtype == tl.float32)
-        scale = 1.4426950408889634
-    # Only a row's own blocks hold keys after a query of the tile.
-    if first_key + BLOCK_N > first_query + 1:
-        later = (first_key + keys)[None, :] > (first_query + tl.arange(0, BLOCK_M))[:, None]
-        scores = tl.where(later, float("-inf"), scores)
-    exact: tl.constexpr = q.dtype == tl.float32
-    largest = tl.max(scores, 1) * (1.0 if exact else scale)
-    p, fade, maximum, total = softmax_step(scores, largest, maximum, total, scale, exact, True)
-    return add_values(acc, fade, p, v, scale), maximum, total
 
 
 @jit
@@ -170,6 +128,8 @@ def attention_kernel(
 ):
     """Take query tiles from the counter until there are none left."""
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    places, keys, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     list_ptr = scratch_ptr + tl.program_id(0) * (columns + 1)
     item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < items:
@@ -183,19 +143,18 @@ def attention_kernel(
         q = load_tile(q_head, q_strides[2], token, queries, BLOCK_M, D, BLOCK_D)
         # Asked for early, so that the answer travels together with the queries.
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        # Nobody may still read the list of the tile before.
-        tl.debug_barrier()
         count = expand(bits_row, list_ptr, last_block, 32)
-        tl.debug_barrier()
 
         first_k = tl.cast(start_k, tl.int64)
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
         v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1] + first_k * v_strides[2]
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        # Scores times the first are capped, or times the second logarithms to base 2, as capped ones are.
         log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
+        base2 = 1.4426950408889634 if SOFTCAP else log2_scale
         # What one unit of `maximum` is in natural logarithms.
         natural_scale = 1.0 if SOFTCAP else scale
-        unit = natural_scale if q.dtype == tl.float32 else 0.6931471805599453
+        unit = natural_scale if EXACT else 0.6931471805599453
         maximum, total = softmax_start(sinks_ptr, head, unit, BLOCK_M, SINKS)
 
         # The list is read one step ahead, so that the loads of keys and values never wait for it.
@@ -203,10 +162,21 @@ def attention_kernel(
         for i in tl.range(0, count * STEPS, num_stages=STAGES):
             first_key = block * BLOCK_K + i % STEPS * BLOCK_N
             block = tl.load(list_ptr + (i + 1) // STEPS)
-            acc, maximum, total = _step(
-                q, acc, maximum, total, k_head, v_head, k_strides[2], v_strides[2], first_key, first_query,
-                len_k, log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            k_ptrs = k_head + first_key.to(tl.int64) * k_strides[2]
+            k_ptrs += keys[None, :] * k_strides[2] + dims[:, None]
+            here = (keys < len_k - first_key)[None, :] & (dims < D)[:, None]
+            k = tl.load(k_ptrs, mask=here, other=0.0)
+            v = load_tile(v_head, v_strides[2], first_key, len_k - first_key, BLOCK_N, D, BLOCK_D)
+            scores = score(q, k, log2_scale)
+            if SOFTCAP:
+                scores = cap(scores * log2_scale, softcap, EXACT)
+            # Only a row's own blocks hold keys after a query of the tile.
+            if first_key + BLOCK_N > first_query + 1:
+                later = (first_key + keys)[None, :] > (first_query + places)[:, None]
+                scores = tl.where(later, float("-inf"), scores)
+            largest = tl.max(scores, 1) * (1.0 if EXACT else base2)
+            p, fade, maximum, total = softmax_step(scores, largest, maximum, total, base2, EXACT, True)
+            acc = add_product(acc * fade[:, None], p, v, log2_scale)
 
         # A query that sees nothing gets zeros.
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -214,7 +184,6 @@ def attention_kernel(
         store_tile(out_head, out_strides[2], token, queries, acc, D)
         if LSE:
             natural = maximum * unit + tl.log2(total) * 0.6931471805599453
-            places = tl.arange(0, BLOCK_M)
             tl.store(
                 lse_ptr + (b * HEADS + head) * num_queries + token + places, natural, mask=places < queries
             )
