@@ -6,6 +6,7 @@ Prints a line per command, and one for each run whose result was not what it had
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -190,7 +191,7 @@ def _second(work: Work, command: Command, expected: dict[str, Any], at: int) -> 
     if not os.WIFSTOPPED(status):
         yield f"{command.name} was to be halted at {at} and ended with {status}"
         return
-    held = any(path.name == ".writing" for path in work.folder.rglob("*"))
+    held = any(path.name == ".writing" and _locked(path) for path in work.folder.rglob("*"))
     code = ended(work.start(command))
     said = " ".join(work.said.read_text().split())
     if (code, REFUSED in said) != ((2, True) if held else (0, False)):
@@ -210,6 +211,15 @@ def publish(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(about))
     weights = {"model.layers.0.self_attn.attn_gate.mask_linear_k.weight": torch.ones(2, 48, 16)}
     torch.save(weights, folder / "attn_gate_weights.pth")
+
+
+def _locked(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def commands(work: Work, base: Path, text: Path) -> list[Command]:
