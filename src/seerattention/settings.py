@@ -151,7 +151,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """
     try:
         return _as(value, hint)
-    except TypeError:
+    except (TypeError, OverflowError):
         said = hint.__name__ if isinstance(hint, type) else str(hint)
         raise ValueError(f"{name} must be of type {said}, got {value!r}") from None
 

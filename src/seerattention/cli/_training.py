@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 
 from seerattention.cli._show import bar, console_of, duration, table
-from seerattention.files import write_json
+from seerattention.files import locked, write_json
 from seerattention.settings import build, explained, read
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **op
     """Return the recipe that file, settings and options make, the latter over the former."""
     given = {name: value for name, value in options.items() if value is not None and value != []}
     return build(kind, {**read(config, overrides or ()), **given})
+
+
+def alone(told: Recipe[Any], out: Path, dry_run: bool) -> AbstractContextManager[None]:
+    """Keep other processes than those of this training from writing to its folder."""
+    from seerattention.train.processes import make_accelerator
+
+    main = make_accelerator(told.device).is_main_process
+    return locked(out) if main and not dry_run else nullcontext()
 
 
 class Report(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: What files of text end in.
+TEXTS = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class TextWindows:
         starts = rng.integers(0, len(self.tokens) - self.length + 1, self.sequences)
         return np.stack([self.tokens[s : s + self.length] for s in starts]).astype(np.int64)
 
+    def identity(self) -> str:
+        """Return a fingerprint of all steps."""
+        return text_identity(self.tokens, np.array([self.length, self.sequences, self.seed]))
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -70,7 +78,8 @@ class Packs:
     the documents again from the start.
 
     Args:
-        documents: Gives the documents' tokens from the start, int ``[n]`` each, the same ones every time.
+        documents: The documents' tokens, int ``[n]`` each; or what gives them from the start, the same ones
+            every time.
         length: Tokens per sequence.
         sequences: Sequences per step.
         least: Documents, and rests of documents, of fewer tokens are dropped, and counted in ``dropped``.
@@ -80,7 +89,11 @@ class Packs:
     """
 
     def __init__(
-        self, documents: Callable[[], Iterable[np.ndarray]], length: int, sequences: int, least: int
+        self,
+        documents: Sequence[np.ndarray] | Callable[[], Iterable[np.ndarray]],
+        length: int,
+        sequences: int,
+        least: int,
     ) -> None:
         if length < least:
             raise ValueError(f"length {length} is below {least} tokens, the least a gate can learn from")
@@ -104,6 +117,12 @@ class Packs:
         self._last = step, packed
         return packed
 
+    def identity(self) -> str:
+        """Return a fingerprint of all steps; where documents are read as they come, of the first alone."""
+        first = self(0)
+        known = () if callable(self.documents) else self.documents
+        return text_identity(*first.tokens, *map(np.array, first.lengths), *known)
+
     def _pack(self) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
         row: list[np.ndarray] = []
         room = self.length
@@ -123,7 +142,7 @@ class Packs:
         """Go through the documents again and again."""
         while True:
             found = False
-            for document in self.documents():
+            for document in self.documents() if callable(self.documents) else self.documents:
                 if len(document) >= self.least:
                     found = True
                     yield document
@@ -134,6 +153,14 @@ class Packs:
                     f"no document has {self.least} tokens (4 blocks), {self.dropped} were shorter; "
                     "give longer text, or train without packing"
                 )
+
+
+def text_identity(*texts: np.ndarray) -> str:
+    """Return a fingerprint of tokens, int ``[n]`` each."""
+    digest = hashlib.sha256()
+    for tokens in texts:
+        digest.update(len(tokens).to_bytes(8, "little") + tokens.astype(np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def dataset_documents(
@@ -160,11 +187,31 @@ def dataset_documents(
     return lambda: (row_tokens(row, tokenizer) for row in stream)
 
 
+def text_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the files of text, folders by what they hold; nothing is read.
+
+    Raises:
+        FileNotFoundError: If a path does not exist, or a folder has no such file.
+        ValueError: If a file is of another kind.
+    """
+    found = []
+    for path in map(Path, paths):
+        files = [f for f in sorted(path.iterdir()) if f.suffix in TEXTS] if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}")
+        if files[0].suffix not in TEXTS:
+            raise ValueError(f"{path} is neither .txt nor .jsonl")
+        found += files
+    return found
+
+
 def text_documents(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], Iterator[np.ndarray]]:
     """Return the documents of local files for `Packs`; see `read_tokens` for the files."""
-    return lambda: (row_tokens(row, tokenizer) for path in paths for row in _rows(path))
+    return lambda: (row_tokens(row, tokenizer) for path in text_files(paths) for row in _rows(path))
 
 
 def row_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -208,24 +255,14 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.is_dir():
-        files = [f for f in sorted(path.iterdir()) if f.suffix in (".txt", ".jsonl")]
-        if not files:
-            raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
-        for file in files:
-            yield from _rows(file)
-    elif not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    elif path.suffix == ".txt":
+    if path.suffix == ".txt":
         yield {"text": path.read_text(encoding="utf-8")}
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if "messages" not in row:
-                    row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error})') from error
-            yield row
-    else:
-        raise ValueError(f"{path} is neither .txt nor .jsonl")
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if "messages" not in row:
+                row["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error})') from error
+        yield row

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from seerattention.files import write_whole
+from seerattention.files import check_writable, write_whole
 from seerattention.gate_config import GateConfig
 from seerattention.settings import flat, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
@@ -95,15 +95,19 @@ class Recipe(Generic[Trainer]):
         from seerattention.hosts.transformers import load_gates, new_gates
         from seerattention.hosts.transformers.checkpoint import check_replaceable
         from seerattention.policies import parse
+        from seerattention.train.data import text_files
         from seerattention.train.processes import make_accelerator
-        from seerattention.train.save import GATES
+        from seerattention.train.save import ADAPTER, GATES, MODEL
         from seerattention.train.share import LEAST_BLOCKS
 
         parse(self.policy)
         if self.gates and self.gate:
             raise ValueError("gates have their design; leave gate out, or gates to start from new ones")
+        text_files((*self.source.text, *self.source.heldout))
         if out is not None:
             check_replaceable(out / GATES)
+            for name in (MODEL, ADAPTER, GATES):
+                check_writable(out / name, folder=True)
         accelerator = make_accelerator(self.device)
         device = self.device or (str(accelerator.device) if accelerator.num_processes > 1 else "")
         base, wrapped = self.load(device)

@@ -21,13 +21,17 @@ from seerattention.policies import Calibration
 KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
 
+def infinite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys of weights that hold NaN or infinity."""
+    return [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
+
+
 def check_finite(weights: Mapping[str, Tensor], where: str = "") -> None:
     """Refuse weights, by key, that hold NaN or infinity."""
-    for key, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"{key}{where} holds NaN or infinity; train the gates again from a state that is finite"
-            )
+    for key in infinite(weights):
+        raise ValueError(
+            f"{key}{where} holds NaN or infinity; train the gates again from a state that is finite"
+        )
 
 
 def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -133,6 +137,8 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     family_of(model)
     layers, base = full_attention_layers(model), BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
+    if given := sorted(shape.keys() & settings.keys()):
+        raise ValueError(f"{', '.join(given)} of gates is their model's; leave it out")
     gates = Gates(GateConfig.from_dict({**shape, **settings}), base, list(layers))
     gates.use_rotary_of(model)
     return gates.to(device_of(next(iter(layers.values()))))
