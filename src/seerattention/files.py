@@ -36,6 +36,51 @@ def write_json(path: Path, value: Any) -> None:
         (folder / path.name).write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); convert it") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON.
+    """
+    return _parsed(path.read_bytes(), str(path))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the content of every line of a JSON Lines file, and where it stands.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If a line is no JSON.
+    """
+    with path.open("rb") as lines:
+        # Lines of bytes end at line feeds alone, those of text also at what JSON has inside of strings.
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            yield where, _parsed(line, where)
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    # Brackets within brackets, deeper than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON that can be read: {error}") from error
+
+
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
     """Write files into a folder together: they appear in it, one by one, once all of them are complete.

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from seerattention.hosts.transformers import Gates, load_base, load_gates, named_device
 from seerattention.hosts.transformers.load import check_dtype
+from seerattention.hosts.transformers.text import encoded
 
 DATA = Path(__file__).parents[1] / "data"
 TEACHER = DATA / "teacher"
@@ -89,5 +90,5 @@ def named_gates(name: str) -> Gates:
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Return the bundled text as tokens: a part for live distillation, and the rest for evaluation."""
-    tokens = np.array(tokenizer.encode(_present(TEXT).read_text(encoding="utf-8"), add_special_tokens=False))
+    tokens = encoded(_present(TEXT).read_text(encoding="utf-8"), tokenizer)
     return tokens[:TRAINING_TOKENS], tokens[TRAINING_TOKENS:]

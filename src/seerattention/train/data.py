@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from seerattention.files import json_lines, read_text
+from seerattention.hosts.transformers.text import encoded
 
 
 @dataclass(frozen=True)
@@ -162,24 +166,54 @@ def text_documents(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], Iterator[np.ndarray]]:
     """Return the documents of local files for `Packs`; see `read_tokens` for the files."""
-    return lambda: (row_tokens(row, tokenizer) for path in paths for row in _rows(path))
+
+    def documents() -> Iterator[np.ndarray]:
+        files = [file for path in paths for file in _files(path)]
+        size = sum(file.stat().st_size for file in files)
+        # For who waits before a terminal: a library of books takes minutes.
+        with tqdm(
+            desc="reading text", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None
+        ) as bar:
+            for file in files:
+                for where, row in _rows(file):
+                    try:
+                        tokens = row_tokens(row, tokenizer, bar.update)
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from error
+                    yield tokens
+
+    return documents
 
 
-def row_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def row_tokens(
+    row: Any, tokenizer: PreTrainedTokenizerBase, done: Callable[[int], object] | None = None
+) -> np.ndarray:
     """Tokenise a row: its ``messages`` by the chat template, else its ``text`` with an end token behind.
 
+    ``done`` is called with the size of what was read, in bytes.
+
     Raises:
-        ValueError: If it has neither, or the tokenizer has no chat template.
+        ValueError: If it has neither, they are no text, or the tokenizer has no chat template for them.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f'expected {{"text": "..."}}, got a {type(row).__name__}')
     if row.get("messages") is not None:
-        if not tokenizer.chat_template:
-            raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
-        text = tokenizer.apply_chat_template(list(row["messages"]), tokenize=False)
-        return np.array(tokenizer.encode(str(text), add_special_tokens=False), np.int64)
+        return encoded(_chat(row["messages"], tokenizer), tokenizer, done)
     if not isinstance(row.get("text"), str):
         raise ValueError(f"a row must have text or messages, this one has {sorted(row)}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return np.array([*tokenizer.encode(row["text"], add_special_tokens=False), *end], np.int64)
+    return np.append(encoded(row["text"], tokenizer, done), np.array(end, np.int64))
+
+
+def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
+    if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
+        raise ValueError('messages must be a list of {"role": "...", "content": "..."}')
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except (TemplateError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
 
 
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -195,7 +229,8 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
 
     Raises:
         FileNotFoundError: If a path does not exist or there is no such file.
-        ValueError: If a file is of another kind, a line of a ``.jsonl`` cannot be read, or all are empty.
+        ValueError: If a file is of another kind or no UTF-8, a line of a ``.jsonl`` cannot be read, or all
+            are empty.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = list(text_documents(paths, tokenizer)())
@@ -205,25 +240,22 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
     return tokens
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _files(path: Path) -> list[Path]:
     if path.is_dir():
         files = [f for f in sorted(path.iterdir()) if f.suffix in (".txt", ".jsonl")]
         if not files:
             raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
-        for file in files:
-            yield from _rows(file)
-    elif not path.exists():
+        return files
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    elif path.suffix == ".txt":
-        yield {"text": path.read_text(encoding="utf-8")}
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if "messages" not in row:
-                    row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error})') from error
-            yield row
-    else:
+    if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt nor .jsonl")
+    return [path]
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every row of a file, and where it stands."""
+    if file.suffix == ".jsonl":
+        yield from json_lines(file)
+    else:
+        yield str(file), {"text": read_text(file)}
