@@ -13,6 +13,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from seerattention.files import read_text
+
 T = TypeVar("T")
 
 
@@ -32,8 +34,9 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
         if not path.exists():
             raise FileNotFoundError(f"there is no file {path}")
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+            values = tomllib.loads(read_text(path))
+        # Brackets within brackets, deeper than Python reads.
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from error
     for text in overrides:
         name, sign, value = text.partition("=")
@@ -45,7 +48,7 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
             raise ValueError(f"a setting must be key=value or table.key=value, got {text!r}")
         try:
             place[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             place[key] = value.strip()
     return values
 

@@ -23,7 +23,7 @@ from typer.core import TyperCommand
 from seerattention.cli._show import table
 
 #: Errors that a person can do something about: they end in one sentence and exit code 2.
-EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ModuleNotFoundError)
+EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ImportError, MemoryError)
 
 
 def commands() -> list[str]:

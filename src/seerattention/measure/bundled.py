@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.hosts.transformers import Gates, load_base, load_gates, named_device
-from seerattention.hosts.transformers.load import check_dtype
+from seerattention.hosts.transformers.load import check_dtype, load_tokenizer
 from seerattention.hosts.transformers.text import encoded
 
 DATA = Path(__file__).parents[1] / "data"
@@ -77,7 +77,7 @@ def named_model(
     if not name:
         raise ValueError("these gates do not name their base model; give its name")
     if name not in (BUNDLED, TEACHER_NAME):
-        return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
+        return load_base(name, dtype=dtype, device=device), load_tokenizer(name)
     target, dtype = named_device(device), check_dtype(dtype)
     model, tokenizer = load_teacher(torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return model.to(target), tokenizer  # type: ignore[arg-type]

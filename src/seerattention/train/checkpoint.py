@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seerattention.files import write_whole
+from seerattention.files import check_readable, write_whole
 from seerattention.train.processes import like
 
 #: Of the names in a checkpoint; one of another number is of another run.
@@ -31,6 +31,7 @@ def read_checkpoint(path: Path, mine: dict[str, Any]) -> tuple[dict[str, Any], d
     Raises:
         ValueError: If the file is damaged or of another run.
     """
+    check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from seerattention.files import json_lines, read_text
+from seerattention.hosts.transformers.load import outside
 from seerattention.hosts.transformers.text import encoded
+
+#: What files of text end in.
+TEXTS = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,35 @@ def dataset_documents(
             "a dataset needs the package datasets: pip install 'seerattention[train]'"
         ) from error
     path, _, configuration = name.partition(":")
-    stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
-    return lambda: (row_tokens(row, tokenizer) for row in stream)
+    with outside(f"the dataset {name} cannot be read"):
+        stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+
+    def documents() -> Iterator[np.ndarray]:
+        with outside(f"the dataset {name} cannot be read"):
+            for row in stream:
+                yield row_tokens(row, tokenizer)
+
+    return documents
+
+
+def text_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the files of text, folders by what they hold; nothing is read.
+
+    Raises:
+        FileNotFoundError: If a path does not exist, or a folder has no such file.
+        ValueError: If a file is of another kind.
+    """
+    found = []
+    for path in map(Path, paths):
+        files = [f for f in sorted(path.iterdir()) if f.suffix in TEXTS] if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}")
+        if files[0].suffix not in TEXTS:
+            raise ValueError(f"{path} is neither .txt nor .jsonl")
+        found += files
+    return found
 
 
 def text_documents(
@@ -168,7 +198,7 @@ def text_documents(
     """Return the documents of local files for `Packs`; see `read_tokens` for the files."""
 
     def documents() -> Iterator[np.ndarray]:
-        files = [file for path in paths for file in _files(path)]
+        files = text_files(paths)
         size = sum(file.stat().st_size for file in files)
         # For who waits before a terminal: a library of books takes minutes.
         with tqdm(
@@ -210,10 +240,8 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
     if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
         raise ValueError('messages must be a list of {"role": "...", "content": "..."}')
-    try:
+    with outside("the tokenizer's chat template refuses these messages"):
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except (TemplateError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
 
 
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -238,19 +266,6 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
     if len(tokens) <= len(parts) * len(end):
         raise ValueError(f"there is no text in {', '.join(map(str, paths))}")
     return tokens
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = [f for f in sorted(path.iterdir()) if f.suffix in (".txt", ".jsonl")]
-        if not files:
-            raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
-        return files
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} is neither .txt nor .jsonl")
-    return [path]
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.files import write_whole
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers import load_base, load_gates, new_gates
 from seerattention.hosts.transformers.checkpoint import check_replaceable
+from seerattention.hosts.transformers.load import load_config, load_tokenizer
 from seerattention.policies import parse
 from seerattention.settings import flat, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
@@ -102,7 +103,7 @@ class Recipe(Generic[Trainer]):
         accelerator = make_accelerator(self.device)
         device = self.device or (str(accelerator.device) if accelerator.num_processes > 1 else "")
         base, wrapped = self.load(device)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         torch.manual_seed(self.seed)
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
         gates = given or new_gates(base, **self.gate)
@@ -173,7 +174,7 @@ class Finetuning(Recipe[Finetuner]):
 
     def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
         """Return the model on a device as it is before training, and what adapters made of it."""
-        config, length = AutoConfig.from_pretrained(self.model), self.source.length
+        config, length = load_config(self.model), self.source.length
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if self.rope_type:
             extend_context(config, self.rope_type, self.rope_factor, length)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from seerattention.cli.bench._reporter import result_of_prefill
 from seerattention.files import staged
 
 
@@ -22,8 +22,7 @@ def run(
     from seerattention.measure.plot import require_matplotlib
 
     require_matplotlib()
-    measured = json.loads(report.read_text())
     picture = out or report.with_suffix(".png")
-    with staged(picture.parent) as folder:
+    with result_of_prefill(report) as measured, staged(picture.parent) as folder:
         draw_roofline(measured, folder / picture.name)
     print(picture)

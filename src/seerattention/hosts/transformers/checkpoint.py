@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seerattention.files import atomic_folder, staged
+from seerattention.files import atomic_folder, check_readable, read_json, staged
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
@@ -88,7 +88,7 @@ def save_calibration(folder: str | Path, policy: Calibrated) -> None:
     """
     path = Path(folder)
     _require(path, WEIGHTS)
-    config = {**json.loads((path / CONFIG).read_text(encoding="utf-8")), "policy": str(policy)}
+    config = {**read_json(path / CONFIG), "policy": str(policy)}
     # The configuration, which asks for the calibration, comes last.
     with staged(path) as temporary:
         _write_calibration(temporary, policy.calibration, _sha256(path / WEIGHTS))
@@ -106,7 +106,7 @@ def _read_calibration(path: Path, layers: list[int], heads: int) -> Calibration 
     if not file.is_file():
         return None
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
         if data.pop("format") != FORMAT:
             raise ValueError(f"this version reads format {FORMAT}")
         if data.pop("gates_sha256") != _sha256(path / WEIGHTS):
@@ -187,7 +187,7 @@ def load_gates(folder: str | Path) -> Gates:
     path = _local_folder(folder)
     _require(path, CONFIG)
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG)
     except ValueError as error:
         raise _damaged(path, error) from error
     return read_published(path, config) if is_published(config) else _read(path, config)
@@ -223,6 +223,7 @@ def _read(path: Path, config: Any) -> Gates:
         policy = config["policy"] and str(parse(config["policy"], calibration))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
+    check_readable(path / WEIGHTS)
     try:
         weights = load_file(path / WEIGHTS)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Texts of any length as tokens: a tokenizer takes a hundred times a text's memory, so long ones go in pieces."""
+"""Texts of any length as tokens: long ones in pieces, since a tokenizer takes a hundred times their memory."""
 
 from __future__ import annotations
 
