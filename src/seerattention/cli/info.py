@@ -120,13 +120,12 @@ def crossover_lines() -> list[str]:
 def layer_report(model: str) -> list[tuple[str, str]]:
     """Return ranges of a model's layers, and which are sparse with gates attached; reads no weights."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from seerattention.hosts.transformers.family import attention_layers, family_of, full_attention_layers
-    from seerattention.hosts.transformers.load import load_config, outside
 
-    config = load_config(model)
-    with outside(f"the configuration of {model} makes no model"), torch.device("meta"):
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     family_of(built)
     full = full_attention_layers(built)
