@@ -258,6 +258,8 @@ TURNS = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
         (None, []),
         ("{{ bos_token }}" + TURNS, []),
         ("{{ bos_token }}{{ bos_token }}" + TURNS, ["double BOS"]),
+        ("{{ bos_token }}system{{ bos_token }}" + TURNS, []),
+        ("{{ bos_token }}{{ bos_token }}system{{ bos_token }}" + TURNS, ["double BOS"]),
         (TURNS, ["no BOS"]),
     ],
 )
@@ -268,6 +270,8 @@ def test_bos_must_be_there_once(template, faults) -> None:
     task = tasks.create("niah_single")
     sample = task.make(source, 2000, 0)
     assert prompt_faults(source, task, sample, 2000) == faults
+    more = replace(sample, prompt=np.concatenate([sample.prompt[:60], [0], sample.prompt[61:]]))
+    assert prompt_faults(source, task, more, 2000) == (["no BOS"] if template == TURNS else ["double BOS"])
     prompt = tokenizer.decode(sample.prompt.tolist())
     if template:
         # The question is the user's; the answer is begun for the model.
