@@ -6,14 +6,13 @@ import difflib
 import inspect
 import json
 import re
+import reprlib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from seerattention.files import read_text
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -34,9 +33,9 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
         if not path.exists():
             raise FileNotFoundError(f"there is no file {path}")
         try:
-            values = tomllib.loads(read_text(path))
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         # Brackets within brackets, deeper than Python reads.
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from error
     for text in overrides:
         name, sign, value = text.partition("=")
@@ -154,9 +153,9 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """
     try:
         return _as(value, hint)
-    except TypeError:
+    except (TypeError, OverflowError):
         said = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise ValueError(f"{name} must be of type {said}, got {value!r}") from None
+        raise ValueError(f"{name} must be of type {said}, got {reprlib.repr(value)}") from None
 
 
 def _as(value: Any, hint: Any) -> Any:
@@ -167,6 +166,9 @@ def _as(value: Any, hint: Any) -> Any:
                 return _as(value, one)
             except TypeError:
                 continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
     elif origin is tuple:
         many = arguments[-1] is Ellipsis
         items = list(value) if isinstance(value, list | tuple) else [value] if many else []

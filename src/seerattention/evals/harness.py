@@ -277,9 +277,9 @@ def prompt_faults(source: Source, task: Task, sample: Sample, length: int) -> li
     """Return what is wrong with a prompt, by name: what a harness can break without anything failing.
 
     ``double BOS``: the token that begins a text stands in it more often than the chat template has it, or
-    twice at its beginning, as when template and tokenizer both write it. ``no BOS``: the tokenizer adds it, and it is not there. ``truncated prompt``: an
-    expected answer is not in the prompt any more, or it is much shorter than asked for. ``prompt too long``:
-    with the answer it is longer than asked for.
+    twice at its beginning, as when template and tokenizer both write it. ``no BOS``: the tokenizer adds it,
+    and it is not there. ``truncated prompt``: an expected answer is not in the prompt any more, or it is much
+    shorter than asked for. ``prompt too long``: with the answer it is longer than asked for.
     """
     tokenizer, prompt, faults = source.tokenizer, sample.prompt, []
     bos = tokenizer.bos_token_id

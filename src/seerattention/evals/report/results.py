@@ -44,7 +44,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         content = read_json(path)
         rows = [{**{name: row[name] for name in NEEDED}, "cells": cells(row)} for row in content["rows"]]
         about = {name: content[name] for name in ("model", "dtype", "text", "date", "versions")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} is not the summary of an evaluation ({type(error).__name__}: {error}); run "
             "'seerattention eval CONFIG' again, which writes it anew from the samples"

@@ -24,9 +24,10 @@ from seerattention.files import atomic_folder, check_readable, read_json, staged
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
-from seerattention.hosts.transformers.gates import Gates, check_weights
+from seerattention.hosts.transformers.gates import KEY, Gates, check_layers, check_weights
 from seerattention.hosts.transformers.published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Calibrated, Calibration, Policy, parse
+from seerattention.settings import build, typed
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
 #: What a distillation measured, beside the gates.
@@ -213,8 +214,9 @@ def _read(path: Path, config: Any) -> Gates:
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']!r}, this version reads {FORMAT}")
         gate_config = GateConfig.from_dict(config["gate"])
-        base = BaseInfo(**config["base_model"])
-        layers = [int(i) for i in config["layers"]]
+        base = build(BaseInfo, config["base_model"], "base_model")
+        layers = list(typed("layers", config["layers"], tuple[int, ...]))
+        check_layers(len(layers))
         heads = gate_config.num_kv_heads if gate_config.per_kv_head else gate_config.num_heads
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
@@ -230,10 +232,12 @@ def _read(path: Path, config: Any) -> Gates:
         raise ValueError(
             f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
         ) from error
-    gates = Gates(gate_config, base, layers, policy, calibration)
+    # Without memory until the file is known to fit.
+    with torch.device("meta"):
+        gates = Gates(gate_config, base, layers, policy, calibration)
     check_weights(path / WEIGHTS, weights, {key: own.shape for key, own in gates.named_weights().items()})
-    if weights:
-        gates.to(next(iter(weights.values())).dtype)
-    for key, own in gates.named_weights().items():
-        own.copy_(weights[key])
+    dtype = next(iter(weights.values())).dtype
+    for index, gate in gates.items():
+        own = {name: weights[KEY.format(index, name)].to(dtype, copy=True) for name in gate.state_dict()}
+        gate.load_state_dict(own, assign=True)
     return gates

@@ -1,4 +1,4 @@
-"""Texts of any length as tokens: long ones in pieces, since a tokenizer takes a hundred times their memory."""
+"""Texts of any length as tokens: long ones in pieces: a tokenizer takes a hundred times their memory."""
 
 from __future__ import annotations
 
