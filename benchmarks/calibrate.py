@@ -21,7 +21,7 @@ import numpy as np
 from seerattention.calibration.fit import Target, fit
 from seerattention.calibration.gains import Maps, record
 from seerattention.calibration.search import RECALL_ROWS
-from seerattention.files import staged
+from seerattention.files import check_writable, write_json
 from seerattention.hosts.transformers import Gates
 from seerattention.measure import bundled
 from seerattention.measure.compare import measured
@@ -153,9 +153,8 @@ def main() -> None:
     parser.add_argument("--recalls", type=float, nargs="*", default=[0.9, 0.95])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/calibrate.json"))
     args = parser.parse_args()
-    with staged(args.out.parent) as folder:
-        report = run(args.length, args.windows, args.densities, args.recalls, args.training)
-        (folder / args.out.name).write_text(json.dumps(report, indent=1) + "\n")
+    check_writable(args.out)
+    write_json(args.out, run(args.length, args.windows, args.densities, args.recalls, args.training))
 
 
 if __name__ == "__main__":

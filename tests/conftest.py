@@ -22,6 +22,11 @@ settings.load_profile("default")
 OPS = ("select_blocks", "summarise_blocks", "score_blocks", "block_sparse_attention", "dense_attention")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let who has a quarter of an hour try everything."""
+    parser.addoption("--every-kill", action="store_true", help="Kill commands before every file operation.")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

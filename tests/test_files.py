@@ -1,18 +1,23 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and one process that writes them."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from seerattention import files
 from seerattention.files import (
     atomic_folder,
     check_readable,
+    check_writable,
     json_lines,
+    locked,
     read_json,
     read_text,
-    staged,
     write_json,
     write_whole,
 )
@@ -22,12 +27,6 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def write(folder, text):
-    with staged(folder) as temporary:
-        (temporary / "a").write_text(text)
-        (temporary / "b").write_text(text)
-
-
 def replace(folder, text):
     with atomic_folder(folder) as temporary:
         (temporary / "a").write_text(text)
@@ -35,7 +34,7 @@ def replace(folder, text):
 
 def test_what_fails_leaves_what_was_there(tmp_path):
     folder = tmp_path / "folder"
-    write(folder, "old")
+    replace(folder, "old")
 
     def half(path):
         path.write_text("half")
@@ -43,44 +42,121 @@ def test_what_fails_leaves_what_was_there(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         write_whole(folder / "a", half)
-    for way in (staged, atomic_folder):
-        with pytest.raises(OSError, match="No space left"), way(folder) as temporary:
-            half(temporary / "a")
-    assert names(tmp_path) == ["folder"]
-    assert names(folder) == ["a", "b"]
+    with pytest.raises(OSError, match="No space left"), atomic_folder(folder) as temporary:
+        half(temporary / "a")
+    with pytest.raises(OSError, match="No space left"), locked(tmp_path / "made"):
+        half(tmp_path / "file")
+    assert names(tmp_path) == ["file", "folder"]
+    assert names(folder) == ["a"]
     assert (folder / "a").read_text() == "old"
 
 
-def test_a_folder_is_replaced_and_files_are_added(tmp_path):
-    replace(tmp_path / "folder", "one")
-    write(tmp_path / "folder", "two")
-    assert names(tmp_path / "folder") == ["a", "b"]
-    replace(tmp_path / "folder", "three")
-    assert names(tmp_path / "folder") == ["a"]
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchanges):
+    replace(tmp_path / "folder", "old")
+    if exchanges:
+        # No moment without a folder of that name.
+        monkeypatch.setattr(Path, "replace", lambda *paths: pytest.fail("moved away"))
+    else:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "b").write_text("new")
+    assert names(tmp_path / "folder") == ["b"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_where_names_cannot_be_exchanged_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
+    replace(tmp_path / "folder", "old")
+    beside = tmp_path / ".writing-folder"
+    beside.mkdir()
+    (tmp_path / "folder").rename(beside / "old")
+    (beside / ".writing").write_text("")
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "folder"):
+        raise KeyError
+    assert (tmp_path / "folder" / "a").read_text() == "old"
     assert names(tmp_path) == ["folder"]
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(names(tmp_path / "folder")))
-    (tmp_path / "folder").mkdir()
-    write_whole(tmp_path / "folder" / "c", lambda path: path.write_text(""))
-    write(tmp_path / "folder", "new")
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(names(tmp_path)))
+    write_whole(tmp_path / "c", lambda path: path.write_text(""))
     replace(tmp_path / "folder", "other")
-    assert len(flushed) == 4
-    assert flushed[0] == [".c"]
-    assert [n for n in flushed[1] if not n.startswith(".writing")] == ["c"]
-    assert flushed[3] == ["a", "b", "c"]
+    assert flushed == [[".writing-c"], [".writing-folder", "c"]]
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    for way in (staged, atomic_folder):
-        with (
-            pytest.raises(OSError, match="choose a folder that can be written"),
-            way(tmp_path / "file" / "x"),
-        ):
-            pytest.fail("work was done")
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".writing-gates" / "new").mkdir(parents=True)
+    (tmp_path / ".writing-gates" / "new" / "half").write_text("half")
+    for name in (".writing", ".writing-file", ".writing-other"):
+        (tmp_path / name).write_text("half")
+    write_whole(tmp_path / "file", lambda path: path.write_text("whole"))
+    replace(tmp_path / "gates", "new")
+    assert names(tmp_path) == [".writing", ".writing-other", "file", "gates"]
+    assert names(tmp_path / "gates") == ["a"]
+    with locked(tmp_path):
+        assert names(tmp_path) == [".writing", "file", "gates"]
+    assert names(tmp_path) == ["file", "gates"]
+
+
+OTHER = """
+import sys
+from seerattention.files import atomic_folder, locked
+with locked(sys.argv[1]), atomic_folder(sys.argv[2]):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends_or_is_killed(tmp_path):
+    folder, target = tmp_path / "folder", tmp_path / "gates"
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, folder, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        for way, where in ((locked, folder), (atomic_folder, target)):
+            with (
+                pytest.raises(ValueError, match=r"another process is writing to .*; wait for it"),
+                way(where),
+            ):
+                pytest.fail("two at once")
+        assert names(tmp_path) == [".writing-gates", "folder"]
+        assert names(folder) == [".writing"]
+        other.kill()
+    with locked(folder), locked(folder, again=True), atomic_folder(target):
+        with pytest.raises(ValueError, match="another process"), locked(folder):
+            pass
+        assert names(folder) == [".writing"]
+    assert names(tmp_path) == ["folder", "gates"]
+    assert names(folder) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_made(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for way in (locked, atomic_folder):
+        for place in (tmp_path / "file" / "x", tmp_path / "file", "/dev/null"):
+            with pytest.raises(OSError, match="choose a folder that can be written"), way(place):
+                pytest.fail("work was done")
+    for place in (tmp_path / "file" / "x", tmp_path, "/dev/null"):
+        with pytest.raises(OSError, match="choose a folder that can be written"):
+            write_json(place, {})
+    assert check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("file", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    for _ in range(2):
+        write_json(tmp_path / "file", [1])
+        replace(tmp_path / "folder", "new")
+    assert (tmp_path / "far" / "file").read_text() == "[\n  1\n]\n"
+    assert names(tmp_path / "far" / "folder") == ["a"]
+    assert (tmp_path / "file").is_symlink()
+    assert (tmp_path / "folder").is_symlink()
 
 
 def save(path):
@@ -89,24 +165,20 @@ def save(path):
 
 def test_a_full_disk_is_an_error_of_the_system_and_changes_nothing(tmp_path, full_disk):
     folder = tmp_path / "folder"
-    write(folder, "old")
+    replace(folder, "old")
 
     def one():
         write_whole(folder / "a", save)
-
-    def together():
-        with staged(folder) as temporary:
-            save(temporary / "a")
 
     def all_of_it():
         with atomic_folder(folder) as temporary:
             save(temporary / "a")
 
-    for way in (one, together, all_of_it):
+    for way in (one, all_of_it):
         with full_disk(20_000), pytest.raises(OSError, match=r"cannot write .*folder.*; free some space"):
             way()
     assert names(tmp_path) == ["folder"]
-    assert names(folder) == ["a", "b"]
+    assert names(folder) == ["a"]
     assert (folder / "a").read_text() == "old"
 
 
@@ -114,8 +186,6 @@ def test_what_is_written_is_as_readable_as_other_new_files(tmp_path):
     before = os.umask(0o027)
     try:
         write_whole(tmp_path / "a", save)
-        with staged(tmp_path) as temporary:
-            save(temporary / "b")
         with atomic_folder(tmp_path / "folder") as temporary:
             save(temporary / "c")
         write_json(tmp_path / "d", 1)
@@ -123,7 +193,7 @@ def test_what_is_written_is_as_readable_as_other_new_files(tmp_path):
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
-    assert modes == {"a": 0o640, "b": 0o640, "c": 0o640, "d": 0o640, "folder": 0o750}
+    assert modes == {"a": 0o640, "c": 0o640, "d": 0o640, "folder": 0o750}
 
 
 def test_what_may_not_be_read_is_not_called_missing(public, unreadable):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seerattention import attach, detach, load_gates
@@ -27,7 +28,7 @@ from seerattention.hosts.transformers import new_gates, save_gates
 from seerattention.measure import bundled
 from seerattention.policies import Calibrated, Calibration, parse
 from seerattention.settings import build, read
-from seerattention.train import Distillation, Finetuning
+from seerattention.train import Distillation, DistillConfig, Distiller, Finetuning, TextWindows
 from seerattention.train.data import Packs, read_tokens, text_documents
 
 #: What a person can do something about.
@@ -399,3 +400,42 @@ def test_text(tokenizer, tmp_path):
             Packs(text_documents([file], tokenizer), 32, 1, 16)(0)
     assert right > 50
     assert len(refusals) > 100
+
+
+def test_checkpoints(model, tmp_path):
+    rng, refusals, right = random.Random(6), [], 0
+    text = np.random.default_rng(0).integers(2, 64, 400)
+    file = tmp_path / "checkpoint.safetensors"
+
+    def resume() -> Distiller:
+        torch.manual_seed(1)
+        gates = new_gates(model, block_size=16, q_sub_block=8, k_sub_block=8)
+        return Distiller(
+            model, gates, TextWindows(text, 64), DistillConfig(steps=3, save_every=2), out=tmp_path
+        )
+
+    next(resume().run())
+    trainer = resume()
+    next(trainer.run())
+    trainer.save()
+    good = file.read_bytes()
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+    state = json.loads(header["__metadata__"]["state"])
+    for _ in range(250):
+        if (kind := rng.random()) < 0.3:
+            file.write_bytes(damaged(good, rng, head=size))
+        elif kind < 0.7:
+            metadata = {"state": hostile_json(state, rng).decode(errors="replace")}
+            written = json.dumps({**header, "__metadata__": metadata}).encode()
+            file.write_bytes(len(written).to_bytes(8, "little") + written + good[8 + size :])
+        else:
+            names = rng.sample(sorted(set(header) - {"__metadata__"}), 2)
+            tensors = {name: torch.zeros(header[name]["shape"]) for name in header if name != "__metadata__"}
+            tensors[names[0]] = torch.zeros(rng.choice([(), (1,), (0,), (2, 3), (1, 1, 1)]))
+            del tensors[names[1]]
+            save_file(tensors, file, metadata={"state": json.dumps(state)})
+        with refused_or_right(refusals, file.read_bytes()[8:2000]):
+            next(resume().run())
+            right += 1
+    assert len(refusals) > 120

@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from experiments.teacher.data import Mixture, tokenise
 from experiments.yarn.table import table
-from seerattention.files import staged
+from seerattention.files import write_json, write_whole
 from seerattention.hosts.transformers import load_gates, new_gates, save_gates
 from seerattention.measure import bundled
 from seerattention.measure.compare import measured
@@ -437,13 +437,10 @@ class Experiment:
     def _keep(self, kind: str, value: Any, name: str = "") -> None:
         """Write a part, and the results as far as they are."""
         path = self._file(kind, name)
-        path.parent.mkdir(exist_ok=True)
-        with staged(path.parent) as folder:
-            (folder / path.name).write_text(json.dumps(value, indent=1) + "\n")
+        write_json(path, value)
         report = self.results()
-        with staged(self.out) as folder:
-            (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-            (folder / "results.md").write_text(table(report) + "\n")
+        write_json(self.out / "results.json", report)
+        write_whole(self.out / "results.md", lambda file: file.write_text(table(report) + "\n"))
 
     def results(self) -> dict[str, Any]:
         """Return all that is finished, in the order of the methods."""

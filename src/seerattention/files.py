@@ -1,109 +1,191 @@
-"""Files that appear whole or not at all: on the disk under another name, before they get theirs."""
+"""Files and folders that appear whole or not at all, in folders that one process at a time writes to.
+
+What is not complete has `UNFINISHED` and its later name as its name; a folder in use holds a file called
+`UNFINISHED`. A killed process leaves them behind, and the next that writes there removes them.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+UNFINISHED = ".writing"
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file that then becomes ``path``; on failure nothing changes.
+#: The locks that this process holds.
+_held: set[Path] = set()
 
-    The temporary file has one name, so that a process that is killed again and again leaves one behind.
+
+def check_writable(path: str | Path, *, folder: bool = False) -> Path:
+    """Refuse a file, or a folder, that could not be written; nothing is made.
+
+    Returns:
+        Where it is, behind links.
+
+    Raises:
+        OSError: If something else is there, or it cannot be made.
     """
-    temporary = path.with_name(f".{path.name}")
+    real = Path(os.path.realpath(path))
+    there = next(one for one in (real, *real.parents) if one.exists())
+    kept = there if there.is_dir() else there.parent
+    why = ""
+    if there == real and not (real.is_dir() if folder else real.is_file()):
+        why = f"it is {'not a folder' if folder else 'a folder' if real.is_dir() else 'not a file'}"
+    elif there != real and not there.is_dir():
+        why = f"{there} is not a folder"
+    elif not os.access(kept, os.W_OK | os.X_OK):
+        why = f"{kept} is not yours to write to"
+    if why:
+        raise OSError(f"cannot write {path} ({why}); choose a folder that can be written")
+    return real
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path`` that then becomes it; on failure nothing changes.
+
+    Raises:
+        OSError: If something else is there, or it cannot be written.
+    """
+    path = check_writable(path)
+    unfinished = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _filling(path):
-            write(temporary)
-        _flush(temporary)
-        temporary.replace(path)
+            write(unfinished)
+        _flush(unfinished)
+        unfinished.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write plain JSON types into a file, whole or not at all; its folder is made if it does not exist.
-
-    Raises:
-        OSError: If the folder cannot be written.
-    """
-    with staged(path.parent) as folder:
-        (folder / path.name).write_text(json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
-    """Write files into a folder together: they appear in it, one by one, once all of them are complete.
-
-    Other files in the folder stay. Fails before any work where the folder cannot be written.
-
-    Args:
-        folder: Where the files go; made if it does not exist.
-
-    Yields:
-        A temporary folder beside them to write into.
-
-    Raises:
-        OSError: If the folder cannot be written.
-    """
-    folder = Path(folder)
-    made = not folder.exists()
-    temporary = _temporary(folder, ".writing-", folder)
-    complete = False
-    try:
-        with _filling(folder):
-            yield temporary
-        _flush(temporary)
-        for file in sorted(temporary.iterdir()):
-            file.replace(folder / file.name)
-        complete = True
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if made and not complete:
-            folder.rmdir()
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain JSON types as `write_whole` does."""
+    write_whole(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Write a folder all or nothing: yields a temporary one that replaces ``folder`` on success.
+    """Write a folder all or nothing: yields a new one that takes the place of ``folder`` on success.
+
+    Wherever the system can exchange two names, there is no moment without one of both. Elsewhere a kill
+    between two renames leaves none, and the next call puts the old one back before anything else.
 
     Raises:
-        OSError: If the parent folder cannot be written.
+        OSError: If something else is there, or it cannot be written.
+        ValueError: If another process is writing it.
     """
-    folder = Path(folder).absolute()
-    temporary = _temporary(folder.parent, f".{folder.name}-", folder)
+    folder = check_writable(folder, folder=True)
+    beside = _beside(folder)
+    new, old = beside / "new", beside / "old"
     try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        with _filling(folder):
-            yield new
-        _flush(new)
-        if folder.exists():
-            folder.replace(old)
+        with locked(beside):
+            if old.exists() and not folder.exists():
+                old.replace(folder)
+            _remove(new, old)
+            new.mkdir()
+            try:
+                with _filling(folder):
+                    yield new
+                _flush(new)
+                _exchange(new, folder, old)
+            finally:
+                _remove(new, old)
+    finally:
+        with suppress(OSError):
+            beside.rmdir()
+
+
+@contextmanager
+def locked(folder: str | Path, *, again: bool = False) -> Iterator[None]:
+    """Be the only process that writes to a folder, which is made; first remove what a killed one left.
+
+    Args:
+        folder: The folder. Where its file system has no locks, there is none.
+        again: Whether this process may have it locked already.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If another process is writing to it.
+    """
+    folder = check_writable(folder, folder=True)
+    file = folder / UNFINISHED
+    if again and file in _held:
+        yield
+        return
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, file)
+        _held.add(file)
+        try:
+            _remove(*folder.glob(f"{UNFINISHED}-*"))
+            yield
+        finally:
+            _held.discard(file)
+            # Before it is free: who opened it meanwhile sees that it is no longer the one.
+            if _is(descriptor, file):
+                file.unlink()
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, file: Path) -> None:
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return
+    busy = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = True
+    except OSError:
+        # The file system has no locks.
+        return
+    if busy or not _is(descriptor, file):
+        raise ValueError(f"another process is writing to {file.parent}; wait for it or choose another folder")
+
+
+def _is(descriptor: int, file: Path) -> bool:
+    return file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{UNFINISHED}-{path.name}")
+
+
+def _exchange(new: Path, folder: Path, old: Path) -> None:
+    """Give a folder the name of another, which is then called ``new`` or ``old``."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2
+    if not folder.exists():
+        new.replace(folder)
+    elif rename is None or rename(here, os.fsencode(new), here, os.fsencode(folder), exchange):
+        folder.replace(old)
         try:
             new.replace(folder)
         except OSError:
-            if old.exists():
-                old.replace(folder)
+            old.replace(folder)
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(parent: Path, prefix: str, wanted: Path) -> Path:
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    except OSError as error:
-        raise OSError(f"cannot write {wanted} ({error}); choose a folder that can be written") from error
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,13 @@ def test_found_by_name() -> None:
         baselines.create("magic")
     with pytest.raises(ValueError, match="unknown baseline '__init__'"):
         baselines.create("__init__")
+
+
+@pytest.mark.parametrize("name", baselines.names())
+@pytest.mark.parametrize("block_size", [64, (64,), (0, 64), (64, -8), (64.0, 64.0), (True, 64), "64", None])
+def test_blocks_of_no_size_are_refused_before_any_work(name: str, block_size: Any) -> None:
+    with pytest.raises(ValueError, match="block_size must be"):
+        baselines.create(name, block_size=block_size)
 
 
 def test_a_new_baseline_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

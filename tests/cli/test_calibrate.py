@@ -96,6 +96,20 @@ def test_gates_of_another_model_are_refused(gates, text):
     assert "these gates were made for seerattention/teacher, not for" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--text", "no.txt"), "there is no file no.txt"),
+        (("--plot", "trade-off"), "a picture's name must end in .png, .svg, .pdf, got trade-off"),
+        (("--out", "/dev/null"), "holds other files than gates"),
+    ],
+)
+def test_what_can_be_seen_is_refused_before_the_model_is_loaded(gates, text, more, words):
+    result = invoke(gates, text, "--density", 0.4, "--model", "nowhere", *more)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+
+
 def test_a_copy_over_something_else_is_refused_before_the_model_is_loaded(gates, text, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

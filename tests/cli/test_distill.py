@@ -162,6 +162,7 @@ def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, t
         (["--set", "dataset=x/y"], ["either text or dataset"]),
         (["--set", "dtype=int8"], ["dtype must be one of", "'int8'"]),
         (["--device", "abacus"], ["device 'abacus' is not a device"]),
+        (["--push-to-hub", "gates"], ["repo_id must be owner/name, got 'gates'"]),
     ],
 )
 def test_bad_options_end_in_one_sentence_before_any_work(distil, tmp_path, more, words):
@@ -172,6 +173,29 @@ def test_bad_options_end_in_one_sentence_before_any_work(distil, tmp_path, more,
     for word in words:
         assert word in said
     assert not (tmp_path / "out" / "gates").exists()
+
+
+def test_what_is_given_as_a_folder_and_is_none_is_refused_before_any_work_and_a_link_is_followed(
+    distil, tmp_path
+):
+    (tmp_path / "file").write_text("mine")
+    for out in ("/dev/null", tmp_path / "file", tmp_path / "file" / "x"):
+        result, said = distil(out, "--steps", 1)
+        assert result.exit_code == 2
+        assert "choose a folder that can be written" in said
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "out").symlink_to(tmp_path / "far")
+    assert distil(tmp_path / "out", "--steps", 1)[0].exit_code == 0
+    assert (tmp_path / "out").is_symlink()
+    assert load_gates(tmp_path / "far" / "gates").config.block_size == 16
+
+
+def test_what_a_killed_run_left_in_the_gates_is_no_file_of_anybodys(distil, tmp_path):
+    (tmp_path / "out" / "gates" / ".writing-x").mkdir(parents=True)
+    (tmp_path / "out" / ".writing-y").mkdir()
+    result, said = distil(tmp_path / "out", "--steps", 1)
+    assert result.exit_code == 0, said
+    assert not list(tmp_path.rglob(".writing*"))
 
 
 def test_a_run_without_a_model_says_so(invoke, text, tmp_path):

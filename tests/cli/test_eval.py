@@ -78,6 +78,7 @@ def test_errors_are_one_sentence_and_come_before_any_work(config, tmp_path):
         ("[methods.gates]", "[methods.oracel]\n[methods.gates]", ["unknown method 'oracel'", "oracle_mass"]),
         ("lengths = [512]", "lengths = [65536]", ["past the model's limit: 65536", "takes 32768"]),
         ('device = "cpu"', 'device = "abacus"', ["'abacus' is not a device"]),
+        ("[model]", 'text = ["no.txt"]\n[model]\nname = "nowhere"', ["there is no file no.txt"]),
     ):
         path = tmp_path / "bad.toml"
         path.write_text(config.read_text().replace(old, new))

@@ -79,6 +79,8 @@ def test_distilled_gates_are_taken_and_a_dry_run_writes_nothing(finetune, base, 
         (["backend=gather", "soft_gates=true"], ["soft gates put a bias into the logits"]),
         (["soft_gates=true", "gradient_checkpointing=true"], ["soft gates keep the maps of all layers"]),
         (["gates=x"], ["gates have their design"]),
+        (["lr=inf"], ["lr must be finite and below 1e+37, got inf"]),
+        (["gate.num_kv_heads=2"], ["num_kv_heads of gates is their model's"]),
         (["lr=1e30"], ["of the text, has loss", "it changed nothing", "there is no checkpoint yet"]),
     ],
 )

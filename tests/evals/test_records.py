@@ -8,7 +8,7 @@ from seerattention.evals.records import RecordFile
 
 
 def test_two_evaluations_do_not_write_to_one_folder(tmp_path) -> None:
-    with RecordFile(tmp_path), pytest.raises(ValueError, match="another evaluation is writing to"):
+    with RecordFile(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
         RecordFile(tmp_path)
     with RecordFile(tmp_path) as file:
         assert file.records == {}

@@ -1,6 +1,8 @@
 """Settings of training: schedules, and what is refused."""
 
 import itertools
+import math
+from dataclasses import fields
 
 import pytest
 
@@ -52,3 +54,14 @@ def test_joint_settings_out_of_range_are_refused_by_name(wrong):
 
 def test_one_density_is_a_range_of_one():
     assert FinetuneConfig(density=0.3).densities == FinetuneConfig(density=(0.3, 0.3)).densities == (0.3, 0.3)
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, FinetuneConfig])
+def test_numbers_that_are_not_finite_or_past_all_counting_are_refused_at_once(kind):
+    numbers = [(f.name, f.default) for f in fields(kind) if type(f.default) in (int, float)]
+    assert {"lr", "steps", "warmup"} < {name for name, _ in numbers}
+    for name, default in numbers:
+        wrong = (2**63, -1) if isinstance(default, int) else (math.inf, -math.inf, math.nan, 1e38)
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                kind(**{name: value})

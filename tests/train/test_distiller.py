@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -10,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from seerattention.hosts.transformers import base_checksum, new_gates
 from seerattention.policies import TopK, select
 from seerattention.rows import Rows
-from seerattention.train import DistillConfig, Distiller, TextWindows
+from seerattention.train import DistillConfig, Distiller, Packs, TextWindows
 
 SMALL = {"block_size": 16, "q_sub_block": 8, "k_sub_block": 8}
 
@@ -195,12 +197,133 @@ def test_checkpoints_of_another_run_are_refused(model, text, tmp_path):
     list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
     with pytest.raises(ValueError, match=r"another run, config\.steps differ"):
         Distiller(
-            model, gates_of(model), TextWindows(text, 128), DistillConfig(steps=3, save_every=1), out=tmp_path
+            model, gates_of(model), TextWindows(text, 128), DistillConfig(steps=1, save_every=1), out=tmp_path
         )
     with pytest.raises(ValueError, match="another run, text differ"):
         Distiller(model, gates_of(model), TextWindows(text[::-1], 128), config, out=tmp_path)
     with pytest.raises(ValueError, match=r"another run, gate\.k_sub_block differ"):
         Distiller(model, gates_of(model, k_sub_block=16), TextWindows(text, 128), config, out=tmp_path)
+
+
+def test_whatever_a_run_follows_from_is_compared_on_resuming(model, text, tmp_path):
+    heldout, config = text[:128], DistillConfig(steps=2, save_every=1)
+
+    def start(model=model, text=text, heldout=heldout, packed=False):
+        batches = Packs([text, heldout], 128, 1, 64) if packed else TextWindows(text, 128)
+        out = tmp_path / str(packed)
+        return Distiller(model, gates_of(model), batches, config, out=out, heldout=[heldout])
+
+    for packed in (False, True):
+        next(start(packed=packed).run())
+        assert start(packed=packed).done == 1
+        changed = text.copy()
+        changed[-1] += 1
+        with pytest.raises(ValueError, match="another run, text differ"):
+            start(text=changed, packed=packed)
+    with pytest.raises(ValueError, match="another run, heldout differ"):
+        start(heldout=text[1:129])
+    with pytest.raises(ValueError, match="another run, base, dtype differ"):
+        start(model=copy.deepcopy(model).bfloat16())
+    flipped = copy.deepcopy(model)
+    flipped.model.layers[1].mlp.up_proj.weight.data.view(torch.int32)[3, 5] ^= 1
+    with pytest.raises(ValueError, match="another run, base differ"):
+        start(model=flipped)
+
+
+def test_a_finished_run_can_be_taught_further_and_an_unfinished_one_keeps_its_steps(model, text, tmp_path):
+    def start(out, steps):
+        config = DistillConfig(steps=steps, save_every=1)
+        return Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path / out)
+
+    for stop in (4, 6):
+        out = f"stopped at {stop}"
+        list(start(out, 3).run())
+        further = start(out, 6)
+        assert further.done == 3
+        for step in further.run():
+            if step.step == stop:
+                break
+        resumed = start(out, 6)
+        assert resumed.done == stop
+        if stop < 6:
+            with pytest.raises(ValueError, match=r"another run, config\.steps differ"):
+                start(out, 7)
+        list(resumed.run())
+        rows = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    ends = [load_file(tmp_path / f"stopped at {stop}" / "checkpoint.safetensors") for stop in (4, 6)]
+    assert same(*ends)
+
+
+def test_metrics_of_a_run_stopped_before_its_first_checkpoint_are_written_again(model, text, tmp_path):
+    config = DistillConfig(steps=3, save_every=3)
+    for _ in range(2):
+        run = Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run()
+        for _ in range(2):
+            next(run)
+        run.close()
+    list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["weights", "state of the optimizer", "scores"])
+def test_what_is_not_finite_is_never_saved(model, text, tmp_path, what):
+    config = DistillConfig(steps=2, save_every=1)
+    gates = gates_of(model)
+    trainer = Distiller(model, gates, TextWindows(text, 128), config, out=tmp_path, heldout=[text[:128]])
+    run = trainer.run()
+    next(run)
+    saved = (tmp_path / "checkpoint.safetensors").read_bytes()
+    step = trainer.optimizer.step
+
+    def poisoned():
+        step()
+        with torch.no_grad():
+            parameter = next(gates.parameters())
+            if what == "weights":
+                parameter[0] = float("inf")
+            elif what == "scores":
+                parameter.fill_(3e38)
+            else:
+                trainer.optimizer.state[parameter]["exp_avg_sq"][0] = float("inf")
+
+    trainer.optimizer.step = poisoned
+    with pytest.raises(FloatingPointError, match=r"step 2 has made .*the checkpoint in .* is of step 1\."):
+        next(run)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
+
+
+def test_a_checkpoint_that_no_run_can_go_on_from_is_refused(model, text, tmp_path):
+    config, path = DistillConfig(steps=1), tmp_path / "checkpoint.safetensors"
+
+    def start():
+        batches = TextWindows(text, 128)
+        return Distiller(model, gates_of(model), batches, config, out=tmp_path, heldout=[text[:128]])
+
+    list(start().run())
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    whole, state = load_file(path), json.loads(metadata["state"])
+    weight = next(name for name in whole if name.startswith("gates."))
+    moment = f"optimizer.{weight}.exp_avg"
+    for changes, words in (
+        ({weight: torch.full_like(whole[weight], torch.nan)}, "is not finite"),
+        ({moment: torch.full_like(whole[moment], torch.inf)}, "is not finite"),
+        ({moment: whole[moment][:1].clone()}, "the optimizer's state for"),
+        ({weight: None}, "it has no gates"),
+        ({weight.replace("gates.", "best."): None}, "missing gate keys"),
+        ({"state": {**state, "step": "one"}}, "step must be of type int"),
+        ({"state": {**state, "best_recall": None}}, "best_recall must be of type float"),
+        ({"state": {**state, "config": 3}}, "is truncated or damaged"),
+        ({"state": [state]}, "is truncated or damaged"),
+        ({"state": {**state, "format": 1}}, "another run, format differ"),
+    ):
+        told = json.dumps(changes.pop("state", state))
+        tensors = {name: value for name, value in {**whole, **changes}.items() if value is not None}
+        save_file(tensors, path, metadata={"state": told})
+        with pytest.raises(ValueError, match=words):
+            start()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])

@@ -147,6 +147,17 @@ def test_the_saved_model_loads_in_plain_transformers_with_its_outputs_and_its_ga
     detach(loaded)
 
 
+@pytest.mark.parametrize("what", ["a weight", "what it computes"])
+def test_a_model_of_nan_is_not_saved(tiny, model, text, tmp_path, what):
+    tuner = Finetuner(prepare(model), tiny.gates_of(model), TextWindows(text, 96), FinetuneConfig(steps=1))
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight.fill_(3e38) if what == "what it computes" else weight[0, 0].fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"is not saved: in torch.float32 .* is not finite"):
+        save_finetuned(tuner, tmp_path, policy="top_k:0.1")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_block_rope_follows_the_models_scaling(tiny, text):
     for kind in ("yarn", "llama3", "linear", "dynamic"):
         plain = tiny.make()
@@ -195,8 +206,8 @@ def test_another_runs_checkpoint_is_refused(tiny, text, tmp_path):
         return Finetuner(prepare(model), tiny.gates_of(model), TextWindows(text, 96), config, out=tmp_path)
 
     list(start(FinetuneConfig(steps=1)).run())
-    with pytest.raises(ValueError, match=r"another run, config\.steps differ"):
-        start(FinetuneConfig(steps=2))
+    with pytest.raises(ValueError, match=r"another run, config\.lr differ"):
+        start(FinetuneConfig(steps=1, lr=1e-4))
     with pytest.raises(ValueError, match=r"another run, rope\.rope_type, rope\.factor"):
         start(FinetuneConfig(steps=1), kind="yarn", factor=2, length=300)
 

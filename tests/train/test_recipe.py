@@ -56,6 +56,38 @@ def test_a_run_starts_from_gates_which_have_their_design(told, tiny, tmp_path):
         build(Distillation, {**given, "gate": SMALL}).start(None)
 
 
+@pytest.mark.parametrize("kind", [Distillation, Finetuning])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"text": "no.txt"}, "there is no file no.txt"),
+        ({"heldout": "no.txt"}, "there is no file no.txt"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"seed": 2**64}, "seed must be a whole number >= 0"),
+        ({"sequences": 0}, "sequences must be a whole number >= 1, got 0"),
+        ({"lr": float("inf")}, "lr must be finite"),
+    ],
+)
+def test_what_can_be_seen_is_refused_before_the_model_is_loaded(kind, told, settings, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        build(kind, {**told, "model": "nowhere", **settings}).start(None)
+
+
+@pytest.mark.parametrize("name", ["gates", "model"])
+def test_what_is_in_the_way_of_results_is_refused_before_the_model_is_loaded(told, tmp_path, name):
+    recipe = build(Finetuning, {**told, "model": "nowhere"})
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OSError, match=name):
+        recipe.start(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [Distillation, Finetuning])
+def test_gates_have_the_shape_of_their_model(kind, told):
+    with pytest.raises(ValueError, match="num_kv_heads of gates is their model's"):
+        build(kind, {**told, "gate": {**SMALL, "num_kv_heads": 2}}).start(None)
+
+
 def test_a_joint_runs_policy_is_at_its_least_density_and_no_folder_is_made_without_one(told, tmp_path):
     recipe = build(Finetuning, {**told, "density": [0.2, 0.5]})
     assert recipe.policy == "top_k:0.2,sink_blocks=1"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from seerattention.settings import typed
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -17,6 +19,12 @@ class Baseline:
 
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
+
+    def __post_init__(self) -> None:
+        sizes = typed("block_size", self.block_size, tuple[int, int])
+        if min(sizes) < 1:
+            raise ValueError(f"block_size must be two whole numbers >= 1, got {sizes}")
+        object.__setattr__(self, "block_size", sizes)
 
     @property
     def tokens_per_summary(self) -> int:

@@ -38,6 +38,7 @@ class MInference(Baseline):
     last_queries: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.last_queries < 1:
             raise ValueError(f"last_queries must be at least 1, got {self.last_queries}")
 

@@ -28,6 +28,7 @@ class XAttention(Baseline):
     stride: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block_size[0] % self.stride or self.block_size[1] % self.stride:
             raise ValueError(f"stride={self.stride} must divide the block sizes {self.block_size}")
 

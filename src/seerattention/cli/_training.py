@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 from seerattention.cli._show import console_of, duration, table
-from seerattention.files import write_json
+from seerattention.files import locked, write_json
 from seerattention.settings import build, explained, read
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **op
     """Return the recipe that file, settings and options make, the latter over the former."""
     given = {name: value for name, value in options.items() if value is not None and value != []}
     return build(kind, {**read(config, overrides or ()), **given})
+
+
+def alone(told: Recipe[Any], out: Path, dry_run: bool) -> AbstractContextManager[None]:
+    """Keep other processes than those of this training from writing to its folder."""
+    from seerattention.train.processes import make_accelerator
+
+    main = make_accelerator(told.device).is_main_process
+    return locked(out) if main and not dry_run else nullcontext()
 
 
 def go(run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool) -> Console | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from seerattention.cli._show import bar, console_of
-from seerattention.files import staged
+from seerattention.files import locked, write_whole
 
 if TYPE_CHECKING:
     from seerattention.policies import Policy
@@ -53,31 +53,34 @@ def run(
     from seerattention.measure import bundled
     from seerattention.measure.plot import require_matplotlib
     from seerattention.train import read_tokens
+    from seerattention.train.data import text_files
 
     target = Target(density, recall, _share(max_ppl_increase))
     if plot is not None:
-        require_matplotlib()
+        require_matplotlib(plot)
     loaded = load_gates(gates)
     _check_place(gates, out)
-    base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)
-    knobs = _knobs(loaded.policy)
-    console = console_of()
-    with bar(console) as progress:
-        outcome = calibrate(
-            base,
-            loaded.to(base.device),
-            read_tokens(text, tokenizer),
-            target,
-            length=length,
-            windows=windows,
-            knobs=knobs,
-            progress=_phases(progress, console),
-        )
-    if out is None:
-        save_calibration(gates, outcome.policy)
-    else:
-        loaded.cpu().calibration = outcome.policy.calibration
-        save_gates(loaded, out, policy=outcome.policy)
+    text_files(text)
+    with locked(out or gates):
+        base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)
+        knobs = _knobs(loaded.policy)
+        console = console_of()
+        with bar(console) as progress:
+            outcome = calibrate(
+                base,
+                loaded.to(base.device),
+                read_tokens(text, tokenizer),
+                target,
+                length=length,
+                windows=windows,
+                knobs=knobs,
+                progress=_phases(progress, console),
+            )
+        if out is None:
+            save_calibration(gates, outcome.policy)
+        else:
+            loaded.cpu().calibration = outcome.policy.calibration
+            save_gates(loaded, out, policy=outcome.policy)
     for row in outcome.rows:
         console.print(
             f"{row['tokens']:>9,} tokens   density {row['density']:6.1%}   recall {row['recall']:6.1%}   "
@@ -86,8 +89,7 @@ def run(
     console.print(f"{outcome.policy} {outcome.recommendation()}", soft_wrap=True)
     console.print(f"saved in {out or gates}; attach(model, load_gates(...)) uses it")
     if plot is not None:
-        with staged(plot.parent) as folder:
-            draw_calibration(outcome, folder / plot.name)
+        write_whole(plot, lambda path: draw_calibration(outcome, path))
         console.print(f"drawn in {plot}")
 
 
@@ -113,8 +115,6 @@ def _check_place(gates: Path, out: Path | None) -> None:
         raise FileNotFoundError(
             f"{gates} holds no {WEIGHTS} that thresholds could be saved with; give --out for a copy"
         )
-    with staged(gates):
-        pass
 
 
 def _knobs(text: str | None) -> Policy:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from seerattention.cli._show import bar, console_of, formatted, train
-from seerattention.files import staged, write_json
+from seerattention.files import check_writable, write_json, write_whole
 
 if TYPE_CHECKING:
     from seerattention.demo.run import Demo, Method
@@ -67,35 +67,36 @@ def run(
         raise ValueError(f"--longest must be at least {least}, got {longest}")
     plan = replace(plan, lengths=tuple(n for n in plan.lengths if n <= longest))
     console = console_of(110)
-    # Fails now, not after minutes, where nothing can be written.
-    with staged(out) as folder:
-        model, tokenizer = bundled.load_teacher()
-        training, text = bundled.text_tokens(tokenizer)
-        gates = bundled.load_teacher_gates()
-        demo = Demo(model, tokenizer, text, plan)
-        parameters = sum(p.numel() for p in model.parameters())
-        console.print(
-            f"The teacher: a {parameters / 1e6:.1f} M parameter Llama with a context of "
-            f"{model.config.max_position_embeddings:,} tokens.\n"
-            f"The text: The Enchanted April (1922), {len(training) + len(text):,} tokens it never saw.\n",
-        )
-        live = _distil(demo, training, distil_seconds, console)
-        rows = _compare(demo, methods(gates, live), console)
-        curve = _curve(demo, gates, console)
-        figures.draw_maps(
-            figures.head_maps(model, gates, text[: demo.plan.tokens], TopK(0.1, sink_blocks=1)),
-            folder / "maps.png",
-        )
-        figures.draw_quality(rows, folder / "quality.png")
-        figures.draw_time(curve, folder / "time.png")
-        report = {
-            "versions": versions(),
-            "rows": rows,
-            "questions": demo.questions,
-            "lengths": curve,
-            "figures": ["maps.png", "quality.png", "time.png"],
-        }
-        write_json(folder / "report.json", report)
+    check_writable(out, folder=True)
+    model, tokenizer = bundled.load_teacher()
+    training, text = bundled.text_tokens(tokenizer)
+    gates = bundled.load_teacher_gates()
+    demo = Demo(model, tokenizer, text, plan)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"The teacher: a {parameters / 1e6:.1f} M parameter Llama with a context of "
+        f"{model.config.max_position_embeddings:,} tokens.\n"
+        f"The text: The Enchanted April (1922), {len(training) + len(text):,} tokens it never saw.\n",
+    )
+    live = _distil(demo, training, distil_seconds, console)
+    rows = _compare(demo, methods(gates, live), console)
+    curve = _curve(demo, gates, console)
+    maps = figures.head_maps(model, gates, text[: demo.plan.tokens], TopK(0.1, sink_blocks=1))
+    pictures = {
+        "maps.png": lambda path: figures.draw_maps(maps, path),
+        "quality.png": lambda path: figures.draw_quality(rows, path),
+        "time.png": lambda path: figures.draw_time(curve, path),
+    }
+    for name, draw in pictures.items():
+        write_whole(out / name, draw)
+    report = {
+        "versions": versions(),
+        "rows": rows,
+        "questions": demo.questions,
+        "lengths": curve,
+        "figures": list(pictures),
+    }
+    write_json(out / "report.json", report)
     console.print(
         f"\n{out}/report.json has these numbers; the pictures beside it:\n"
         "  maps.png     true attention map, the gate's prediction and the blocks read, for four heads\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from seerattention.cli import _training
 from seerattention.cli._show import train
 from seerattention.cli._training import Config, Device, DryRun, Length, Model, Set, Steps, Text
 from seerattention.settings import flat
+
+if TYPE_CHECKING:
+    from seerattention.train import Distillation
 
 #: Densities of the report at the end.
 DENSITIES = (0.2, 0.1, 0.05)
@@ -36,17 +39,23 @@ def run(
 
     Several GPUs: accelerate launch -m seerattention.cli distill ... (or torchrun).
     """
-    from seerattention.hosts.transformers import push_to_hub as push
-    from seerattention.hosts.transformers import save_gates
     from seerattention.hosts.transformers.hub import check_login
     from seerattention.train import Distillation
-    from seerattention.train.save import GATES
 
     told = _training.recipe(
         Distillation, config, overrides, model=model, text=text, steps=steps, length=length, device=device
     )
     if push_to_hub:
-        check_login()
+        check_login(push_to_hub)
+    with _training.alone(told, out, dry_run):
+        _teach(told, out, push_to_hub, dry_run)
+
+
+def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> None:
+    from seerattention.hosts.transformers import push_to_hub as push
+    from seerattention.hosts.transformers import save_gates
+    from seerattention.train.save import GATES
+
     run = told.start(None if dry_run else out)
     trainer, source, count = run.trainer, told.source, told.config.steps
     read = f"{source.sequences} x {source.length:,} tokens"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seerattention.cli import _training
 from seerattention.cli._show import train
 from seerattention.cli._training import Config, Device, DryRun, Length, Model, Set, Steps, Text
+
+if TYPE_CHECKING:
+    from seerattention.train import Finetuning
 
 #: What the help says about settings.
 keys = partial(_training.keys, "Finetuning")
@@ -35,8 +38,7 @@ def run(
     Ends with a model that plain transformers loads and gates for it. Run again after a stop to continue
     where it was. Several GPUs: accelerate launch -m seerattention.cli finetune ... (or torchrun).
     """
-    from seerattention.train import Finetuning, save_finetuned
-    from seerattention.train.save import GATES, MODEL
+    from seerattention.train import Finetuning
 
     told = _training.recipe(
         Finetuning,
@@ -49,6 +51,14 @@ def run(
         length=length,
         device=device,
     )
+    with _training.alone(told, out, dry_run):
+        _teach(told, out, dry_run)
+
+
+def _teach(told: Finetuning, out: Path, dry_run: bool) -> None:
+    from seerattention.train import save_finetuned
+    from seerattention.train.save import GATES, MODEL
+
     run = told.start(None if dry_run else out)
     tuner, c, source = run.trainer, told.config, told.source
     trained = sum(p.numel() for p in tuner.named.values())

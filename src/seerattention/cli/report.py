@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from seerattention.cli._show import bar, console_of
-from seerattention.files import staged
+from seerattention.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,15 +72,13 @@ def run(
         raise ValueError(f"{out} is a folder; give --out a file, such as {out / 'report.html'}")
     if results is not None and not gates and (model or text or density or layers):
         raise ValueError("--model, --text, --density and --layers are for the explorer; give --gates too")
-    with staged(out.parent) as folder:
-        measured = None if results is None else read_results(results)
-        explorer = None
-        if gates or results is None:
-            source = gates or BUNDLED
-            explorer = _explore(
-                console, source, model, text or [], tokens, density or [], layers, dtype, device
-            )
-        (folder / out.name).write_text(page(measured, explorer), encoding="utf-8")
+    check_writable(out)
+    measured = None if results is None else read_results(results)
+    explorer = None
+    if gates or results is None:
+        source = gates or BUNDLED
+        explorer = _explore(console, source, model, text or [], tokens, density or [], layers, dtype, device)
+    write_whole(out, lambda path: path.write_text(page(measured, explorer), encoding="utf-8"))
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser", soft_wrap=True)
 
 
@@ -99,7 +97,9 @@ def _explore(
     from seerattention.evals.report import explore
     from seerattention.measure import bundled
     from seerattention.measure.compare import short_of
+    from seerattention.train.data import text_files
 
+    text_files(text)
     loaded = bundled.named_gates(source)
     chosen, policies = _numbers(layers), _policies(loaded, densities)
     base, tokenizer = bundled.named_model(model or loaded.base.name, dtype=dtype, device=device)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -28,7 +27,7 @@ from seerattention.measure.bundled import BUNDLED
 from seerattention.measure.compare import attached, short_of
 from seerattention.measure.observe import Watch
 from seerattention.measure.versions import versions
-from seerattention.train.data import text_documents
+from seerattention.train.data import text_documents, text_files
 
 #: A prompt that falls short of its length by more than this share was cut.
 SHORTEST = 0.9
@@ -73,12 +72,13 @@ def load_model(config: EvalConfig) -> tuple[PreTrainedModel, Source]:
         FileNotFoundError: If a text does not exist.
         ValueError: If dtype or device are not known, or the text is empty.
     """
+    paths = [] if config.text == [BUNDLED] else text_files(config.text)
     model, tokenizer = bundled.named_model(config.model, dtype=config.dtype, device=config.device)
-    if config.text == [BUNDLED]:
+    if not paths:
         documents = [bundled.text_tokens(tokenizer)[1]]
     else:
         end = tokenizer.eos_token_id
-        read = text_documents([Path(path) for path in config.text], tokenizer)()
+        read = text_documents(paths, tokenizer)()
         documents = [d[:-1] if len(d) and d[-1] == end else d for d in read]
     return model, Source(tokenizer, documents, config.chat)
 

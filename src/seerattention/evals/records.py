@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from seerattention.files import staged
+from seerattention.files import locked, write_whole
 from seerattention.settings import typed
 
 
@@ -83,25 +83,20 @@ class RecordFile:
         self.path = folder / "samples.jsonl"
         self.corrupt: list[str] = []
         self.records: dict[tuple[str, int], Record] = {}
-        self._lock: int | None = None
-        if not readonly:
-            # Makes the folder, or says that it cannot be written.
-            with staged(folder):
-                pass
-            self._lock = _lock(folder)
-        text = self.path.read_bytes() if self.path.exists() else b""
-        good = self._read(text)
-        if not readonly and (self.corrupt or (text and not text.endswith(b"\n"))):
-            with staged(folder) as temporary:
-                (temporary / self.path.name).write_bytes(b"".join(line + b"\n" for line in good))
+        with ExitStack() as lock:
+            if not readonly:
+                lock.enter_context(locked(folder))
+            text = self.path.read_bytes() if self.path.exists() else b""
+            good = b"".join(line + b"\n" for line in self._read(text))
+            if not readonly and (self.corrupt or (text and not text.endswith(b"\n"))):
+                write_whole(self.path, lambda path: path.write_bytes(good))
+            self._lock = lock.pop_all()
 
     def __enter__(self) -> RecordFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def append(self, record: Record) -> None:
         """Add a record; it is on the disk when this returns."""
@@ -137,21 +132,3 @@ def _parsed(content: Any) -> Record:
 @cache
 def _kinds() -> dict[str, Any]:
     return get_type_hints(Record)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the process ends or the descriptor is closed; nothing where locks are missing."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with suppress(OSError):
-            os.close(descriptor)
-        raise ValueError(
-            f"another evaluation is writing to {folder}; wait for it or choose another"
-        ) from None
-    return descriptor

@@ -7,13 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from seerattention.evals.harness import Cell, Evaluation
 from seerattention.evals.records import Record
-from seerattention.files import staged
+from seerattention.files import write_whole
 from seerattention.measure.intervals import mean_interval, newcombe, wilson
 from seerattention.measure.versions import versions
 
@@ -194,8 +193,7 @@ def write_summary(evaluation: Evaluation, records: Mapping[tuple[str, int], Reco
         "tasks": {p.label: {"task": p.name, **p.options} for p in config.plans},
         "methods": {m.label: {"kind": m.kind, "of": m.of, **m.options} for m in config.methods},
     }
-    with staged(Path(config.out)) as folder:
-        (folder / "summary.md").write_text(markdown(rows, about), encoding="utf-8")
-        content = json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / "summary.json").write_text(content + "\n", encoding="utf-8")
+    content = json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False)
+    for name, text in (("summary.md", markdown(rows, about)), ("summary.json", content + "\n")):
+        write_whole(config.out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return rows

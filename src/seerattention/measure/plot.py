@@ -8,17 +8,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from seerattention.files import check_writable
+
+#: What pictures' names end in.
+FORMATS = (".png", ".svg", ".pdf")
+
 COLOURS = {"gate": "#1f6feb", "live": "#6f42c1", "dense": "#24292f", "other": "#9a6700"}
 
 
-def require_matplotlib() -> None:
-    """Raise before any work if there is nothing to draw with.
+def require_matplotlib(picture: Path | None = None) -> None:
+    """Raise before any work if there is nothing to draw with, or a picture could not be written.
 
     Raises:
         ModuleNotFoundError: Naming the extra to install.
+        OSError: If the picture's place cannot be written.
+        ValueError: If its name has another end than `FORMATS`.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("figures need matplotlib; pip install 'seerattention[plot]'")
+    if picture is not None and check_writable(picture).suffix not in FORMATS:
+        raise ValueError(f"a picture's name must end in {', '.join(FORMATS)}, got {picture}")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seerattention.files import check_readable, write_whole
+from seerattention.settings import typed
 from seerattention.train.processes import like
 
 #: Of the names in a checkpoint; one of another number is of another run.
-FORMAT = 2
+FORMAT = 3
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -25,8 +26,18 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, An
     write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
-def read_checkpoint(path: Path, mine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(
+    path: Path, mine: dict[str, Any], progress: dict[str, Any], shapes: dict[str, torch.Size]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return progress and tensors of a checkpoint, which must share with this run what is ``mine``.
+
+    A run of more steps than one that is finished goes on from it: ``config.steps`` may then differ.
+
+    Args:
+        path: The checkpoint.
+        mine: What identifies this run, as JSON types.
+        progress: What the state must hold besides, with values of the right types.
+        shapes: Of tensors that must be there; an optimizer's have those of their parameters.
 
     Raises:
         ValueError: If the file is damaged or of another run.
@@ -36,16 +47,39 @@ def read_checkpoint(path: Path, mine: dict[str, Any]) -> tuple[dict[str, Any], d
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"the checkpoint {path} is truncated or damaged ({error}); delete it to start again"
-        ) from error
+        if state["format"] == FORMAT:
+            for name, value in progress.items():
+                typed(name, state[name], type(value))
+            before = state["config"]["steps"]
+            if state["step"] >= before and mine["config"]["steps"] > before:
+                mine = {**mine, "config": {**mine["config"], "steps": before}}
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
     if differing := list(_differing(mine, state)):
         raise ValueError(
             f"the checkpoint {path} is of another run, {', '.join(differing)} differ; give another "
             "output folder, or delete it to start again"
         )
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise _damaged(path, f"it has no {name} of {list(shape)}")
+        prefix = f"optimizer.{name}."
+        state_of = {k.removeprefix(prefix): v.shape for k, v in tensors.items() if k.startswith(prefix)}
+        # A parameter that never had a gradient has none.
+        if state_of and state_of != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise _damaged(path, f"the optimizer's state for {name} is not that of {list(shape)}")
+    if bad := infinite(tensors):
+        raise _damaged(path, f"{bad[0]} is not finite")
     return state, tensors
+
+
+def infinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"the checkpoint {path} is truncated or damaged ({why}); delete it to start again")
 
 
 def _differing(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:

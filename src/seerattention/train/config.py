@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from seerattention.train import objectives
+
+#: Of all settings.
+LARGEST = 1e37
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class TrainConfig:
     grad_accum: int = 1
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # NaN is in no range; what is larger is infinite in the optimizer's float32.
+            fits = not isinstance(value, float) or -LARGEST < value < LARGEST
+            self._check(fits, field.name, f"finite and below {LARGEST:g}")
         self._check_whole(1, "steps", "save_every", "grad_accum")
         self._check(self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
@@ -44,7 +52,8 @@ class TrainConfig:
     def _check_whole(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            self._check(isinstance(value, int) and value >= least, name, f"a whole number >= {least}")
+            right = isinstance(value, int) and least <= value < 2**63
+            self._check(right, name, f"a whole number >= {least}")
 
     def rate(self, step: int) -> float:
         """Return the share of the peak learning rates in a step, counted from 0."""
@@ -130,7 +139,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_whole(0, "warmup_gate_steps")
+        self._check_whole(0, "warmup_gate_steps", "seed")
         for name in ("gate_lr", "clip", "temperature"):
             self._check(getattr(self, name) > 0, name, "above 0")
         for name in ("weight_decay", "gate_weight"):

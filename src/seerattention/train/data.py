@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,10 @@ class TextWindows:
         starts = rng.integers(0, len(self.tokens) - self.length + 1, self.sequences)
         return np.stack([self.tokens[s : s + self.length] for s in starts]).astype(np.int64)
 
+    def identity(self) -> str:
+        """Return a fingerprint of all steps."""
+        return text_identity(self.tokens, np.array([self.length, self.sequences, self.seed]))
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -75,7 +80,8 @@ class Packs:
     the documents again from the start.
 
     Args:
-        documents: Gives the documents' tokens from the start, int ``[n]`` each, the same ones every time.
+        documents: The documents' tokens, int ``[n]`` each; or what gives them from the start, the same ones
+            every time.
         length: Tokens per sequence.
         sequences: Sequences per step.
         least: Documents, and rests of documents, of fewer tokens are dropped, and counted in ``dropped``.
@@ -85,7 +91,11 @@ class Packs:
     """
 
     def __init__(
-        self, documents: Callable[[], Iterable[np.ndarray]], length: int, sequences: int, least: int
+        self,
+        documents: Sequence[np.ndarray] | Callable[[], Iterable[np.ndarray]],
+        length: int,
+        sequences: int,
+        least: int,
     ) -> None:
         if length < least:
             raise ValueError(f"length {length} is below {least} tokens, the least a gate can learn from")
@@ -109,6 +119,12 @@ class Packs:
         self._last = step, packed
         return packed
 
+    def identity(self) -> str:
+        """Return a fingerprint of all steps; where documents are read as they come, of the first alone."""
+        first = self(0)
+        known = () if callable(self.documents) else self.documents
+        return text_identity(*first.tokens, *map(np.array, first.lengths), *known)
+
     def _pack(self) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
         row: list[np.ndarray] = []
         room = self.length
@@ -128,7 +144,7 @@ class Packs:
         """Go through the documents again and again."""
         while True:
             found = False
-            for document in self.documents():
+            for document in self.documents() if callable(self.documents) else self.documents:
                 if len(document) >= self.least:
                     found = True
                     yield document
@@ -139,6 +155,14 @@ class Packs:
                     f"no document has {self.least} tokens (4 blocks), {self.dropped} were shorter; "
                     "give longer text, or train without packing"
                 )
+
+
+def text_identity(*texts: np.ndarray) -> str:
+    """Return a fingerprint of tokens, int ``[n]`` each."""
+    digest = hashlib.sha256()
+    for tokens in texts:
+        digest.update(len(tokens).to_bytes(8, "little") + tokens.astype(np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def dataset_documents(

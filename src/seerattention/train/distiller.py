@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
+from seerattention.hosts.transformers.gates import check_weights
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.train.config import DistillConfig, Step
+from seerattention.train.data import text_identity
 from seerattention.train.layer import gate_scores, learn
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
@@ -81,8 +84,8 @@ class Distiller(Loop):
                 for key, value in tensors.items()
                 if key.startswith("best.")
             }
-        self._checksum = base_checksum(model) if out is not None else ""
-        self._write_run(base_checksum_before=self._checksum)
+            if self._kept and out is not None:
+                check_weights(out, self._kept, {k: v.shape for k, v in gates.state_dict().items()})
         if self.sharded:
             model.requires_grad_(False)
             shard_layers(model, model.get_decoder(), self.accelerator)
@@ -98,17 +101,19 @@ class Distiller(Loop):
         if self.out is None:
             return
         after = base_checksum(self.model)
-        self._write_run(base_checksum_before=self._checksum, base_checksum_after=after)
-        if after != self._checksum:
+        self._write_run(base_checksum_before=self._weights, base_checksum_after=after)
+        if after != self._weights:
             raise RuntimeError(
                 "the base model's weights changed during training (checksum "
-                f"{self._checksum[:12]} before, {after[:12]} after); these gates belong to no saved model"
+                f"{self._weights[:12]} before, {after[:12]} after); these gates belong to no saved model"
             )
 
     def _report(self, values: list[float], norms: list[float], density: float, read: Any) -> Step:
         (loss, recall), measured = values, None
         if len(self.heldout) and (self.done % self.config.eval_every == 0 or self.done == self.config.steps):
             measured = self._measure()
+            if not math.isfinite(measured):
+                raise self._not_finite(f"step {self.done} has made gates whose scores are not finite")
         return Step(self.done, loss, recall, heldout_recall=measured, **read)
 
     def memory(self, length: int) -> dict[str, int]:
@@ -173,7 +178,7 @@ class Distiller(Loop):
         return recall
 
     def heldout_recall(self, densities: tuple[float, ...]) -> list[float]:
-        """Return recall at each density, the mean over layers and the held-out sequences."""
+        """Return recall at each density, the mean over layers and held-out text; NaN for scores of NaN."""
         by_layer = dict(self.gates.items())
         found: list[Tensor] = []
 
@@ -181,7 +186,8 @@ class Distiller(Loop):
             gate, length = by_layer[call.layer], call.q.shape[2]
             out, target = _with_target(gate, call.q, call.k, call.v, call)
             scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions)
-            found.append(sampled_recall(target, scores, gate.block_size, length, densities))
+            recall = sampled_recall(target, scores, gate.block_size, length, densities)
+            found.append(recall.where(scores.isfinite().all(), torch.nan))
             return out
 
         for tokens in self.heldout:
@@ -192,6 +198,9 @@ class Distiller(Loop):
             mean = self.accelerator.reduce(mean, "mean")
             assert isinstance(mean, Tensor)
         return mean.tolist()
+
+    def _about(self) -> dict[str, Any]:
+        return {"heldout": text_identity(*map(np.asarray, self.heldout))}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"best.{name}", value) for name, value in self._kept.items())

@@ -69,8 +69,6 @@ class Finetuner(Loop):
         self.config: FinetuneConfig = config
         self.wrapped = model
         self.first = config.warmup_gate_steps
-        #: Precision in which the model came, and in which it is saved.
-        self.dtype = base.dtype
         for parameter in trained.values():
             parameter.data = parameter.data.float()
         self.language = LanguageLoss(base)
@@ -84,7 +82,6 @@ class Finetuner(Loop):
         how: dict[str, Any] = {"fused": True} if self.device.type == "cuda" else {"foreach": False}
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), **how)
         self._resume()
-        self._write_run()
         self._warm_up: Distiller | None = None
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -120,7 +117,7 @@ class Finetuner(Loop):
                 shard=False,
                 decoder=self._decode,
             )
-        return None if self._warm_up.finished else self._warm_up
+        return self._warm_up
 
     def run(self) -> Iterator[JointStep]:
         """Train as `Loop.run`, after the gates' own steps if those are not done."""

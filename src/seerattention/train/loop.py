@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seerattention.files import write_json
-from seerattention.hosts.transformers import Gates
+from seerattention.files import check_writable, locked, write_json
+from seerattention.hosts.transformers import Gates, base_checksum
 from seerattention.train import objectives
 from seerattention.train.checkpoint import (
     FORMAT,
+    infinite,
     optimizer_tensors,
     read_checkpoint,
     restore_optimizer,
@@ -28,9 +29,8 @@ from seerattention.train.checkpoint import (
     write_checkpoint,
 )
 from seerattention.train.config import TrainConfig
-from seerattention.train.data import Packed
 from seerattention.train.processes import like, make_accelerator, summed, whole
-from seerattention.train.share import Batch, Share, share_of, tokens_of
+from seerattention.train.share import Batch, Share, identity_of, share_of, tokens_of
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -52,12 +52,14 @@ class Loop:
         config: How to train.
         out: Folder for the checkpoint, ``metrics.jsonl``, ``run.json`` and, where tensorboard is
             installed, its logs; None keeps nothing. A checkpoint found there is continued, by any
-            number of processes.
+            number of processes, and that of a finished run by one of more steps. Nothing is written before
+            `run`, which is the only one that writes there.
         accelerator: The processes that share a step; default a new one, as the launcher set it up.
         shard: Shard the model over the processes with FSDP2; default where Accelerate's configuration
             says FSDP2, which it heeds on GPUs only.
 
     Attributes:
+        dtype: Precision in which the model came.
         done: Steps done.
         saved: Steps done in the last checkpoint; 0 where there is none.
         first: Batches that were read before the first step.
@@ -82,7 +84,7 @@ class Loop:
         shard: bool | None,
     ) -> None:
         self.model, self.gates, self.batches, self.out = model, gates, batches, out
-        self.config = config
+        self.config, self.dtype = config, model.dtype
         self.accelerator = accelerator or make_accelerator(str(model.device))
         self.sharded = bool(self.accelerator.is_fsdp2) if shard is None else shard
         self.objective = objectives.create(config.objective)
@@ -90,6 +92,7 @@ class Loop:
         self.named: dict[str, nn.Parameter] = {}
         gates.use_rotary_of(model)
         self.named_gates = {f"gates.{n}": p for n, p in gates.named_parameters()}
+        self._weights, self._text = ("", "") if out is None else (base_checksum(model), identity_of(batches))
 
     @property
     def finished(self) -> bool:
@@ -105,26 +108,31 @@ class Loop:
         """Train step by step, yielding after each; stopping the iteration in between loses nothing saved.
 
         Raises:
-            FloatingPointError: If a loss or gradient is not finite. Everything keeps its last good values
-                and the last checkpoint stays.
+            FloatingPointError: If a loss or gradient is not finite, or a weight or an optimizer's state when
+                it would be saved. The last checkpoint stays.
             RuntimeError: If a frozen model's weights are not what they were before.
+            ValueError: If another process is writing to ``out``.
         """
-        board = self._board()
-        while not self.finished:
-            report = self._step()
-            if self.out is not None:
-                if self.accelerator.is_main_process:
-                    with (self.out / METRICS).open("a") as log:
+        folder = self.out if self.accelerator.is_main_process else None
+        with nullcontext() if folder is None else locked(folder, again=True):
+            if folder is not None:
+                trim_metrics(folder / METRICS, self.done)
+                self._write_run()
+            board = self._board()
+            while not self.finished:
+                report = self._step()
+                if folder is not None:
+                    with (folder / METRICS).open("a") as log:
                         log.write(json.dumps(asdict(report)) + "\n")
                     for name, value in asdict(report).items():
                         if board is not None and isinstance(value, float):
                             board.add_scalar(name, value, report.step)
                 if self.done % self.config.save_every == 0 or self.finished:
                     self.save()
-            yield report
-        if board is not None:
-            board.close()
-        self._finish()
+                yield report
+            if board is not None:
+                board.close()
+            self._finish()
 
     def time_a_step(self) -> float:
         """Return the seconds of a forward and backward pass as at the end of training; nothing changes."""
@@ -171,7 +179,11 @@ class Loop:
         return found[: len(values)], found[len(values) :]
 
     def save(self) -> None:
-        """Write a checkpoint now, where there is a folder for it: a run that stops here goes on from here."""
+        """Write a checkpoint now, where there is a folder for it: a run that stops here goes on from here.
+
+        Raises:
+            FloatingPointError: If something in it is not finite; the last checkpoint stays.
+        """
         if self.out is None or self.saved >= self.done:
             return
         tensors = {}
@@ -180,6 +192,8 @@ class Loop:
             tensor = whole(tensor.detach())
             if self.accelerator.is_main_process:
                 tensors[name] = tensor.contiguous()
+        if bad := infinite(tensors):
+            raise self._not_finite(f"step {self.done} has made {bad[0]} infinite or NaN")
         if self.accelerator.is_main_process:
             write_checkpoint(self.out / CHECKPOINT, tensors, {**self._progress(), **self._identity()})
         self.saved = self.done
@@ -213,15 +227,20 @@ class Loop:
         """Raise before the optimizer spreads what is not finite."""
         if all(map(math.isfinite, found)):
             return
-        kept = ""
-        if self.out is not None:
-            last = f"the checkpoint in {self.out} is of step {self.saved}"
-            kept = f"; {last}" if self.saved else "; there is no checkpoint yet"
         names = (*self.VALUES, "norm", "gate norm")
         said = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, found, strict=True))
-        raise FloatingPointError(
-            f"step {self.done + 1}, on batch {self.index} of the text, has {said}; it changed nothing{kept}. "
-            "Lower the learning rate or look at this batch"
+        where = f"step {self.done + 1}, on batch {self.index} of the text,"
+        raise self._not_finite(f"{where} has {said}; it changed nothing")
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        """Return the error, with what there is to go on from."""
+        kept = ""
+        if self.out is not None:
+            last = f"; the checkpoint in {self.out} is of step {self.saved}"
+            again = ", from where a run comes here again" if self.saved == self.done else ""
+            kept = last + again if self.saved else "; there is no checkpoint yet"
+        return FloatingPointError(
+            f"{what}{kept}. Start again with a lower learning rate, or look at this batch"
         )
 
     def _share(self, batch: Batch) -> Share:
@@ -231,16 +250,13 @@ class Loop:
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint must share with this run, as JSON types."""
-        first = self.batches(0)
-        digest = hashlib.sha256(tokens_of(first).tobytes())
-        if isinstance(first, Packed):
-            digest.update(json.dumps(first.lengths).encode())
         about = {
             "format": FORMAT,
             "config": asdict(self.config),
             "gate": self.gates.config.to_dict(),
-            "base": self.gates.base.fingerprint,
-            "text": digest.hexdigest()[:16],
+            "base": self._weights,
+            "dtype": str(self.dtype),
+            "text": self._text,
             **self._about(),
         }
         return json.loads(json.dumps(about))
@@ -267,14 +283,13 @@ class Loop:
         """
         if self.out is None:
             return None
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_writable(self.out, folder=True)
         if not (self.out / CHECKPOINT).exists():
             return None
-        state, tensors = read_checkpoint(self.out / CHECKPOINT, self._identity())
-        self.done = self.saved = state["step"]
-        if self.accelerator.is_main_process:
-            trim_metrics(self.out / METRICS, self.done)
         named = {**self.named, **self.named_gates}
+        shapes = {name: parameter.shape for name, parameter in named.items()}
+        state, tensors = read_checkpoint(self.out / CHECKPOINT, self._identity(), self._progress(), shapes)
+        self.done = self.saved = state["step"]
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(like(tensors[name], parameter))

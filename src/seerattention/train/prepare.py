@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def extend_context(
             "scaling out, or start from the model before it"
         )
     original = text.max_position_embeddings
-    if not factor > 1:
+    if not 1 < factor < math.inf:
         raise ValueError(f"a RoPE factor must be above 1, got {factor}")
     if factor * original < length:
         raise ValueError(

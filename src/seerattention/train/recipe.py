@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seerattention.files import write_whole
+from seerattention.files import check_writable, write_whole
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers import load_base, load_gates, new_gates
 from seerattention.hosts.transformers.checkpoint import check_replaceable
@@ -19,12 +19,13 @@ from seerattention.hosts.transformers.load import load_config, load_tokenizer
 from seerattention.policies import parse
 from seerattention.settings import flat, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
+from seerattention.train.data import text_files
 from seerattention.train.distiller import Distiller
 from seerattention.train.finetuner import Finetuner
 from seerattention.train.loop import Loop
 from seerattention.train.prepare import checkpoint_layers, extend_context, prepare
 from seerattention.train.processes import make_accelerator
-from seerattention.train.save import GATES
+from seerattention.train.save import ADAPTER, GATES, MODEL
 from seerattention.train.share import LEAST_BLOCKS
 from seerattention.train.source import Source, Text
 
@@ -98,8 +99,11 @@ class Recipe(Generic[Trainer]):
         parse(self.policy)
         if self.gates and self.gate:
             raise ValueError("gates have their design; leave gate out, or gates to start from new ones")
+        text_files((*self.source.text, *self.source.heldout))
         if out is not None:
             check_replaceable(out / GATES)
+            for name in (MODEL, ADAPTER, GATES):
+                check_writable(out / name, folder=True)
         accelerator = make_accelerator(self.device)
         device = self.device or (str(accelerator.device) if accelerator.num_processes > 1 else "")
         base, wrapped = self.load(device)

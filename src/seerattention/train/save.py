@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.files import atomic_folder
 from seerattention.hosts.transformers import BaseInfo, save_gates
 from seerattention.hosts.transformers.intercept import unwrapped
+from seerattention.train.checkpoint import infinite
 from seerattention.train.finetuner import Finetuner
 
 #: Folders of a fine-tuned model, or of adapters on a quantised one, and of its gates.
@@ -46,6 +47,7 @@ def save_finetuned(
 
     Raises:
         FileExistsError: If something other than gates is where the gates go.
+        FloatingPointError: If a weight is not finite in the model's precision.
         OSError: If a folder cannot be written.
         ValueError: If the model is sharded and ``rebuild`` is missing.
     """
@@ -81,6 +83,16 @@ def _save(wrapped: Any, tuner: Finetuner, folder: Path, tokenizer: PreTrainedTok
             parameter.data = parameter.data.to(tuner.dtype)
         model.config.dtype = tuner.dtype
     model.eval()
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    if folder.name == MODEL:
+        with torch.no_grad():
+            tokens = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+            found["what it computes"] = model(tokens).logits
+    if bad := infinite(found):
+        raise FloatingPointError(
+            f"the model is not saved: in {tuner.dtype} {bad[0]} is not finite; start again with a lower "
+            "learning rate"
+        )
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:

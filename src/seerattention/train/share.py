@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from seerattention.train.data import Packed
+from seerattention.train.data import Packed, Packs, TextWindows, text_identity
 
 #: A document of fewer blocks teaches nothing: a gate chooses among too few.
 LEAST_BLOCKS = 4
@@ -40,6 +40,15 @@ class Share:
 def tokens_of(batch: Batch) -> np.ndarray:
     """Return the tokens of a batch, int64 ``[B, T]``."""
     return batch.tokens if isinstance(batch, Packed) else batch
+
+
+def identity_of(batches: Callable[[int], Batch]) -> str:
+    """Return a fingerprint of all steps; of the first alone where batches are made by an unknown function."""
+    if isinstance(batches, TextWindows | Packs):
+        return batches.identity()
+    first = batches(0)
+    lengths = first.lengths if isinstance(first, Packed) else ()
+    return text_identity(*tokens_of(first), *map(np.array, lengths))
 
 
 def share_of(batch: Batch, block_size: int, world: int, rank: int, grad_accum: int) -> Share:

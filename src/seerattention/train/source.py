@@ -63,6 +63,9 @@ class Source:
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.dataset):
             raise ValueError("give training text by either text or dataset")
+        for name, least in (("length", 1), ("sequences", 1), ("seed", 0)):
+            if not least <= (value := getattr(self, name)) < 2**63:
+                raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
         if self.dataset and self.packing is False:
             raise ValueError("a dataset is streamed, so it is always packed; leave packing out")
 
@@ -132,4 +135,4 @@ class Source:
             return TextWindows(tokens, self.length, self.sequences, self.seed), held, size, said
         ends = np.cumsum([len(part) for part in parts])
         parts = np.split(tokens, ends[ends < len(tokens)])
-        return Packs(lambda: parts, self.length, self.sequences, least), held, size, said
+        return Packs(parts, self.length, self.sequences, least), held, size, said

@@ -9,7 +9,7 @@ import typer
 
 from seerattention.cli._show import bar, console_of, formatted
 from seerattention.cli.bench._reporter import ProgressReporter, result_of_prefill
-from seerattention.files import staged, write_json
+from seerattention.files import check_writable, write_json
 
 #: Columns of the table, and how a row's values are written.
 COLUMNS = {
@@ -50,26 +50,25 @@ def run(
     console = console_of()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lengths = tokens or ([512, 1024, 2048, 4096, 8192] if device == "cpu" else [1024 << i for i in range(6)])
-    # Fails now, not after minutes, where nothing can be written.
-    with staged(out.parent):
-        known = read_table(out)
-        if report is not None:
-            with result_of_prefill(report) as measured:
-                entry = entry_of(measured, gate, block)
-        else:
-            settings = {
-                **DEFAULTS.get(device, DEFAULTS["cpu"]),
-                "tokens": tuple(lengths),
-                "densities": (WORTHWHILE, 0.3, 0.6, 1.0),
-                "blocks": (block,),
-                "masks": ("random",),
-                "gates": (gate,),
-            }
-            plan = Plan(**settings, peers=("cudnn", "fa2"), device=device, repeats=repeats)
-            with bar(console) as progress:
-                *_, measured = measure(plan, ProgressReporter(console, progress))
+    check_writable(out)
+    known = read_table(out)
+    if report is not None:
+        with result_of_prefill(report) as measured:
             entry = entry_of(measured, gate, block)
-        write_json(out, merged(known, entry))
+    else:
+        settings = {
+            **DEFAULTS.get(device, DEFAULTS["cpu"]),
+            "tokens": tuple(lengths),
+            "densities": (WORTHWHILE, 0.3, 0.6, 1.0),
+            "blocks": (block,),
+            "masks": ("random",),
+            "gates": (gate,),
+        }
+        plan = Plan(**settings, peers=("cudnn", "fa2"), device=device, repeats=repeats)
+        with bar(console) as progress:
+            *_, measured = measure(plan, ProgressReporter(console, progress))
+        entry = entry_of(measured, gate, block)
+    write_json(out, merged(known, entry))
     console.print(formatted(COLUMNS, entry["rows"]))
     cudnn = f"; cuDNN from {entry['cudnn_from']:,} tokens" if entry["cudnn_from"] else ""
     console.print(

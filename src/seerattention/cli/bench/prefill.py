@@ -11,7 +11,7 @@ from rich.console import Console
 
 from seerattention.cli._show import bar, console_of, formatted
 from seerattention.cli.bench._reporter import ProgressReporter
-from seerattention.files import staged, write_json
+from seerattention.files import check_writable, write_json, write_whole
 
 #: Columns of the tables, and how a row's values are written.
 ATTENTION = {
@@ -104,10 +104,11 @@ def run(
         teacher_tokens=teacher_tokens,
     )
     if figure is not None:
-        require_matplotlib()
+        require_matplotlib(figure)
     console = console_of()
     report: dict[str, Any] = {}
-    with staged(out.parent), bar(console) as progress:
+    check_writable(out)
+    with bar(console) as progress:
         for report in measure(plan, ProgressReporter(console, progress)):
             # Long lengths come last: what is stopped there keeps what it has.
             write_json(out, report)
@@ -117,8 +118,7 @@ def run(
         console.print(f"no picture without matplotlib; seerattention bench roofline {out} draws it elsewhere")
         return
     figure = figure or out.with_suffix(".png")
-    with staged(figure.parent) as folder:
-        draw_roofline(report, folder / figure.name)
+    write_whole(figure, lambda path: draw_roofline(report, path))
     console.print(f"{figure} is its picture")
 
 

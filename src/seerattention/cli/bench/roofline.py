@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from seerattention.cli.bench._reporter import result_of_prefill
-from seerattention.files import staged
+from seerattention.files import write_whole
 
 
 def run(
@@ -21,8 +21,8 @@ def run(
     from seerattention.bench.roofline import draw_roofline
     from seerattention.measure.plot import require_matplotlib
 
-    require_matplotlib()
     picture = out or report.with_suffix(".png")
-    with result_of_prefill(report) as measured, staged(picture.parent) as folder:
-        draw_roofline(measured, folder / picture.name)
+    require_matplotlib(picture)
+    with result_of_prefill(report) as measured:
+        write_whole(picture, lambda path: draw_roofline(measured, path))
     print(picture)

@@ -8,7 +8,6 @@ Calibrated gates have ``calibration.json`` too, which names the weights that it 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seerattention.files import atomic_folder, check_readable, read_json, staged
+from seerattention.files import UNFINISHED, atomic_folder, check_readable, read_json, write_json
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
@@ -71,7 +70,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
     check_replaceable(Path(folder))
     with atomic_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(temporary / CONFIG, config)
         if calibration is not None:
             _write_calibration(temporary, calibration, _sha256(temporary / WEIGHTS))
 
@@ -91,14 +90,13 @@ def save_calibration(folder: str | Path, policy: Calibrated) -> None:
     _require(path, WEIGHTS)
     config = {**read_json(path / CONFIG), "policy": str(policy)}
     # The configuration, which asks for the calibration, comes last.
-    with staged(path) as temporary:
-        _write_calibration(temporary, policy.calibration, _sha256(path / WEIGHTS))
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _write_calibration(path, policy.calibration, _sha256(path / WEIGHTS))
+    write_json(path / CONFIG, config)
 
 
 def _write_calibration(folder: Path, calibration: Calibration, weights: str) -> None:
     data = {"format": FORMAT, "gates_sha256": weights, **calibration.to_dict()}
-    (folder / CALIBRATION).write_text(json.dumps(data, indent=1) + "\n")
+    write_json(folder / CALIBRATION, data)
 
 
 def _read_calibration(path: Path, layers: list[int], heads: int) -> Calibration | None:
@@ -145,7 +143,9 @@ def gates_of(
 def check_replaceable(folder: Path) -> None:
     """Refuse to replace anything but gates: a folder is replaced as a whole, other files would be lost."""
     if folder.is_dir():
-        other = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG, RESULTS, CALIBRATION})
+        # What a killed process left is no file of anybody's.
+        names = {p.name for p in folder.iterdir() if not p.name.startswith(UNFINISHED)}
+        other = sorted(names - {WEIGHTS, CONFIG, RESULTS, CALIBRATION})
     else:
         other = [folder.name] if folder.exists() else []
     if other:

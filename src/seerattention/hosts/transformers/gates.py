@@ -112,6 +112,8 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     family_of(model)
     layers, base = full_attention_layers(model), BaseInfo.of(model)
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
+    if given := sorted(shape.keys() & settings.keys()):
+        raise ValueError(f"{', '.join(given)} of gates is their model's; leave it out")
     gates = Gates(GateConfig.from_dict({**shape, **settings}), base, list(layers))
     gates.use_rotary_of(model)
     return gates.to(device_of(next(iter(layers.values()))))

@@ -53,8 +53,7 @@ def push_to_hub(
         ValueError: If ``repo_id`` is no hub id, the rows of ``results`` have different columns, or
             `save_gates` refuses the gates.
     """
-    if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
+    _check_id(repo_id)
     found, chosen = gates_of(gates, policy)
     card = model_card(
         found, repo_id, policy=chosen, data=data, recipe=recipe, results=results, license=license
@@ -71,13 +70,19 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def check_login() -> None:
-    """Refuse before any work what could not be pushed after it, since nobody is logged in to the hub."""
+def check_login(repo_id: str) -> None:
+    """Refuse before any work what could not be pushed after it: no hub id, or nobody is logged in."""
+    _check_id(repo_id)
     try:
         with outside("the hub cannot be asked who you are"):
             HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
         raise ValueError("pushing to the hub needs a login with write access: run `hf auth login`") from error
+
+
+def _check_id(repo_id: str) -> None:
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
 
 
 def model_card(
