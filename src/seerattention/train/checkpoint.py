@@ -51,6 +51,8 @@ def read_checkpoint(
             for name, value in progress.items():
                 typed(name, state[name], type(value))
             before = state["config"]["steps"]
+            if not 0 < state["step"] <= before:
+                raise ValueError(f"step {state['step']} of {before}")
             if state["step"] >= before and mine["config"]["steps"] > before:
                 mine = {**mine, "config": {**mine["config"], "steps": before}}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
