@@ -83,7 +83,7 @@ def test_foreign_keys_are_never_kept() -> None:
     foreign["first block"][:, :, 0] += 1
     foreign["tail"][:, :, 97] += 1
     foreign |= {"swapped": cached.flip(1), "longer": torch.cat([cached, keys(1)], 2)}
-    expected = [32, 0, 96, 0, 100]
+    expected = [32, 0, 97, 0, 100]
     for (name, other), tokens in zip(foreign.items(), expected, strict=True):
         kept, k, cached = fed(100)
         kept = kept.compared(other, [other.shape[2]])
@@ -92,8 +92,9 @@ def test_foreign_keys_are_never_kept() -> None:
             assert_same(kept.read(), at_once(k[:, :, :tokens]))
     kept = fed(100)[0]
     assert kept.fits(cached, GATE)
-    for other, gate in ((cached.expand(2, -1, -1, -1), GATE), (cached.bfloat16(), GATE), (cached, FINER)):
+    for other, gate in ((cached.expand(2, -1, -1, -1), GATE), (cached, FINER)):
         assert not kept.fits(other, gate)
+    assert kept.compared(cached.bfloat16(), [100]).tokens == [0]
 
 
 @torch.no_grad()
@@ -109,8 +110,8 @@ def test_nothing_cached_starts_anew() -> None:
 @torch.no_grad()
 def test_long_prompts_are_not_kept_alive() -> None:
     kept, _, _ = fed(32 * 100 + 5)
-    for tensor, tokens, size in ((kept.sums, 100, 8), (kept.tail, 5, 4), (kept.tail_bits, 5, 4)):
-        assert tensor.untyped_storage().nbytes() == size * 2 * tokens * 16
+    for tensor, size in ((kept.sums, 8 * (32 * 100 + 5)), (kept.tail, 4 * 16 * 5), (kept.tail_sums, 8 * 5)):
+        assert tensor.untyped_storage().nbytes() == 2 * size
 
 
 @pytest.mark.parametrize("gate", [GATE, FINER], ids=["blocks", "sub-blocks"])
@@ -148,7 +149,7 @@ def test_rows_of_different_lengths_are_those_alone(gate: AttnGate, pieces: list[
     cached[1, :, totals[1] - 1] += 1
     left = kept.compared(cached, totals).tokens
     assert left[0] == (32 if totals[0] > 40 else totals[0])
-    assert left[1:] == [(totals[1] - 1) // 32 * 32, totals[2]]
+    assert left[1:] == [max(totals[1] - 1, 0) if totals[1] % 32 else totals[1] - 32, totals[2]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,11 +184,12 @@ def test_any_changed_bit_is_noticed(length: int, token: int, head: int, dim: int
     changed, at = cached.clone(), token % length
     place = (0, head, at, dim)
     changed[place] = torch.nextafter(changed[place], torch.tensor(torch.inf))
-    # Everything before the block that it is in is kept, and nothing of that block.
+    # Everything before the block that it is in is kept, and of the last, unfinished one what comes before.
     assert kept.compared(cached, [length]).tokens == [length]
     kept = kept.compared(changed, [length])
-    assert kept.tokens == [at // 16 * 16]
-    assert kept.compared(cached, [length]).tokens == [at // 16 * 16]
+    left = at if at >= length // 16 * 16 else at // 16 * 16
+    assert kept.tokens == [left]
+    assert kept.compared(cached, [length]).tokens == [left]
 
 
 def test_a_cut_inside_a_finished_block_keeps_the_blocks_before() -> None:
@@ -199,3 +201,22 @@ def test_a_cut_inside_a_finished_block_keeps_the_blocks_before() -> None:
     for left, tokens in ((36, 36), (32, 32), (20, 16)):
         kept = kept.compared(cached[:, :, :left], [left])
         assert kept.tokens == [tokens]
+
+
+@pytest.mark.parametrize("gone", [slice(0, 1), slice(20, 21), slice(97, 98), slice(0, 98), slice(10, 80)])
+def test_keys_taken_out_are_told_from_a_crop(gone: slice) -> None:
+    """Whatever came since: one token decoded, as many as were taken out, or a turn that was dense."""
+    for more in (0, 1, gone.stop - gone.start, 200):
+        kept, _, cached = fed(100)
+        taken = torch.cat((cached[:, :, : gone.start], cached[:, :, gone.stop :], keys(more, 7)), 2)
+        short = taken.shape[2] - more
+        kept = kept.shrunk([short])
+        assert kept.left == [short]
+        kept = kept.compared(taken, [taken.shape[2]])
+        assert kept.left == [short]
+        # It stays so, also once nothing is known of these keys any more, until the cache is empty.
+        kept = kept.cut([0]).compared(taken, [taken.shape[2]])
+        assert kept.left == [short]
+        assert kept.shrunk([0]).left == [0]
+        kept = fed(100)[0].shrunk([short])
+        assert kept.compared(torch.cat((cached[:, :, :short], keys(more, 7)), 2), [short + more]).left == [0]

@@ -29,6 +29,9 @@ REBUILD_TOKENS = 2**14
 #: How a row's reason begins whose cached keys cannot be summarised.
 _MISSING = "dense: cached keys have no summaries, and cannot be rotated back: "
 
+#: Why keys between padding, or some of which were taken out of a cache, cannot be.
+POSITIONS = "their positions are not known"
+
 
 class Growing:
     """Summaries that grow with a KV cache whose tensors grow. See `Summaries`."""
@@ -51,7 +54,7 @@ class Growing:
         """Summarise a call's keys too, and cached keys that no summary belongs to."""
         new, past = [n for n, _ in call.lengths], [total - n for n, total in call.lengths]
         kept = self.kept
-        if kept is None or not kept.fits(call.given.k, scorer):
+        if kept is None or not any(past) or not kept.fits(call.given.k, scorer):
             kept = Kept.nothing(call.given.k, scorer)
         reasons: list[str | None] = [None] * len(new)
         k, cached = call.new_keys()
@@ -60,6 +63,8 @@ class Growing:
             # which also makes up for the tokens that are left out here.
             if kept.tokens == past:
                 self.kept = kept.extended(k, cached, new)
+            elif kept is self.kept:
+                self.kept = kept.shrunk(past)
             return (DECODING,) * len(new)
         if any(past):
             keys = call.all_keys()
@@ -67,8 +72,6 @@ class Growing:
             if kept.tokens != past:
                 kept, reasons = _caught_up(kept, call, keys, past, unrotate)
                 new = [0 if reason else n for n, reason in zip(new, reasons, strict=True)]
-        else:
-            kept = kept.cut(past)
         self.kept = kept.extended(k, cached, new)
         return tuple(reasons)
 
@@ -83,9 +86,9 @@ def _caught_up(
 ) -> tuple[Kept, list[str | None]]:
     """Summarise the cached keys that have no summaries from what the cache holds of them, or say why not."""
     reasons: list[str | None] = [None] * len(past)
+    known = _positions_known(call)
     for row, (have, tokens) in enumerate(zip(kept.tokens, past, strict=True)):
-        unknown = call.first is None or (call.padding is not None and call.padding.between[row])
-        why = "their positions are not known" if unknown else unrotate.why_not
+        why = unrotate.why_not if known[row] and not kept.left[row] else POSITIONS
         if have < tokens and why is not None:
             reasons[row] = _MISSING + why
     kept = kept.cut([0 if reason else n for reason, n in zip(reasons, kept.tokens, strict=True)])
@@ -104,6 +107,18 @@ def _caught_up(
     return kept, reasons
 
 
+def _positions_known(call: AttentionCall) -> list[bool]:
+    """Return whether each row's cached keys come right before its new ones, from the text's beginning on."""
+    if call.first is None:
+        return [False] * len(call.lengths)
+    if call.padding is None:
+        return (call.first == 0).tolist()
+    # The host may have counted the padding on the left, or not.
+    column = call.padding.keys.real.int().argmax(1).to(call.first.device)
+    begins = ((call.first == 0) | (call.first == column)).tolist()
+    return [begin and not between for begin, between in zip(begins, call.padding.between, strict=True)]
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
     """What is known of the keys of a batch's rows so far; every row begins at the left.
@@ -111,26 +126,29 @@ class Kept:
     Attributes:
         scorer: Made the summaries.
         tokens: Tokens summarised, per row.
+        left: How many of them the KV cache held when it was shortest, per row, or 0 if it never was shorter:
+            with these a cropped cache still begins, and one that keys were taken out of does not.
         finished: Summaries of whole blocks, ``[B, H, N, E]``, or None before there is one.
-        sums: int64 ``[B, Hk, blocks, D]``, the cached keys' bits, summed over each finished block, and
-        tail_bits: as they are, for the tail: what the KV cache must still hold for the summaries to be of
-            these keys. Not just a block's last key: in the first layer it depends on nothing but its own
-            token. Integer sums are exact in any order.
+        sums: int64 ``[B, Hk, T]``, the bits of each cached key, summed, for finished blocks, and
+        tail_sums: for the tail: what the KV cache must still hold for the summaries to be of these keys. Not
+            just a block's last key: in the first layer it depends on nothing but its own token. Integer sums
+            are exact in any order.
         tail: Keys of the last, unfinished block as the scorer reads them, ``[B, Hk, t, D]``.
     """
 
     scorer: Scorer
     tokens: list[int]
+    left: list[int]
     finished: Tensor | None
     sums: Tensor
     tail: Tensor
-    tail_bits: Tensor
+    tail_sums: Tensor
 
     @classmethod
     def nothing(cls, keys: Tensor, scorer: Scorer) -> Kept:
         """Return what is known of no token, for keys like ``[B, Hk, T, D]``."""
-        none = _bits(keys[:, :, :0])
-        return cls(scorer, [0] * keys.shape[0], None, none.long(), keys[:, :, :0], none)
+        zeros, none = [0] * keys.shape[0], keys[:, :, :0]
+        return cls(scorer, zeros, zeros, None, _sums(none), none, _sums(none))
 
     @property
     def block(self) -> int:
@@ -153,43 +171,38 @@ class Kept:
         return [n % self.block for n in self.tokens]
 
     def fits(self, keys: Tensor, scorer: Scorer) -> bool:
-        """Whether these are a scorer's summaries of as many rows, in the same precision."""
-        alike = keys.shape[0] == len(self.tokens) and _bits(keys[:, :, :0]).dtype == self.tail_bits.dtype
-        return alike and scorer is self.scorer
+        """Whether these are a scorer's summaries of as many rows."""
+        return keys.shape[0] == len(self.tokens) and scorer is self.scorer
 
     def cut(self, tokens: list[int]) -> Kept:
         """Forget all but the first tokens of every row: whole blocks, or a part of the tail."""
         return replace(self, tokens=tokens)
 
+    def shrunk(self, past: list[int]) -> Kept:
+        """Remember where a KV cache holds fewer tokens than before."""
+        rows = zip(self.tokens, self.left, past, strict=True)
+        return replace(self, left=[now if now < (left or have) else left for have, left, now in rows])
+
     def compared(self, keys: Tensor, past: list[int]) -> Kept:
-        """Keep the summaries that are of these keys, per row up to the first block that is not.
+        """Keep the summaries that are of these keys, per row up to the first key that is not.
+
+        What is kept ends between two blocks, or in the tail: of a finished block the raw keys are gone.
 
         Args:
             keys: The keys as the KV cache holds them, ``[B, Hk, T, D]``.
             past: How many of them are cached ones, per row.
         """
-        block, most = self.block, max(self.whole)
-        bits, device = _bits(keys), keys.device
-        held = _block_sums(bits[:, :, : most * block], block)
-        alike = (held == self.sums[:, :, : held.shape[2]]).all(3).all(1)
-        whole = [min(have, p // block) for have, p in zip(self.whole, past, strict=True)]
-        alike &= torch.arange(alike.shape[1], device=device) < on_device(whole, device)[:, None]
-        # The tail belongs to what comes before it.
-        rest = [
-            max(0, min(have % block, p - have // block * block))
-            for have, p in zip(self.tokens, past, strict=True)
-        ]
-        tail = _from(bits, [n * block for n in self.whole], max(rest))
-        same = (tail == self.tail_bits[:, :, : tail.shape[2]]).all(3).all(1)
-        same |= torch.arange(same.shape[1], device=device) >= on_device(rest, device)[:, None]
+        block, device = self.block, keys.device
+        sums = _behind(self.sums, [n * block for n in self.whole], self.tail_sums)
+        held = _sums(keys[:, :, : max(self.tokens)])
+        alike = (held == sums[:, :, : held.shape[2]]).all(1)
+        most = [min(have, now) for have, now in zip(self.tokens, past, strict=True)]
+        alike &= torch.arange(alike.shape[1], device=device) < on_device(most, device)[:, None]
         # One wait for the device.
-        found = torch.stack((alike.int().cumprod(1).sum(1), same.all(1).long()), 1).tolist()
-        return self.cut(
-            [
-                kept * block + (tail if same and kept == have else 0)
-                for (kept, same), have, tail in zip(found, self.whole, rest, strict=True)
-            ]
-        )
+        found = alike.int().cumprod(1).sum(1).tolist()
+        rows = list(zip(found, self.whole, self.shrunk(past).left, strict=True))
+        kept = self.cut([n if n >= whole * block else n // block * block for n, whole, _ in rows])
+        return replace(kept, left=[left if n < left else 0 for n, _, left in rows])
 
     def extended(self, k: Tensor, cached: Tensor, new: list[int]) -> Kept:
         """Add keys of new tokens.
@@ -201,12 +214,12 @@ class Kept:
         """
         block = self.block
         joined = _behind(self.tail, self.rest, k)
-        bits = _behind(self.tail_bits, self.rest, _bits(cached))
+        added = _behind(self.tail_sums, self.rest, _sums(cached))
         totals = [a + b for a, b in zip(self.rest, new, strict=True)]
         most = max(totals) // block
         finished, sums, whole = self.finished, self.sums, self.whole
         if most:
-            sums = _behind(sums, whole, _block_sums(bits[:, :, : most * block], block))
+            sums = _behind(sums, [n * block for n in whole], added[:, :, : most * block])
             positions = self._positions([n * block for n in whole], most * block)
             made = self.scorer.compress(joined[:, :, : most * block], positions=positions)
             if finished is not None:
@@ -215,9 +228,9 @@ class Kept:
         ends = [n // block * block for n in totals]
         width = max(n % block for n in totals)
         # Copies, so that a short tail does not keep a long prompt's keys alive.
-        tail, tail_bits = (_from(x, ends, width).clone() for x in (joined, bits))
+        tail, tail_sums = (_from(x, ends, width).clone() for x in (joined, added))
         tokens = [a + b for a, b in zip(self.tokens, new, strict=True)]
-        return Kept(self.scorer, tokens, finished, sums, tail, tail_bits)
+        return Kept(self.scorer, tokens, self.left, finished, sums, tail, tail_sums)
 
     def read(self) -> Tensor:
         """Return the summaries of all blocks, the last one of the tokens it has so far."""
@@ -267,14 +280,9 @@ def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     return rows.rectangle(made, rows.num_keys, size)
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.detach().view(_INTEGER[x.element_size()])
-
-
-def _block_sums(bits: Tensor, block: int) -> Tensor:
-    """Sum bits ``[B, Hk, T, D]`` over every whole block, int64 ``[B, Hk, T // block, D]``."""
-    blocks = bits.shape[2] // block
-    return bits[:, :, : blocks * block].unflatten(2, (blocks, block)).sum(3, dtype=torch.int64)
+def _sums(keys: Tensor) -> Tensor:
+    """Sum the bits of every key, ``[B, Hk, T, D]`` -> int64 ``[B, Hk, T]``."""
+    return keys.detach().view(_INTEGER[keys.element_size()]).sum(3, dtype=torch.int64)
 
 
 def _behind(first: Tensor, counts: list[int], second: Tensor) -> Tensor:
@@ -296,6 +304,6 @@ def _from(x: Tensor, begins: list[int], width: int) -> Tensor:
 
 
 def _columns(x: Tensor, column: Tensor) -> Tensor:
-    """Return of ``[B, H, T, D]`` the columns ``[B, W]``; past the end, the last one."""
+    """Return of ``[B, H, T, ...]`` the columns ``[B, W]``; past the end, the last one."""
     row = torch.arange(x.shape[0], device=x.device)[:, None]
     return x.transpose(1, 2)[row, column.clamp(max=x.shape[2] - 1)].transpose(1, 2)

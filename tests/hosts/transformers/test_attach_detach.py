@@ -1,6 +1,7 @@
 """attach and detach leave nothing behind; what cannot be done is refused in one sentence."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -295,3 +296,59 @@ def test_the_policy_saved_with_the_gates(tiny):
     by_default = tiny.logits(model, ids)
     host.attach(model, gates, "top_k:0.8", min_tokens=0)
     assert torch.equal(tiny.logits(model, ids), by_default)
+
+
+def test_gates_that_are_not_finite_are_refused(tiny):
+    model, ids = tiny.make(), tiny.tokens(1, 60)
+    good, bad = tiny.gates_for(model), tiny.gates_for(model)
+    host.attach(model, good, "top_k:0.4", min_tokens=0)
+    before = tiny.logits(model, ids)
+    with torch.no_grad():
+        bad.layers["0"].linear_q.weight[0, 0, 0] = float("nan")
+    for call in (
+        lambda: host.attach(model, bad, "top_k:0.4"),
+        lambda: host.add_gates(model, "bad", bad),
+    ):
+        with pytest.raises(ValueError, match=r"layers.0.*linear_q.weight holds NaN or inf"):
+            call()
+    assert torch.equal(tiny.logits(model, ids), before)
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_gates_belong_to_one_model_at_a_time(tiny, rope):
+    """Its RoPE, precision and device are theirs; a copy of the gates has its own."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    model, other, ids = tiny.make(), tiny.make(rope_parameters=yarn), tiny.tokens(1, 100)
+    other.load_state_dict(model.state_dict())
+    gates = tiny.gates_for(model, rope=rope)
+    host.attach(model, gates, "top_k:0.3", min_tokens=0)
+    before = tiny.logits(model, ids)
+    host.attach(other, tiny.gates_for(other, rope=rope), "top_k:0.3", min_tokens=0)
+
+    def inside_dense():
+        with host.dense(other):
+            host.attach(other, gates, "top_k:0.3")
+
+    for call in (
+        lambda: host.attach(other, gates, "top_k:0.3"),
+        lambda: host.add_gates(other, "more", gates),
+        lambda: gates.use_rotary_of(other),
+        inside_dense,
+    ):
+        with pytest.raises(ValueError, match=r"attached to another model.*copy.deepcopy\(gates\), or detach"):
+            call()
+        assert torch.equal(tiny.logits(model, ids), before)
+    host.attach(other, copy.deepcopy(gates), "top_k:0.3", min_tokens=0)
+    host.attach(copy.deepcopy(model), copy.deepcopy(gates), "top_k:0.3", min_tokens=0).bfloat16()
+    host.attach(model, gates, "top_k:0.3", min_tokens=0)
+    assert torch.equal(tiny.logits(model, ids), before)
+    # They are free again once their model lets them go: by detach, by other gates, or by being gone.
+    for leave in (host.detach, lambda one: host.attach(one, tiny.gates_for(one), "top_k:0.3")):
+        leave(model)
+        host.attach(other, gates, "top_k:0.3")
+        host.detach(other)
+        host.attach(model, gates, "top_k:0.3", min_tokens=0)
+        assert torch.equal(tiny.logits(model, ids), before)
+    del model
+    gc.collect()
+    host.attach(other, gates, "top_k:0.3")

@@ -119,6 +119,18 @@ def longrope(tiny, tmp_path):
     raise NotImplementedError(how)
 
 
+def taken_out(tiny, tmp_path):
+    model = attached(tiny)
+    ids, cache = tiny.tokens(1, 64), DynamicCache(config=model.config)
+    tiny.logits(model, ids[:, :32], cache=cache)
+    before = host.usage(model)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+    tiny.logits(model, ids[:, 32:], cache=cache)
+    (how,) = set(host.usage(model)) - set(before)
+    raise NotImplementedError(how)
+
+
 def padding(tiny, tmp_path):
     model, ids = attached(tiny), tiny.tokens(1, 64)
     alone = tiny.logits(model, ids)
@@ -165,6 +177,24 @@ def several_turns(tiny, tmp_path):
     assert_sparse(model)
 
 
+def sliding_turns(tiny, tmp_path):
+    """Padding at the end of a turn does no harm in that turn, but takes the place of tokens in the next."""
+    model, gold, ids = (
+        attached(tiny, kind="gemma2"),
+        attached(tiny, kind="gemma2").double(),
+        tiny.tokens(2, 96),
+    )
+    mask = torch.ones(2, 96, dtype=torch.long)
+    mask[1, 50:64] = 0
+    cache, alone, exact = (DynamicCache(config=model.config) for _ in range(3))
+    for part in (slice(0, 32), slice(32, 64)):
+        out = tiny.logits(model, ids[:, part], cache=cache, attention_mask=mask[:, : part.stop])
+        part = slice(part.start, min(part.stop, 50))
+        row = tiny.logits(model, ids[1:, part], cache=alone)
+        tiny.assert_as_close(out[1:, : row.shape[1]], row, tiny.logits(gold, ids[1:, part], cache=exact))
+    tiny.logits(model, ids[:, 64:], cache=cache, attention_mask=mask)
+
+
 def packed(tiny, tmp_path):
     both = torch.cat([torch.arange(12), torch.arange(8)])[None]
     tiny.logits(attached(tiny), tiny.tokens(1, 20), position_ids=both)
@@ -173,6 +203,10 @@ def packed(tiny, tmp_path):
 def masks(tiny, tmp_path):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     tiny.logits(attached(tiny), tiny.tokens(1, 20), attention_mask=mask)
+
+
+def bidirectional(tiny, tmp_path):
+    tiny.logits(attached(tiny), tiny.tokens(1, 20), is_causal=False)
 
 
 def generate_modes(tiny, tmp_path):
@@ -346,6 +380,15 @@ def offloaded(tiny, tmp_path):
     assert torch.equal(tiny.logits(spread, ids), dense)
 
 
+def saved_whole(tiny, tmp_path):
+    model, ids = attached(tiny), tiny.tokens(1, 40)
+    model.save_pretrained(tmp_path)
+    read, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert sorted(told["unexpected_keys"]) == [n for n in sorted(model.state_dict()) if "attn_gate" in n]
+    assert host.BaseInfo.of(read).fingerprint == host.BaseInfo.of(model).fingerprint
+    assert torch.equal(tiny.logits(read, ids), tiny.logits(host.detach(model), ids))
+
+
 def tensor_parallel(tiny, tmp_path):
     model = tiny.make()
     gates = tiny.gates_for(model)
@@ -415,11 +458,14 @@ CHECKS = {
     ("cache", "copied, cropped, reordered, rows selected"): changed_cache,
     ("cache", "filled before attaching, or by other gates"): filled_elsewhere,
     ("cache", "the same with RoPE of type dynamic or longrope"): longrope,
+    ("cache", "keys taken out, as by compression: sparse from then on"): taken_out,
     ("prompt", "left or right padding"): padding,
     ("prompt", "in pieces"): in_pieces,
     ("prompt", "several turns on one cache"): several_turns,
+    ("prompt", "the same, with sliding windows and padding between a row's tokens"): sliding_turns,
     ("prompt", "packed sequences"): packed,
     ("prompt", "4-D masks"): masks,
+    ("prompt", "bidirectional attention, is_causal=False"): bidirectional,
     ("generate", "greedy, sampling, beams"): generate_modes,
     ("generate", "assisted: draft model, prompt lookup"): assisted,
     ("generate", "pipeline"): pipeline,
@@ -430,6 +476,7 @@ CHECKS = {
     ("base", "4-bit (bitsandbytes)"): four_bits,
     ("base", "8-bit (bitsandbytes)"): eight_bits,
     ("base", "device_map with layers on the disk"): offloaded,
+    ("base", "save_pretrained"): saved_whole,
     ("base", "tensor parallelism"): tensor_parallel,
     ("base", "torch.compile"): compiled,
     ("base", "torch.compile(fullgraph=True)"): fullgraph,

@@ -115,6 +115,17 @@ def test_weights_that_are_not_finite_are_refused(gates, saved, tmp_path, value):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_read(saved, value):
+    weights = load_file(saved / "gates.safetensors")
+    weights["model.layers.1.self_attn.attn_gate.linear_k.weight"][0, 0, 0] = value
+    save_file(weights, saved / "gates.safetensors")
+    with pytest.raises(
+        ValueError, match=r"layers\.1.*linear_k.weight in .*gates.safetensors holds NaN or inf"
+    ):
+        host.load_gates(saved)
+
+
 def test_unknown_policy_is_refused_before_writing(gates, tmp_path):
     with pytest.raises(ValueError, match="unknown policy 'best:3'; write one of"):
         host.save_gates(gates, tmp_path / "gates", policy="best:3")

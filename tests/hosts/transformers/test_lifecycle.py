@@ -134,6 +134,14 @@ def test_pickles_of_a_model_and_its_cache(tiny, two):
     assert torch.equal(tiny.logits(read, ids), tiny.logits(tiny.make(), ids))
 
 
+def test_pickles_of_gates_that_are_attached(tiny, two):
+    model, ids, gates, alone = two
+    read = pickle.loads(pickle.dumps(gates["default"]))
+    other = host.attach(tiny.make(), read, "top_k:0.8", min_tokens=0)
+    assert torch.equal(tiny.logits(other, ids), alone["default"])
+    assert torch.equal(tiny.logits(model, ids), alone["default"])
+
+
 def test_saving_what_a_model_uses(tiny, two, tmp_path):
     model, ids, _, alone = two
     host.set_gates(model, "coarse")

@@ -277,6 +277,7 @@ def test_changes_of_a_configuration_reach_an_attached_model(tiny, model):
     assert model(ids).past_key_values is None
     model.model.config.use_cache = True
     assert model(ids).past_key_values is not None
+    model.config._attn_implementation = "sdpa"
     model.set_attn_implementation("eager")
     before = host.usage(model)
     model(ids)

@@ -14,7 +14,7 @@ from seerattention.engine.layer import Observer, SparseLayer
 from seerattention.gate import Scorer
 from seerattention.hosts.transformers.base import BaseInfo, device_of
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
-from seerattention.hosts.transformers.gates import Gates
+from seerattention.hosts.transformers.gates import Gates, check_finite
 from seerattention.hosts.transformers.intercept import (
     Runtime,
     idle_runtime,
@@ -107,9 +107,17 @@ def attach(
         detach(base)
     layer = SparseLayer({}, new.policy, unrotate, backend, min_tokens, observe)
     runtime = install(base, layer)
-    runtime.owner = _Owner({name: new}, name)
+    runtime.owner = _Owner({}, name)
+    _keep(base, runtime, name, new)
     _activate(base, runtime, name)
     return model
+
+
+def _keep(model: PreTrainedModel, runtime: Runtime, name: str, new: _GateSet) -> None:
+    """Put a set of gates among those of a model."""
+    runtime.owner.sets[name] = new
+    if isinstance(new.scorers, Gates):
+        new.scorers.used_by(model)
 
 
 def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
@@ -117,7 +125,7 @@ def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
     adapters = getattr(model, "peft_config", None) or {}
     if any(config.peft_type == "PREFIX_TUNING" for config in adapters.values()):
         raise NotImplementedError(PREFIXES)
-    if (getattr(base, "_tp_size", None) or 1) > 1:
+    if (base.tp_size or 1) > 1:
         raise NotImplementedError(PARALLEL)
 
 
@@ -160,6 +168,7 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
             raise ValueError(
                 f"these gates have {name}={made}, the model has {needed}; make them by new_gates"
             )
+    check_finite(gates.named_weights())
     have = [index for index, _ in gates.items()]
     if have != layers:
         raise ValueError(
@@ -195,8 +204,11 @@ def detach(model: Model) -> Model:
         ValueError: If nothing is attached, or inside `intercept` or `dense`.
     """
     base = unwrapped(model)
-    _attached(base)
+    sets = _attached(base).owner.sets
     idle_runtime(base)
+    for one in sets.values():
+        if isinstance(one.scorers, Gates):
+            one.scorers.used_by(None)
     _remove_gates(full_attention_layers(base))
     uninstall(base)
     return model
@@ -228,7 +240,8 @@ def add_gates(
     if name in sets:
         raise ValueError(f"there are gates named {name!r} already; choose another name")
     saved = scorers.policy if isinstance(scorers, Gates) else None
-    sets[name] = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
+    new = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
+    _keep(base, _attached(base), name, new)
 
 
 def set_gates(model: nn.Module, name: str) -> None:

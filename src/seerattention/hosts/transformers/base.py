@@ -52,13 +52,12 @@ class BaseInfo:
     def of(cls, model: PreTrainedModel) -> BaseInfo:
         """Describe a model."""
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
         return cls(
             name=str(model.config._name_or_path),
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
             head_dim=head_dim_of(config),
             fingerprint=fingerprint(model),
         )

@@ -23,7 +23,13 @@ from seerattention.files import UNFINISHED, atomic_folder, check_readable, read_
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
-from seerattention.hosts.transformers.gates import KEY, Gates, check_layers, check_weights
+from seerattention.hosts.transformers.gates import (
+    KEY,
+    Gates,
+    check_finite,
+    check_layers,
+    check_weights,
+)
 from seerattention.hosts.transformers.published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Calibrated, Calibration, Policy, parse
 from seerattention.settings import build, typed
@@ -55,11 +61,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
     policy = parse(policy, calibration) if isinstance(policy, str) else policy
     text = str(policy) if policy else gates.policy
     weights = {key: value.detach().cpu().contiguous() for key, value in gates.named_weights().items()}
-    for key, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"{key} holds NaN or infinity; train the gates again from a state that is finite"
-            )
+    check_finite(weights)
     config = {
         "format": FORMAT,
         "gate": gates.config.to_dict(),
@@ -182,8 +184,8 @@ def load_gates(folder: str | Path) -> Gates:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or keys or shapes are not those of its configuration. Code in
-            a published file is refused unexecuted.
+        ValueError: If a file is damaged, keys or shapes are not those of its configuration, or a weight is
+            not finite. Code in a published file is refused unexecuted.
     """
     path = _local_folder(folder)
     _require(path, CONFIG)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,17 @@ def check_layers(layers: int) -> None:
         raise ValueError(f"gates are for 1 to {LAYERS:,} layers, got {layers}")
 
 
+def check_finite(weights: Mapping[str, Tensor], where: str = "") -> None:
+    """Refuse weights, by key, that hold NaN or infinity."""
+    for key, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{key}{where} holds NaN or infinity; train the gates again from a state that is finite"
+            )
+
+
 def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse weights of a file, by key, whose keys or shapes are not exactly those expected."""
+    """Refuse weights of a file, by key, whose keys or shapes are not those expected, or not finite."""
     again = "save or download the gates again"
     for what, keys in (("missing", set(shapes) - set(weights)), ("extra", set(weights) - set(shapes))):
         if keys:
@@ -46,6 +56,7 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str
             )
         if weights[key].dtype not in DTYPES:
             raise ValueError(f"{key} in {file} is {weights[key].dtype}, no precision of gates; {again}")
+    check_finite(weights, f" in {file}")
 
 
 class Gates(nn.Module):
@@ -85,7 +96,17 @@ class Gates(nn.Module):
         return {KEY.format(i, n): value for i, gate in self.items() for n, value in gate.state_dict().items()}
 
     def use_rotary_of(self, model: PreTrainedModel) -> None:
-        """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included."""
+        """Let every gate rotate as its layer does, by the model's own rotary code, RoPE scaling included.
+
+        Raises:
+            ValueError: If another model uses these gates.
+        """
+        user = _USERS.get(self, lambda: None)()
+        if user is not None and user is not model:
+            raise ValueError(
+                "these gates are attached to another model, which rotates, moves and converts them as its "
+                "own; use copy.deepcopy(gates), or detach the other model first"
+            )
         if not self.config.rope:
             return
         family, config = family_of(model), model.config.get_text_config()
@@ -93,6 +114,17 @@ class Gates(nn.Module):
         for index, gate in self.items():
             turns = not hasattr(family, "rotates") or family.rotates(config, index)
             gate.use_rotary(rotary if turns else no_rotation(self.config.dim))
+
+    def used_by(self, model: PreTrainedModel | None) -> None:
+        """Remember which model the gates are attached to, if any."""
+        if model is None:
+            _USERS.pop(self, None)
+        else:
+            _USERS[self] = ref(model)
+
+
+# Not kept on the gates, whose copies and pickles are attached to nothing.
+_USERS: WeakKeyDictionary[Gates, ref[PreTrainedModel]] = WeakKeyDictionary()
 
 
 def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:

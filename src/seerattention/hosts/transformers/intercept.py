@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,25 +15,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers import __version__ as host_version
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import create_masks_for_generate
 
-from seerattention.engine.call import AttentionCall, Given, Handler
-from seerattention.engine.summaries import Growing
+from seerattention.engine.call import Handler
 from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.config import NAME, view
 from seerattention.hosts.transformers.family import Tap, attention_layers, family_of
+from seerattention.hosts.transformers.functions import (
+    CACHE_NAMES,
+    attention_forward,
+    by_name,
+    padding_mask,
+    refuse,
+)
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Pass, Switch, running
 from seerattention.hosts.transformers.rotary import head_order
-from seerattention.hosts.transformers.support import CACHE, CONTINUOUS, DROPOUT, FULLGRAPH, MAPS, PACKED
-from seerattention.ops.dense_attention import dense_attention
-from seerattention.rows import Rows
+from seerattention.hosts.transformers.support import CACHE, CONTINUOUS, FULLGRAPH
 
 # Several threads may intercept one model; the last to leave takes the hooks off.
 _INSTALLING = threading.Lock()
-
-#: Keywords by which transformers hands over a KV cache: from 5.24 on, and before.
-CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
@@ -117,7 +116,7 @@ class Taps:
             raise RuntimeError(
                 "a sparse layer is computed again inside dense(model); leave dense(model) first"
             )
-        call = LayerCall(self, part_of, kwargs)
+        call = LayerCall(self, part_of, by_name(module, args, kwargs))
         return args, {**kwargs, KEYWORD: call}
 
     @torch.compiler.disable(reason=FULLGRAPH)
@@ -204,7 +203,7 @@ class Runtime:
         begun = Pass(self.switch)
         if begun.mode.handler is not None:
             self.show()
-            _refuse(decoder, args, kwargs)
+            refuse(decoder, by_name(decoder, args, kwargs))
             for taps in self.taps:
                 taps.follow()
         return args, {**kwargs, KEYWORD: begun}
@@ -266,123 +265,6 @@ def idle_runtime(model: nn.Module) -> Runtime | None:
     return runtime
 
 
-@torch.compiler.disable(reason=FULLGRAPH)
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
-    call = kwargs.pop(KEYWORD, None)
-    if isinstance(call, LayerCall):
-        return _attend(call, query, key, value, attention_mask, **kwargs), None
-    # Code that was compiled, or is computed again elsewhere, and modules that share our configuration.
-    config: Any = module.config
-    name = config._attn_implementation_internal
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    function = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
-    with config.seerattention_switch.within(handler=None, stands_in=True):
-        return function(module, query, key, value, attention_mask, **kwargs)
-
-
-def _attend(
-    call: LayerCall,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """Let the handler of a call compute its layer; windows are dense. Returns ``[B, Tq, Hq, D]``."""
-    if dropout:
-        raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
-    layer, handler, given = call.taps.layer, call.part_of.mode.handler, call.given
-    assert handler is not None
-    assert call.q is not None, "the family's taps did not run"
-    assert call.k is not None, "the family's taps did not run"
-    tensors = Given(query, key, value, call.q, call.k)
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    if cache is None and key.shape[2] != call.k.shape[2]:
-        raise RuntimeError(
-            f"layer {layer} attends to {key.shape[2]} keys, {call.k.shape[2]} of them new, and was "
-            f"given no KV cache, only {', '.join(given)}, by transformers {host_version}; {CACHE}"
-        )
-    mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
-    if mixed:
-        # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention
-        # functions, too, take what autocast says.
-        half = torch.get_autocast_dtype(query.device.type)
-        tensors = Given(*(x.to(half) for x in tensors))
-    seen = None
-    if cache is not None and int(cache.get_seq_length(layer)) < key.shape[2]:
-        # A static cache hands over its whole buffer.
-        seen = int(cache.get_seq_length(layer))
-        tensors = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
-    new, total = query.shape[2], tensors.k.shape[2]
-    padding = call.part_of.padding(mask, new, total, seen)
-    if padding is not None and not any(queries for queries, _ in padding.lengths):
-        return torch.zeros_like(query).transpose(1, 2)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if sliding_window is not None:
-        attend = dense_attention if padding is None else padding.dense
-        out = attend(*tensors[:3], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-        return out.transpose(1, 2)
-    kept = {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
-    inputs = AttentionCall(
-        layer=layer,
-        given=tensors,
-        rows=Rows.last(new, total) if padding is None else padding.rows,
-        scale=scale,
-        softcap=softcap,
-        sinks=s_aux,
-        padding=padding,
-        # Kept on the KV cache itself, so that copies of it copy them along.
-        summaries=kept.setdefault(layer, Growing()),
-        position_ids=given.get("position_ids"),
-        prompt_tokens=call.part_of.mode.prompt_tokens,
-    )
-    # Handlers and their ops choose their own precision.
-    with torch.autocast(query.device.type, enabled=False) if mixed else nullcontext():
-        out = handler(inputs)
-    return (out if padding is None else padding.queries.unpack(out)).transpose(1, 2)
-
-
-@torch.compiler.disable(reason=FULLGRAPH)
-def _mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **inputs: Any) -> Any:
-    """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
-    now = running()
-    begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.seerattention_switch
-    if begun is not None and begun.switch is switch and begun.mode.handler is not None:
-        return None if attention_mask is None else attention_mask[:, -kv_length:]
-    inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}
-    function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation_internal)
-    return None if function is None else function(**inputs)
-
-
-def _refuse(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what attached models cannot do, before any work."""
-    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
-        raise ValueError(MAPS)
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    for name, given in (("input_ids", tokens), ("inputs_embeds", kwargs.get("inputs_embeds"))):
-        if isinstance(given, Tensor) and given.numel() == 0:
-            raise ValueError(f"empty prompt: {name} is {list(given.shape)}; give at least one token")
-    positions = kwargs.get("position_ids")
-    if positions is not None and kwargs.get("attention_mask") is None:
-        jumps = (positions.diff(dim=-1) != 1).nonzero()
-        if len(jumps):
-            raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")
-
-
 def install(model: PreTrainedModel, handler: Handler | None = None) -> Runtime:
     """Let a handler compute the model's attention, or none but what `intercept` brings."""
     family = family_of(model)
@@ -391,8 +273,8 @@ def install(model: PreTrainedModel, handler: Handler | None = None) -> Runtime:
     order, switch = head_order(model), Switch(handler)
     layers = attention_layers(model).items()
     runtime = Runtime(model, switch, [Taps(switch, i, a, family.taps, head_dim, order) for i, a in layers])
-    AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, padding_mask)
     runtime.connect()
     model.__dict__["_seerattention_runtime"] = runtime
     return runtime

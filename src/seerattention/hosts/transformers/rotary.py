@@ -8,7 +8,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.gate import Rotary
 from seerattention.hosts.transformers.base import head_dim_of
@@ -27,10 +27,18 @@ def _still(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     return cos, torch.zeros_like(cos)
 
 
-def _rotary_module(model: PreTrainedModel) -> nn.Module | None:
+def _rotary_module(model: PreTrainedModel) -> nn.Module:
     # A vision tower of the same model may have one of its own.
-    modules = model.get_decoder().named_modules()
-    return next((m for n, m in modules if n.endswith("rotary_emb")), None)
+    for name, module in model.get_decoder().named_modules():
+        if name.endswith("rotary_emb"):
+            return module
+    raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
+
+
+def _rope_type(config: PreTrainedConfig) -> str:
+    """Return the type of RoPE of the layers with gates."""
+    settings = config.rope_parameters
+    return settings.get("full_attention", settings)["rope_type"]
 
 
 def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
@@ -45,11 +53,11 @@ def _frequencies(rotary: nn.Module) -> int:
 
 def head_order(model: PreTrainedModel) -> Tensor | None:
     """Return the order of a head's values in which gates see q and k (`Family.order`), or None for as is."""
-    family, rotary = family_of(model), _rotary_module(model)
-    if rotary is None or not hasattr(family, "order"):
+    family = family_of(model)
+    if not hasattr(family, "order"):
         return None
     head_dim = head_dim_of(model.config.get_text_config())
-    order = family.order(head_dim, 2 * _frequencies(rotary))
+    order = family.order(head_dim, 2 * _frequencies(_rotary_module(model)))
     return None if order == list(range(head_dim)) else torch.tensor(order)
 
 
@@ -64,13 +72,11 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             family does not say which.
     """
     found = _rotary_module(model)
-    if found is None:
-        raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
     config = model.config.get_text_config()
     width = head_dim_of(config) if pairs == "slowest" else dim
     if dim > width or width != head_dim_of(config):
         width = dim
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        if _rope_type(config) == "longrope":
             raise NotImplementedError(
                 f"longrope has a factor for every pair of a head's values, so gate_dim must be "
                 f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
@@ -117,8 +123,7 @@ class Unrotate:
         self.rotates = getattr(family_of(model), "rotates", None)
         self.order = head_order(model)
         self.rotary: Rotary | None = None
-        settings = getattr(self.config, "rope_parameters", None) or {}
-        kind = settings.get("full_attention", settings).get("rope_type", "default")
+        kind = _rope_type(self.config)
         self.why_not = f"RoPE is of type {kind}, and {LONGROPE}" if kind in ("dynamic", "longrope") else None
         if self.why_not is None:
             try:

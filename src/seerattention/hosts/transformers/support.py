@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seerattention.engine.summaries import POSITIONS
+
 MAPS = (
     "output_attentions needs the whole attention map, which sparse attention never computes; detach(model) "
     "and load it with attn_implementation='eager' for that"
@@ -11,6 +13,15 @@ MAPS = (
 DROPOUT = "set attention_dropout=0 or call model.eval()"
 PACKED = "sequences packed into one row are not supported, give them as a padded batch with an attention_mask"
 MASKS = "masks of other kinds need dense attention: detach(model) first"
+CAUSAL = (
+    "attached models let tokens see what comes before them and nothing else; detach(model) or do it inside "
+    "dense(model)"
+)
+UNKNOWN = "attached models do not know what that means; leave it out, or do it inside dense(model)"
+SLIDING = (
+    "padding between a row's tokens took the place of some of them in transformers' sliding-window cache; "
+    "pad on the left, before a conversation begins, or give its rows one by one"
+)
 FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
@@ -44,11 +55,14 @@ def features() -> tuple[Feature, ...]:
         Feature("cache", "copied, cropped, reordered, rows selected"),
         Feature("cache", "filled before attaching, or by other gates"),
         Feature("cache", "the same with RoPE of type dynamic or longrope", LONGROPE),
+        Feature("cache", "keys taken out, as by compression: sparse from then on", POSITIONS),
         Feature("prompt", "left or right padding"),
         Feature("prompt", "in pieces", note="`prefill`, or `prefill_chunk_size=` of `generate`"),
         Feature("prompt", "several turns on one cache"),
+        Feature("prompt", "the same, with sliding windows and padding between a row's tokens", SLIDING),
         Feature("prompt", "packed sequences", PACKED),
         Feature("prompt", "4-D masks", MASKS),
+        Feature("prompt", "bidirectional attention, is_causal=False", CAUSAL),
         Feature("generate", "greedy, sampling, beams"),
         Feature("generate", "assisted: draft model, prompt lookup", note="guesses are verified densely"),
         Feature("generate", "pipeline"),
@@ -59,6 +73,11 @@ def features() -> tuple[Feature, ...]:
         Feature("base", "4-bit (bitsandbytes)", note="told by its name, since its weights are others"),
         Feature("base", "8-bit (bitsandbytes)", note="told by its name, since its weights are others"),
         Feature("base", "device_map with layers on the disk"),
+        Feature(
+            "base",
+            "save_pretrained",
+            note="gates in use are written too, but transformers reads none; `save_gates` keeps them",
+        ),
         Feature("base", "tensor parallelism", PARALLEL),
         Feature("base", "torch.compile", note="attention itself stays outside of the graphs"),
         Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),

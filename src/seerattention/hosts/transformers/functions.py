@@ -1,0 +1,196 @@
+"""What transformers calls in place of a model's own attention and mask, and what of a call is refused."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import __version__ as host_version
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from seerattention.engine.call import AttentionCall, Given
+from seerattention.engine.summaries import Growing
+from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
+from seerattention.hosts.transformers.support import (
+    CACHE,
+    CAUSAL,
+    DROPOUT,
+    FULLGRAPH,
+    MAPS,
+    PACKED,
+    SLIDING,
+    UNKNOWN,
+)
+from seerattention.ops.dense_attention import dense_attention
+from seerattention.rows import Rows
+
+#: Keywords by which transformers hands over a KV cache: from 5.24 on, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+#: Keywords that reach attention and ask nothing of it: for losses and outputs, or read in another place.
+_NOT_ATTENTION = {
+    "cache_position",
+    "ignore_index",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "shift_labels",
+    "use_cache",
+}
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module was called with by name, also what was given by its place."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+
+
+@torch.compiler.disable(reason=FULLGRAPH)
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function for transformers: queries and keys after RoPE, ``[B, H, T, D]``."""
+    call = kwargs.pop(KEYWORD, None)
+    if isinstance(call, LayerCall):
+        return _attend(call, query, key, value, attention_mask, **kwargs), None
+    if isinstance(lost := running(), LayerCall) and lost.taps.attention is module:
+        raise RuntimeError(
+            f"layer {lost.taps.layer} does not hand its keywords on to attention, only {', '.join(kwargs)}, "
+            f"with transformers {host_version}, so gates cannot be used; detach(model)"
+        )
+    # Code that was compiled, or is computed again elsewhere, and modules that share our configuration.
+    config: Any = module.config
+    name = config._attn_implementation_internal
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    function = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+    with config.seerattention_switch.within(handler=None, stands_in=True):
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    call: LayerCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> Tensor:
+    """Let the handler of a call compute its layer; windows are dense. Returns ``[B, Tq, Hq, D]``."""
+    if dropout:
+        raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
+    if not (is_causal or (is_causal is None and call.taps.attention.is_causal)):
+        raise NotImplementedError(f"is_causal=False is not supported; {CAUSAL}")
+    if unknown := sorted(n for n, value in others.items() if value is not None and n not in _NOT_ATTENTION):
+        raise NotImplementedError(f"attention is asked for {', '.join(unknown)}; {UNKNOWN}")
+    layer, handler, given = call.taps.layer, call.part_of.mode.handler, call.given
+    assert handler is not None
+    assert call.q is not None, "the family's taps did not run"
+    assert call.k is not None, "the family's taps did not run"
+    tensors = Given(query, key, value, call.q, call.k)
+    if call.q.shape != query.shape or call.k.shape[1::2] != key.shape[1::2]:
+        raise RuntimeError(
+            f"layer {layer} has q {list(query.shape)} and k {list(key.shape)} after RoPE, but before it "
+            f"{list(call.q.shape)} and {list(call.k.shape)}, with transformers {host_version}; its family's "
+            "file does not fit"
+        )
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    if cache is None and key.shape[2] != call.k.shape[2]:
+        raise RuntimeError(
+            f"layer {layer} attends to {key.shape[2]} keys, {call.k.shape[2]} of them new, and was "
+            f"given no KV cache, only {', '.join(given)}, by transformers {host_version}; {CACHE}"
+        )
+    mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
+    if mixed:
+        # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention
+        # functions, too, take what autocast says.
+        half = torch.get_autocast_dtype(query.device.type)
+        tensors = Given(*(x.to(half) for x in tensors))
+    seen = None
+    if cache is not None and int(cache.get_seq_length(layer)) < key.shape[2]:
+        # A static cache hands over its whole buffer.
+        seen = int(cache.get_seq_length(layer))
+        tensors = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
+    new, total = query.shape[2], tensors.k.shape[2]
+    padding = call.part_of.padding(mask, new, total, seen)
+    if padding is not None and not any(queries for queries, _ in padding.lengths):
+        return torch.zeros_like(query).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is not None:
+        attend = dense_attention if padding is None else padding.dense
+        out = attend(*tensors[:3], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+        return out.transpose(1, 2)
+    kept = {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
+    inputs = AttentionCall(
+        layer=layer,
+        given=tensors,
+        rows=Rows.last(new, total) if padding is None else padding.rows,
+        scale=scale,
+        softcap=softcap,
+        sinks=s_aux,
+        padding=padding,
+        # Kept on the KV cache itself, so that copies of it copy them along.
+        summaries=kept.setdefault(layer, Growing()),
+        position_ids=given.get("position_ids"),
+        prompt_tokens=call.part_of.mode.prompt_tokens,
+    )
+    # Handlers and their ops choose their own precision.
+    with torch.autocast(query.device.type, enabled=False) if mixed else nullcontext():
+        out = handler(inputs)
+    return (out if padding is None else padding.queries.unpack(out)).transpose(1, 2)
+
+
+@torch.compiler.disable(reason=FULLGRAPH)
+def padding_mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **inputs: Any) -> Any:
+    """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
+    now = running()
+    begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.seerattention_switch
+    if begun is not None and begun.switch is switch and begun.mode.handler is not None:
+        # What transformers says of any mask that is more, or less, than causal; one token sees all keys.
+        if not inputs["allow_is_causal_skip"] and inputs["q_length"] > 1:
+            raise NotImplementedError(f"the model asks for {inputs['mask_function'].__qualname__}; {CAUSAL}")
+        if attention_mask is None:
+            return None
+        if (gone := attention_mask.shape[1] - kv_length) > 0:
+            # A sliding window's cache drops columns, and padding takes the place of tokens in it.
+            new = inputs["q_length"]
+            old, kept, now_read = attention_mask.bool().split((gone, kv_length - new, new), 1)
+            if bool((old.any(1) & ~kept.all(1) & now_read.any(1)).any()):
+                raise NotImplementedError(SLIDING)
+        return attention_mask[:, -kv_length:]
+    inputs |= {"config": config, "attention_mask": attention_mask, "kv_length": kv_length}
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation_internal)
+    return None if function is None else function(**inputs)
+
+
+def refuse(decoder: Any, given: dict[str, Any]) -> None:
+    """Refuse what attached models cannot do, before any work."""
+    if given.get("output_attentions", decoder.config.output_attentions):
+        raise ValueError(MAPS)
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(tokens := given.get(name), Tensor) and tokens.numel() == 0:
+            raise ValueError(f"empty prompt: {name} is {list(tokens.shape)}; give at least one token")
+    positions = given.get("position_ids")
+    if positions is not None and given.get("attention_mask") is None:
+        jumps = (positions.diff(dim=-1) != 1).nonzero()
+        if len(jumps):
+            raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")
