@@ -130,7 +130,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def faults(work: Work, command: Command, chosen: Callable[[int], list[int]]) -> Iterator[str]:
+def faults(work: Work, command: Command, tries: Callable[[int], list[tuple[int, bool]]]) -> Iterator[str]:
     """Yield what went wrong, after a line about how many operations there are."""
     total = 0
 
@@ -145,15 +145,15 @@ def faults(work: Work, command: Command, chosen: Callable[[int], list[int]]) -> 
     total = int(work.said.with_name("count").read_text())
     if left := [name for name in expected if ".writing" in name]:
         yield f"{command.name} left {left}"
-    runs = chosen(total)
-    print(f"{command.name}: {total} operations on files, tried {len(runs)}", flush=True)
-    for at in runs:
-        for torn in (False, True):
-            work.anew(command)
-            if (code := ended(work.start(command, _killing(work, at, torn)))) != -signal.SIGKILL:
-                yield f"{command.name} was to be killed at {at} and ended with {code}"
-            yield from _finished(work, command, expected, f"killed at {at}{', torn' if torn else ''}")
+    runs = tries(total)
+    for at, torn in runs:
+        work.anew(command)
+        if (code := ended(work.start(command, _killing(work, at, torn)))) != -signal.SIGKILL:
+            yield f"{command.name} was to be killed at {at} and ended with {code}"
+        yield from _finished(work, command, expected, f"killed at {at}{', torn' if torn else ''}")
+    for at in sorted({at for at, _ in runs}):
         yield from _second(work, command, expected, at)
+    print(f"{command.name}: {total} operations on files, {len(runs)} kills", flush=True)
 
 
 def _killing(work: Work, at: int, torn: bool) -> Callable[[int], None]:
@@ -254,14 +254,15 @@ def commands(work: Work, base: Path, text: Path) -> list[Command]:
 
 
 def main(base: str, text: str, folder: str, tries: str) -> None:
-    """Try every operation if ``tries`` is 0, else so many of each command, drawn with a fixed seed."""
+    """Try every kill if ``tries`` is 0, else so many of each command, drawn with a fixed seed."""
     torch.set_num_threads(1)
     work = Work(Path(folder) / "work", Path(folder) / "said")
     rng = random.Random(0)
 
-    def chosen(total: int) -> list[int]:
-        all_of_them = range(1, total + 1)
-        return sorted(rng.sample(all_of_them, min(int(tries) or total, total)))
+    def drawn(total: int) -> list[tuple[int, bool]]:
+        # Torn: what was being written is there by half.
+        kills = [(at, torn) for at in range(1, total + 1) for torn in (False, True)]
+        return rng.sample(kills, int(tries)) if int(tries) else kills
 
     # Whatever is imported late is imported once.
     CliRunner().invoke(
@@ -269,7 +270,7 @@ def main(base: str, text: str, folder: str, tries: str) -> None:
     )
     wrong = 0
     for command in commands(work, Path(base), Path(text)):
-        for fault in faults(work, command, chosen):
+        for fault in faults(work, command, drawn):
             print(fault, flush=True)
             wrong = 1
     sys.exit(wrong)
