@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from seerattention import cli
@@ -87,3 +88,15 @@ def test_a_full_disk_ends_in_one_sentence(distil, full_disk, tmp_path):
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     result, said = distil(tmp_path / "out", "--steps", 1)
     assert result.exit_code == 0, said
+
+
+def test_a_gpu_without_memory_ends_in_one_sentence_and_our_own_faults_in_a_traceback(invoke, monkeypatch):
+    for error, code in ((torch.OutOfMemoryError("CUDA out of memory."), 2), (RuntimeError("a fault"), 1)):
+
+        def fail(folder, error=error):
+            raise error
+
+        monkeypatch.setattr("seerattention.hosts.transformers.load_gates", fail)
+        result, said = invoke("convert", "a", "b")
+        assert result.exit_code == code
+        assert ("error: CUDA out of memory." in said) == (code == 2)

@@ -40,7 +40,10 @@ def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
-        except EXPECTED as error:
+        except (*EXPECTED, RuntimeError) as error:
+            # By its name: importing torch for it would take seconds.
+            if not isinstance(error, EXPECTED) and type(error).__name__ != "OutOfMemoryError":
+                raise
             text = str(error) or type(error).__name__
             Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
