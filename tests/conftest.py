@@ -1,9 +1,12 @@
 """What all tests share."""
 
 import importlib
+import os
 import runpy
 import sys
+import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,51 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def public():
+    """A folder that other users see, which those of pytest are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def unreadable():
+    """A context in which one may not open a file; root, who may open any, is nobody in it."""
+
+    @contextmanager
+    def closed(file: Path):
+        mode, root = file.stat().st_mode, os.geteuid() == 0
+        file.chmod(0)
+        if root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+            file.chmod(mode)
+
+    return closed
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file becomes larger than so many bytes."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def full(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full
 
 
 class Calls(Counter):

@@ -6,9 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from seerattention import files
-from seerattention.files import atomic_folder, check_writable, locked, write_json, write_whole
+from seerattention.files import (
+    atomic_folder,
+    check_readable,
+    check_writable,
+    json_lines,
+    locked,
+    read_json,
+    read_text,
+    write_json,
+    write_whole,
+)
 
 
 def names(folder):
@@ -145,3 +157,58 @@ def test_what_a_link_leads_to_is_written(tmp_path):
     assert names(tmp_path / "far" / "folder") == ["a"]
     assert (tmp_path / "file").is_symlink()
     assert (tmp_path / "folder").is_symlink()
+
+
+def save(path):
+    save_file({"a": torch.zeros(10_000)}, path)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_changes_nothing(tmp_path, full_disk):
+    folder = tmp_path / "folder"
+    replace(folder, "old")
+
+    def one():
+        write_whole(folder / "a", save)
+
+    def all_of_it():
+        with atomic_folder(folder) as temporary:
+            save(temporary / "a")
+
+    for way in (one, all_of_it):
+        with full_disk(20_000), pytest.raises(OSError, match=r"cannot write .*folder.*; free some space"):
+            way()
+    assert names(tmp_path) == ["folder"]
+    assert names(folder) == ["a"]
+    assert (folder / "a").read_text() == "old"
+
+
+def test_what_is_written_is_as_readable_as_other_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "a", save)
+        with atomic_folder(tmp_path / "folder") as temporary:
+            save(temporary / "c")
+        write_json(tmp_path / "d", 1)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"a": 0o640, "c": 0o640, "d": 0o640, "folder": 0o750}
+
+
+def test_what_may_not_be_read_is_not_called_missing(public, unreadable):
+    (public / "a").write_text("1")
+    with unreadable(public / "a"):
+        for way in (check_readable, read_text, read_json, lambda path: list(json_lines(path))):
+            with pytest.raises(PermissionError, match=r"denied.*/a"):
+                way(public / "a")
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[" * 10**5, b"1" * 10**4, b"\xff\xff", b'"\x80"'])
+def test_json_that_cannot_be_read_is_refused_by_its_place(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match="/a is no JSON that can be read"):
+        read_json(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"1\n" + content + b"\n")
+    with pytest.raises(ValueError, match="/b, line 2 is no JSON that can be read"):
+        list(json_lines(tmp_path / "b"))

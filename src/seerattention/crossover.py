@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from seerattention.device import capability, device_name
+from seerattention.files import read_json
 
 TABLE = Path(__file__).parent / "data" / "crossover.json"
 
@@ -56,8 +56,16 @@ class Crossover:
 
 
 def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
-    """Return the entries of a table, none if there is no file."""
-    return json.loads(path.read_text()) if path.exists() else []
+    """Return the entries of a table, none if there is no file.
+
+    Raises:
+        ValueError: If the file is no such table.
+    """
+    entries = read_json(path) if path.exists() else []
+    named = {"device_type", "device"}
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and named <= e.keys() for e in entries):
+        raise ValueError(f"{path} is no table as bench crossover writes it; choose another file")
+    return entries
 
 
 def nearest(

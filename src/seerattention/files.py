@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 UNFINISHED = ".writing"
 
 #: The locks that this process holds.
@@ -55,7 +57,8 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     unfinished = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(unfinished)
+        with _filling(path):
+            write(unfinished)
         _flush(unfinished)
         unfinished.replace(path)
     finally:
@@ -88,7 +91,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             _remove(new, old)
             new.mkdir()
             try:
-                yield new
+                with _filling(folder):
+                    yield new
                 _flush(new)
                 _exchange(new, folder, old)
             finally:
@@ -190,8 +194,72 @@ def _remove(*paths: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or every file of a folder, is on the disk."""
+    """Wait until a file, or all of a folder, are on the disk; they become as readable as new files are."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
+            # safetensors makes files that only their owner can read.
+            file.chmod(0o666 & ~mask)
             with file.open("rb") as written:
                 os.fsync(written.fileno())
+
+
+@contextmanager
+def _filling(path: Path) -> Iterator[None]:
+    """Let safetensors say as everything else does that a disk is full."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raise what the system says where a file cannot be read: to safetensors each of them is missing."""
+    with path.open("rb"):
+        pass
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); convert it") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON.
+    """
+    return _parsed(path.read_bytes(), str(path))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the content of every line of a JSON Lines file, and where it stands.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If a line is no JSON.
+    """
+    with path.open("rb") as lines:
+        # Lines of bytes end at line feeds alone, those of text also at what JSON has inside of strings.
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            yield where, _parsed(line, where)
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    # Brackets within brackets, deeper than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON that can be read: {error}") from error

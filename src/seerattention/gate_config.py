@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+from seerattention.settings import typed
 
 POOLS = ("max", "min", "avg")
+
+#: Of everything that is counted in a gate's design: what a file asks for beyond is no design.
+MOST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,12 @@ class GateConfig:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            if value > MOST:
+                raise ValueError(f"{name} must be at most {MOST:,}, got {value}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be a number above 0, got {self.rope_theta}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -180,7 +190,7 @@ class GateConfig:
         """Read a configuration back.
 
         Raises:
-            ValueError: If a setting is unknown or one without default is missing.
+            ValueError: If a setting is unknown or of another type, or one without default is missing.
         """
         known = set(cls.__dataclass_fields__)
         if unknown := sorted(set(values) - known):
@@ -188,4 +198,5 @@ class GateConfig:
         required = {"num_heads", "num_kv_heads", "head_dim"}
         if missing := sorted(required - set(values)):
             raise ValueError(f"gate settings are missing {missing}")
-        return cls(**values)
+        hints = get_type_hints(cls)
+        return cls(**{name: typed(name, value, hints[name]) for name, value in values.items()})

@@ -6,12 +6,13 @@ import difflib
 import inspect
 import json
 import re
+import reprlib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -33,7 +34,8 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
             raise FileNotFoundError(f"there is no file {path}")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        # Brackets within brackets, deeper than Python reads.
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from error
     for text in overrides:
         name, sign, value = text.partition("=")
@@ -45,7 +47,7 @@ def read(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, A
             raise ValueError(f"a setting must be key=value or table.key=value, got {text!r}")
         try:
             place[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             place[key] = value.strip()
     return values
 
@@ -153,7 +155,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         return _as(value, hint)
     except (TypeError, OverflowError):
         said = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise ValueError(f"{name} must be of type {said}, got {value!r}") from None
+        raise ValueError(f"{name} must be of type {said}, got {reprlib.repr(value)}") from None
 
 
 def _as(value: Any, hint: Any) -> Any:
@@ -164,6 +166,9 @@ def _as(value: Any, hint: Any) -> Any:
                 return _as(value, one)
             except TypeError:
                 continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
     elif origin is tuple:
         many = arguments[-1] is Ellipsis
         items = list(value) if isinstance(value, list | tuple) else [value] if many else []

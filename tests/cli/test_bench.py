@@ -52,9 +52,9 @@ def test_prefill_measures_masks_gates_and_peers(peers, tmp_path):
     assert {r["mask"] for r in others if r["asked"] == 0.3} == {"random", "gate", "band"}
     for row in report["rows"]:
         assert row["range_ms"][0] <= row["ms"] <= row["range_ms"][1]
-        # Rates are over the same pairs: full selections do what dense attention does.
+        # Rates are over the same pairs, whatever the times: full selections do what dense attention does.
         if row["mask"] == "full":
-            assert row["tflops"] * row["ms"] == pytest.approx(dense["tflops"] * dense["ms"], rel=0.05)
+            assert row["tflops"] * row["ms"] == pytest.approx(dense["tflops"] * dense["ms"], rel=0.01)
     assert [(r["gate"], r["block"], r["backend"]) for r in report["layers"]] == [
         ("published", 32, "gather"),
         ("published", 64, "gather"),

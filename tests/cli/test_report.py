@@ -82,7 +82,7 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing(calibrated, tmp_path)
         (["--eval", tmp_path / "empty"], "holds no results (no summary.json); give the folder that"),
         (
             ["--eval", tmp_path / "killed"],
-            "holds samples but no summary.json, as after a killed run; run the",
+            "holds samples but no summary.json: the evaluation still runs, or was killed; wait for it, or",
         ),
         (["--eval", tmp_path / "broken"], "is not the summary of an evaluation (KeyError: 'length'); run"),
         (["--eval", tmp_path / "empty", "--density", 0.1], "are for the explorer; give --gates too"),

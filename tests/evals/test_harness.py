@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -107,26 +106,35 @@ def same(record: Record) -> Record:
     return replace(record, prefill_s=0.0, seconds=0.0)
 
 
+#: The command, killed as soon as five samples are written.
+KILLED = """
+import os, signal
+from seerattention import cli
+from seerattention.evals.records import RecordFile
+
+append = RecordFile.append
+
+def append_and_die(self, record):
+    append(self, record)
+    if len(self.records) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RecordFile.append = append_and_die
+cli.main()
+"""
+
+
 def test_a_killed_run_resumes_without_repeating_or_losing_samples(config, complete, tmp_path) -> None:
     out = tmp_path / "out"
     lines = out / "samples.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "seerattention.cli", "eval", str(config)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "eval", str(config)], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    # Killed amid the work, as soon as there is some.
-    until = time.monotonic() + 120
-    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = lines.read_bytes()
     written = before.count(b"\n")
-    assert 5 <= written < SAMPLES
+    assert written == 5
     # What a kill in the middle of a write leaves, and a line that a disk garbled.
     kept = before.splitlines(keepends=True)
     lines.write_bytes(b"".join([*kept[:2], b'{"of": 3}\n', *kept[3:]]) + kept[0][:80])
@@ -258,6 +266,8 @@ TURNS = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
         (None, []),
         ("{{ bos_token }}" + TURNS, []),
         ("{{ bos_token }}{{ bos_token }}" + TURNS, ["double BOS"]),
+        ("{{ bos_token }}system{{ bos_token }}" + TURNS, []),
+        ("{{ bos_token }}{{ bos_token }}system{{ bos_token }}" + TURNS, ["double BOS"]),
         (TURNS, ["no BOS"]),
     ],
 )
@@ -268,6 +278,8 @@ def test_bos_must_be_there_once(template, faults) -> None:
     task = tasks.create("niah_single")
     sample = task.make(source, 2000, 0)
     assert prompt_faults(source, task, sample, 2000) == faults
+    more = replace(sample, prompt=np.concatenate([sample.prompt[:60], [0], sample.prompt[61:]]))
+    assert prompt_faults(source, task, more, 2000) == (["no BOS"] if template == TURNS else ["double BOS"])
     prompt = tokenizer.decode(sample.prompt.tolist())
     if template:
         # The question is the user's; the answer is begun for the model.

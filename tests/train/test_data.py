@@ -12,7 +12,7 @@ class Bytes:
 
     eos_token_id = 0
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, **options):
         return list(text.encode())
 
 
@@ -51,6 +51,7 @@ def test_unreadable_text_is_refused_by_name(tmp_path):
     (tmp_path / "a.md").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"txt": 1}\n')
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(FileNotFoundError, match=r"no\.txt"):
         read_tokens([tmp_path / "no.txt"], Bytes())
     with pytest.raises(ValueError, match=r"neither \.txt nor \.jsonl"):
@@ -59,9 +60,43 @@ def test_unreadable_text_is_refused_by_name(tmp_path):
         read_tokens([tmp_path / "bad.jsonl"], Bytes())
     with pytest.raises(ValueError, match="there is no text"):
         read_tokens([tmp_path / "empty.txt"], Bytes())
+    with pytest.raises(ValueError, match=r"latin\.txt is no text in UTF-8"):
+        read_tokens([tmp_path / "latin.txt"], Bytes())
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no \.txt"):
         read_tokens([tmp_path / "folder"], Bytes())
+
+
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
+    texts = [f"a{mark}b" for mark in "\u2028\u2029\x85\x1c\v\f\r\n"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_tokens([tmp_path / "a.jsonl"], Bytes()).tolist() == [
+        *b"".join(text.encode() + b"\0" for text in texts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("3", "got a int"),
+        ('"messages"', "got a str"),
+        ("[1]", "got a list"),
+        ('{"text": 3}', "must have text or messages"),
+        ('{"text": "\\ud800"}', "surrogates not allowed"),
+        ('{"messages": 3}', "messages must be a list of"),
+        ('{"messages": "me"}', "messages must be a list of"),
+        ('{"messages": [3]}', "messages must be a list of"),
+        ('{"messages": [{"role": "me"}]}', "chat template refuses these messages"),
+        ("[" * 10**5, "no JSON that can be read"),
+        ("1" * 10**4, "no JSON that can be read"),
+        ("", "no JSON that can be read"),
+    ],
+)
+def test_rows_of_another_shape_are_refused_by_their_line(tmp_path, row, said):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + row + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2.*{said}"):
+        read_tokens([tmp_path / "a.jsonl"], ChatTokenizer())
 
 
 def packs(lengths, length=100, sequences=2, least=16):
@@ -111,7 +146,7 @@ class ChatTokenizer:
         assert not tokenize
         return "".join(m["content"] for m in messages)
 
-    def encode(self, text, add_special_tokens):
+    def encode(self, text, **options):
         return [ord(c) for c in text]
 
 

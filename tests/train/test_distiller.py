@@ -127,7 +127,7 @@ def test_a_stopped_run_continues_exactly(model, text, tmp_path):
 
 
 KILLED = """
-import sys
+import signal, sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 import numpy as np, torch
@@ -143,31 +143,39 @@ text = np.load({text!r})
 config = DistillConfig(steps=60, save_every=3)
 trainer = Distiller(model, gates, TextWindows(text, 128), config, out=Path({out!r}))
 print("from", trainer.done, flush=True)
+last = trainer.done + {steps} + 8
 for step in trainer.run():
     print(step.step, flush=True)
+    if step.step == last:
+        signal.pause()
 """
 
 
 def test_a_killed_run_continues_bit_for_bit(model, text, tmp_path, capsys):
-    """SIGKILL at random moments, then run to the end: the same gates as without."""
+    """SIGKILL at random moments, then run to the end: the same gates as without.
+
+    The run waits for it eight steps later, however late it comes.
+    """
     base, words = tmp_path / "base", tmp_path / "text.npy"
     model.save_pretrained(base)
     np.save(words, text)
     seed = random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
 
-    def script(name):
-        return KILLED.format(folder=str(tmp_path), base=str(base), text=str(words), out=str(tmp_path / name))
+    def script(name, steps=99):
+        paths = {"folder": str(tmp_path), "base": str(base), "text": str(words), "out": str(tmp_path / name)}
+        return KILLED.format(**paths, steps=steps)
 
     for kill in range(2):
+        steps = rng.randrange(4, 20)
         with subprocess.Popen(
-            [sys.executable, "-c", script("killed")], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+            [sys.executable, "-c", script("killed", steps)], stdout=subprocess.PIPE, text=True, cwd=tmp_path
         ) as run:
             assert run.stdout is not None
             first = run.stdout.readline().split()
             assert first[:1] == ["from"], f"seed {seed}"
             assert (int(first[1]) > 0) == (kill > 0), f"seed {seed}: did not start from a checkpoint"
-            last = int(first[1]) + rng.randrange(4, 20)
+            last = int(first[1]) + steps
             while int(run.stdout.readline()) < last:
                 pass
             time.sleep(rng.random() * 0.05)
@@ -302,7 +310,7 @@ def test_a_checkpoint_that_no_run_can_go_on_from_is_refused(model, text, tmp_pat
     for changes, words in (
         ({weight: torch.full_like(whole[weight], torch.nan)}, "is not finite"),
         ({moment: torch.full_like(whole[moment], torch.inf)}, "is not finite"),
-        ({moment: whole[moment][:1].clone()}, "an optimizer's state for"),
+        ({moment: whole[moment][:1].clone()}, "the optimizer's state for"),
         ({weight: None}, "it has no gates"),
         ({weight.replace("gates.", "best."): None}, "missing gate keys"),
         ({"state": {**state, "step": "one"}}, "step must be of type int"),

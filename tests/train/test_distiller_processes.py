@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = """
-import json, os, sys, time
+import json, os, signal, sys
 from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
@@ -36,8 +36,8 @@ if main:
 for step in trainer.run():
     if main:
         print(step.step, flush=True)
-    if step.step >= int(os.environ["SLOW_FROM"]):
-        time.sleep(2)
+    if step.step > int(os.environ["KILLED_AFTER"]):
+        signal.pause()
 """
 
 
@@ -52,7 +52,7 @@ def files(model, text, tmp_path):
 @pytest.fixture
 def alone(files, run_script, monkeypatch):
     """Train to the end in this one process, and return what was printed."""
-    monkeypatch.setenv("SLOW_FROM", "99")
+    monkeypatch.setenv("KILLED_AFTER", "99")
 
     def train(name):
         printed = run_script(files / "train.py", files / "base", files / "text.npy", files / name, False)
@@ -65,8 +65,8 @@ def two(files, name, *, kill_after=None, fsdp=False):
     """Train in two processes to the end, or kill both at once after a step; return what was printed."""
     arguments = files / "train.py", files / "base", files / "text.npy", files / name, fsdp
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # Slow from then on, so that the signal finds the next step at work.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW_FROM": str(kill_after or 99)}
+    # The signal finds the next step at work, or waiting for it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILLED_AFTER": str(kill_after or 99)}
     with (
         (files / f"{name}.err").open("a") as errors,
         subprocess.Popen(

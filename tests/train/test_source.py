@@ -14,7 +14,7 @@ class Bytes:
     eos_token_id = 0
     chat_template = None
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, **options):
         return list(text.encode())
 
 

@@ -280,6 +280,6 @@ def _row(
         **in_ms(times),
         "first_ms": round(first_ms, 1),
         # Two products of 2 * D FLOPs for every pair of tokens.
-        "tflops": round(4 * plan.head_dim * pairs / ms / 1e9, 6),
+        "tflops": float(f"{4 * plan.head_dim * pairs / ms / 1e9:.6g}"),
         "speedup": round(dense_ms / ms, 3),
     }

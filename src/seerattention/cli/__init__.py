@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import io
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,13 +18,12 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperCommand
 
-from seerattention.cli._show import table
+from seerattention.cli._show import console_of, table
 
 #: Errors that a person can do something about: they end in one sentence and exit code 2.
-EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ModuleNotFoundError)
+EXPECTED = (ValueError, NotImplementedError, FloatingPointError, OSError, ImportError, MemoryError)
 
 
 def commands() -> list[str]:
@@ -40,7 +40,10 @@ def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
-        except EXPECTED as error:
+        except (*EXPECTED, RuntimeError) as error:
+            # By its name: importing torch for it would take seconds.
+            if not isinstance(error, EXPECTED) and type(error).__name__ != "OutOfMemoryError":
+                raise
             text = str(error) or type(error).__name__
             Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
@@ -84,18 +87,33 @@ def _paragraphs(run: Callable[..., Any]) -> str:
 
 
 def _explaining(keys: Callable[[], Iterable[Sequence[str]]]) -> type[TyperCommand]:
-    """Return a kind of command whose help ends with its settings, asked for when somebody wants it."""
+    """Return a kind of command that knows its settings, asked for when somebody wants them."""
 
     class Explaining(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            options = {name for parameter in self.params for name in parameter.opts}
+            for option, _, value in (arg.partition("=") for arg in args if arg.startswith("--")):
+                if option in options:
+                    continue
+                asked = option.removeprefix("--").replace("-", "_")
+                for setting in (key for key, *_ in keys() if key.rpartition(".")[2] == asked):
+                    raise typer.BadParameter(
+                        f"{option} is a setting, not an option; give --set {setting}={value or 'VALUE'}", ctx
+                    )
+            return super().parse_args(ctx, args)
+
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
-            rows = [[escape(cell) for cell in row] for row in keys()]
-            shown = table(("setting", "default", "what it is"), rows, words=True)
-            Console().print("Settings, in the file of --config or by --set setting=value:", shown)
+            shown = table(("setting", "default", "what it is"), keys(), words=True)
+            console_of().print("Settings, in the file of --config or by --set setting=value:", shown)
 
     return Explaining
 
 
 def main() -> None:
     """Entry point of the ``seerattention`` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files, and signs that a terminal cannot show, are no reason to lose a run's results.
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(app()())

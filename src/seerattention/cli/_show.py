@@ -64,8 +64,8 @@ class _Said(ProgressColumn):
 def bar(console: Console) -> Progress:
     """Return what shows the bars of tasks while it is open; nothing without a terminal."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Said(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Said(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 

@@ -131,15 +131,16 @@ def model_report(model: str) -> tuple[list[str], Table]:
     settings of ``top_k`` read at lengths up to the longest.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.hosts.transformers.base import head_dim_of
     from seerattention.hosts.transformers.family import attention_layers, family_of, full_attention_layers
+    from seerattention.hosts.transformers.load import load_config
     from seerattention.policies import TopK
     from seerattention.rows import num_blocks
 
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     family_of(built)

@@ -276,17 +276,19 @@ class Evaluation:
 def prompt_faults(source: Source, task: Task, sample: Sample, length: int) -> list[str]:
     """Return what is wrong with a prompt, by name: what a harness can break without anything failing.
 
-    ``double BOS``: the token that begins a text stands in it twice, as when a chat template writes it and
-    the tokenizer adds it. ``no BOS``: the tokenizer adds it, and it is not there. ``truncated prompt``: an
-    expected answer is not in the prompt any more, or it is much shorter than asked for. ``prompt too long``:
-    with the answer it is longer than asked for.
+    ``double BOS``: the token that begins a text stands in it more often than the chat template has it, or
+    twice at its beginning, as when template and tokenizer both write it. ``no BOS``: the tokenizer adds it,
+    and it is not there. ``truncated prompt``: an expected answer is not in the prompt any more, or it is much
+    shorter than asked for. ``prompt too long``: with the answer it is longer than asked for.
     """
     tokenizer, prompt, faults = source.tokenizer, sample.prompt, []
     bos = tokenizer.bos_token_id
     if bos is not None:
         # Where one token both begins and ends texts, only two at the beginning are a mistake.
-        part = prompt[:2] if bos == tokenizer.eos_token_id else prompt
-        if int((part == bos).sum()) > 1:
+        once = bos == tokenizer.eos_token_id or np.count_nonzero(prompt == bos) <= max(
+            1, sum(np.count_nonzero(part == bos) for part in source.frame)
+        )
+        if not once or bool((prompt[:2] == bos).all()):
             faults.append("double BOS")
         if len(source.bos) and prompt[0] != bos:
             faults.append("no BOS")

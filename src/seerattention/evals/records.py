@@ -113,7 +113,7 @@ class RecordFile:
                 continue
             try:
                 record = _parsed(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 self.corrupt.append(f"{self.path}, line {number}: {error}")
                 continue
             if record.key not in self.records:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.hosts.transformers import Gates, load_base, load_gates, named_device
-from seerattention.hosts.transformers.load import check_dtype
+from seerattention.hosts.transformers.load import check_dtype, load_tokenizer
+from seerattention.hosts.transformers.text import encoded
 
 DATA = Path(__file__).parents[1] / "data"
 TEACHER = DATA / "teacher"
@@ -76,7 +77,7 @@ def named_model(
     if not name:
         raise ValueError("these gates do not name their base model; give its name")
     if name not in (BUNDLED, TEACHER_NAME):
-        return load_base(name, dtype=dtype, device=device), AutoTokenizer.from_pretrained(name)
+        return load_base(name, dtype=dtype, device=device), load_tokenizer(name)
     target, dtype = named_device(device), check_dtype(dtype)
     model, tokenizer = load_teacher(torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return model.to(target), tokenizer  # type: ignore[arg-type]
@@ -89,5 +90,5 @@ def named_gates(name: str) -> Gates:
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Return the bundled text as tokens: a part for live distillation, and the rest for evaluation."""
-    tokens = np.array(tokenizer.encode(_present(TEXT).read_text(encoding="utf-8"), add_special_tokens=False))
+    tokens = encoded(_present(TEXT).read_text(encoding="utf-8"), tokenizer)
     return tokens[:TRAINING_TOKENS], tokens[TRAINING_TOKENS:]

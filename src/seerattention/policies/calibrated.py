@@ -85,7 +85,7 @@ class Calibration:
                 density=density,
                 laws=laws,
             )
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a value has another form than a calibration's ({error})") from error
 
 

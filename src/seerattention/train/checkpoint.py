@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seerattention.files import write_whole
+from seerattention.files import check_readable, write_whole
 from seerattention.hosts.transformers.gates import infinite
 from seerattention.settings import typed
 from seerattention.train.processes import like
@@ -43,6 +43,7 @@ def read_checkpoint(
     Raises:
         ValueError: If the file is damaged or of another run.
     """
+    check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
@@ -51,6 +52,8 @@ def read_checkpoint(
             for name, value in progress.items():
                 typed(name, state[name], type(value))
             before = state["config"]["steps"]
+            if not 0 < state["step"] <= before:
+                raise ValueError(f"step {state['step']} of {before}")
             if state["step"] >= before and mine["config"]["steps"] > before:
                 mine = {**mine, "config": {**mine["config"], "steps": before}}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -63,9 +66,11 @@ def read_checkpoint(
     for name, shape in shapes.items():
         if name not in tensors or tensors[name].shape != shape:
             raise _damaged(path, f"it has no {name} of {list(shape)}")
-        moments = [key for key in tensors if key.startswith(f"optimizer.{name}.exp_avg")]
-        if any(tensors[key].shape != shape for key in moments):
-            raise _damaged(path, f"an optimizer's state for {name} is not {list(shape)}")
+        prefix = f"optimizer.{name}."
+        state_of = {k.removeprefix(prefix): v.shape for k, v in tensors.items() if k.startswith(prefix)}
+        # A parameter that never had a gradient has none.
+        if state_of and state_of != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise _damaged(path, f"the optimizer's state for {name} is not that of {list(shape)}")
     if bad := infinite(tensors):
         raise _damaged(path, f"{bad[0]} is not finite")
     return state, tensors

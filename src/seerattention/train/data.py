@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+from seerattention.files import json_lines, read_text
 
 #: What files of text end in.
 TEXTS = (".txt", ".jsonl")
@@ -182,9 +183,18 @@ def dataset_documents(
         raise ModuleNotFoundError(
             "a dataset needs the package datasets: pip install 'seerattention[train]'"
         ) from error
+    from seerattention.hosts.transformers.load import outside
+
     path, _, configuration = name.partition(":")
-    stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
-    return lambda: (row_tokens(row, tokenizer) for row in stream)
+    with outside(f"the dataset {name} cannot be read"):
+        stream = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+
+    def documents() -> Iterator[np.ndarray]:
+        with outside(f"the dataset {name} cannot be read"):
+            for row in stream:
+                yield row_tokens(row, tokenizer)
+
+    return documents
 
 
 def text_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -211,24 +221,58 @@ def text_documents(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], Iterator[np.ndarray]]:
     """Return the documents of local files for `Packs`; see `read_tokens` for the files."""
-    return lambda: (row_tokens(row, tokenizer) for path in text_files(paths) for row in _rows(path))
+
+    def documents() -> Iterator[np.ndarray]:
+        from tqdm.auto import tqdm
+
+        files = text_files(paths)
+        size = sum(file.stat().st_size for file in files)
+        # For who waits before a terminal: a library of books takes minutes.
+        with tqdm(
+            desc="reading text", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None
+        ) as bar:
+            for file in files:
+                for where, row in _rows(file):
+                    try:
+                        tokens = row_tokens(row, tokenizer, bar.update)
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from error
+                    yield tokens
+
+    return documents
 
 
-def row_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def row_tokens(
+    row: Any, tokenizer: PreTrainedTokenizerBase, done: Callable[[int], object] | None = None
+) -> np.ndarray:
     """Tokenise a row: its ``messages`` by the chat template, else its ``text`` with an end token behind.
 
+    ``done`` is called with the size of what was read, in bytes.
+
     Raises:
-        ValueError: If it has neither, or the tokenizer has no chat template.
+        ValueError: If it has neither, they are no text, or the tokenizer has no chat template for them.
     """
+    from seerattention.hosts.transformers.text import encoded
+
+    if not isinstance(row, Mapping):
+        raise ValueError(f'expected {{"text": "..."}}, got a {type(row).__name__}')
     if row.get("messages") is not None:
-        if not tokenizer.chat_template:
-            raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
-        text = tokenizer.apply_chat_template(list(row["messages"]), tokenize=False)
-        return np.array(tokenizer.encode(str(text), add_special_tokens=False), np.int64)
+        return encoded(_chat(row["messages"], tokenizer), tokenizer, done)
     if not isinstance(row.get("text"), str):
         raise ValueError(f"a row must have text or messages, this one has {sorted(row)}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return np.array([*tokenizer.encode(row["text"], add_special_tokens=False), *end], np.int64)
+    return np.append(encoded(row["text"], tokenizer, done), np.array(end, np.int64))
+
+
+def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    from seerattention.hosts.transformers.load import outside
+
+    if not tokenizer.chat_template:
+        raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
+    if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
+        raise ValueError('messages must be a list of {"role": "...", "content": "..."}')
+    with outside("the tokenizer's chat template refuses these messages"):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
 
 
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -244,7 +288,8 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
 
     Raises:
         FileNotFoundError: If a path does not exist or there is no such file.
-        ValueError: If a file is of another kind, a line of a ``.jsonl`` cannot be read, or all are empty.
+        ValueError: If a file is of another kind or no UTF-8, a line of a ``.jsonl`` cannot be read, or all
+            are empty.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = list(text_documents(paths, tokenizer)())
@@ -254,15 +299,9 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
     return tokens
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.suffix == ".txt":
-        yield {"text": path.read_text(encoding="utf-8")}
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if "messages" not in row:
-                row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error})') from error
-        yield row
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every row of a file, and where it stands."""
+    if file.suffix == ".jsonl":
+        yield from json_lines(file)
+    else:
+        yield str(file), {"text": read_text(file)}

@@ -90,10 +90,10 @@ class Recipe(Generic[Trainer]):
             ValueError: If the settings contradict each other or the checkpoint.
         """
         import torch
-        from transformers import AutoTokenizer
 
         from seerattention.hosts.transformers import load_gates, new_gates
         from seerattention.hosts.transformers.checkpoint import check_replaceable
+        from seerattention.hosts.transformers.load import load_tokenizer
         from seerattention.policies import parse
         from seerattention.train.data import text_files
         from seerattention.train.processes import make_accelerator
@@ -111,7 +111,7 @@ class Recipe(Generic[Trainer]):
         accelerator = make_accelerator(self.device)
         device = self.device or (str(accelerator.device) if accelerator.num_processes > 1 else "")
         base, wrapped = self.load(device)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         torch.manual_seed(self.seed)
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
         gates = given or new_gates(base, **self.gate)
@@ -197,12 +197,12 @@ class Finetuning(Recipe["Finetuner"]):
     def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
         """Return the model on a device as it is before training, and what adapters made of it."""
         import torch
-        from transformers import AutoConfig
 
         from seerattention.hosts.transformers import load_base
+        from seerattention.hosts.transformers.load import load_config
         from seerattention.train.trained import checkpoint_layers, extend_context, prepare
 
-        config, length = AutoConfig.from_pretrained(self.model), self.source.length
+        config, length = load_config(self.model), self.source.length
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if self.rope_type:
             extend_context(config, self.rope_type, self.rope_factor, length)

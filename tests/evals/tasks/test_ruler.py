@@ -204,7 +204,9 @@ def test_qa_reads_squad(tmp_path, teacher_source) -> None:
         (None, "there is no file"),
         ('{"question": 1}', "must have lines"),
         ("[1", "must have lines"),
-        ('{"context": "a", "question": "b", "answers": ["a"]}', "fewer than two documents"),
+        ('{"context": "a", "question": "b", "answers": {"a": 1}}', "must have lines"),
+        ("[" * 10**5, "must have lines"),
+        ('{"context": "a\u2028", "question": "b", "answers": ["a"]}', "fewer than two documents"),
     ],
 )
 def test_qa_refuses_files_it_cannot_use(tmp_path, content, message) -> None:

@@ -309,3 +309,10 @@ def test_hub_failure_is_one_sentence(monkeypatch):
 def test_a_moved_folder_still_loads(saved, tmp_path):
     shutil.move(saved, tmp_path / "elsewhere")
     assert host.load_gates(tmp_path / "elsewhere").policy == "top_k:0.1,sink_blocks=1"
+
+
+def test_gates_that_may_not_be_read_are_not_called_missing(saved, public, unreadable):
+    shutil.copytree(saved, public / "gates")
+    for name in ("gates.safetensors", "config.json"):
+        with unreadable(public / "gates" / name), pytest.raises(PermissionError, match=rf"denied.*{name}"):
+            host.load_gates(public / "gates")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seerattention.hosts.transformers import load_base, named_device
 from seerattention.measure import bundled
@@ -32,10 +36,60 @@ def test_what_is_not_known_is_refused() -> None:
         load_base("nowhere", device="abacus")
     with pytest.raises(ValueError, match="got 'int8'"):
         bundled.named_model(bundled.BUNDLED, dtype="int8", device="cpu")
+    assert named_device("cpu:0") == torch.device("cpu:0")
     if not torch.cuda.is_available():
         assert named_device() == torch.device("cpu")
-        with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees no GPU"):
-            named_device("cuda")
+    # What torch knows the name of and does not have, and what holds no numbers.
+    for name in ("cuda:99", "xpu", "hpu", "vulkan", "meta", *(["mps"] if sys.platform == "linux" else [])):
+        with pytest.raises(ValueError, match=f"device '{name}' was asked for, but torch cannot use it here"):
+            named_device(name)
+
+
+def of(change):
+    """A change of what a JSON file holds."""
+
+    def rewrite(path):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+        ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 100)),
+        ("config.json", of(lambda config: config.update(hidden_size="wide"))),
+        ("config.json", of(lambda config: config.update(hidden_act="none that there is"))),
+        ("config.json", of(lambda config: config.update(num_attention_heads=0))),
+        ("config.json", of(lambda config: config.update(vocab_size=2**70))),
+        ("tokenizer.json", lambda path: path.write_text("{")),
+        ("tokenizer.json", lambda path: path.write_text("[" * 10**5)),
+        ("tokenizer.json", of(lambda config: config["model"].update(vocab={"a": "b"}))),
+        ("tokenizer_config.json", of(lambda config: config.update(eos_token=3))),
+    ],
+)
+def test_a_damaged_model_is_refused_by_its_name(tmp_path, file, damage) -> None:
+    LlamaForCausalLM(TINY).save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(ValueError, match=f"the model {tmp_path} cannot be loaded, perhaps") as refused:
+        bundled.named_model(str(tmp_path), device="cpu")
+    assert len(str(refused.value)) < 800
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_may_not_be_read_is_not_called_missing(public, unreadable) -> None:
+    LlamaForCausalLM(TINY).save_pretrained(public)
+    load_base(str(public), device="cpu")
+    with (
+        unreadable(public / "model.safetensors"),
+        pytest.raises(PermissionError, match=r"denied.*model\.safetensors"),
+    ):
+        load_base(str(public), device="cpu")
 
 
 def test_the_bundled_model_goes_by_two_names() -> None:

@@ -488,8 +488,13 @@ def test_queries_merged_in_another_layout_are_misshapen(tmp_path):
 
 
 def test_a_gate_too_large_for_memory_is_refused_before_it_is_made(tmp_path):
-    config = prefill() | {"seerattn_gate_hidden_size": 2**40}
-    assert "gate keys" in refusal(write(tmp_path / "gates", config, weights_of(prefill())))
+    for name, size, said in (
+        ("seerattn_gate_hidden_size", 2**16, "gate keys"),
+        ("seerattn_gate_hidden_size", 2**40, "gate_dim must be at most 65,536"),
+        ("num_hidden_layers", 10**9, "gates are for 1 to 1,000 layers"),
+    ):
+        folder = write(tmp_path / f"{name} {size}", prefill() | {name: size}, weights_of(prefill()))
+        assert said in refusal(folder)
 
 
 def test_settings_that_the_weights_contradict(tmp_path):
@@ -562,7 +567,7 @@ def test_truncated_weights(tmp_path, kept):
 def test_files_that_are_something_else(tmp_path, text):
     folder = write(tmp_path / "gates", prefill())
     (folder / "attn_gate_weights.pth").write_bytes(text)
-    assert "is damaged, or a bare pickle" in refusal(folder)
+    assert "is damaged, compressed, or a bare pickle" in refusal(folder)
 
 
 def test_a_file_damaged_inside(tmp_path):

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 from rich.progress import Progress
+
+from seerattention.files import read_json
 
 
 class ProgressReporter:
@@ -26,3 +33,17 @@ class ProgressReporter:
     def note(self, text: str) -> None:
         """Print what the reader must know."""
         self.console.print(f"  {text}", style="yellow", markup=False)
+
+
+@contextmanager
+def result_of_prefill(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a result; what it is used for says what it lacks.
+
+    Raises:
+        ValueError: If it is none, or has not what is asked of it.
+    """
+    content = read_json(path)
+    try:
+        yield content
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of bench prefill ({type(error).__name__}: {error})") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from seerattention.cli._show import bar, console_of, formatted
-from seerattention.cli.bench._reporter import ProgressReporter
+from seerattention.cli.bench._reporter import ProgressReporter, result_of_prefill
 from seerattention.files import check_writable, write_json
 
 #: Columns of the table, and how a row's values are written.
@@ -52,8 +51,10 @@ def run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lengths = tokens or ([512, 1024, 2048, 4096, 8192] if device == "cpu" else [1024 << i for i in range(6)])
     check_writable(out)
+    known = read_table(out)
     if report is not None:
-        measured: dict[str, Any] = json.loads(report.read_text())
+        with result_of_prefill(report) as measured:
+            entry = entry_of(measured, gate, block)
     else:
         settings = {
             **DEFAULTS.get(device, DEFAULTS["cpu"]),
@@ -66,8 +67,8 @@ def run(
         plan = Plan(**settings, peers=("cudnn", "fa2"), device=device, repeats=repeats)
         with bar(console) as progress:
             *_, measured = measure(plan, ProgressReporter(console, progress))
-    entry = entry_of(measured, gate, block)
-    write_json(out, merged(read_table(out), entry))
+        entry = entry_of(measured, gate, block)
+    write_json(out, merged(known, entry))
     console.print(formatted(COLUMNS, entry["rows"]))
     cudnn = f"; cuDNN from {entry['cudnn_from']:,} tokens" if entry["cudnn_from"] else ""
     console.print(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from seerattention.cli.bench._reporter import result_of_prefill
 from seerattention.files import write_whole
 
 
@@ -23,6 +23,6 @@ def run(
 
     picture = out or report.with_suffix(".png")
     require_matplotlib(picture)
-    measured = json.loads(report.read_text())
-    write_whole(picture, lambda path: draw_roofline(measured, path))
+    with result_of_prefill(report) as measured:
+        write_whole(picture, lambda path: draw_roofline(measured, path))
     print(picture)

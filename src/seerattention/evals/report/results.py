@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from seerattention.evals.summary import NOTE, cells
+from seerattention.files import read_json
 from seerattention.measure.bundled import BUNDLED, TEACHER_NAME
 
 #: What the page draws of a row.
@@ -34,17 +34,17 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not path.exists():
         if (folder / "samples.jsonl").exists():
             raise FileNotFoundError(
-                f"{folder} holds samples but no summary.json, as after a killed run; run the same "
-                "'seerattention eval CONFIG' again, which goes on and writes it"
+                f"{folder} holds samples but no summary.json: the evaluation still runs, or was killed; wait "
+                "for it, or run the same 'seerattention eval CONFIG' again, which goes on and writes it"
             )
         raise FileNotFoundError(
             f"{folder} holds no results (no summary.json); give the folder that 'seerattention eval' wrote"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         rows = [{**{name: row[name] for name in NEEDED}, "cells": cells(row)} for row in content["rows"]]
         about = {name: content[name] for name in ("model", "dtype", "text", "date", "versions")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} is not the summary of an evaluation ({type(error).__name__}: {error}); run "
             "'seerattention eval CONFIG' again, which writes it anew from the samples"

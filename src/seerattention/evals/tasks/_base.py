@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.hosts.transformers import cache_argument
+from seerattention.hosts.transformers.text import encoded
 
 #: Stands for the question while a chat template is written around it.
 _MARK = "\N{REPLACEMENT CHARACTER}question\N{REPLACEMENT CHARACTER}"
@@ -54,8 +55,7 @@ class Source:
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a piece of a prompt, int64, without special tokens."""
         if text not in self._pieces:
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            self._pieces[text] = np.array(ids, dtype=np.int64)
+            self._pieces[text] = encoded(text, self.tokenizer)
         return self._pieces[text]
 
     @cached_property

@@ -7,7 +7,6 @@ cut, so that a prompt has exactly the length asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of, whether_any
+from seerattention.files import json_lines, read_json
+from seerattention.settings import typed
 
 _ASK = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other "
@@ -91,14 +92,13 @@ def _numbered(number: int, text: str) -> str:
 def _entries(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if not path.exists():
         raise FileNotFoundError(f"qa: there is no file {path}")
-    text = path.read_text(encoding="utf-8")
+    rows = _squad(read_json(path)) if path.suffix == ".json" else (row for _, row in json_lines(path))
     try:
-        rows = _squad(json.loads(text)) if path.suffix == ".json" else map(json.loads, text.splitlines())
         for row in rows:
-            answers = tuple(str(a) for a in row["answers"] if str(a).strip())
-            if answers:
+            given = typed("answers", row["answers"], tuple[str | int | float, ...])
+            if answers := tuple(str(a) for a in given if str(a).strip()):
                 yield str(row["context"]), str(row["question"]), answers
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'qa: {path} must have lines {{"context": ..., "question": ..., "answers": [...]}} or be a .json '
             f"in the format of SQuAD ({error!r})"

@@ -8,24 +8,31 @@ Calibrated gates have ``calibration.json`` too, which names the weights that it 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seerattention.files import UNFINISHED, atomic_folder, write_json
+from seerattention.files import UNFINISHED, atomic_folder, check_readable, read_json, write_json
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.attach import active_gates
 from seerattention.hosts.transformers.base import BaseInfo
-from seerattention.hosts.transformers.gates import Gates, check_finite, check_weights
+from seerattention.hosts.transformers.gates import (
+    KEY,
+    Gates,
+    check_finite,
+    check_layers,
+    check_weights,
+)
 from seerattention.hosts.transformers.published import PUBLISHED_WEIGHTS, is_published, read_published
 from seerattention.policies import Calibrated, Calibration, Policy, parse
+from seerattention.settings import build, typed
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
 #: What a distillation measured, beside the gates.
@@ -83,7 +90,7 @@ def save_calibration(folder: str | Path, policy: Calibrated) -> None:
     """
     path = Path(folder)
     _require(path, WEIGHTS)
-    config = {**json.loads((path / CONFIG).read_text(encoding="utf-8")), "policy": str(policy)}
+    config = {**read_json(path / CONFIG), "policy": str(policy)}
     # The configuration, which asks for the calibration, comes last.
     _write_calibration(path, policy.calibration, _sha256(path / WEIGHTS))
     write_json(path / CONFIG, config)
@@ -100,7 +107,7 @@ def _read_calibration(path: Path, layers: list[int], heads: int) -> Calibration 
     if not file.is_file():
         return None
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
         if data.pop("format") != FORMAT:
             raise ValueError(f"this version reads format {FORMAT}")
         if data.pop("gates_sha256") != _sha256(path / WEIGHTS):
@@ -183,7 +190,7 @@ def load_gates(folder: str | Path) -> Gates:
     path = _local_folder(folder)
     _require(path, CONFIG)
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG)
     except ValueError as error:
         raise _damaged(path, error) from error
     return read_published(path, config) if is_published(config) else _read(path, config)
@@ -209,8 +216,9 @@ def _read(path: Path, config: Any) -> Gates:
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']!r}, this version reads {FORMAT}")
         gate_config = GateConfig.from_dict(config["gate"])
-        base = BaseInfo(**config["base_model"])
-        layers = [int(i) for i in config["layers"]]
+        base = build(BaseInfo, config["base_model"], "base_model")
+        layers = list(typed("layers", config["layers"], tuple[int, ...]))
+        check_layers(len(layers))
         heads = gate_config.num_kv_heads if gate_config.per_kv_head else gate_config.num_heads
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
@@ -219,16 +227,19 @@ def _read(path: Path, config: Any) -> Gates:
         policy = config["policy"] and str(parse(config["policy"], calibration))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
+    check_readable(path / WEIGHTS)
     try:
         weights = load_file(path / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(
             f"{path / WEIGHTS} is truncated or damaged ({error}); save or download the gates again"
         ) from error
-    gates = Gates(gate_config, base, layers, policy, calibration)
+    # Without memory until the file is known to fit.
+    with torch.device("meta"):
+        gates = Gates(gate_config, base, layers, policy, calibration)
     check_weights(path / WEIGHTS, weights, {key: own.shape for key, own in gates.named_weights().items()})
-    if weights:
-        gates.to(next(iter(weights.values())).dtype)
-    for key, own in gates.named_weights().items():
-        own.copy_(weights[key])
+    dtype = next(iter(weights.values())).dtype
+    for index, gate in gates.items():
+        own = {name: weights[KEY.format(index, name)].to(dtype, copy=True) for name in gate.state_dict()}
+        gate.load_state_dict(own, assign=True)
     return gates

@@ -20,6 +20,18 @@ from seerattention.policies import Calibration
 #: Key of a gate's parameter in a file: layer and the parameter's name.
 KEY = "model.layers.{}.self_attn.attn_gate.{}"
 
+#: More than any model has.
+LAYERS = 1000
+
+#: What weights of gates may be.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_layers(layers: int) -> None:
+    """Refuse a number of layers that no model has, before a gate is made for each."""
+    if not 1 <= layers <= LAYERS:
+        raise ValueError(f"gates are for 1 to {LAYERS:,} layers, got {layers}")
+
 
 def infinite(weights: Mapping[str, Tensor]) -> list[str]:
     """Return the keys of weights that hold NaN or infinity."""
@@ -46,6 +58,8 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str
                 f"{key} in {file} is {list(weights[key].shape)}, its configuration needs {list(shape)}; "
                 f"{again}"
             )
+        if weights[key].dtype not in DTYPES:
+            raise ValueError(f"{key} in {file} is {weights[key].dtype}, no precision of gates; {again}")
     check_finite(weights, f" in {file}")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from seerattention.hosts.transformers.checkpoint import gates_of, save_gates
 from seerattention.hosts.transformers.gates import Gates
+from seerattention.hosts.transformers.load import outside
 from seerattention.policies import Policy
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -62,9 +63,10 @@ def push_to_hub(
         save_gates(found, folder, policy=chosen)
         (folder / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         message = f"Gates for {found.base.name or 'an unnamed model'}"
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        with outside(f"the gates cannot be pushed to {repo_id}"):
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return str(commit.commit_url)
 
 
@@ -72,7 +74,8 @@ def check_login(repo_id: str) -> None:
     """Refuse before any work what could not be pushed after it: no hub id, or nobody is logged in."""
     _check_id(repo_id)
     try:
-        HfApi().whoami()
+        with outside("the hub cannot be asked who you are"):
+            HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
         raise ValueError("pushing to the hub needs a login with write access: run `hf auth login`") from error
 

@@ -1,26 +1,68 @@
-"""Load a base model onto a device."""
+"""Load a base model onto a device, and its tokenizer; what other libraries raise ends in a sentence."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from seerattention.files import check_readable
 
 #: What a base model's precision may be; ``auto`` is that of its files.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: Of what another library says, characters.
+SAID = 400
+
+
+@contextmanager
+def outside(what: str) -> Iterator[None]:
+    """Turn what another library raises into one sentence that begins with ``what``.
+
+    Errors of the system, of missing packages and of what is not implemented name themselves.
+
+    Raises:
+        ValueError: In place of any other error.
+    """
+    try:
+        yield
+    except (OSError, ImportError, NotImplementedError, MemoryError):
+        raise
+    # Not narrower: tokenizers raises Exception itself, and transformers whatever its code stumbles over.
+    except Exception as error:
+        said = textwrap.shorten(str(error) or type(error).__name__, SAID)
+        raise ValueError(f"{what}: {said}") from error
 
 
 def named_device(name: str = "") -> torch.device:
     """Return the device of a name, by default the GPU if there is one.
 
     Raises:
-        ValueError: If it is no device, or a GPU where torch sees none.
+        ValueError: If it is no device, or torch cannot use it here.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is not a device: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU; use cpu")
+    try:
+        # Whether it is there and holds numbers.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        said = textwrap.shorten(str(error), SAID)
+        raise ValueError(
+            f"device {name!r} was asked for, but torch cannot use it here ({said}); use cpu"
+        ) from error
     return device
 
 
@@ -44,11 +86,35 @@ def load_base(
         config: Another configuration than the model's own.
 
     Raises:
-        ValueError: If the precision or the device is not known or not there.
+        OSError: If it is not there or cannot be read.
+        ValueError: If the precision or the device is not known or not there, or the model is damaged.
     """
     target, dtype = named_device(device), check_dtype(dtype)
     more = {} if config is None else {"config": config}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
     if not getattr(model, "is_quantized", False):
         model.to(target)  # type: ignore[arg-type]
     return model.eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; raises as `load_base` does."""
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """Load a model's configuration; raises as `load_base` does."""
+    with _loading(name):
+        return AutoConfig.from_pretrained(name)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    if Path(name).is_dir():
+        for file in Path(name).iterdir():
+            if file.is_file():
+                check_readable(file)
+    with outside(f"the model {name} cannot be loaded, perhaps its files are damaged"):
+        yield

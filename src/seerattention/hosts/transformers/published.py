@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.base import BaseInfo
-from seerattention.hosts.transformers.gates import KEY, Gates, check_weights
+from seerattention.hosts.transformers.gates import KEY, Gates, check_layers, check_weights
 from seerattention.policies import Policy, Threshold, TokenBudget, TopK
 
 PUBLISHED_WEIGHTS = "attn_gate_weights.pth"
@@ -65,7 +66,7 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
         base = _base(config)
         gate = _prefill_gate(config, base) if kind == "prefill" else _decode_gate(config, base, normed)
         policy = published_policy(config, kind)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"the settings of the published gates in {folder / 'config.json'} cannot be used: {reason}; "
@@ -114,6 +115,7 @@ def _base(config: dict[str, Any]) -> BaseInfo:
     for key in ("num_attention_heads", "num_hidden_layers"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise ValueError(f"{key} must be a whole number >= 1, got {config[key]!r}")
+    check_layers(config["num_hidden_layers"])
     return BaseInfo(
         name=name,
         model_type=config["model_type"],
@@ -177,10 +179,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     again = "; download the gates again"
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds published settings but no {file.name}{again}")
-    if not zipfile.is_zipfile(file):
+    if not _plain_zip(file):
         raise ValueError(
-            f"{file} is damaged, or a bare pickle, which may hold code and was not executed{again}, "
-            "or ask for them in safetensors"
+            f"{file} is damaged, compressed, or a bare pickle, which may hold code and was not executed"
+            f"{again}, or ask for them in safetensors"
         )
     try:
         found = torch.load(file, weights_only=True, map_location="cpu")
@@ -200,3 +202,12 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{key} in {file} is {kind}, not a plain tensor of float32 or bfloat16{again}")
     return found
+
+
+def _plain_zip(file: Path) -> bool:
+    """Whether a file is a zip whose content is no larger than itself, as torch writes them."""
+    try:
+        with zipfile.ZipFile(file) as content:
+            return sum(one.file_size for one in content.infolist()) <= file.stat().st_size
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
+        return False
