@@ -27,6 +27,9 @@ model = tiny()
 with torch.device("meta"):
     other = LlamaForCausalLM(model.config)
 other.to_empty(device="cpu")
+with torch.no_grad():
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.zero_()  # else it is what the memory held before, by chance
 print(other.load_state_dict(model.state_dict(), strict=True))
 right, got = (m.model.rotary_emb.inv_freq for m in (model, other.eval()))
 ids = torch.randint(0, 64, (1, 40))
