@@ -1,8 +1,8 @@
 """Time forward and backward of block-sparse attention on a GPU, beside dense attention's in the same run.
 
-python benchmarks/block_sparsebackward.py --out benchmarks/results/<device>/block_sparsebackward.json
-python benchmarks/block_sparsebackward.py --tokens 32768 --sweep
-python benchmarks/block_sparsebackward.py --tokens 32768 --set keys.stages=3 queries.block_n=32
+python benchmarks/block_sparse_backward.py --out benchmarks/results/<device>/block_sparse_backward.json
+python benchmarks/block_sparse_backward.py --tokens 32768 --sweep
+python benchmarks/block_sparse_backward.py --tokens 32768 --set keys.stages=3 queries.block_n=32
 """
 
 from __future__ import annotations
