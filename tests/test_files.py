@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, and one process that writes them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,20 @@ def test_a_second_process_is_refused_until_the_first_ends_or_is_killed(tmp_path)
         assert names(folder) == [".writing"]
     assert names(tmp_path) == ["folder", "gates"]
     assert names(folder) == []
+
+
+def test_a_lock_whose_last_owner_removes_it_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    free, removed = files._free, []
+
+    def late(descriptor):
+        if not removed:
+            removed.append(shutil.rmtree(tmp_path / "folder"))
+        return free(descriptor)
+
+    monkeypatch.setattr(files, "_free", late)
+    with locked(tmp_path / "folder"):
+        assert names(tmp_path / "folder") == [".writing"]
+    assert names(tmp_path) == []
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_nothing_made(tmp_path):
