@@ -134,6 +134,18 @@ def test_pickles_of_a_model_and_its_cache(tiny, two):
     assert torch.equal(tiny.logits(read, ids), tiny.logits(tiny.make(), ids))
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_gates_of_a_copied_model_are_that_copys(tiny, two, way):
+    twin, other = way(two[0]), tiny.make()
+    for name in ("coarse", "default"):
+        host.set_gates(twin, name)
+        gates = active_gates(twin)[0]
+        with pytest.raises(ValueError, match="attached to another model"):
+            host.attach(other, gates, "top_k:0.8")
+    host.detach(twin)
+    host.attach(other, gates, "top_k:0.8")
+
+
 def test_pickles_of_gates_that_are_attached(tiny, two):
     model, ids, gates, alone = two
     read = pickle.loads(pickle.dumps(gates["default"]))
