@@ -224,6 +224,11 @@ def test_json_that_cannot_be_read_is_refused_by_its_place(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(ValueError, match="/a is no JSON that can be read"):
         read_json(tmp_path / "a")
-    (tmp_path / "b").write_bytes(b"1\n" + content + b"\n")
-    with pytest.raises(ValueError, match="/b, line 2 is no JSON that can be read"):
+    (tmp_path / "b").write_bytes(b"1\n\n" + (content or b"?") + b"\n")
+    with pytest.raises(ValueError, match="/b, line 3 is no JSON that can be read"):
         list(json_lines(tmp_path / "b"))
+
+
+def test_blank_lines_of_json_lines_are_none(tmp_path):
+    (tmp_path / "a").write_bytes(b"\n1\r\n\r\n \n2\n\n")
+    assert list(json_lines(tmp_path / "a")) == [(f"{tmp_path}/a, line {n}", v) for n, v in ((2, 1), (5, 2))]

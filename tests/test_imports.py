@@ -291,6 +291,9 @@ def test_public_names_are_there_and_are_those_that_type_checkers_see(package: Mo
             assert getattr(package, alias.name) is getattr(home, alias.name)
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
         package.magic  # noqa: B018
+    starred: dict[str, object] = {}
+    exec(f"from {package.__name__} import *", starred)
+    assert set(starred) - {"__builtins__"} == {a.name for n in imports for a in n.names}
     assert {"attach", "detach", "AttnGate", "seer_attention", "TopK"} <= set(dir(seerattention))
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from seerattention.selection import BlockSelection as BlockSelection
     from seerattention.selection import causal_blocks as causal_blocks
 
-__getattr__, __dir__ = later(
+__getattr__, __dir__, __all__ = later(
     __name__,
     {
         "attention": "seer_attention select_blocks",

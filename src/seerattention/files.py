@@ -244,7 +244,7 @@ def read_json(path: Path) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the content of every line of a JSON Lines file, and where it stands.
+    """Yield the content of every line of a JSON Lines file that is not blank, and where it stands.
 
     Raises:
         OSError: If it cannot be read.
@@ -254,7 +254,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         # Lines of bytes end at line feeds alone, those of text also at what JSON has inside of strings.
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
-            yield where, _parsed(line, where)
+            if line.strip():
+                yield where, _parsed(line, where)
 
 
 def _parsed(content: bytes, where: str) -> Any:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def later(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` of a package that imports its public names on first use.
+def later(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package that imports its names on first use.
 
     Args:
         package: Its ``__name__``.
@@ -22,4 +24,4 @@ def later(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any],
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{found[name]}"), name)
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *found})
+    return get, lambda: sorted({*vars(sys.modules[package]), *found}), sorted(found)

@@ -100,3 +100,12 @@ def test_a_gpu_without_memory_ends_in_one_sentence_and_our_own_faults_in_a_trace
         result, said = invoke("convert", "a", "b")
         assert result.exit_code == code
         assert ("error: CUDA out of memory." in said) == (code == 2)
+
+
+def test_numbers_are_never_cut(capsys):
+    titles = ["tokens", *(f"seconds of the attention {n}" for n in range(8))]
+    _show.console_of(110).print(_show.table(titles, [["32,768", *["1,234.5"] * 8]]))
+    said = capsys.readouterr().out
+    assert said.count("1,234.5") == 8
+    assert "32,768" in said
+    assert "…" not in said

@@ -1,5 +1,7 @@
 """``seerattention info``: every 'yes' of its table runs and is right, every 'no' has its reason."""
 
+import json
+
 import pytest
 import torch
 
@@ -110,6 +112,23 @@ def test_a_model_whose_settings_are_met_at_some_lengths_only():
     cells = [list(column.cells) for column in reads.columns]
     assert cells[0] == ["2,048", "8,192", "32,768"]
     assert cells[2] == ["11.9%", "9.1%", "9.9%"], "10 % of 32 blocks is not even the first and the own block"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_key_value_heads": 0},
+        {"hidden_act": "none"},
+        {"hidden_size": -32},
+        {"rope_parameters": {"rope_type": "no"}},
+    ],
+)
+def test_a_damaged_configuration_is_a_sentence(invoke, base, tmp_path, change):
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    result, said = invoke("info", tmp_path)
+    assert result.exit_code == 2
+    assert "perhaps its files are damaged" in said
 
 
 def test_it_gives_a_backends_reason_why_not(invoke, monkeypatch):

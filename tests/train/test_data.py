@@ -90,7 +90,6 @@ def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
         ('{"messages": [{"role": "me"}]}', "chat template refuses these messages"),
         ("[" * 10**5, "no JSON that can be read"),
         ("1" * 10**4, "no JSON that can be read"),
-        ("", "no JSON that can be read"),
     ],
 )
 def test_rows_of_another_shape_are_refused_by_their_line(tmp_path, row, said):

@@ -267,6 +267,14 @@ def test_metrics_of_a_run_stopped_before_its_first_checkpoint_are_written_again(
     assert [row["step"] for row in rows] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("content", [b"[]\n", b'{"step": "x"}\n', b"{\n", b"{}\n", b"\xff\n"])
+def test_damaged_metrics_are_refused_by_name(model, text, tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    trainer = Distiller(model, gates_of(model), TextWindows(text, 128), DistillConfig(steps=1), out=tmp_path)
+    with pytest.raises(ValueError, match=r"/metrics\.jsonl is (damaged .* delete it|no text in UTF-8)"):
+        next(trainer.run())
+
+
 @pytest.mark.parametrize("what", ["weights", "state of the optimizer", "scores"])
 def test_what_is_not_finite_is_never_saved(model, text, tmp_path, what):
     config = DistillConfig(steps=2, save_every=1)

@@ -39,10 +39,15 @@ def console_of(width: int = 120, *, quiet: bool = False) -> Console:
 def table(
     titles: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str = "", *, words: bool = False
 ) -> Table:
-    """Return a table; its first column is words, the others are numbers, or all are words that wrap."""
+    """Return a table; its first column is words, the others are numbers, or all are words that wrap.
+
+    Where there is little room the titles of numbers wrap, and no number is cut.
+    """
+    rows = list(rows)
     made = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title or None, title_justify="left")
     for i, name in enumerate(titles):
-        made.add_column(name, justify="right" if i and not words else "left", no_wrap=not words)
+        least = None if words else max((len(row[i]) for row in rows), default=0)
+        made.add_column(name, justify="right" if i and not words else "left", min_width=least)
     for row in rows:
         made.add_row(*row)
     return made

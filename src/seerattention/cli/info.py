@@ -136,12 +136,12 @@ def model_report(model: str) -> tuple[list[str], Table]:
     from seerattention.gate import AttnGate, GateConfig
     from seerattention.hosts.transformers.base import head_dim_of
     from seerattention.hosts.transformers.family import attention_layers, family_of, full_attention_layers
-    from seerattention.hosts.transformers.load import load_config
+    from seerattention.hosts.transformers.load import load_config, outside
     from seerattention.policies import TopK
     from seerattention.rows import num_blocks
 
     config = load_config(model)
-    with torch.device("meta"):
+    with torch.device("meta"), outside(f"there is no model as {model} says, perhaps its files are damaged"):
         built = AutoModelForCausalLM.from_config(config)
     family_of(built)
     full, text = full_attention_layers(built), config.get_text_config()
@@ -149,7 +149,7 @@ def model_report(model: str) -> tuple[list[str], Table]:
     design = GateConfig(heads, getattr(text, "num_key_value_heads", None) or heads, head_dim_of(text))
     with torch.device("meta"):
         size = sum(p.numel() for p in AttnGate(design).parameters()) * len(full)
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = max(0, getattr(text, "max_position_embeddings", None) or 0)
     lines = [
         f"{model}: {text.model_type}, {built.num_parameters() / 1e6:,.1f} M parameters",
         f"heads        {heads} of queries, {design.num_kv_heads} of keys and values, of dimension "

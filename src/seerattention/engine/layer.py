@@ -16,6 +16,8 @@ from seerattention.crossover import Crossover, crossover
 from seerattention.engine.call import AttentionCall, Unrotate
 from seerattention.engine.summaries import Growing, summarised
 from seerattention.engine.when import why_dense
+from seerattention.ops.block_sparse_attention import BACKENDS
+from seerattention.ops.dispatch import check_backend
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
@@ -60,6 +62,11 @@ class SparseLayer:
     usage: Counter[str] = field(default_factory=Counter)
     short: dict[str, str] = field(default_factory=dict)
     crossovers: Mapping[str, Crossover] = field(default_factory=_crossovers)
+
+    def __post_init__(self) -> None:
+        check_backend(BACKENDS, self.backend)
+        if not (self.min_tokens is None or (isinstance(self.min_tokens, int) and self.min_tokens >= 0)):
+            raise ValueError(f"min_tokens must be a whole number >= 0, got {self.min_tokens!r}")
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Return the output of one layer, of ``call.q``'s shape."""

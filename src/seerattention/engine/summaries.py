@@ -53,9 +53,8 @@ class Growing:
     def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
         """Summarise a call's keys too, and cached keys that no summary belongs to."""
         new, past = [n for n, _ in call.lengths], [total - n for n, total in call.lengths]
-        kept = self.kept
-        if kept is None or not any(past) or not kept.fits(call.given.k, scorer):
-            kept = Kept.nothing(call.given.k, scorer)
+        known = self.kept if any(past) and self.kept and len(self.kept.tokens) == len(past) else None
+        kept = known if known and known.fits(call.given.k, scorer) else Kept.nothing(call.given.k, scorer)
         reasons: list[str | None] = [None] * len(new)
         k, cached = call.new_keys()
         if all(decodes(n, total, scorer) for n, total in call.lengths):
@@ -63,11 +62,14 @@ class Growing:
             # which also makes up for the tokens that are left out here.
             if kept.tokens == past:
                 self.kept = kept.extended(k, cached, new)
-            elif kept is self.kept:
-                self.kept = kept.shrunk(past)
+            elif known is not None:
+                self.kept = known.shrunk(past)
             return (DECODING,) * len(new)
         if any(past):
             keys = call.all_keys()
+            if known is not None and known is not kept:
+                # Whether keys were taken out, other gates' summaries tell.
+                kept = replace(kept, left=known.compared(keys, past).left)
             kept = kept.compared(keys, past)
             if kept.tokens != past:
                 kept, reasons = _caught_up(kept, call, keys, past, unrotate)

@@ -37,6 +37,16 @@ def runs_everything(*_: object, **__: object) -> list[str]:
     return []
 
 
+def check_backend(backends: Mapping[str, ModuleType], backend: str) -> None:
+    """Refuse the name of no backend.
+
+    Raises:
+        ValueError: If it is not ``auto`` and no backend has it.
+    """
+    if backend != "auto" and backend not in backends:
+        raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(backends)}")
+
+
 def choose(
     backends: Mapping[str, ModuleType], order: tuple[str, ...], backend: str, **args: Any
 ) -> ModuleType:
@@ -48,8 +58,7 @@ def choose(
         ValueError: If no backend has that name.
         NotImplementedError: If the named one, or every one of ``order``, has a reason why not.
     """
-    if backend != "auto" and backend not in backends:
-        raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(backends)}")
+    check_backend(backends, backend)
     reasons = {}
     # Triton's interpreter is for tests, which name it.
     tried = tuple(name for name in order if not (INTERPRETED and name == "triton"))

@@ -178,6 +178,18 @@ class DecodeOptions(Options):
         """Tokens that lie behind one another: of a page, or of a whole sequence."""
         return self.rows.num_keys // (1 if self.pages is None else self.pages.shape[1])
 
+    def held(self, batch: int) -> list[int]:
+        """Return the keys of every sequence; waits for the device.
+
+        Raises:
+            ValueError: If there are more than the cache can hold, or fewer than none.
+        """
+        most = self.rows.num_keys
+        held = [most] * batch if self.lengths is None else self.lengths.tolist()
+        if wrong := [length for length in held if not 0 <= length <= most]:
+            raise ValueError(f"lengths must be of 0 to {most} keys, what the cache can hold, got {wrong[0]}")
+        return held
+
     def _check_rows(self, q: Tensor, k: Tensor) -> None:
         for name, x, shape in (("lengths", self.lengths, "[B]"), ("pages", self.pages, "[B, N]")):
             if x is None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from seerattention.train.trained import extend_context as extend_context
     from seerattention.train.trained import prepare as prepare
 
-__getattr__, __dir__ = later(
+__getattr__, __dir__, __all__ = later(
     __name__,
     {
         "config": "DistillConfig FinetuneConfig JointStep Step",

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seerattention.files import check_readable, write_whole
+from seerattention.files import check_readable, read_text, write_whole
 from seerattention.hosts.transformers.gates import infinite
 from seerattention.settings import typed
 from seerattention.train.processes import like
@@ -115,8 +115,18 @@ def restore_optimizer(
 
 
 def trim_metrics(path: Path, done: int) -> None:
-    """Drop the metrics of steps that came after the checkpoint: they will be written again."""
+    """Drop the metrics of steps that came after the checkpoint: they will be written again.
+
+    Raises:
+        OSError: If they cannot be read or written.
+        ValueError: If there are no metrics in the file, or not only.
+    """
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= done)
-        write_whole(path, lambda temporary: temporary.write_text(kept))
+        lines = [line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            kept = [line for line in lines if typed("step", json.loads(line)["step"], int) <= done]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it, the checkpoint goes on without it"
+            ) from error
+        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))

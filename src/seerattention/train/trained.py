@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
-from seerattention.ops.dispatch import explain
+from seerattention.ops.dispatch import check_backend, explain
 from seerattention.ops.options import Options
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
@@ -137,8 +137,7 @@ def training_backend(
     Raises:
         ValueError: If it is unknown, or cannot train, with its reasons.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    check_backend(BACKENDS, backend)
     on_cpu = model.device.type == "cpu"
     if soft:
         if backend == "reference" or (backend == "auto" and on_cpu):

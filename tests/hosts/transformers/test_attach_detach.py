@@ -90,16 +90,27 @@ def test_a_failed_attach_leaves_what_was_attached(tiny):
     model = tiny.make()
     host.attach(model, tiny.gates_for(model), "top_k:0.8", min_tokens=0)
     before = state(model)
-    for scorers, policy, error in (
-        ("gates/", "top_k:0.1", TypeError),
-        (tiny.gates_for(model), 0.1, TypeError),
-        (tiny.gates_for(model), None, ValueError),
-        (tiny.gates_for(model), "top_k:2", ValueError),
-        (tiny.gates_for(tiny.make(seed=1)), "top_k:0.1", ValueError),
+    for scorers, policy, more, error in (
+        ("gates/", "top_k:0.1", {}, TypeError),
+        (tiny.gates_for(model), 0.1, {}, TypeError),
+        (tiny.gates_for(model), None, {}, ValueError),
+        (tiny.gates_for(model), "top_k:2", {}, ValueError),
+        (tiny.gates_for(tiny.make(seed=1)), "top_k:0.1", {}, ValueError),
+        (tiny.gates_for(model), "top_k:0.1", {"backend": "warp"}, ValueError),
+        (tiny.gates_for(model), "top_k:0.1", {"min_tokens": -1}, ValueError),
+        (tiny.gates_for(model), "top_k:0.1", {"min_tokens": "1k"}, ValueError),
     ):
         with pytest.raises(error):
-            host.attach(model, scorers, policy)
+            host.attach(model, scorers, policy, **more)
         assert state(model) == before
+
+
+@pytest.mark.parametrize("model", ["org/model", None, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused(model):
+    scorer = baselines.create("quest")
+    for call in (lambda: host.attach(model, scorer, "top_k:0.1"), lambda: host.new_gates(model)):
+        with pytest.raises(TypeError, match=rf"one of transformers, got a {type(model).__name__}; load it"):
+            call()
 
 
 def test_partial_rotary_is_refused_before_anything_changes(tiny):

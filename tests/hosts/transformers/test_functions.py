@@ -7,6 +7,7 @@ import torch
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 
+from seerattention import baselines
 from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers.request import KEYWORD
 
@@ -112,4 +113,12 @@ def test_a_head_dim_by_another_name_is_refused(tiny):
         pytest.raises(RuntimeError, match=r"before it \[1, 8, 20, 16\] and.*its family's file does not fit"),
         host.intercept(model, lambda call: call.dense()),
     ):
+        tiny.logits(model, tiny.tokens(1, 20))
+
+
+def test_the_name_alone_is_no_attention(tiny):
+    host.attach(tiny.make(), baselines.create("quest"), "top_k:0.5")
+    model = tiny.make()
+    model.set_attn_implementation("seerattention")
+    with pytest.raises(ValueError, match=r"attach\(model, gates, policy\) asks for; leave it out"):
         tiny.logits(model, tiny.tokens(1, 20))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -132,6 +133,43 @@ def test_pickles_of_a_model_and_its_cache(tiny, two):
     assert set(host.usage(read)) == {"sparse"}
     host.detach(read)
     assert torch.equal(tiny.logits(read, ids), tiny.logits(tiny.make(), ids))
+
+
+@pytest.mark.parametrize("decoded", [0, 3])
+def test_other_gates_know_of_keys_that_were_taken_out(tiny, two, decoded):
+    """Chosen among those attached, or attached anew; of a cropped cache nothing was taken out."""
+    model, ids, gates, _ = two
+    for start, changed in ((20, "dense: cached keys have no summaries"), (60, "sparse")):
+        for change in (
+            lambda: host.set_gates(model, "coarse"),
+            lambda: host.attach(model, gates["default"], "top_k:0.8", min_tokens=0),
+        ):
+            cache = DynamicCache(config=model.config)
+            tiny.logits(model, ids[:, :64], cache=cache)
+            for layer in cache.layers:
+                layer.keys, layer.values = (
+                    torch.cat((x[:, :, :start], x[:, :, start + 4 :]), 2) for x in (layer.keys, layer.values)
+                )
+            change()
+            for token in range(decoded):
+                tiny.logits(model, ids[:, token : token + 1], cache=cache)
+            before = Counter(host.usage(model))
+            tiny.logits(model, ids[:, 64:], cache=cache)
+            assert [how for how in Counter(host.usage(model)) - before if how.startswith(changed)]
+            host.attach(model, gates["default"], "top_k:0.8", min_tokens=0)
+            host.add_gates(model, "coarse", gates["coarse"], "top_k:0.4")
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_gates_of_a_copied_model_are_that_copys(tiny, two, way):
+    twin, other = way(two[0]), tiny.make()
+    for name in ("coarse", "default"):
+        host.set_gates(twin, name)
+        gates = active_gates(twin)[0]
+        with pytest.raises(ValueError, match="attached to another model"):
+            host.attach(other, gates, "top_k:0.8")
+    host.detach(twin)
+    host.attach(other, gates, "top_k:0.8")
 
 
 def test_pickles_of_gates_that_are_attached(tiny, two):

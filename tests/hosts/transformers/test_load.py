@@ -82,6 +82,12 @@ def test_a_damaged_model_is_refused_by_its_name(tmp_path, file, damage) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["/no/model", "./model", "~/model", "models/my/model", "../model"])
+def test_a_folder_that_is_not_there_is_no_hub_id(name) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}; give a folder"):
+        load_base(name, device="cpu")
+
+
 def test_a_model_that_may_not_be_read_is_not_called_missing(public, unreadable) -> None:
     LlamaForCausalLM(TINY).save_pretrained(public)
     load_base(str(public), device="cpu")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seerattention.ops.block_sparse_attention import Attended
 from seerattention.ops.block_sparse_decode import block_sparse_decode, gather, reference
 from seerattention.ops.cases.block_sparse_decode import CASES, Case
 from seerattention.ops.dense_attention import dense_attention
@@ -133,6 +134,8 @@ def test_planted_bugs_are_noticed(mutant, name: str) -> None:
             ValueError,
             r"lengths must be \[B\] for a batch of 1",
         ),
+        ({"lengths": torch.tensor([641], dtype=torch.int32)}, ValueError, "of 0 to 640 keys.* got 641"),
+        ({"lengths": torch.tensor([-1], dtype=torch.int32)}, ValueError, "of 0 to 640 keys.* got -1"),
         ({"pages": torch.ones(1, dtype=torch.int32)}, ValueError, r"pages must be \[B, N\]"),
         ({"batch": 2}, ValueError, "needs pages=, its block table"),
         ({"heads": 3}, ValueError, "the selection has 3 heads"),
@@ -157,3 +160,25 @@ def test_bad_input_is_a_sentence(change: dict, error: type[Exception], message: 
         selection = BlockSelection(selection.bits[:, [0, 1, 1]], (1, 3, *selection.shape[2:]), (1, 64))
     with pytest.raises(error, match=message):
         block_sparse_decode(q, k, v, selection, lengths=lengths, pages=pages)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_a_step_without_sequences(backend: str) -> None:
+    q, k, v, selection, _ = decode_inputs(Case(name="", keys=640))
+    found = block_sparse_decode(q[:0], k[:0], v[:0], selection, return_lse=True, backend=backend)
+    assert isinstance(found, Attended)
+    assert (found.out.shape, found.lse.shape) == (q[:0].shape, q[:0, ..., 0].shape)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_gradient_not_of_sinks_either(compiled: bool) -> None:
+    q, k, v, selection, _ = decode_inputs(Case(name="", keys=640))
+    q, sinks = q.requires_grad_(), torch.zeros(q.shape[1], requires_grad=True)
+
+    def step(q: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor | Attended:
+        return block_sparse_decode(q, k, v, selection, sinks=sinks)
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    out = run(q, sinks)
+    assert isinstance(out, torch.Tensor)
+    assert not out.requires_grad

@@ -46,6 +46,12 @@ class _Owner:
     sets: dict[str, _GateSet]
     active: str
 
+    def used_by(self, model: PreTrainedModel | None) -> None:
+        """Tell the gates which model they are attached to, if any."""
+        for one in self.sets.values():
+            if isinstance(one.scorers, Gates):
+                one.scorers.used_by(model)
+
 
 def attached(model: nn.Module) -> bool:
     """Whether gates or a scorer are attached to the model."""
@@ -93,30 +99,22 @@ def attach(
     Raises:
         NotImplementedError: If the model's family has no file, or its layers or positions are of a kind
             that is not supported.
-        TypeError: If ``scorers`` or ``policy`` is of another type.
-        ValueError: If the gates are for another model, there is no policy or no full-attention layer, or
-            the call is made inside `intercept` or `dense`. The model stays as it was.
+        TypeError: If ``model``, ``scorers`` or ``policy`` is of another type.
+        ValueError: If the gates are for another model, there is no policy or no full-attention layer, the
+            backend is unknown, or the call is made inside `intercept` or `dense`. The model stays as it was.
     """
     base = unwrapped(model)
     family_of(base)
     _refuse(model, base)
     new = _checked(base, scorers, policy, check_base)
-    unrotate = Unrotate(base)
+    layer = SparseLayer({}, new.policy, Unrotate(base), backend, min_tokens, observe)
     if idle_runtime(base) is not None:
         detach(base)
-    layer = SparseLayer({}, new.policy, unrotate, backend, min_tokens, observe)
     runtime = install(base, layer)
-    runtime.owner = _Owner({}, name)
-    _keep(base, runtime, name, new)
+    runtime.owner = _Owner({name: new}, name)
+    runtime.owner.used_by(base)
     _activate(base, runtime, name)
     return model
-
-
-def _keep(model: PreTrainedModel, runtime: Runtime, name: str, new: _GateSet) -> None:
-    """Put a set of gates among those of a model."""
-    runtime.owner.sets[name] = new
-    if isinstance(new.scorers, Gates):
-        new.scorers.used_by(model)
 
 
 def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
@@ -208,11 +206,9 @@ def detach(model: Model) -> Model:
         ValueError: If nothing is attached, or inside `intercept` or `dense`.
     """
     base = unwrapped(model)
-    sets = _attached(base).owner.sets
+    owner = _attached(base).owner
     idle_runtime(base)
-    for one in sets.values():
-        if isinstance(one.scorers, Gates):
-            one.scorers.used_by(None)
+    owner.used_by(None)
     _remove_gates(full_attention_layers(base))
     uninstall(base)
     return model
@@ -240,12 +236,12 @@ def add_gates(
         ValueError: If nothing is attached, the name is taken, or the gates are for another model.
     """
     base = unwrapped(model)
-    sets = _attached(base).owner.sets
-    if name in sets:
+    owner = _attached(base).owner
+    if name in owner.sets:
         raise ValueError(f"there are gates named {name!r} already; choose another name")
     saved = scorers.policy if isinstance(scorers, Gates) else None
-    new = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
-    _keep(base, _attached(base), name, new)
+    owner.sets[name] = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
+    owner.used_by(base)
 
 
 def set_gates(model: nn.Module, name: str) -> None:

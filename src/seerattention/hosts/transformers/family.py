@@ -123,7 +123,13 @@ def family_of(model: PreTrainedModel) -> Family:
 
     Raises:
         NotImplementedError: If there is none for its ``model_type``, or it refuses the model.
+        TypeError: If it is no model of transformers.
     """
+    if not hasattr(model, "config"):
+        raise TypeError(
+            f"the model must be one of transformers, got a {type(model).__name__}; load it first, by "
+            "AutoModelForCausalLM.from_pretrained"
+        )
     model_type = model.config.get_text_config().model_type
     file = _files().get(model_type)
     if file is None:

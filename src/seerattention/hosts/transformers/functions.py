@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattention.engine.call import AttentionCall, Given
 from seerattention.engine.summaries import Growing
+from seerattention.hosts.transformers.config import NAME
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
 from seerattention.hosts.transformers.support import (
     CACHE,
@@ -162,6 +163,10 @@ def _attend(
 @torch.compiler.disable(reason=FULLGRAPH)
 def padding_mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, **inputs: Any) -> Any:
     """Mask function for transformers: which keys are real, ``[B, Tk]``, or None."""
+    if not hasattr(config, "seerattention_switch"):
+        raise ValueError(
+            f"attn_implementation={NAME!r} is what attach(model, gates, policy) asks for; leave it out"
+        )
     now = running()
     begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.seerattention_switch
     if begun is not None and begun.switch is switch and begun.mode.handler is not None:

@@ -162,6 +162,12 @@ class Runtime:
     hooks: list[Any] = field(default_factory=list)
     owner: Any = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.owner is not None:
+            # The gates of a copied model are that copy's, as those of the first are the first's.
+            self.owner.used_by(self.model)
+
     def connect(self) -> None:
         """Hook the model's modules and take over its attention."""
         self.show()

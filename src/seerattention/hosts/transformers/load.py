@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,9 +113,13 @@ def load_config(name: str) -> PreTrainedConfig:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    if Path(name).is_dir():
-        for file in Path(name).iterdir():
+    folder = Path(name)
+    if folder.is_dir():
+        for file in folder.iterdir():
             if file.is_file():
                 check_readable(file)
+    elif not folder.exists() and (len(folder.parts) > 2 or name.startswith((".", "~", os.sep))):
+        # No hub id, as which the hub would refuse it.
+        raise FileNotFoundError(f"there is no folder {name}; give a folder that holds a model, or a hub id")
     with outside(f"the model {name} cannot be loaded, perhaps its files are damaged"):
         yield

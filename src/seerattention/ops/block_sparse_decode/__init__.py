@@ -51,7 +51,8 @@ def block_sparse_decode(
             of ``b`` tokens. Its batch is B or 1, its heads 1, Hk (read once for a whole group) or Hq. Blocks
             after a query are not read. What a query does not read does not influence its output, whatever it
             holds; one that reads nothing gets zeros.
-        lengths: int32 ``[B]``, keys of every sequence, those of the queries included; default ``Tk``.
+        lengths: int32 ``[B]``, keys of every sequence, those of the queries included, at most as many as
+            the cache can hold, which is the default. On a GPU nobody checks them.
         pages: int32 ``[B, N]``, a block table: where in k and v the pages of every sequence are, in order.
             Entries past a sequence's length are not read.
         scale: Softmax scale; default ``D ** -0.5``.
@@ -73,11 +74,12 @@ def block_sparse_decode(
     check_qkv(q[:1], k[:1], v[:1])
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    q, k, v = q.detach(), k.detach(), v.detach()
+    sinks = None if sinks is None else sinks.detach()
     options = DecodeOptions.of(
         q, k, lengths=lengths, pages=pages, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
     )
     _check_selection(q, k, selection, options)
-    q, k, v = q.detach(), k.detach(), v.detach()
     args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}
     module = choose(BACKENDS, ORDER, backend, **args)
     if not torch.compiler.is_compiling():

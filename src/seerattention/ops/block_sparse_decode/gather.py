@@ -29,9 +29,9 @@ def run(
     mask = mask.repeat_interleave(lists // mask.shape[1], 1)
     tokens = torch.arange(q.shape[2], device=q.device) - q.shape[2]
     kv_heads = torch.arange(lists, device=q.device)[:, None, None] // (lists // k.shape[1])
-    outs, lses = [], []
-    for b in range(len(q)):
-        length = options.rows.num_keys if options.lengths is None else options.lengths[b]
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for b, length in enumerate(options.held(len(q))):
         positions = tokens + length
         keys, hidden = _keys_of(mask[b % len(mask)], positions, block)
         pages, place = b, keys
@@ -52,11 +52,10 @@ def run(
         by_block = share.unflatten(-1, (-1, block)).transpose(2, 3)
         attended = (by_block @ value.unflatten(2, (-1, block))).sum(2)
         attended = attended.masked_fill(hidden.all(-1)[..., None, None], 0)
-        outs.append(attended.transpose(1, 2).flatten(0, 1))
+        out[b] = attended.transpose(1, 2).flatten(0, 1)
         if options.return_lse:
-            wide = scores.to(torch.promote_types(q.dtype, torch.float32))
-            lses.append(wide.logsumexp(-1).transpose(1, 2).flatten(0, 1))
-    return torch.stack(outs), torch.stack(lses) if options.return_lse else None
+            lse[b] = scores.to(lse.dtype).logsumexp(-1).transpose(1, 2).flatten(0, 1)
+    return out, lse if options.return_lse else None
 
 
 def _take(x: Tensor, pages: Tensor | int, heads: Tensor, place: Tensor) -> Tensor:

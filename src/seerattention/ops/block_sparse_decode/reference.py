@@ -27,8 +27,7 @@ def run(
     if options.sinks is not None:
         lse[:] = options.sinks[:, None]
     mask = selection.to_mask().expand(len(q), -1, -1, -1)
-    lengths = [options.rows.num_keys] * len(q) if options.lengths is None else options.lengths.tolist()
-    for b, length in enumerate(lengths):
+    for b, length in enumerate(options.held(len(q))):
         # A sequence shorter than its queries: the first of them see nothing.
         rows = min(q.shape[2], length)
         if rows:
