@@ -57,6 +57,17 @@ def test_a_run_starts_from_gates_which_have_their_design(told, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Distillation, Finetuning])
+def test_a_run_goes_on_with_the_gates_that_it_began_with(kind, told, tiny, tmp_path):
+    list(build(kind, told).start(tmp_path / "out").trainer.run())
+    kept = (tmp_path / "out" / "config.toml").read_bytes()
+    save_gates(tiny.gates_of(tiny.make(), **SMALL), tmp_path / "gates")
+    given = {name: value for name, value in told.items() if name != "gate"}
+    with pytest.raises(ValueError, match=r"starts from new gates, not from .*; go on with the same"):
+        build(kind, given | {"gates": str(tmp_path / "gates")}).start(tmp_path / "out")
+    assert (tmp_path / "out" / "config.toml").read_bytes() == kept
+
+
+@pytest.mark.parametrize("kind", [Distillation, Finetuning])
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from seerattention.files import check_writable, write_whole
 from seerattention.gate_config import GateConfig
-from seerattention.settings import flat, to_toml
+from seerattention.settings import flat, read, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
 from seerattention.train.source import Source, Text
 
@@ -120,6 +120,13 @@ class Recipe(Generic[Trainer]):
             wrapped, gates, text.batches, self.config, out=out, accelerator=accelerator,
             shard=self.shard or None, **self.more(text),
         )  # fmt: skip
+        if out is not None and trainer.done and (out / SETTINGS).exists():
+            before = read(out / SETTINGS).get("gates", "")
+            if before != self.gates:
+                raise ValueError(
+                    f"{out} holds a training that starts from {before or 'new gates'}, not from "
+                    f"{self.gates or 'new ones'}; go on with the same gates, or give another folder"
+                )
         if out is not None and accelerator.is_main_process:
             settings = self if self.gates else replace(self, gate=_design(gates.config))
             written = to_toml(flat(settings))
