@@ -88,6 +88,7 @@ def test_what_is_written_is_read_back(name, seed, paths, rate, table):
         (1.5, int, "int, got 1.5"),
         ([1], tuple[float, float], r"tuple\[float, float\], got \[1\]"),
         ([1], tuple[str, ...], r"tuple\[str, ...\]"),
+        ([1], dict[str, int], r"table, got \[1\]"),
     ],
 )
 def test_a_value_of_another_type_is_refused(value, hint, words):

@@ -155,6 +155,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         return _as(value, hint)
     except (TypeError, OverflowError):
         said = hint.__name__ if isinstance(hint, type) else str(hint)
+        said = "table" if (get_origin(hint) or hint) is dict else said
         raise ValueError(f"{name} must be of type {said}, got {reprlib.repr(value)}") from None
 
 

@@ -172,7 +172,7 @@ def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, t
     [
         (["--set", "policy=top_q:0.1"], ["unknown policy 'top_q:0.1'", "top_k:<density>"]),
         (["--set", "policy=top_k:1.5"], ["density must be in (0, 1], got 1.5"]),
-        (["--set", "gate=[1]"], ["gate must be of type dict"]),
+        (["--set", "gate=[1]"], ["gate must be of type table, got [1]"]),
         (["--set", "gate.blocksize=16"], ["unknown gate settings ['blocksize']", "block_size"]),
         (["--set", "sequence=2"], ["unknown 'sequence' (did you mean sequences?)", "patience"]),
         (["--set", "lr"], ["a setting must be key=value", "'lr'"]),

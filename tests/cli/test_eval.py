@@ -90,6 +90,11 @@ def test_errors_are_one_sentence_and_come_before_any_work(config, tmp_path):
         for word in words:
             assert word in message
         assert not (tmp_path / "out" / "samples.jsonl").exists()
+    (tmp_path / "in the way" / "summary.json").mkdir(parents=True)
+    result = invoke(config, "--out", tmp_path / "in the way")
+    assert result.exit_code == 2
+    assert "it is a folder" in " ".join(result.output.split())
+    assert [path.name for path in (tmp_path / "in the way").iterdir()] == ["summary.json"]
     (tmp_path / "file").write_text("")
     assert invoke(config, "--out", tmp_path / "file" / "out").exit_code == 2
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from seerattention.cli._show import bar, console_of, duration, table
 from seerattention.cli._training import Set
+from seerattention.files import check_writable
 
 if TYPE_CHECKING:
     from seerattention.evals.harness import Cell, Evaluation
@@ -64,6 +65,8 @@ def run(
     settings = read_config(config, overrides or ())
     settings = replace(settings, out=out or settings.out, device=device or settings.device)
     logging.disable_progress_bar()
+    for name in ("samples.jsonl", "summary.md", "summary.json"):
+        check_writable(settings.out / name)
     with RecordFile(settings.out, readonly=dry_run) as file:
         evaluation = Evaluation(settings, *load_model(settings))
         _print_plan(console, evaluation, file)

@@ -167,6 +167,9 @@ class DecodeOptions(Options):
         cls, q: Tensor, k: Tensor, *, rows: Rows | None = None, scale: float | None = None, **more: Any
     ) -> Self:
         """Check what a caller gave and fill in the rest, as `Options.of`; ``rows`` follows from the cache."""
+        for name in ("lengths", "pages"):
+            if (x := more.get(name)) is not None and not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor of int32, got {type(x).__name__}")
         pages = more.get("pages")
         capacity = k.shape[2] * (1 if pages is None else pages.shape[-1])
         if rows is None and capacity < q.shape[2]:

@@ -129,6 +129,7 @@ def test_planted_bugs_are_noticed(mutant, name: str) -> None:
         ({"page": 96}, ValueError, "a page of 96 tokens must hold whole blocks of 64"),
         ({"keys": 500}, ValueError, "select again for this cache"),
         ({"lengths": [3]}, TypeError, "lengths must be int32"),
+        ({"lengths": (3,)}, TypeError, "lengths must be a tensor of int32, got tuple"),
         (
             {"lengths": torch.ones(2, dtype=torch.int32)},
             ValueError,
