@@ -121,3 +121,21 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch and head dimension")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
+
+
+def check_selection(q: Tensor, k: Tensor, selection: BlockSelection) -> None:
+    """Check that a selection is for the batch and the heads of q and k, on their device.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    batch, heads = selection.shape[:2]
+    if batch not in (1, q.shape[0]):
+        raise ValueError(f"the selection is for a batch of {batch}, q has {q.shape[0]}")
+    if heads not in (1, k.shape[1], q.shape[1]):
+        raise ValueError(
+            f"the selection has {heads} heads; it must have 1, {k.shape[1]} (KV heads) or "
+            f"{q.shape[1]} (query heads)"
+        )
+    if selection.bits.device != q.device:
+        raise ValueError(f"the selection is on {selection.bits.device}, q on {q.device}")

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import _autograd
-from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
+from seerattention.ops.dispatch import check_qkv, check_selection, choose, load_backends, outside_autocast
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -110,7 +110,7 @@ def block_sparse_attention(
 
 
 def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: Options) -> None:
-    b, h, nq, nk = selection.shape
+    nq, nk = selection.shape[2:]
     rows, (block_q, block_k) = options.rows, selection.block_size
     if rows.is_packed and rows.lengths is None:
         # The lengths are on the device; every sequence ends in at most one short block.
@@ -127,12 +127,4 @@ def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: O
             f"the selection has {nq} x {nk} blocks of {selection.block_size} tokens, but {rows.num_queries} "
             f"queries and {rows.num_keys} keys make {need[0]} x {need[1]}; select again for this input"
         )
-    if b not in (1, q.shape[0]):
-        raise ValueError(f"the selection is for a batch of {b}, q has {q.shape[0]}")
-    if h not in (1, k.shape[1], q.shape[1]):
-        raise ValueError(
-            f"the selection has {h} heads; it must have 1, {k.shape[1]} (KV heads) or "
-            f"{q.shape[1]} (query heads)"
-        )
-    if selection.bits.device != q.device:
-        raise ValueError(f"the selection is on {selection.bits.device}, q on {q.device}")
+    check_selection(q, k, selection)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import Attended
-from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
+from seerattention.ops.dispatch import check_qkv, check_selection, choose, load_backends, outside_autocast
 from seerattention.ops.operators import as_told, told
 from seerattention.ops.options import DecodeOptions
 from seerattention.rows import num_blocks
@@ -122,7 +122,7 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: DecodeOptions) -> None:
-    b, h, nq, nk = selection.shape
+    nq, nk = selection.shape[2:]
     block_q, block_k = selection.block_size
     if block_q != 1:
         raise ValueError(
@@ -136,12 +136,4 @@ def _check_selection(q: Tensor, k: Tensor, selection: BlockSelection, options: D
             f"the selection has {nq} rows of {nk} blocks, but {need[0]} query tokens and a cache of "
             f"{options.rows.num_keys} tokens make {need[0]} of {need[1]}; select again for this cache"
         )
-    if b not in (1, q.shape[0]):
-        raise ValueError(f"the selection is for a batch of {b}, q has {q.shape[0]}")
-    if h not in (1, k.shape[1], q.shape[1]):
-        raise ValueError(
-            f"the selection has {h} heads; it must have 1, {k.shape[1]} (KV heads) or "
-            f"{q.shape[1]} (query heads)"
-        )
-    if selection.bits.device != q.device:
-        raise ValueError(f"the selection is on {selection.bits.device}, q on {q.device}")
+    check_selection(q, k, selection)
