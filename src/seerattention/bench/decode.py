@@ -15,7 +15,7 @@ from seerattention.bench import peers
 from seerattention.bench.ceilings import ceilings
 from seerattention.bench.layer import in_ms
 from seerattention.bench.plan import DecodePlan, Reporter
-from seerattention.measure.timing import interleaved, timed
+from seerattention.measure.timing import captured, interleaved, timed
 from seerattention.ops.block_sparse_decode import BACKENDS, block_sparse_decode
 from seerattention.ops.select_decode_blocks import select_decode_blocks
 from seerattention.ops.update_summaries import update_summaries
@@ -236,6 +236,8 @@ def _rows(
         part = of_layers[0]
         try:
             first_ms[part.name] = _first_call(layer, part, size)
+            if layer.q.is_cuda and captured(part.run) is None:
+                note(f"{part.name} waits for the host: timed without a CUDA graph")
             running.append(of_layers)
         except NotImplementedError as error:
             note(f"left out: {str(error).split('because')[-1].strip()}")
