@@ -131,7 +131,36 @@ def test_crossover_measures_and_keeps_other_devices(tmp_path):
     assert (mine["device_type"], mine["backend"], mine["gate"]) == ("cpu", "gather", "default")
     assert [row["tokens"] for row in mine["rows"]] == [128, 256]
     assert all(0 <= row["densest"] <= 1 for row in mine["rows"])
-    assert f"dense below {mine['dense_below']}" in " ".join(result.output.split())
+    text = " ".join(result.output.split())
+    assert f"dense below {mine['dense_below']}" in text
+    assert [row["tokens"] for row in mine["decode_rows"]] == [128, 256]
+    assert f"decoding is dense below {mine['decode_dense_below']} cached tokens" in text
+
+
+def test_crossover_learns_one_phase_and_keeps_the_other(tmp_path):
+    out = tmp_path / "crossover.json"
+    options = ("bench", "crossover", "--out", out, "--device", "cpu")
+    measured = ("--tokens", 128, "--repeats", 1, "--block", 32, "--phase", "decode")
+    alone = invoke(*options, *measured)
+    assert alone.exit_code == 2
+    assert "has no entry of" in alone.output
+    assert not out.exists()
+    step = tmp_path / "decode.json"
+    made = ("--size", "1x256", "--size", "2x256", *STEP[2:], "--gate", "sub16", "--out", step)
+    result = invoke("bench", "decode", *made, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    report = json.loads(step.read_text())
+    entry = {"device_type": "cpu", "device": report["versions"]["device"], "dense_below": 7, "rows": []}
+    entry |= {"backend": "gather", "gate": "default", "cudnn_from": None}
+    out.write_text(json.dumps([entry]))
+    result = invoke(*options, "--report", step)
+    assert result.exit_code == 0, result.output
+    (mine,) = json.loads(out.read_text())
+    assert mine["dense_below"] == 7
+    # Of two sequences there is no row.
+    assert [row["tokens"] for row in mine["decode_rows"]] == [256]
+    wrong = invoke(*options, "--phase", "both phases")
+    assert "phase must be prefill, decode or both" in wrong.output
 
 
 STEP = ("--size", "2x256", "--block", 32, "--repeats", 1, "--head-dim", 16, "--heads", 4, "--kv-heads", 2)
