@@ -107,7 +107,7 @@ class Kept:
     def compared(self, keys: Tensor, past: list[int]) -> Kept:
         """Keep the summaries that are of these keys, per row up to the first key that is not.
 
-        Rows may have changed places, as those of beams do: each goes on from the one that it agrees with most.
+        Rows may have changed places, as those of beams do: each goes on from the one it agrees with most.
 
         Args:
             keys: The keys as the KV cache holds them, ``[B, Hk, T, D]``; there may be other rows than before.

@@ -14,6 +14,11 @@ from seerattention.rows import num_blocks
 from seerattention.scorer import Scorer
 
 
+def ample(tokens: int) -> int:
+    """Return for how many tokens there should be room where so many will soon be more."""
+    return tokens + max(tokens // 4, 1024)
+
+
 @dataclass(frozen=True, eq=False)
 class Steps:
     """The summaries of a batch's rows, in buffers; every row begins at the left.
@@ -54,16 +59,18 @@ class Steps:
         """Of how many tokens there is room for the summaries."""
         return self.summaries.shape[2] * self.scorer.tokens_per_summary
 
-    def with_room(self, tokens: int) -> Steps:
-        """Return the same with room for so many tokens, twice as much as before or more."""
-        if tokens <= self.room:
-            return self
-        old, (heads, have, dim) = self.summaries, self.summaries.shape[1:]
-        entries = have * max(2, num_blocks(tokens, self.room))
+    def grown(self, tokens: int) -> Steps:
+        """Return the same with room for so many tokens, and for some that will come."""
+        old, size = self.summaries, self.scorer.tokens_per_summary
         with torch.inference_mode(False), torch.no_grad():
-            grown = old.new_zeros(len(old), heads, entries, dim)
-            grown[:, :, :have] = old
-        return replace(self, summaries=grown)
+            made = old.new_zeros(*old.shape[:2], num_blocks(ample(tokens), size), old.shape[3])
+            made[:, :, : old.shape[2]] = old
+        return replace(self, summaries=made)
+
+    def sharing(self, kept: Kept) -> Kept:
+        """Return what is kept with its summaries of finished blocks in the buffers, not in memory twice."""
+        entries = max(kept.whole) * kept.per_block
+        return replace(kept, finished=self.summaries[:, :, :entries]) if entries else kept
 
     def copied(self) -> Steps:
         """Return a copy, for another cache."""

@@ -9,6 +9,7 @@ the beginning of it. Otherwise it does what prefill does.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 from weakref import ReferenceType, ref
@@ -19,7 +20,7 @@ from torch import Tensor
 from seerattention.engine.call import AttentionCall, Cached, Held, Step, Unrotate
 from seerattention.engine.kept import Kept, from_columns
 from seerattention.engine.padding import on_device
-from seerattention.engine.steps import Steps
+from seerattention.engine.steps import Steps, ample
 from seerattention.scorer import Scorer
 
 #: Tokens per slice in which cached keys are summarised again.
@@ -46,6 +47,7 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, held: Held | None) -> Self | None:
+        """Remember what a cache holds."""
         if held is None:
             return None
         return cls(tuple(None if x is None else ref(x) for x in held), held.versions)
@@ -64,13 +66,12 @@ class _Seen(NamedTuple):
             return None
         if now.keys is keys:
             return 0
-        alike = ("data_ptr", "stride")
         if now.keys.is_inference() or now.keys._base is not keys:
             return None
-        if any(getattr(now.keys, name)() != getattr(keys, name)() for name in alike):
-            return None
-        gone = keys.shape[2] - now.keys.shape[2]
-        return gone if now.keys.shape == (*keys.shape[:2], keys.shape[2] - gone, keys.shape[3]) else None
+        left = now.keys.shape[2]
+        begins = keys[:, :, :left]
+        same = (now.keys.data_ptr(), now.keys.stride(), now.keys.shape)
+        return keys.shape[2] - left if same == (begins.data_ptr(), begins.stride(), begins.shape) else None
 
 
 class Growing:
@@ -90,12 +91,17 @@ class Growing:
         self._beside: Growing | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Growing:
-        # What is kept is replaced, never written to, so a copy of a KV cache may share it; and the scorer
-        # must stay the one that is attached.
+        # What is kept is replaced, never written to, so a copy of a KV cache may share it but for what may lie
+        # in buffers; and the scorer must stay the one that is attached.
         made = Growing()
         made.kept = self.kept
-        if self.ahead and self.steps is not None and self._seen is not None:
-            made.steps, made.ahead, made._seen = self.steps.copied(), True, self._seen.copied(memo)
+        if self.kept is not None and self.steps is not None:
+            if self.ahead:
+                made.steps, made.ahead = self.steps.copied(), True
+                made._seen = self._seen and self._seen.copied(memo)
+                made.kept = made.steps.sharing(self.kept)
+            elif self.kept.finished is not None:
+                made.kept = replace(self.kept, finished=self.kept.finished.clone())
         made._beside = self._beside and self._beside.__deepcopy__(memo)
         return made
 
@@ -181,7 +187,11 @@ class Growing:
             self.fill(call)
             return None
         assert self.steps is not None
-        self.steps = self.steps.with_room(step.given.k.shape[2]).added(step)
+        assert self.kept is not None
+        if step.given.k.shape[2] > self.steps.room:
+            self.steps = self.steps.grown(step.given.k.shape[2])
+            self.kept = self.steps.sharing(self.kept)
+        self.steps = self.steps.added(step)
         self._seen = _Seen.of(step.cached.after)
         return None
 
@@ -195,7 +205,12 @@ class Growing:
         past = None if known is None else [n - step.given.q.shape[2] for n in known]
         if not self._goes_on(step.cached, past, step.lengths.begins):
             return False
-        return past is None or self.steps.left(past) == past
+        if past is None:
+            return True
+        if self.kept is not None and any(map(operator.lt, past, self.kept.tokens)):
+            # What comes will be written over what was kept of tokens that are gone.
+            self.kept = self.kept.cropped(past)
+        return self.steps.left(past) == past
 
     def fill(self, call: AttentionCall) -> None:
         """Bring the buffers up to date after `follow`; those of a static cache stay the same tensors."""
@@ -203,9 +218,10 @@ class Growing:
         assert kept is not None
         need = call.given.k.shape[2] if room is None else room
         if self.steps is None or not self.steps.serves(kept, need):
-            self.steps = Steps.empty(kept, 1 << need.bit_length() if room is None else need)
+            self.steps = Steps.empty(kept, ample(need) if room is None else need)
         tokens = kept.tokens if room is None else None
         self.steps = self.steps.filled(kept, tokens, call.begins)
+        self.kept = self.steps.sharing(kept)
         self.ahead, self._seen = True, _Seen.of(call.cached.after)
 
 

@@ -125,8 +125,8 @@ def attach(
             sparse. In decoding a batch's longest sequence counts, and in a static cache none is short, since
             only the device knows. By default what was measured on the device, or on the one most like it,
             decides by length and, where the policy knows it ahead, by density (`seerattention info`).
-        observe: Called after every sparse layer with (layer, `AttentionCall`, `BlockSelection`), but not while
-            a graph is captured.
+        observe: Called after every sparse layer with (layer, `AttentionCall`, `BlockSelection`), but not
+            while a graph is captured.
         check_base: Refuse gates whose base model's weights differ or, for published gates, which hold
             nothing but its name, whose name does. Shapes are always checked.
 
