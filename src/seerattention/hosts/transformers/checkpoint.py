@@ -42,13 +42,21 @@ CALIBRATION = "calibration.json"
 FORMAT = 1
 
 
-def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy | str | None = None) -> None:
+def save_gates(
+    gates: Gates | nn.Module,
+    folder: str | Path,
+    *,
+    policy: Policy | str | None = None,
+    decode_policy: Policy | str | None = None,
+) -> None:
     """Write gates, their configuration and their base model's identity.
 
     Args:
         gates: The gates, or a model that uses some: then with the policy it uses.
         folder: Where to; gates already there are replaced once everything is written.
-        policy: The policy to use them with by default. Their calibration is written whichever it is.
+        policy: The policy to use them with in prefill by default. Their calibration is written whichever
+            it is.
+        decode_policy: The same for decoding.
 
     Raises:
         FileExistsError: If something other than gates is there.
@@ -60,6 +68,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
     calibration = policy.calibration if isinstance(policy, Calibrated) else gates.calibration
     policy = parse(policy, calibration) if isinstance(policy, str) else policy
     text = str(policy) if policy else gates.policy
+    decoding = parse(decode_policy) if isinstance(decode_policy, str) else decode_policy
     weights = {key: value.detach().cpu().contiguous() for key, value in gates.named_weights().items()}
     check_finite(weights)
     config = {
@@ -68,6 +77,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
         "layers": [index for index, _ in gates.items()],
         "base_model": gates.base.to_dict(),
         "policy": text,
+        "decode_policy": str(decoding) if decoding else gates.decode_policy,
     }
     check_replaceable(Path(folder))
     with atomic_folder(folder) as temporary:
@@ -225,6 +235,8 @@ def _read(path: Path, config: Any) -> Gates:
     calibration = _read_calibration(path, layers, heads)
     try:
         policy = config["policy"] and str(parse(config["policy"], calibration))
+        # Files of earlier versions are for prefill and do not say so.
+        decoding = config.get("decode_policy") and str(parse(config["decode_policy"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     check_readable(path / WEIGHTS)
@@ -236,7 +248,7 @@ def _read(path: Path, config: Any) -> Gates:
         ) from error
     # Without memory until the file is known to fit.
     with torch.device("meta"):
-        gates = Gates(gate_config, base, layers, policy, calibration)
+        gates = Gates(gate_config, base, layers, policy, calibration, decoding)
     check_weights(path / WEIGHTS, weights, {key: own.shape for key, own in gates.named_weights().items()})
     dtype = next(iter(weights.values())).dtype
     for index, gate in gates.items():

@@ -50,8 +50,8 @@ def is_published(config: Any) -> bool:
 def read_published(folder: Path, config: dict[str, Any]) -> Gates:
     """Read gates of the published layout from a folder, the content of whose ``config.json`` is given.
 
-    They are on the CPU, in the precision they are stored in, with the policy that their settings name, and
-    rotate by plain RoPE until they are attached, then as the model does.
+    They are on the CPU, in the precision they are stored in, with the policy that their settings name for
+    their phase, and rotate by plain RoPE until they are attached, then as the model does.
 
     Raises:
         FileNotFoundError: If there are no weights.
@@ -74,7 +74,9 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
         ) from error
     # Without memory until the file is known to fit.
     with torch.device("meta"):
-        gates = Gates(gate, base, list(range(base.num_layers)), str(policy) if policy else None)
+        gates = Gates(gate, base, list(range(base.num_layers)))
+    text = str(policy) if policy else None
+    gates.policy, gates.decode_policy = (text, None) if kind == "prefill" else (None, text)
     own = {name: (_key(kind, name), value) for name, value in gates.state_dict().items()}
     check_weights(file, weights, {key: _shape(key, value, gate) for key, value in own.values()})
     kinds = {value.dtype for value in weights.values()}
@@ -158,6 +160,7 @@ def _decode_gate(config: dict[str, Any], base: BaseInfo, normed: bool) -> GateCo
         rope=bool(config.get("seerattn_use_rope", True)),
         # The first files with norms did not say so.
         qk_norm=bool(config.get("seerattn_use_qk_norm", normed)),
+        phase="decode",
     )
 
 
