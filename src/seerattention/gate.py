@@ -27,12 +27,14 @@ Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LengthRotary(functools.partial[tuple[Tensor, Tensor]]):
-    """Rotary code whose angles depend on the text's length and not on positions alone: no table holds them."""
+    """Rotary code whose angles depend on the text's length, not on positions alone: no table holds them."""
 
 
 #: Angles of the first positions, by rotary code, device and how many, a power of two. All sizes are kept, at
 #: most twice the largest: captured graphs read them.
-_ANGLES: WeakKeyDictionary[Rotary, dict[tuple[torch.device, int], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+_ANGLES: WeakKeyDictionary[Rotary, dict[tuple[torch.device, int], tuple[Tensor, Tensor]]] = (
+    WeakKeyDictionary()
+)
 
 
 class Weight(nn.Module):

@@ -52,6 +52,7 @@ SUMMARY_BYTES = 32 * 2**20
 #: Longest row: the policy kernel keeps it in registers.
 MAX_BLOCKS = 32768
 
+
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = unsupported_here(q) + unsupported_dtype(k_blocks.dtype)

@@ -45,7 +45,12 @@ def query_kernel(
     # What comes next reads summaries before it waits: it may come when all before this launch is written.
     follow(PDL, EARLY=False)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = q_ptr + (row // tokens).to(tl.int64) * q_strides[0] + head * q_strides[1] + row % tokens * q_strides[2]
+    at = (
+        q_ptr
+        + (row // tokens).to(tl.int64) * q_strides[0]
+        + head * q_strides[1]
+        + row % tokens * q_strides[2]
+    )
     x = tl.load(at[:, None] + d[None, :], mask=(row < rows)[:, None] & (d < D)[None, :], other=0.0)
     x = x.to(weight_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
