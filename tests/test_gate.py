@@ -347,7 +347,7 @@ def test_angles_without_a_model_are_a_models_to_the_bit(width: int, pairs: Any, 
     positions = torch.tensor([[0, 64, 1_000, 131_008]])
     expected = [x.chunk(2, -1)[0][..., -16:].repeat(1, 1, 2) for x in model(torch.empty(0), positions)]
     narrower = GateConfig(4, 2, width, gate_dim=DIM, rope_pairs=pairs, rope_theta=theta)
-    for actual, wanted in zip(AttnGate(narrower)._plain_rotary(positions), expected, strict=True):
+    for actual, wanted in zip(AttnGate(narrower)._turns(positions, 1) or (), expected, strict=True):
         assert torch.equal(actual, wanted)
 
 
