@@ -126,13 +126,17 @@ class AttnGate(nn.Module):
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
+        return self._summarise_queries(q, self.config.q_sub, positions, rows)
+
+    def _summarise_queries(self, q: Tensor, size: int, positions: Tensor, rows: Rows | None) -> Tensor:
+        """Summarise every ``size`` queries."""
         c = self.config
         options = {
             "weight": None if self.linear_q is None else self.linear_q(),
             "norm": None if self.norm_q is None else self.norm_q(),
             "merge": c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
         }
-        return self._summarise(q, c.q_sub, c.q_pool, positions, rows, **options)
+        return self._summarise(q, size, c.q_pool, positions, rows, **options)
 
     def _summarise(
         self,
@@ -175,6 +179,10 @@ class AttnGate(nn.Module):
         keys, size = keys.to(queries.dtype), self.block_size
         return score_blocks(queries, keys, self.sub_blocks, scale=self.scale, rows=rows, block_size=size)
 
+    def per_token(self) -> TokenGate:
+        """Return this gate for single query tokens; see `Scorer.per_token`."""
+        return TokenGate(self)
+
     def forward(self, q_nope: Tensor, k_nope: Tensor, *, positions: Tensor | None = None) -> Tensor:
         """Score a whole sequence at once.
 
@@ -200,6 +208,42 @@ class AttnGate(nn.Module):
             positions = torch.arange(rows.num_keys, device=k_nope.device)
         k_blocks = self.compress(k_nope, positions=positions)
         return self.score(q_nope, k_blocks, positions=positions[..., rows.first :])
+
+
+class TokenGate:
+    """A gate for single query tokens: its weights and its summaries of keys, a row for every query.
+
+    Args:
+        gate: The gate.
+
+    Source: SeerAttention-R, section 3.1 (arXiv 2506.08889).
+    """
+
+    after_rope = False
+
+    def __init__(self, gate: AttnGate) -> None:
+        self.gate = gate
+        self.block_size = (1, gate.config.block_size)
+        self.sub_blocks = (1, gate.sub_blocks[1])
+        self.scale = gate.scale
+        self.tokens_per_summary = gate.tokens_per_summary
+
+    def compress(self, k: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
+        """Summarise keys as the gate does."""
+        return self.gate.compress(k, positions=positions, rows=rows)
+
+    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
+        """Summarise every query alone: ``[B, Hq, Tq, D]`` -> ``[B, H, Tq, E]``."""
+        return self.gate._summarise_queries(q, 1, positions, rows)
+
+    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Score all blocks for every query: fp32 ``[B, H, Tq, Nk]``, before softmax. See `Scorer.score`."""
+        queries = self.summarise_queries(q, positions=positions)
+        return score_blocks(queries, k_blocks.to(queries.dtype), self.sub_blocks, scale=self.scale)
+
+    def per_token(self) -> TokenGate:
+        """Return itself."""
+        return self
 
 
 def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None) -> None:

@@ -45,6 +45,10 @@ class Scorer(Protocol):
         """
         ...
 
+    def per_token(self) -> Scorer:
+        """Return this scorer for single tokens, as in decoding: blocks of ``(1, b)``, the same summaries."""
+        ...
+
 
 class ProductScorer(Scorer, Protocol):
     """A scorer that says how its scores come about, so that a fused kernel can compute them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -34,3 +35,7 @@ class Baseline:
     def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
         """Keep the keys themselves."""
         return k
+
+    def per_token(self) -> Self:
+        """Return this scorer for single query tokens; see `Scorer.per_token`."""
+        return replace(self, block_size=(1, self.block_size[1]))

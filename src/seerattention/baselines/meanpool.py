@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seerattention.baselines._base import Baseline
 from seerattention.gate import pool_blocks
+from seerattention.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,23 @@ class MeanPool(Baseline):
         """Average the keys of each block, ``[B, Hk, Nk, D]``."""
         return pool_blocks(k, self.block_size[1], ("avg",))
 
+    @property
+    def sub_blocks(self) -> tuple[int, int] | None:
+        """Of single queries the score is a product; see `ProductScorer`."""
+        return (1, 1) if self.block_size[0] == 1 else None
+
+    @property
+    def scale(self) -> float:
+        """Factor of the products: queries are scaled as they are summarised."""
+        return 1.0
+
+    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
+        """Average the queries of each block and scale them, ``[B, Hq, Nq, D]``."""
+        return pool_blocks(q, self.block_size[0], ("avg",)) * q.shape[-1] ** -0.5
+
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
         """Return scaled products of means, fp32 ``[B, Hq, Nq, Nk]``."""
-        mean = pool_blocks(q, self.block_size[0], ("avg",)).float() * q.shape[-1] ** -0.5
+        mean = self.summarise_queries(q.float(), positions=positions)
         grouped = mean.unflatten(1, (k_blocks.shape[1], -1))
         return (grouped @ k_blocks.float().mT.unsqueeze(2)).flatten(1, 2)
 

@@ -91,6 +91,27 @@ def _number(text: str, key: str, value: str) -> float | int:
         raise ValueError(f"{key} in policy {text!r} must be a number, got {value!r}") from None
 
 
+def check_decodes(policy: Policy, block_tokens: int) -> None:
+    """Refuse a policy that makes no sense for single tokens.
+
+    Args:
+        policy: The policy.
+        block_tokens: Key tokens per KV block.
+
+    Raises:
+        ValueError: If it follows a prompt's length, has dense last rows, or reads less than a block.
+    """
+    remedy = 'decode by "token_budget:4096", "threshold:5e-3" or "top_p:0.95"'
+    if not policy.decodes:
+        raise ValueError(f"{policy} is a share of a whole prompt, and a step of decoding has none; {remedy}")
+    if policy.dense_last_rows:
+        raise ValueError(f"{policy}: dense_last_rows are a prompt's; leave it out for decoding")
+    if isinstance(policy, TokenBudget) and policy.tokens < block_tokens:
+        raise ValueError(
+            f"{policy} is less than a block of {block_tokens} tokens, and a token's own block is always read"
+        )
+
+
 def select(policy: Policy, scores: Tensor, *, rows: Rows, block_size: tuple[int, int]) -> BlockSelection:
     """Choose blocks by a policy and add those that are always read.
 

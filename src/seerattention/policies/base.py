@@ -37,8 +37,8 @@ class Rule:
 
         Args:
             scores: fp32 ``[B, H, Nq, Nk]``, before softmax.
-            valid: bool ``[Nq, Nk]``, the causally valid blocks.
-            always: bool ``[Nq, Nk]``, of them those that are read whatever the scores.
+            valid: bool ``[Nq, Nk]``, or one that broadcasts to the scores: the blocks to choose from.
+            always: bool, shaped as valid: blocks that are read whatever the scores.
 
         Returns:
             bool ``[B, H, Nq, Nk]``.
@@ -82,6 +82,9 @@ class Policy:
 
     #: What every policy has besides its value: the least value of each, which is its default.
     KNOBS: ClassVar[dict[str, int]] = {"sink_blocks": 0, "local_blocks": 1, "dense_last_rows": 0}
+
+    #: Whether it reads as much of a row wherever the row lies, and so serves single tokens too.
+    decodes: ClassVar[bool] = True
 
     name: ClassVar[str]
     sink_blocks: int = 0
@@ -147,18 +150,18 @@ class Policy:
         return rule.choose(scores, valid, torch.zeros_like(valid))
 
     def always(self, own: Tensor, valid: Tensor) -> Tensor:
-        """Return the blocks read whatever the scores, bool ``[Nq, Nk]``.
+        """Return the blocks read whatever the scores, bool ``[..., Nq, Nk]``.
 
         Args:
-            own: bool ``[Nq, Nk]``, the blocks that hold the query block's own tokens.
-            valid: bool ``[Nq, Nk]``, the causally valid blocks.
+            own: bool ``[..., Nq, Nk]``, the blocks that hold the query block's own tokens.
+            valid: bool ``[..., Nq, Nk]``, the causally valid blocks.
         """
         always = own.clone()
-        always[:, : self.sink_blocks] = True
-        for shift in range(1, min(self.local_blocks, own.shape[1])):
-            always[:, :-shift] |= own[:, shift:]
+        always[..., : self.sink_blocks] = True
+        for shift in range(1, min(self.local_blocks, own.shape[-1])):
+            always[..., :-shift] |= own[..., shift:]
         if self.dense_last_rows:
-            always[-self.dense_last_rows :] = True
+            always[..., -self.dense_last_rows :, :] = True
         return always & valid
 
     def read(self, scores: Tensor, own: Tensor, valid: Tensor, block_tokens: int) -> Tensor:

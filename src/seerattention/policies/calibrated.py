@@ -102,6 +102,7 @@ class Calibrated(Policy):
     """
 
     name: ClassVar[str] = "calibrated"
+    decodes: ClassVar[bool] = False
     calibration: Calibration
     layer: int | None = None
 

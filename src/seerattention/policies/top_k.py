@@ -26,6 +26,7 @@ class TopK(Policy):
     """
 
     name: ClassVar[str] = "top_k"
+    decodes: ClassVar[bool] = False
     density: float
 
     def __post_init__(self) -> None:

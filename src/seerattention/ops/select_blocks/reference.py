@@ -26,13 +26,13 @@ def run(
     for one in rows.sequences():
         keys = k_blocks[one.index : one.index + 1] if rows.is_packed else k_blocks
         keys = keys[:, :, : num_blocks(one.rows.num_keys, scorer.tokens_per_summary)]
-        scores = _scores(scorer, q[:, :, one.queries], keys, one.rows, positions[..., one.queries])
+        scores = scores_of(scorer, q[:, :, one.queries], keys, one.rows, positions[..., one.queries])
         mask = select(policy, scores, rows=one.rows, block_size=size).to_mask()
         masks.append(F.pad(mask, (0, longest - mask.shape[3])))
     return BlockSelection.from_mask(torch.cat(masks, 2), size, check=False)
 
 
-def _scores(scorer: Any, q: Tensor, keys: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+def scores_of(scorer: Any, q: Tensor, keys: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     """Score one sequence's block pairs; where scores are products, by their own specification."""
     size = scorer.block_size
     if getattr(scorer, "sub_blocks", None) is None:
