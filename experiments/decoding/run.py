@@ -4,14 +4,14 @@
     python -m experiments.decoding.run needles --gates TEACHER_GATES
     python -m experiments.decoding.run tasks --model runs/smollm2 --gates GATES --text heldout.tar.xz
     python -m experiments.decoding.run problems --model runs/smollm2 --gates GATES --problems test.jsonl
-    python -m experiments.decoding.table runs/decoding
+    python -m experiments.decoding.table runs/decoding/*.json
 
 perplexity  of books, every token after the prompt decoded, its text known
 needles     eight numbers asked for behind the prompt, in the words that the bundled teacher knows
 tasks       after RULER, the question at the prompt's end, through the model's chat template if it has one
 problems    of GSM8K behind a prompt full of solved ones: the likelihood of the solution, and the model's own
 
-Prompts are dense. Every result is kept in OUT/<part>.json as soon as it is there: stopped at any point, or by
+Prompts are dense. Every row is in the file --out as soon as it is measured: stopped at any point, or by
 --seconds, the same command goes on from there.
 """
 
@@ -286,17 +286,23 @@ PARTS: dict[str, tuple[type[Part], dict[str, Any]]] = {
 def main() -> None:
     """Read the command line, measure what is missing, and keep it."""
     args = parsed()
-    started, file = time.perf_counter(), args.out / f"{args.part}.json"
-    own = ("part", "model", "length", "samples", "piece", "answer")
+    started, file = time.perf_counter(), args.out or Path("runs/decoding") / f"{args.part}.json"
+    own = ("model", "length", "samples", "piece", "answer")
     settings = {name: getattr(args, name) for name in own if getattr(args, name) is not None}
     settings["model"] = Path(args.model).name
     part = PARTS[args.part][0](args)
-    report = {"versions": versions(part.model.device.type), "settings": settings, "rows": []}
-    report |= {"date": datetime.now(UTC).date().isoformat()}
+    report = {
+        "versions": versions(part.model.device.type),
+        "date": datetime.now(UTC).date().isoformat(),
+        "part": args.part,
+        "settings": settings,
+        "rows": [],
+    }
     if file.exists():
         before = json.loads(file.read_text())
-        if before["settings"] != settings:
-            sys.exit(f"error: {file} holds another measurement: {before['settings']}; give another --out")
+        if (before["part"], before["settings"]) != (args.part, settings):
+            held = f"{before['part']}, {before['settings']}"
+            sys.exit(f"error: {file} holds another measurement ({held}); give another --out")
         report["rows"] = before["rows"]
     names = ("task", "method", "budget")
     there = {tuple(row.get(name) for name in names) for row in report["rows"]}
@@ -326,7 +332,7 @@ def parsed() -> Any:
     parser.add_argument("--gates", default=bundled.BUNDLED, help="folder or hub id of gates for decoding")
     parser.add_argument("--text", type=Path, nargs="+", help="books: .txt, folders, .tar.xz")
     parser.add_argument("--problems", type=Path, help="GSM8K's problems, .jsonl")
-    parser.add_argument("--out", type=Path, default=Path("runs/decoding"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="file of the results (default: runs/decoding/PART.json)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--budgets", type=int, nargs="+", help="key tokens that a decoded token reads")
