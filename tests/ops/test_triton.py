@@ -139,10 +139,11 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
 def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
     launch = decoding.LAUNCHES[2, dim][0]
     shared = {"HEADS": 32, "LISTS": 8, "D": dim, "BLOCK_D": dim, "SPLITS": 16, "SOFTCAP": False, "LSE": True}
+    shared |= {"PDL": True}
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("lse_ptr", "parts_ptr", "state_ptr", "sinks_ptr"), "*fp32")
-    types |= dict.fromkeys(("bits_ptr", "scratch_ptr", "lengths_ptr", "pages_ptr"), "*i32")
+    types |= dict.fromkeys(("bits_ptr", "scratch_ptr", "lengths_ptr", "starts_ptr", "pages_ptr"), "*i32")
     strides: Any = dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), ("i32",) * 3)
     numbers = {"scale": "fp32", "softcap": "fp32"}
     constants = shared | {
@@ -154,10 +155,12 @@ def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
         "WORDS": 64,
     }
     constants |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages, "LENGTHS": True, "SINKS": False}
+    constants |= {"STARTS": not page}
     made = compiled(_decode_kernel.decode_kernel, constants, types | strides | numbers, options)
     # Three share the 227 KiB that a multiprocessor of Hopper has.
     assert 3 * made.metadata.shared <= 227 * 1024
     assert "cp.async" in made.asm["ptx"]
+    assert "griddepcontrol.wait" in made.asm["ptx"]
     merged = ("out_ptr", "lse_ptr", "parts_ptr", "state_ptr")
     types = {name: types[name] for name in merged} | {"out_strides": ("i32",) * 3, "scale": "fp32"}
     compiled(_decode_kernel.merge_kernel, shared | {"EXACT": False}, types, {"num_warps": 4})

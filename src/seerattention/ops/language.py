@@ -91,6 +91,17 @@ def padded(dim: int) -> int:
 
 
 @jit
+def follow(PDL: tl.constexpr):
+    """Let the programs of the next launch come, and wait for all that the launch before wrote.
+
+    Every kernel that `launch.overlapping` starts calls it before it reads or writes anything.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
 def cap(scores, softcap, EXACT: tl.constexpr):
     """Return ``softcap * tanh(scores / softcap)``, written with exp2, which every target has."""
     x = scores / softcap
