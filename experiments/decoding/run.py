@@ -11,8 +11,8 @@ needles     eight numbers asked for behind the prompt, in the words that the bun
 tasks       after RULER, the question at the prompt's end, through the model's chat template if it has one
 problems    of GSM8K behind a prompt full of solved ones: the likelihood of the solution, and the model's own
 
-Prompts are dense. Every row is in the file --out as soon as it is measured: stopped at any point, or by
---seconds, the same command goes on from there.
+Prompts are dense; with --prompt POLICY more rows are measured, whose prompts are sparse. Every row is in the
+file --out as soon as it is measured: stopped at any point, or by --seconds, the same command goes on.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ import numpy as np
 import torch
 
 from experiments.teacher.data import read_books
-from seerattention import baselines
+from seerattention import attach, baselines, detach
 from seerattention.evals import tasks
 from seerattention.evals.tasks import Source
 from seerattention.files import json_lines, write_json
 from seerattention.hosts.transformers import intercept
 from seerattention.hosts.transformers.text import encoded
 from seerattention.measure import bundled
-from seerattention.measure.decoding import Choosing, Reading, answers, continued
+from seerattention.measure.decoding import Reading, answers, continued
 from seerattention.measure.evicting import H2O, SnapKV
 from seerattention.measure.needle import NeedleTask
 from seerattention.measure.versions import versions
@@ -76,23 +76,23 @@ def policy_of(method: str, budget: int, block: int = 64) -> TokenBudget:
 
 @contextmanager
 def decoding(model: Any, method: str, budget: int | None, args: Any) -> Iterator[Reading]:
-    """Let a method choose what decoded tokens read, dense if there is no budget; yield what watches it."""
+    """Let a method choose what decoded tokens read, all if there is no budget; yield what watches it."""
     reading = Reading()
-    if budget is None:
-        yield reading
-        return
-    policy = policy_of(method, budget)
+    policy = "dense" if budget is None else policy_of(method, budget)
     if method in EVICTING:
         with intercept(model, EVICTING[method](policy, observe=reading)):
             yield reading
-        return
-    scorer = bundled.named_gates(args.gates) if method == "gates" else baselines.create(method)
-    chosen = (
-        scorer.items() if method == "gates" else [(i, scorer) for i in range(model.config.num_hidden_layers)]
-    )
-    table = {i: s.per_token() for i, s in chosen}
-    with intercept(model, Choosing(table.__getitem__, policy, observe=reading)):
+    elif policy == args.prompt == "dense":
         yield reading
+    else:
+        scorer = baselines.create(method) if method in SCORERS else bundled.named_gates(args.gates)
+        first = scorer if args.prompt == "dense" else bundled.named_gates(args.prompt_gates or args.gates)
+        others = {} if policy == "dense" else {"decode_gates": scorer}
+        attach(model, first, prefill=args.prompt, decode=policy, min_tokens=0, observe=reading, **others)
+        try:
+            yield reading
+        finally:
+            detach(model)
 
 
 class Part:
@@ -117,9 +117,12 @@ class Part:
 
     def planned(self) -> Iterator[dict[str, Any]]:
         """Yield what every row is called by; dense comes first."""
-        yield {"method": "dense", "budget": None}
+        prompt = self.args.prompt
+        yield {"prompt": prompt, "method": "dense", "budget": None}
         for budget, method in product(self.args.budgets, self.args.methods):
-            yield {"method": method, "budget": budget}
+            # What is evicted is decided by a prompt that was read as a whole.
+            if prompt == "dense" or method not in EVICTING:
+                yield {"prompt": prompt, "method": method, "budget": budget}
 
     def skip(self, key: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
         """Whether a row is not worth measuring."""
@@ -186,8 +189,8 @@ class Tasks(Part):
 
     def skip(self, key: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
         """Whether dense attention cannot do the task."""
-        dense = [row["share"] for row in rows if row["task"] == key["task"] and row["method"] == "dense"]
-        return key["method"] != "dense" and bool(dense) and dense[0] < SKIP_BELOW
+        whole = {"task": key["task"], "prompt": "dense", "method": "dense"}
+        return any(row["share"] < SKIP_BELOW and whole.items() <= row.items() for row in rows)
 
     def measure(self, key: dict[str, Any]) -> dict[str, Any]:
         """Return the share of answers found, and each sample's."""
@@ -304,7 +307,7 @@ def main() -> None:
             held = f"{before['part']}, {before['settings']}"
             sys.exit(f"error: {file} holds another measurement ({held}); give another --out")
         report["rows"] = before["rows"]
-    names = ("task", "method", "budget")
+    names = ("task", "prompt", "method", "budget")
     there = {tuple(row.get(name) for name in names) for row in report["rows"]}
     for key in part.planned():
         if tuple(key.get(name) for name in names) in there or part.skip(key, report["rows"]):
@@ -330,6 +333,8 @@ def parsed() -> Any:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--model", default=bundled.BUNDLED, help="folder or hub id (default: the teacher)")
     parser.add_argument("--gates", default=bundled.BUNDLED, help="folder or hub id of gates for decoding")
+    parser.add_argument("--prompt", default="dense", help="policy for prompts (default: %(default)s)")
+    parser.add_argument("--prompt-gates", help="gates for prompts that are not dense (default: --gates)")
     parser.add_argument("--text", type=Path, nargs="+", help="books: .txt, folders, .tar.xz")
     parser.add_argument("--problems", type=Path, help="GSM8K's problems, .jsonl")
     parser.add_argument("--out", type=Path, help="file of the results (default: runs/decoding/PART.json)")
