@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from seerattention.measure.intervals import mean_interval
+from seerattention.measure.intervals import mean_interval, newcombe
 from seerattention.measure.plot import COLOURS, drawn
 
 NAMES = {
-    "dense": "dense",
+    "dense": "dense decoding",
     "gates": "SeerAttention",
     "oracle_mass": "oracle (true mass)",
     "quest": "Quest",
@@ -38,23 +38,30 @@ def tables(reports: list[dict[str, Any]]) -> str:
 def table(report: dict[str, Any]) -> str:
     """Return a report: a line per method, a column per budget."""
     made = {"perplexity": _perplexity, "needles": _shares, "tasks": _tasks, "problems": _problems}
-    return "\n".join([_about(report), "", *made[report["part"]](report["rows"])])
+    lines, rows = [_about(report)], report["rows"]
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        if prompt != "dense":
+            lines += ["", f"Prompts by `{prompt}`, decoding dense or sparse:"]
+        # Beside dense prompts and dense decoding.
+        own = [row for row in rows if row["prompt"] == prompt or row["prompt"] == row["method"] == "dense"]
+        lines += ["", *made[report["part"]](own)]
+    return "\n".join(lines)
 
 
 def _about(report: dict[str, Any]) -> str:
     v, s = report["versions"], report["settings"]
     model = {"bundled": "the bundled teacher"}.get(s["model"], s["model"])
     what = {
-        "perplexity": "windows of {length:,} tokens of held-out books, all after the first half decoded: rise "
-        "of perplexity over dense",
-        "needles": "documents of {length:,} tokens, eight questions behind the prompt of each: answers right "
-        "in every digit",
+        "perplexity": "windows of {length:,} tokens of held-out books, all after the first half decoded: "
+        "rise of perplexity over dense",
+        "needles": "documents of {length:,} tokens, eight questions behind the prompt of each: answers "
+        "right in every digit",
         "tasks": "questions of {length:,} tokens per task, after RULER: answers found",
         "problems": "problems of GSM8K behind {length:,} tokens of solved ones",
     }[report["part"]].format(**s)
     return (
-        f"{v['device']}, torch {v['torch']}, transformers {v['transformers']}; {model}; {s['samples']} {what}, "
-        "with 95 % intervals of the paired difference."
+        f"{v['device']}, torch {v['torch']}, transformers {v['transformers']}; {model}; {s['samples']} "
+        f"{what}, with 95 % intervals of the difference to dense."
     )
 
 
@@ -69,7 +76,7 @@ def _grid(rows: list[Row], dense: str, cell: Any) -> list[str]:
         "| *tokens read, as measured* | " + " | ".join(_range(read[b]) for b in budgets) + " |",
     ]
     for method, name in NAMES.items():
-        own = [cells.get((method, budget)) for budget in budgets]
+        own = [cells.get((method, budget), cells.get((method, None))) for budget in budgets]
         if any(own):
             lines.append(f"| {name} | " + " | ".join(cell(row) if row else "-" for row in own) + " |")
     return lines
@@ -104,12 +111,13 @@ def _perplexity(rows: list[Row]) -> list[str]:
 
 
 def _shares(rows: list[Row]) -> list[str]:
-    dense = rows[0]
-    return _grid(
-        rows[1:],
-        f"dense: {dense['share']:.1%}",
-        lambda row: _plus_minus(row["shares"], dense["shares"], ".1%"),
-    )
+    dense, count = rows[0], len(rows[0]["shares"])
+
+    def cell(row: Row) -> str:
+        low, high = newcombe(row["share"], count, dense["share"], count)
+        return f"{row['share']:.1%} ({low:+.0%} to {high:+.0%})"
+
+    return _grid(rows[1:], f"dense: {dense['share']:.1%}", cell)
 
 
 def _tasks(rows: list[Row]) -> list[str]:
