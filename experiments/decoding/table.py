@@ -27,6 +27,9 @@ NAMES = {
     "h2o": "H2O (evicts)",
 }
 
+#: Of what is drawn: random would flatten the picture.
+MARKERS = dict(zip((m for m in NAMES if m not in ("dense", "random")), "os^vDPX", strict=True))
+
 Row = dict[str, Any]
 
 
@@ -158,7 +161,7 @@ def _problems(rows: list[Row]) -> list[str]:
 def draw(reports: list[dict[str, Any]], path: Path) -> None:
     """Draw the rise of perplexity, and the needles found, against the tokens read."""
     panels = [r for r in reports if r["part"] in ("perplexity", "needles")]
-    title = "Decoding: quality against tokens read per token"
+    title = "Decoding: quality against budget"
     with drawn(path, 1, len(panels), title=title, figsize=(5 * len(panels), 4.2), squeeze=False) as (_, axes):
         for axis, report in zip(axes[0], panels, strict=True):
             _panel(axis, report)
@@ -166,22 +169,22 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
 
 
 def _panel(axis: Any, report: dict[str, Any]) -> None:
-    dense, *rows = report["rows"]
+    dense, *rows = (row for row in report["rows"] if row["prompt"] == "dense")
     books = report["part"] == "perplexity"
-    axis.axhline(
-        0 if books else dense["share"], color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense"
-    )
-    markers = iter("sv^DPX*")
-    # Random would flatten the picture.
-    for method in (m for m in NAMES if m != "random"):
+    level = 0 if books else dense["share"]
+    axis.axhline(level, color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
+    for method, marker in MARKERS.items():
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["tokens_read"])
         if own:
-            marker, colour = ("o", "gate") if method == "gates" else (next(markers), "other")
             values = [100 * rise(row, dense)[0] if books else row["share"] for row in own]
             read = [row["tokens_read"] for row in own]
-            axis.plot(read, values, f"{marker}-", color=COLOURS[colour], label=NAMES[method], linewidth=1)
+            colour = {"color": COLOURS["gate"], "linewidth": 2} if method == "gates" else {"linewidth": 1}
+            axis.plot(read, values, f"{marker}-", label=NAMES[method], **colour)
+    budgets = sorted({row["budget"] for row in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("tokens read (measured)")
+    axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens read per token (measured)")
     axis.set_ylabel("rise of perplexity, %" if books else "needles found")
     axis.set_title(f"{report['settings']['model']}, {report['settings']['length']:,} tokens")
     axis.grid(alpha=0.3)
