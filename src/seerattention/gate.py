@@ -255,7 +255,7 @@ class TokenGate:
 
     def __init__(self, gate: AttnGate) -> None:
         self.gate = gate
-        self.block_size = (1, gate.config.block_size)
+        self.block_size: tuple[int, int] = (1, gate.config.block_size)
         self.sub_blocks = (1, gate.sub_blocks[1])
         self.scale = gate.scale
         self.tokens_per_summary = gate.tokens_per_summary

@@ -115,8 +115,8 @@ def decode_kernel(  # noqa: PLR0915
     kv_head = (which // (LISTS // KV_HEADS)).to(tl.int64)
     k_head, v_head = k_ptr + kv_head * k_strides[1], v_ptr + kv_head * v_strides[1]
     if STARTS:
-        k_head += first.to(tl.int64) * k_strides[2]
-        v_head += first.to(tl.int64) * v_strides[2]
+        k_head += tl.cast(first, tl.int64) * k_strides[2]
+        v_head += tl.cast(first, tl.int64) * v_strides[2]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     unit = natural(scale, SOFTCAP, q.dtype == tl.float32)
     rows = tl.arange(0, BLOCK_M)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.language import follow, jit, tl
-from seerattention.ops.select_blocks._triton_rules import store_bits, take
+from seerattention.ops.rules import store_bits, take
 
 
 @jit("rows", "tokens")

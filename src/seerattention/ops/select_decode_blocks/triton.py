@@ -21,7 +21,7 @@ from seerattention.ops.language import (
     unsupported_dtype,
 )
 from seerattention.ops.launch import Launch, overlapping
-from seerattention.ops.select_blocks.triton import KINDS, MAX_BLOCKS
+from seerattention.ops.rules import KINDS, MAX_BLOCKS
 from seerattention.ops.select_decode_blocks._triton_kernel import choose_kernel, query_kernel, score_kernel
 from seerattention.policies import Policy, rule_of
 from seerattention.rows import num_blocks

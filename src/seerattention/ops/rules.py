@@ -10,6 +10,9 @@ from seerattention.ops.language import jit, tl
 #: Kinds of rules; kernels get a kind's place.
 KINDS = ("share", "count", "mass")
 
+#: Longest row: a program keeps it in registers.
+MAX_BLOCKS = 32768
+
 
 @jit
 def take(score, valid, always, value, KIND: tl.constexpr):
