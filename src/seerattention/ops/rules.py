@@ -14,17 +14,21 @@ KINDS = ("share", "count", "mass")
 MAX_BLOCKS = 32768
 
 
+def digit_bits(blocks: int, warps: int) -> int:
+    """Return how many bits of a row's limit are settled at a time, so that keys stay in registers."""
+    return 4 if blocks <= 128 * warps else 2 if blocks <= 512 * warps else 1
+
+
 @jit
-def take(score, valid, always, value, KIND: tl.constexpr):
+def take(score, valid, always, value, KIND: tl.constexpr, BITS: tl.constexpr):
     """Mark the blocks of a row that a rule takes besides those always read, which it may mark too.
 
     ``score`` is -inf where a block is not ``valid``: there it takes no part in the softmax either.
     """
     if KIND == 1:
         # Those read anyway are the first of the count.
-        free = valid & (always == 0)
         room = tl.cast(value, tl.int32) - tl.sum(always.to(tl.int32), 0)
-        taken = _best(_order(score), free.to(tl.int32), 1, room, free)
+        taken = _best(tl.where(valid & (always == 0), _order(score), 0), score, room, True, BITS)
     else:
         # Where nothing is valid nothing has a share.
         share = tl.where(valid, tl.exp(score - tl.maximum(tl.max(score, 0), -3e38)), 0.0)
@@ -33,7 +37,7 @@ def take(score, valid, always, value, KIND: tl.constexpr):
             taken = share > value
         else:
             # Bits of floats >= 0 are in the floats' order.
-            taken = _best(share.to(tl.uint32, bitcast=True), share, 0, value, valid)
+            taken = _best(share.to(tl.uint32, bitcast=True), share, value, False, BITS)
     return taken & valid
 
 
@@ -57,26 +61,32 @@ def _order(score):
 
 
 @jit
-def _best(key, weight, tied: tl.constexpr, limit, free):
-    """Take free blocks from the largest key down while those before weigh less than ``limit``.
+def _best(key, weight, limit, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Take blocks from the largest key down while those before weigh less than ``limit``.
 
-    ``tied`` is the weight of every block of a tie, 0 where it is the key itself, as a float.
+    Blocks whose key is 0 are not taken. Each weighs one if ``COUNT``, ``weight`` else: then the weight of
+    blocks that tie is their key, as a float.
     """
-    # The smallest key such that all larger ones weigh less than the limit, from its highest bit down; or
-    # else any such that they weigh exactly as much, which ends most searches early.
+    # The smallest key such that all larger ones weigh less than the limit, by digits from the highest on;
+    # or else any such that they weigh exactly as much, which ends most searches early.
+    digits = tl.arange(0, 1 << BITS)
     found = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 1 << 31, tl.uint32)
-    while bit > 0:
-        most = found | (bit - 1)
-        before = tl.sum(tl.where(key > most, weight, 0), 0)
-        found = tl.where(before == limit, most, tl.where(before > limit, found | bit, found))
-        bit = tl.where(before == limit, 0, bit >> 1)
-    before = tl.sum(tl.where(key > found, weight, 0), 0)
-    taken = key > found
+    shift = tl.full([], 32 - BITS, tl.int32)
+    while shift >= 0:
+        most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
+        larger = key[:, None] > most[None, :]
+        before = tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight[:, None], 0.0), 0)
+        digit = tl.minimum(tl.sum((before >= limit).to(tl.int32), 0), (1 << BITS) - 1)
+        exact = tl.sum((before == limit).to(tl.int32), 0) > 0
+        found += (digit << shift).to(tl.uint32, bitcast=True)
+        found = tl.where(exact, found - 1, found)
+        shift = tl.where(exact, -1, shift - BITS)
+    larger = key > found
+    before = tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight, 0.0), 0)
     if before < limit:
-        tie = ((key == found) & free).to(tl.int32)
-        earlier = tl.cumsum(tie, 0) - tie
-        if tied == 0:
+        tie = (key == found) & (key > 0)
+        earlier = tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
+        if not COUNT:
             earlier = earlier.to(tl.float32) * found.to(tl.float32, bitcast=True)
-        taken |= (tie > 0) & (before + earlier < limit)
-    return taken
+        larger |= tie & (before + earlier < limit)
+    return larger
