@@ -115,7 +115,8 @@ def run(
         score_kernel[(batch * kv_heads, splits)](
             parts, k_blocks, scores, bits, counters, lengths, options.norm, cos, sin, k_blocks.stride()[:3],
             tokens, chunk, words, scorer.scale, options.eps, *knobs,
-            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], BITS=digit_bits(wide, SCORES.warps), TOGETHER=together, **choosing, **shape, **tile, **pdl,
+            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], BITS=digit_bits(wide, SCORES.warps),
+            TOGETHER=together, **choosing, **shape, **tile, **pdl,
         )  # fmt: skip
         if not together:
             warps = min(16, max(1, wide // SCORES_PER_WARP))
