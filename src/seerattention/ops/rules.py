@@ -76,10 +76,11 @@ def _best(key, weight, limit, COUNT: tl.constexpr, BITS: tl.constexpr):
         most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
         larger = key[:, None] > most[None, :]
         before = tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight[:, None], 0.0), 0)
-        digit = tl.minimum(tl.sum((before >= limit).to(tl.int32), 0), (1 << BITS) - 1)
+        digit = tl.sum((before >= limit).to(tl.int32), 0)
         exact = tl.sum((before == limit).to(tl.int32), 0) > 0
-        found += (digit << shift).to(tl.uint32, bitcast=True)
-        found = tl.where(exact, found - 1, found)
+        # All of them are left where the limit is not above 0.
+        step = tl.where(exact, (digit << shift) - 1, tl.minimum(digit, (1 << BITS) - 1) << shift)
+        found += step.to(tl.uint32, bitcast=True)
         shift = tl.where(exact, -1, shift - BITS)
     larger = key > found
     before = tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight, 0.0), 0)
