@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -89,21 +89,23 @@ class Given(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The keys of a layer in a KV cache, to tell whether it still holds the same.
+    """The keys of a layer in a KV cache, to tell later whether it still holds the same.
 
     Attributes:
         keys: The tensor, ``[B, Hk, Tk, D]``.
         length: The tensor that counts the tokens in it, where they do not fill it.
+        versions: How often each was written to so far; inference tensors do not count that.
     """
 
     keys: Tensor
-    length: Tensor | None = None
+    length: Tensor | None
+    versions: tuple[int | None, int | None]
 
-    @property
-    def versions(self) -> tuple[int | None, ...]:
-        """How often the tensors were written to; inference tensors do not count that."""
-        both = (x for x in self if isinstance(x, Tensor))
-        return tuple(None if x.is_inference() else x._version for x in both)
+    @classmethod
+    def of(cls, keys: Tensor, length: Tensor | None) -> Self:
+        """Look at the tensors."""
+        first, second = (None if x is None or x.is_inference() else x._version for x in (keys, length))
+        return cls(keys, length, (first, second))
 
 
 class Cached(NamedTuple):

@@ -42,26 +42,27 @@ CAPTURED = (
 class _Seen(NamedTuple):
     """What a cache held after a call, without keeping it alive; see `Held`."""
 
-    held: tuple[ReferenceType[Tensor] | None, ...]
-    versions: tuple[int | None, ...]
+    keys: ReferenceType[Tensor]
+    length: ReferenceType[Tensor] | None
+    versions: tuple[int | None, int | None]
 
     @classmethod
     def of(cls, held: Held | None) -> Self | None:
         """Remember what a cache holds."""
         if held is None:
             return None
-        return cls(tuple(None if x is None else ref(x) for x in held), held.versions)
+        return cls(ref(held.keys), None if held.length is None else ref(held.length), held.versions)
 
     def copied(self, memo: dict[int, Any]) -> Self | None:
         """Return the same of a cache that is being copied."""
-        copies = [None if x is None else memo.get(id(x())) for x in self.held]
-        return None if copies[0] is None else self.of(Held(*copies))
+        keys, length = (None if x is None else memo.get(id(x())) for x in self[:2])
+        return None if keys is None else self.of(Held.of(keys, length))
 
     def removed(self, now: Held | None) -> int | None:
         """Return by how many tokens a cache was cropped since, or None if anything else may have happened."""
         if now is None or now.versions != self.versions:
             return None
-        keys, length = (None if x is None else x() for x in self.held)
+        keys, length = (None if x is None else x() for x in self[:2])
         if length is not now.length or keys is None:
             return None
         if now.keys is keys:

@@ -68,7 +68,7 @@ def held_of(cache: Any, layer: int) -> Held | None:
     if not isinstance(keys, Tensor):
         return None
     length = cache.get_seq_length(layer)
-    return Held(keys, length if isinstance(length, Tensor) else None)
+    return Held.of(keys, length if isinstance(length, Tensor) else None)
 
 
 @torch.compiler.disable(reason=FULLGRAPH)
