@@ -1,12 +1,8 @@
-"""Attached models decode sparsely: each token reads the blocks that its own choice takes, whatever way it comes."""
-
-import copy
-import pickle
+"""Attached models decode sparsely: each token reads the blocks that it chooses, whatever way it comes."""
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
@@ -92,7 +88,7 @@ def by_hand(tiny, kind, ids, prompt, decode, dtype=torch.float32):
 def test_a_step_is_what_each_token_chooses(tiny, kind, decode):
     """Families with windows, soft-caps, sinks, part of a head rotated: at once by hand, and token by token."""
     ids = tiny.tokens(1, 110)
-    results = [by_hand(tiny, kind, ids, 70, decode, dtype) for dtype in (torch.float32, torch.float64)]
+    results = [by_hand(tiny, kind, ids, 70, decode, to) for to in (torch.float32, torch.float64)]
     model = attached(tiny, kind, decode)
     for sizes in ((70, *(1,) * 40), (70, 5, 15, 1, 1, 10, 8)):
         tiny.assert_as_close(fed(tiny, model, ids, sizes), *results)
@@ -160,7 +156,7 @@ def test_gates_of_their_own_for_decoding(tiny):
     assert all(p.requires_grad for p in second.parameters())
     # Its steps are those of a model that has nothing but these gates.
     host.attach(model, second, prefill="dense", decode=BUDGET, min_tokens=0)
-    dense = fed(tiny, model, ids, sizes[:-1] + (32,))
+    dense = fed(tiny, model, ids, sizes)
     host.attach(model, first, prefill="dense", decode=BUDGET, decode_gates=second, min_tokens=0)
     assert torch.equal(fed(tiny, model, ids, sizes), dense)
     assert not torch.equal(parts[0], dense)

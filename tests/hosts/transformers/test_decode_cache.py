@@ -110,7 +110,6 @@ def test_cropped(tiny, compared, removed, before):
 def test_a_crop_of_what_is_unfinished_costs_nothing(tiny, compared):
     """As at every step of assisted decoding; and the steps are exactly those without the tokens cropped."""
     case = Case(tiny)
-    crop = lambda cache: cache.crop(-5)  # noqa: E731
     plain = case.run(case.model, 70, [(nothing, 1), (nothing, 3), (nothing, 2)])[0]
     count = len(compared)
     cache = DynamicCache(config=case.model.config)
@@ -157,7 +156,7 @@ def test_copies_go_on_alone(tiny, compared):
         for branch, text in branches:
             tiny.logits(case.model, text[:, token : token + 1], cache=branch)
     assert len(compared) == count
-    for branch, text in branches:
+    for branch, _ in branches:
         again = copy.deepcopy(branch)
         again.seerattention_summaries.clear()
         for one in (branch, again):
@@ -241,7 +240,7 @@ def test_keys_taken_out_make_steps_dense(tiny):
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
 
-    outs, cache = case.run(case.model, 70, [(nothing, 1)] * 20)
+    cache = case.run(case.model, 70, [(nothing, 1)] * 20)[1]
     take(cache)
     before = host.usage(case.model)
     for token in range(90, 94):
@@ -253,7 +252,7 @@ def test_keys_taken_out_make_steps_dense(tiny):
 def test_a_static_cache_is_reset_and_used_again(tiny, compared):
     """Its buffers stay the same tensors, as graphs need them."""
     case, ids = Case(tiny), tiny.tokens(1, 96, seed=5)
-    outs, cache = case.run(case.model, 70, [(nothing, 1)] * 5, static=True)
+    cache = case.run(case.model, 70, [(nothing, 1)] * 5, static=True)[1]
     buffers = [(one.steps.summaries, one.steps.tail) for one in cache.seerattention_summaries.values()]
     places = [x.data_ptr() for both in buffers for x in both]
     cache.reset()
