@@ -106,13 +106,14 @@ class JointPass:
         if factor:
             target = self._target(gate, q, k, more)
             weighted = {"objective": self.objective, "weight": factor * weight, "density": self.density}
-            values, scores = learn(gate, *nope, {"prefill": target}, **weighted)
+            values, found = learn(gate, *nope, {"prefill": target}, **weighted)
+            scores = found["prefill"]
             self._values.append(values / factor)
         if self.density >= 1:
             return None
         if scores is None:
             with torch.no_grad():
-                scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))
+                scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))["prefill"]
         return self._select(gate, scores, length)
 
     def _soft(
@@ -121,7 +122,7 @@ class JointPass:
         """Attend with the gates' opinions in the logits; leave the gates' loss in ``losses``."""
         length = q.shape[2]
         with torch.enable_grad():
-            scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))
+            scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))["prefill"]
         target = self._target(gate, q.detach(), k.detach(), more)
         rows = counted(target, scores, gate.block_size, length)
         loss = self.objective(*rows) * weight

@@ -46,15 +46,16 @@ def counted(
 def decode_rows(num_tokens: int, device: torch.device | str | None = None) -> Tensor:
     """Return the positions of the query tokens that count, ascending, int64 ``[R]``.
 
-    At most `DECODE_ROWS`, one of each of as many equal parts, at a place in it that differs from part to part:
-    evenly spaced ones would all lie at the same place of their blocks.
+    At most `DECODE_ROWS`, one of each of as many equal parts, at places in them that differ: evenly spaced
+    ones would all lie at the same place of their blocks.
     """
     first = int(SKIPPED_ROWS * num_tokens)
     count = min(DECODE_ROWS, num_tokens - first)
-    part = torch.arange(count, dtype=torch.float64, device=device)
+    part = torch.arange(count + 1, device=device)
+    edges = part * (num_tokens - first) // count
     # Multiples of the golden section fill the unit interval evenly.
-    place = part * (5**0.5 - 1) / 2 % 1
-    return (first + (part + place) * ((num_tokens - first) / count)).long()
+    place = part[:-1].double() * (5**0.5 - 1) / 2 % 1
+    return first + edges[:-1] + (place * edges.diff()).long()
 
 
 def finished(rows: Tensor, blocks: int, size: int) -> Tensor:
@@ -99,7 +100,9 @@ def decode_target(
     """
     groups, blocks = q.shape[1] // k.shape[1], num_blocks(k.shape[2], size)
     seen, parts = finished(rows, blocks, size), []
-    step = max(1, WORK_BYTES["cpu" if q.device.type == "cpu" else "cuda"] // (4 * q[:, :, 0, 0].numel() * k.shape[2]))
+    step = max(
+        1, WORK_BYTES["cpu" if q.device.type == "cpu" else "cuda"] // (4 * q[:, :, 0, 0].numel() * k.shape[2])
+    )
     for part in rows.split(step):
         logits = attention_scores(q[:, :, part], k, part, scale=scale, softcap=softcap)
         total = logits.logsumexp(-1, keepdim=True)
@@ -125,7 +128,9 @@ def target_recall(
     Returns:
         A number in [0, 1], the mean over the rows that the loss counts.
     """
-    return float(sampled_recall(*counted(target, scores, block_size, num_tokens), (density,), len(scores[0, 0]))[0])
+    return float(
+        sampled_recall(*counted(target, scores, block_size, num_tokens), (density,), len(scores[0, 0]))[0]
+    )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import Tensor
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.hosts.transformers.gates import KEY, Gates, check_layers, check_weights
-from seerattention.policies import Policy, Threshold, TokenBudget, TopK
+from seerattention.policies import Policy, Threshold, TokenBudget, TopK, check_decodes
 
 PUBLISHED_WEIGHTS = "attn_gate_weights.pth"
 PREFIX = "seerattn_"
@@ -66,6 +66,8 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
         base = _base(config)
         gate = _prefill_gate(config, base) if kind == "prefill" else _decode_gate(config, base, normed)
         policy = published_policy(config, kind)
+        if kind == "decode" and policy is not None:
+            check_decodes(policy, gate.block_size)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(
