@@ -92,8 +92,8 @@ class Growing:
         self._beside: Growing | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Growing:
-        # What is kept is replaced, never written to, so a copy of a KV cache may share it but for what may lie
-        # in buffers; and the scorer must stay the one that is attached.
+        # What is kept is replaced, never written to, so a copy of a cache may share it but for what lies in
+        # buffers; and the scorer must stay the one that is attached.
         made = Growing()
         made.kept = self.kept
         if self.kept is not None and self.steps is not None:
