@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from seerattention.device import capturing
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
@@ -262,8 +263,8 @@ class Step:
 
     @property
     def captured(self) -> bool:
-        """Whether a graph is being captured: what is checked now would not be checked in its replays."""
-        return self.given.q.is_cuda and torch.cuda.is_current_stream_capturing()
+        """Whether a graph is being captured."""
+        return capturing(self.given.q.device)
 
     def new_keys(self, after_rope: bool) -> Tensor:
         """Return the new tokens' keys before or after RoPE, ``[B, Hk, Tq, D]``."""

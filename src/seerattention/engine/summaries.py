@@ -34,8 +34,8 @@ POSITIONS = "their positions are not known"
 
 #: Why a step cannot be captured in a graph.
 CAPTURED = (
-    "a step of decoding cannot be captured before there are summaries of what its cache holds; give the "
-    "model the prompt outside of the graph"
+    "a step of decoding cannot be captured before there are summaries of all that its cache holds; give the "
+    "model the prompt, or one step after whatever changed the cache, outside of the graph"
 )
 
 
@@ -200,11 +200,10 @@ class Growing:
         """Whether a step can go on from the buffers."""
         if not self.ahead or self.steps is None or self.steps.scorer is not scorer:
             return False
-        if step.captured:
-            return True
-        known = step.lengths.known
+        known, begins = step.lengths.known, step.lengths.begins
         past = None if known is None else [n - step.given.q.shape[2] for n in known]
-        if not self._goes_on(step.cached, past, step.lengths.begins):
+        # While a graph is captured, nobody looks where sequences begin.
+        if not self._goes_on(step.cached, past, self.steps.begins if begins is None else begins):
             return False
         if past is None:
             return True

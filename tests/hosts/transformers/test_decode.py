@@ -86,7 +86,7 @@ def by_hand(tiny, kind, ids, prompt, decode, dtype=torch.float32):
 
 @pytest.mark.parametrize("decode", [BUDGET, SHARE])
 def test_a_step_is_what_each_token_chooses(tiny, kind, decode):
-    """Families with windows, soft-caps, sinks, part of a head rotated: at once by hand, and token by token."""
+    """With windows, soft-caps, sinks, a part of each head rotated: by hand at once, and token by token."""
     ids = tiny.tokens(1, 110)
     results = [by_hand(tiny, kind, ids, 70, decode, to) for to in (torch.float32, torch.float64)]
     model = attached(tiny, kind, decode)
@@ -195,6 +195,18 @@ def test_saved_policies_are_the_default(tiny, tmp_path):
         assert (policy and getattr(policy, policy.value_name())) == prefill
         assert (decoding and decoding.tokens) == decode
         assert ("decode_gate" in dict(model.model.layers[0].self_attn.named_children())) == (name == "apart")
+
+
+def test_policies_in_use_are_saved(tiny, tmp_path):
+    model = attached(tiny, prefill="threshold:0.2")
+    host.save_gates(model, tmp_path / "both")
+    saved = host.load_gates(tmp_path / "both")
+    assert (saved.policy, saved.decode_policy) == ("threshold:0.2", BUDGET)
+    # Those for decoding alone belong to other gates.
+    others = tiny.gates_for(model, phase="decode")
+    host.attach(model, tiny.gates_for(model), "top_k:0.5", decode=BUDGET, decode_gates=others)
+    host.save_gates(model, tmp_path / "one")
+    assert host.load_gates(tmp_path / "one").decode_policy is None
 
 
 def test_policies_change_while_a_text_goes_on(tiny):

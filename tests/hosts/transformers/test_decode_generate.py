@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from seerattention.engine import layer
+from seerattention.engine import call, kept, layer
 from seerattention.engine.padding import Lengths
 from seerattention.hosts import transformers as host
+from seerattention.hosts.transformers import functions, request
 from seerattention.hosts.transformers.attach import sparse_layer
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.measure.observe import Watch
@@ -59,7 +60,7 @@ def test_greedy(tiny, kind):
     "how", [{"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str
 )
 def test_sampling_and_beams(tiny, how):
-    """With everything read the text is the dense model's, by the sparse steps; with less it is another one."""
+    """With everything read the text is the dense model's, by sparse steps; with less it is another one."""
     ids, texts = tiny.tokens(2, 70), []
     for model in (
         tiny.make(),
@@ -213,13 +214,71 @@ def test_nothing_in_a_static_step_asks_the_device(tiny, monkeypatch):
     assert host.usage(model)[SPARSE] == 2 * 3
 
 
-def test_compiled(tiny):
-    """As generate compiles by itself on a GPU."""
+@pytest.fixture
+def captured(monkeypatch):
+    """A context in which a graph seems to be captured."""
+
+    @contextlib.contextmanager
+    def inside():
+        with monkeypatch.context() as patch:
+            for module in (call, request, functions):
+                patch.setattr(module, "capturing", lambda device: True)
+            yield
+
+    return inside
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_captured_steps(tiny, captured, padded):
+    """Nothing is looked at but where a batch's sequences begin, of a mask with all of the cache's columns."""
+    model, ids = attached(tiny), tiny.tokens(2, 90)
+    mask, outs = torch.ones(2, 96, dtype=torch.long), []
+    mask[1, : 20 if padded else 0] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for context in (contextlib.nullcontext, captured):
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        more = {"attention_mask": mask[:, :70], "position_ids": positions[:, :70]}
+        tiny.logits(model, ids[:, :70], cache=cache, **more)
+        for part in (slice(70, 71), slice(71, 75), slice(75, 76)):
+            more = {"position_ids": positions[:, part]}
+            if padded:
+                more["attention_mask"] = mask
+            with context():
+                outs.append(tiny.logits(model, ids[:, part], cache=cache, **more))
+        outs.append(
+            tiny.logits(model, ids[:, 76:77], cache=cache, **more | {"position_ids": positions[:, 76:77]})
+        )
+    assert all(map(torch.equal, outs[:4], outs[4:]))
+    assert host.usage(model)[SPARSE] == 2 * 8
+
+
+def test_what_cannot_be_captured_is_refused(tiny, captured):
+    """What was written to the cache since may be other tokens, and in a graph nobody would look."""
+    model, ids = attached(tiny), tiny.tokens(1, 90)
+    cache = StaticCache(config=model.config, max_cache_len=96)
+    tiny.logits(model, ids[:, :70], cache=cache)
+    for one in cache.layers:
+        one.cumulative_length.sub_(10)
+    with (
+        captured(),
+        pytest.raises(RuntimeError, match="cannot be captured before there are summaries of all"),
+    ):
+        tiny.logits(model, ids[:, 60:61], cache=cache)
+    cache = StaticCache(config=model.config, max_cache_len=96)
+    with host.dense(model):
+        tiny.logits(model, ids[:, :70], cache=cache)
+    with captured(), pytest.raises(RuntimeError, match="give the model the prompt"):
+        tiny.logits(model, ids[:, 70:71], cache=cache)
+
+
+def test_compiled(tiny, monkeypatch):
+    """As generate compiles by itself on a GPU; the steps know their cache again there too."""
     torch.compiler.reset()
     model, ids = attached(tiny), tiny.tokens(1, 70)
     plain = generated(model, ids, cache_implementation="static", max_new_tokens=12)
     how = CompileConfig(backend="eager", mode=None)
     how._compile_all_devices = True
+    monkeypatch.setattr(kept.Kept, "compared", None)
     text = generated(model, ids, cache_implementation="static", compile_config=how, max_new_tokens=12)
     assert torch.equal(text, plain)
     assert host.usage(model) == {"sparse": 4, SPARSE: 44}

@@ -306,10 +306,10 @@ def dense(model: Model) -> Iterator[Model]:
         yield model
 
 
-def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy | None]:
-    """Return the gates in use and their policy for prefill."""
+def active(model: nn.Module) -> Chosen:
+    """Return what is in use."""
     owner = _attached(unwrapped(model)).owner
-    return owner.sets[owner.active].scorers, owner.sets[owner.active].policy
+    return owner.sets[owner.active]
 
 
 def sparse_layer(model: nn.Module) -> SparseLayer:
