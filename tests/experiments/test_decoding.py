@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.decoding import run as experiment
 from experiments.decoding import table
+from seerattention import attach, baselines, detach
 from seerattention.hosts.transformers import new_gates, save_gates
 from seerattention.measure import bundled
+from seerattention.measure.decoding import continued
 from seerattention.measure.perplexity import next_token_losses
 
 CHAT = (
@@ -82,6 +85,22 @@ def test_a_stopped_comparison_continues(monkeypatch, tmp_path, folder, capsys) -
         "| SeerAttention", "| Quest", "| SnapKV (evicts)", "| H2O (evicts)"
     ]  # fmt: skip
     assert picture.stat().st_size > 10_000
+
+
+def test_first_and_latest_blocks_are_those_of_the_scorer_that_ranks_by_recency(monkeypatch, folder) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "perplexity"])
+    args = experiment.parsed()
+    model, tokenizer = bundled.load_teacher()
+    tokens, found = bundled.text_tokens(tokenizer)[1][None, :512], []
+    with experiment.decoding(model, "streaming", 256, args) as reading:
+        found.append(continued(model, tokens, 448).losses)
+    assert reading.tokens == pytest.approx(224, abs=1)
+    attach(model, baselines.create("streaming"), decode="token_budget:256", prefill="dense", min_tokens=0)
+    try:
+        found.append(continued(model, tokens, 448).losses)
+    finally:
+        detach(model)
+    torch.testing.assert_close(*found)
 
 
 def test_answers_behind_dense_and_sparse_prompts(monkeypatch, tmp_path, folder, capsys) -> None:
