@@ -96,5 +96,12 @@ def test_answers_are_those_of_one_prompt_after_the_other(given, monkeypatch) -> 
     assert len(ended[0]) < 12
     assert max(map(len, ended)) == 12
     assert answers(model, prompts, 12) == ended
+    # Nothing is computed once all have ended, each in its own time.
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [alone[0][5], alone[2][2]])
+    steps: list[int] = []
+    hook = model.get_decoder().register_forward_pre_hook(lambda *_: steps.append(1))
+    assert list(map(len, answers(model, [prompts[0], prompts[2]], 12))) == [5, 2]
+    hook.remove()
+    assert len(steps) == 6
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     assert answers(model, prompts[:1], 3) == [alone[0][:3]]
