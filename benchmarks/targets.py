@@ -1,4 +1,4 @@
-"""The speeds aimed for on a GPU, and whether a report of ``bench prefill`` reaches them.
+"""The speeds aimed for on a GPU, and whether a report of ``bench prefill`` or ``bench decode`` reaches them.
 
 python benchmarks/targets.py benchmarks/results/<device>/prefill.json
 
@@ -46,7 +46,7 @@ class Target:
             best = max(rows, key=lambda r: sign * r[self.figure])
             figure = best[self.figure]
             met = sign * figure >= sign * self.bound
-            result |= {"reached": figure, "met": met, "backend": best["backend"]}
+            result |= {"reached": figure, "met": met, "backend": best.get("backend") or best["variant"]}
         return result
 
 
@@ -80,9 +80,28 @@ TARGETS = (
 )
 
 
+#: The same for a step of decoding, blocks of 64 per KV head: attention alone, and with choosing.
+DECODE_TARGETS = tuple(
+    Target(
+        f"{batch} x {tokens // 1024}k: {what}",
+        "rows",
+        {"batch": batch, "tokens": tokens, "variant": variant},
+        "speedup",
+        bound,
+    )
+    for what, variant, bounds in (
+        ("attention alone", "triton", (3.5, 6, 9, 8.5, 9.4, 9.8)),
+        ("with choosing", "with choosing, sub16", (2.2, 4.5, 7, 6, 7.5, 8)),
+    )
+    for (batch, tokens), bound in zip(
+        ((1, _32K), (1, _128K), (8, _128K), (16, _32K), (16, _128K), (64, _128K)), bounds, strict=True
+    )
+)
+
+
 def judge(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return every target with what the report reached."""
-    return [target.judge(report) for target in TARGETS]
+    return [target.judge(report) for target in (TARGETS if "layers" in report else DECODE_TARGETS)]
 
 
 def main() -> None:
@@ -90,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("report", type=Path, help="a result of seerattention bench prefill")
+    parser.add_argument("report", type=Path, help="a result of seerattention bench prefill or decode")
     path = parser.parse_args().report
     report = json.loads(path.read_text())
     report["targets"] = judge(report)

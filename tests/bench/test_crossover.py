@@ -2,7 +2,7 @@
 
 import pytest
 
-from seerattention.bench.crossover import entry_of, merged
+from seerattention.bench.crossover import decode_of, entry_of, extended, merged
 
 
 def attention_row(tokens, backend, asked, ms, kind="backend", mask="random", density=None, **more):
@@ -59,3 +59,40 @@ def test_an_entry_replaces_its_device_and_guesses():
 
     table = [one("cpu", "A"), one("cuda", None), one("cuda", "B"), one("cuda", "C", 1)]
     assert merged(table, one("cuda", "C", 2)) == [one("cpu", "A"), one("cuda", "B"), one("cuda", "C", 2)]
+
+
+def decode_report():
+    rows = []
+    # tokens: dense kernels' ms, ms of a step of one and of two sequences.
+    times = {1024: (3, 2, 2.5, 1), 2048: (4, 5, 3, 1), 4096: (9, 8, 3.5, 1)}
+    for tokens, (cudnn, fa2, one, two) in times.items():
+        rows += [
+            {"batch": 1, "tokens": tokens, "kind": "dense", "variant": "dense cudnn", "ms": cudnn},
+            {"batch": 1, "tokens": tokens, "kind": "dense", "variant": "dense fa2", "ms": fa2},
+        ]
+        step = {"tokens": tokens, "kind": "step", "variant": "with update and choosing, sub16"}
+        rows += [step | {"batch": 1, "ms": one}, step | {"batch": 2, "ms": two}]
+        rows.append(step | {"batch": 1, "variant": "with choosing, sub16", "ms": one / 2})
+    return {"versions": {"device": "Some GPU"}, "device_type": "cuda", "density": 0.1, "rows": rows}
+
+
+def test_a_step_counts_with_all_its_parts_for_one_sequence():
+    part = decode_of(decode_report(), "sub16")
+    assert part["decode_dense_below"] == 2048
+    assert [(row["dense"], row["dense_ms"]) for row in part["decode_rows"]] == [
+        ("dense fa2", 2),
+        ("dense cudnn", 4),
+        ("dense fa2", 8),
+    ]
+    for wrong in ({"density": 0.2}, {"rows": []}):
+        with pytest.raises(ValueError, match="has no steps of one sequence by gate 'sub16'"):
+            decode_of(decode_report() | wrong, "sub16")
+
+
+def test_decoding_is_added_to_what_is_known_of_prefill():
+    known = entry_of(prefill_report(), "default", 64)
+    part = decode_of(decode_report(), "sub16")
+    entry = extended([known | {"decode_dense_below": 5}], part)
+    assert (entry["dense_below"], entry["decode_dense_below"]) == (2048, 2048)
+    with pytest.raises(ValueError, match="no entry of Some GPU yet; measure prefill, too"):
+        extended([], part)

@@ -32,3 +32,19 @@ def test_targets(run_script, tmp_path):
     assert found["128k, blocks of 64, random 10 %: speedup"]["met"] is False
     assert found["8k, blocks of 64, random 10 %: speedup"]["met"] is None
     assert found["32k, selection by the published gate: ms"]["met"] is False
+
+
+def test_targets_of_decoding(run_script, tmp_path):
+    step = {"batch": 1, "tokens": 131072, "kind": "step"}
+    rows = [
+        step | {"variant": "triton", "speedup": 6.2},
+        step | {"variant": "with choosing, sub16", "speedup": 4.4},
+    ]
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps({"rows": rows}))
+    printed = run_script(SCRIPT, path)
+    found = {t["what"]: t for t in json.loads(path.read_text())["targets"]}
+    assert len(found) == len(printed.splitlines()) == 12
+    assert found["1 x 128k: attention alone"]["met"]
+    assert not found["1 x 128k: with choosing"]["met"]
+    assert found["64 x 128k: with choosing"]["met"] is None

@@ -25,9 +25,13 @@ def _no_compiling(monkeypatch):
 def peers(tmp_path, monkeypatch):
     """A module with a right and a wrong peer."""
     (tmp_path / "my_peers.py").write_text(
-        "from seerattention import block_sparse_attention\n"
+        "from seerattention import block_sparse_attention, block_sparse_decode\n"
         "def right(q, k, v, selection):\n"
         "    return block_sparse_attention(q, k, v, selection, backend='reference')\n"
+        "def step(q, k, v, selection):\n"
+        "    return block_sparse_decode(q, k, v, selection, backend='gather')\n"
+        "def wrong_step(q, k, v, selection):\n"
+        "    return 1.5 * step(q, k, v, selection)\n"
         "def wrong(q, k, v, selection):\n"
         "    return 1.5 * right(q, k, v, selection)\n"
         "constant = 3\n"
@@ -127,10 +131,122 @@ def test_crossover_measures_and_keeps_other_devices(tmp_path):
     assert (mine["device_type"], mine["backend"], mine["gate"]) == ("cpu", "gather", "default")
     assert [row["tokens"] for row in mine["rows"]] == [128, 256]
     assert all(0 <= row["densest"] <= 1 for row in mine["rows"])
-    assert f"dense below {mine['dense_below']}" in " ".join(result.output.split())
+    text = " ".join(result.output.split())
+    assert f"dense below {mine['dense_below']}" in text
+    assert [row["tokens"] for row in mine["decode_rows"]] == [128, 256]
+    assert f"decoding is dense below {mine['decode_dense_below']} cached tokens" in text
+
+
+def test_crossover_learns_one_phase_and_keeps_the_other(tmp_path):
+    out = tmp_path / "crossover.json"
+    options = ("bench", "crossover", "--out", out, "--device", "cpu")
+    measured = ("--tokens", 128, "--repeats", 1, "--block", 32, "--phase", "decode")
+    alone = invoke(*options, *measured)
+    assert alone.exit_code == 2
+    assert "has no entry of" in alone.output
+    assert not out.exists()
+    step = tmp_path / "decode.json"
+    made = ("--size", "1x256", "--size", "2x256", *STEP[2:], "--gate", "sub16", "--out", step)
+    result = invoke("bench", "decode", *made, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    report = json.loads(step.read_text())
+    entry = {"device_type": "cpu", "device": report["versions"]["device"], "dense_below": 7, "rows": []}
+    entry |= {"backend": "gather", "gate": "default", "cudnn_from": None}
+    out.write_text(json.dumps([entry]))
+    result = invoke(*options, "--report", step)
+    assert result.exit_code == 0, result.output
+    (mine,) = json.loads(out.read_text())
+    assert mine["dense_below"] == 7
+    # Of two sequences there is no row.
+    assert [row["tokens"] for row in mine["decode_rows"]] == [256]
+    wrong = invoke(*options, "--phase", "both phases")
+    assert "phase must be prefill, decode or both" in wrong.output
+
+
+STEP = ("--size", "2x256", "--block", 32, "--repeats", 1, "--head-dim", 16, "--heads", 4, "--kv-heads", 2)
+
+
+def test_decode_measures_steps_their_parts_and_peers(peers, tmp_path):
+    out = tmp_path / "results" / "decode.json"
+    more = ["--size", "1x512", "--page", 64, "--gate", "sub8", "--gate", "quest", "--peer", "my_peers:step"]
+    result = invoke("bench", "decode", "--out", out, *STEP, *more, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "left out: triton: it needs a GPU" in result.output
+    report = json.loads(out.read_text())
+    assert report["density"] == 0.1
+    assert report["shape"] == {"heads": 4, "kv_heads": 2, "head_dim": 16}
+    assert [(r["batch"], r["tokens"]) for r in report["rows"][:: len(report["rows"]) // 2]] == [
+        (2, 256),
+        (1, 512),
+    ]
+    rows = {r["variant"]: r for r in report["rows"] if r["batch"] == 2}
+    kinds = {name: row["kind"] for name, row in rows.items()}
+    assert kinds == {
+        "dense sdpa": "dense",
+        "gather": "attention",
+        "gather, pages of 64": "attention",
+        "my_peers:step": "peer",
+        **{f"{part}, {gate}": kind for gate in ("sub8", "quest") for part, kind in PARTS.items()},
+    }
+    for row in rows.values():
+        assert row["range_ms"][0] <= row["ms"] <= row["range_ms"][1]
+        assert row["speedup"] * row["ms"] == pytest.approx(rows["dense sdpa"]["ms"], rel=0.1, abs=1e-3)
+    # One block of eight is read, and besides 8 bytes per key and head of Quest's minima and maxima.
+    whole, few, step = (
+        rows[n]["tb_s"] * rows[n]["ms"] * 1e9 for n in ("dense sdpa", "gather", "with choosing, quest")
+    )
+    assert whole == pytest.approx(2 * 2 * 2 * 256 * 16 * 4, rel=0.01)
+    assert few == pytest.approx(whole / 8, rel=0.01)
+    assert step == pytest.approx(few + whole / 32, rel=0.01)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+PARTS = {
+    "update": "update",
+    "update that finishes a block": "update",
+    "choosing": "choosing",
+    "with choosing": "step",
+    "with update and choosing": "step",
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--size", "256"], "a size must be BATCHxTOKENS, e.g. 8x131072, got '256'"),
+        (["--size", "0x256"], "sizes must be a whole number >= 1, got 0"),
+        (["--size", "1x100"], "100 tokens are no whole number of blocks or pages of 32"),
+        (["--page", 48], "256 tokens are no whole number of blocks or pages of 48"),
+        (["--density", 0], "densities must be in (0, 1], got 0"),
+        (["--gate", "best"], "gates must be sub<key tokens per summary>, e.g. sub16, or quest, got 'best'"),
+        (["--gate", "sub5"], "k_sub_block=5 must divide block_size=32"),
+        (["--peers", "flex"], "peers must be one of cudnn, fa2, got 'flex'"),
+        (["--peer", "flashinfer"], "peer flashinfer runs on GPUs alone, and this run is on the CPU"),
+        (
+            ["--peer", "my_peers:wrong_step"],
+            "my_peers:wrong_step is wrong at 2 x 256 tokens and is not timed",
+        ),
+    ],
+)
+def test_what_bench_decode_refuses(peers, tmp_path, more, words):
+    out = tmp_path / "new" / "decode.json"
+    more = more if "--gate" in more else [*more, "--gate", "none"]
+    result = invoke("bench", "decode", "--out", out, *STEP, "--device", "cpu", *more)
+    assert result.exit_code == 2, result.output
+    message = " ".join(result.output.split())
+    assert words in message
+    assert message.count("error:") == 1
+    assert not out.parent.exists()
+
+
+def test_flashinfer_is_asked_for_where_it_is_not_installed():
+    from seerattention.bench.decode import peer_of
+
+    with pytest.raises(ModuleNotFoundError, match="pip install flashinfer-python"):
+        peer_of("flashinfer", "cuda")
 
 
 def test_bench_alone_lists_its_commands():
     result = invoke("bench")
-    for name in ("prefill", "crossover", "roofline"):
+    for name in ("prefill", "decode", "crossover", "roofline"):
         assert name in result.output

@@ -1,4 +1,4 @@
-"""From a prefill report to an entry of the crossover table: where dense attention is faster."""
+"""From reports to an entry of the crossover table: where dense attention is faster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from seerattention.ops.block_sparse_attention import ORDER
 
-#: A prompt is computed sparsely if this share of its blocks can be read faster than everything.
+#: A prompt or a step is computed sparsely if this share of its blocks can be read faster than everything.
 WORTHWHILE = 0.1
 
 #: Layers of a model: planning a new length once is paid back by all of them.
@@ -57,6 +57,53 @@ def entry_of(report: dict[str, Any], gate: str, block: int) -> dict[str, Any]:
         "cudnn_from": _cudnn_from(report),
         "rows": found,
     }
+
+
+def decode_of(report: dict[str, Any], gate: str) -> dict[str, Any]:
+    """Derive below how many cached tokens a dense step of decoding is faster, for one sequence.
+
+    Args:
+        report: From `seerattention.bench.decode.measure`, with ``WORTHWHILE`` as its density.
+        gate: Whose choosing and whose summaries count.
+
+    Returns:
+        What an entry says of decoding, with the times it was derived from.
+
+    Raises:
+        ValueError: If the report lacks what is needed.
+    """
+    rows = [r for r in report["rows"] if r["batch"] == 1]
+    steps = {r["tokens"]: r["ms"] for r in rows if r["variant"] == f"with update and choosing, {gate}"}
+    if not steps or report["density"] != WORTHWHILE:
+        raise ValueError(
+            f"the report has no steps of one sequence by gate {gate!r} that read {WORTHWHILE:.0%} of it"
+        )
+    found = []
+    for tokens in sorted(steps):
+        of_length = (r for r in rows if r["kind"] == "dense" and r["tokens"] == tokens)
+        dense = min(of_length, key=lambda r: r["ms"])
+        row = {"tokens": tokens, "dense": dense["variant"], "dense_ms": dense["ms"], "step_ms": steps[tokens]}
+        found.append(row | {"worthwhile": steps[tokens] < dense["ms"]})
+    return {
+        "device": report["versions"]["device"],
+        "device_type": report["device_type"],
+        "decode_dense_below": _dense_below(found),
+        "decode_gate": gate,
+        "decode_rows": found,
+    }
+
+
+def extended(entries: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
+    """Return a table's entry of a device with what was derived anew.
+
+    Raises:
+        ValueError: If nothing is known of prefill.
+    """
+    name = part["device_type"], part["device"]
+    entry = next((e for e in entries if (e["device_type"], e["device"]) == name), {}) | part
+    if "rows" not in entry:
+        raise ValueError(f"the table has no entry of {part['device']} yet; measure prefill, too")
+    return entry
 
 
 def merged(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:

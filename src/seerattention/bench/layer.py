@@ -71,9 +71,9 @@ def measure_layers(
     return found
 
 
-def in_ms(seconds: list[float], prefix: str = "") -> dict[str, Any]:
+def in_ms(seconds: list[float], prefix: str = "", digits: int = 4) -> dict[str, Any]:
     """Return the median ``ms`` and ``range_ms`` of samples."""
-    low, middle, high = (round(of(seconds) * 1e3, 4) for of in (min, median, max))
+    low, middle, high = (round(of(seconds) * 1e3, digits) for of in (min, median, max))
     return {f"{prefix}ms": middle, f"{prefix}range_ms": [low, high]}
 
 

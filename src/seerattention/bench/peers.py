@@ -1,10 +1,11 @@
-"""What sparse attention is compared with: dense kernels, FlexAttention, and any function of yours."""
+"""What sparse attention is compared with: dense kernels, other libraries, and any function of yours."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +26,29 @@ DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 #: twice, and making them takes several times that.
 FLEX_BYTES = 600 * 2**20
 
+#: Workspace of FlashInfer, bytes.
+FLASHINFER_BYTES = 256 * 2**20
 
-def dense_peers(device: str, names: list[str]) -> dict[str, Peer]:
+
+def dense_peers(
+    device: str, names: list[str], run: Callable[..., Tensor] | None = None
+) -> dict[str, Callable[..., Tensor]]:
     """Return the dense kernels to compare with, best first.
 
     Args:
         device: ``cpu`` or ``cuda``. A CPU has one, torch's own choice.
         names: Which of ``cudnn`` and ``fa2`` on a GPU.
+        run: What is done with a kernel; default `dense`, prefill.
 
     Raises:
         ValueError: If none is left to measure speedups by.
     """
     if torch.device(device).type == "cpu":
-        return {"dense sdpa": functools.partial(dense, None)}
-    found: dict[str, Peer] = {
-        f"dense {name}": functools.partial(dense, kind) for name, kind in DENSE.items() if name in names
+        return {"dense sdpa": functools.partial(run or dense, None)}
+    found = {
+        f"dense {name}": functools.partial(run or dense, kind)
+        for name, kind in DENSE.items()
+        if name in names
     }
     if not found:
         raise ValueError(f"peers must name a dense kernel, cudnn or fa2, to measure speedups by; got {names}")
@@ -47,25 +56,71 @@ def dense_peers(device: str, names: list[str]) -> dict[str, Peer]:
 
 
 def dense(
-    kind: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None = None
+    kind: SDPBackend | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
-    """Compute causal attention by one of torch's kernels, or by its own choice for None.
+    """Compute attention by one of torch's kernels, or by its own choice for None.
 
     Raises:
         NotImplementedError: If that kernel cannot.
     """
-    gqa = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
     if kind is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, **options)
     # torch's default order prefers FA2 on GPUs where cuDNN is faster.
     with sdpa_kernel(kind):
         try:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, k, v, **options)
         except RuntimeError as error:
             # The words on a GPU and those on a CPU.
             if not str(error).startswith(("No available kernel", "No viable backend")):
                 raise
             raise NotImplementedError(f"{kind.name} cannot run {list(q.shape)} {q.dtype} here") from error
+
+
+def dense_step(kind: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend to a whole cache with one token per sequence, which needs no mask; see `dense`.
+
+    Returns:
+        The numbers of ``[B, Hq, 1, D]``, maybe in another shape.
+    """
+    if kind != SDPBackend.CUDNN_ATTENTION:
+        # A group's query heads as the rows of one query block: the others read keys once per row block.
+        q = q.view(len(q), k.shape[1], -1, q.shape[3])
+    return dense(kind, q, k, v, causal=False)
+
+
+def flashinfer(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Callable[[], Tensor]:
+    """Return FlashInfer's paged decoding of one selection, planned here and not timed.
+
+    It knows no lists per KV head; every head of every sequence becomes a request of its own, whose pages are
+    the blocks selected. A cache ``[B, Hk, T, D]`` in one piece is such pages already.
+
+    Args:
+        q: ``[B, Hq, 1, D]``.
+        k: ``[B, Hk, T, D]``, whole blocks.
+        v: Shaped as k.
+        selection: ``[B, Hk, 1, T / b]``.
+    """
+    library = importlib.import_module("flashinfer")
+    (batch, heads, _, dim), block = k.shape, selection.block_size[1]
+    offsets, blocks = selection.rows()
+    counts = selection.counts.flatten()
+    first = torch.arange(batch * heads, dtype=torch.int32, device=k.device) * selection.shape[3]
+    workspace = torch.empty(FLASHINFER_BYTES, dtype=torch.uint8, device=k.device)
+    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    wrapper.plan(
+        offsets.int(), blocks + first.repeat_interleave(counts), torch.full_like(first, block),
+        q.shape[1] // heads, 1, dim, block, q_data_type=q.dtype, kv_data_type=k.dtype,
+    )  # fmt: skip
+    queries = q.reshape(batch * heads, -1, dim)
+    pages = k.view(-1, 1, block, dim), v.view(-1, 1, block, dim)
+    return lambda: wrapper.run(queries, pages)
 
 
 def flex(q: Tensor, k: Tensor, selection: BlockSelection) -> Peer:

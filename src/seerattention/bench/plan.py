@@ -1,15 +1,24 @@
-"""What a run of the prefill benchmark measures."""
+"""What a run of a benchmark measures."""
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import torch
 
+from seerattention import baselines
 from seerattention.bench.masks import MASKS
-from seerattention.gate import AttnGate, GateConfig
+from seerattention.device import capability
+from seerattention.gate import AttnGate
+from seerattention.gate_config import DECODE_DESIGN, GateConfig
+from seerattention.measure.versions import versions
 from seerattention.ops.shapes import Shape
+from seerattention.scorer import Scorer
 
 #: Gate designs.
 GATES = ("published", "sub16", "sub8", "default")
@@ -29,8 +38,85 @@ class Reporter(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Shapes, selections and peers of one run.
+class Setting:
+    """Heads, machine and rounds of a run.
+
+    Attributes:
+        extra: Further peers by name.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: Dimension of a head.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu`` or ``cuda``.
+        repeats: Timed rounds.
+    """
+
+    extra: tuple[str, ...] = ()
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        self.among(dtype=((self.dtype,), ("float32", "bfloat16", "float16")))
+        self.among(device=((self.device,), ("cpu", "cuda")))
+        self.counts(repeats=(self.repeats,))
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads, {self.heads}, must be a multiple of kv_heads, {self.kv_heads}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda needs a CUDA device, and torch sees none")
+
+    @staticmethod
+    def among(**known: tuple[Iterable[str], tuple[str, ...]]) -> None:
+        """Refuse names that are none of those allowed."""
+        for name, (given, allowed) in known.items():
+            for value in given:
+                if value not in allowed:
+                    raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @staticmethod
+    def counts(**counts: Iterable[int]) -> None:
+        """Refuse counts below one."""
+        for name, values in counts.items():
+            for value in values:
+                if value < 1:
+                    raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+
+    @staticmethod
+    def shares(densities: Iterable[float]) -> None:
+        """Refuse densities that are no shares."""
+        for density in densities:
+            if not 0 < density <= 1:
+                raise ValueError(f"densities must be in (0, 1], got {density}")
+
+    @property
+    def kind(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return getattr(torch, self.dtype)
+
+    def about(self) -> dict[str, Any]:
+        """Return what every report says of its run."""
+        return {
+            "versions": versions(self.device),
+            "date": datetime.now(UTC).date().isoformat(),
+            "device_type": self.device,
+            "capability": capability(self.device),
+            "dtype": self.dtype,
+            "shape": {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim},
+            "repeats": self.repeats,
+        }
+
+    def made(self, config: GateConfig) -> AttnGate:
+        """Return a gate of a design, with random weights in this dtype."""
+        torch.manual_seed(0)
+        return AttnGate(config).to(self.device, self.kind).requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Setting):
+    """Shapes, selections and peers of one run of prefill.
 
     Attributes:
         tokens: Sequence lengths.
@@ -41,12 +127,6 @@ class Plan:
         gates: Designs from ``GATES`` whose selection is timed, with random weights.
         peers: Any of ``cudnn``, ``fa2``, ``flex``; on a CPU dense SDPA is always there.
         extra: Further peers as ``module:function``.
-        heads: Query heads.
-        kv_heads: KV heads.
-        head_dim: Dimension of a head.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu`` or ``cuda``.
-        repeats: Timed rounds.
         teacher_tokens: Length of the text that gate masks are made from.
         layer_density: Density of the selections that whole layers make.
     """
@@ -57,45 +137,18 @@ class Plan:
     masks: tuple[str, ...]
     gates: tuple[str, ...]
     peers: tuple[str, ...]
-    extra: tuple[str, ...] = ()
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    device: str
-    repeats: int = 5
     teacher_tokens: int = 8192
     layer_density: float = 0.1
 
     def __post_init__(self) -> None:
-        known = {
-            "masks": (self.masks, MASKS),
-            "gates": (self.gates, GATES),
-            "peers": (self.peers, ("cudnn", "fa2", "flex")),
-            "dtype": ((self.dtype,), ("float32", "bfloat16", "float16")),
-            "device": ((self.device,), ("cpu", "cuda")),
-        }
-        for name, (given, allowed) in known.items():
-            for value in given:
-                if value not in allowed:
-                    raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for density in self.densities:
-            if not 0 < density <= 1:
-                raise ValueError(f"densities must be in (0, 1], got {density}")
-        counts = {"tokens": self.tokens, "blocks": self.blocks, "repeats": (self.repeats,)}
-        for name, values in counts.items():
-            for value in values:
-                if value < 1:
-                    raise ValueError(f"{name} must be a whole number >= 1, got {value}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads, {self.heads}, must be a multiple of kv_heads, {self.kv_heads}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda needs a CUDA device, and torch sees none")
-
-    @property
-    def kind(self) -> torch.dtype:
-        """The dtype as torch's."""
-        return getattr(torch, self.dtype)
+        self.among(
+            masks=(self.masks, MASKS),
+            gates=(self.gates, GATES),
+            peers=(self.peers, ("cudnn", "fa2", "flex")),
+        )
+        self.shares(self.densities)
+        self.counts(tokens=self.tokens, blocks=self.blocks)
+        super().__post_init__()
 
     def shape(self, tokens: int, block: int) -> Shape:
         """Return the sizes of one call."""
@@ -112,7 +165,6 @@ class Plan:
     def gate(self, name: str, block: int) -> AttnGate:
         """Return a gate of a named design, with random weights in the plan's dtype."""
         sizes = self.heads, self.kv_heads, self.head_dim
-        torch.manual_seed(0)
         if name == "published":
             heads, kv_heads, head_dim = sizes
             config = GateConfig.published(
@@ -124,7 +176,64 @@ class Plan:
             config = GateConfig(*sizes, block, self.head_dim, q_sub_block=sub, k_sub_block=sub)
         else:
             config = GateConfig(*sizes, block_size=block)
-        return AttnGate(config).to(self.device, self.kind).requires_grad_(False)
+        return self.made(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePlan(Setting):
+    """Caches, selections and peers of one run of decoding, a token per sequence.
+
+    Attributes:
+        sizes: Pairs of sequences and tokens of each, whole blocks and whole pages.
+        density: Share of the blocks to read, in (0, 1].
+        block: Tokens per block.
+        gates: Whose choosing is timed, with random weights: ``sub<n>``, the default design for decoding with
+            a summary of every ``n`` key tokens, or ``quest``, Quest's rule.
+        pages: Tokens per page of the paged caches that are timed, too.
+        peers: Any of ``cudnn`` and ``fa2``; on a CPU dense SDPA is always there.
+        extra: Further peers, ``flashinfer`` or ``module:function``.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    density: float = 0.1
+    block: int = 64
+    gates: tuple[str, ...]
+    pages: tuple[int, ...]
+    peers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.among(peers=(self.peers, ("cudnn", "fa2")))
+        self.shares((self.density,))
+        self.counts(sizes=itertools.chain(*self.sizes), block=(self.block,), pages=self.pages)
+        for size in (self.block, *self.pages):
+            for _, tokens in self.sizes:
+                if tokens % size:
+                    raise ValueError(f"{tokens} tokens are no whole number of blocks or pages of {size}")
+        super().__post_init__()
+        for gate in self.gates:
+            if gate != "quest":
+                self.design(gate)
+
+    def count(self, tokens: int) -> int:
+        """Return how many of a sequence's blocks are read."""
+        return max(1, round(self.density * tokens / self.block))
+
+    def scorer(self, name: str) -> Scorer:
+        """Return what a name of `gates` ranks by, for single tokens."""
+        if name == "quest":
+            return baselines.create("quest", block_size=(1, self.block))
+        return self.made(self.design(name)).per_token()
+
+    def design(self, name: str) -> GateConfig:
+        """Return the design that ``sub<n>`` stands for.
+
+        Raises:
+            ValueError: If the name is none, or blocks cannot be divided so.
+        """
+        if not (sub := re.fullmatch(r"sub([1-9]\d*)", name)):
+            raise ValueError(f"gates must be sub<key tokens per summary>, e.g. sub16, or quest, got {name!r}")
+        settings: dict[str, Any] = DECODE_DESIGN | {"k_sub_block": int(sub[1])}
+        return GateConfig(self.heads, self.kv_heads, self.head_dim, self.block, **settings)
 
 
 #: Defaults per device type: on a GPU the shape of Llama 3.1 8B, on a CPU that of the bundled teacher.
@@ -151,4 +260,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "dtype": "bfloat16",
     },
+}
+
+#: The same for decoding.
+DECODE_DEFAULTS: dict[str, dict[str, Any]] = {
+    device: {name: DEFAULTS[device][name] for name in ("heads", "kv_heads", "head_dim", "dtype")}
+    | {"sizes": sizes, "gates": gates, "pages": pages}
+    for device, sizes, gates, pages in (
+        ("cpu", ((1, 4096), (1, 16384), (4, 16384)), ("sub16", "quest"), (64,)),
+        (
+            "cuda",
+            ((1, 32 << 10), (1, 128 << 10), (8, 128 << 10), (16, 32 << 10), (16, 128 << 10), (64, 128 << 10)),
+            ("sub16", "sub64", "quest"),
+            (64, 256),
+        ),
+    )
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,9 +16,7 @@ from seerattention.bench import masks, peers
 from seerattention.bench.ceilings import ceilings
 from seerattention.bench.layer import in_ms, measure_layers
 from seerattention.bench.plan import Plan, Reporter
-from seerattention.device import capability
 from seerattention.measure.timing import interleaved, timed
-from seerattention.measure.versions import versions
 from seerattention.ops import block_sparse_attention as op
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection, causal_blocks
@@ -90,19 +87,7 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
             reporter.stage(f"scores of the bundled gates on {plan.teacher_tokens:,} tokens of text", 1)
             scores = masks.teacher_scores(plan.device, plan.teacher_tokens)
             makers["gate"] = partial(masks.gate, scores=scores)
-        report: dict[str, Any] = {
-            "versions": versions(plan.device),
-            "date": datetime.now(UTC).date().isoformat(),
-            "device_type": plan.device,
-            "capability": capability(plan.device),
-            "dtype": plan.dtype,
-            "shape": {"heads": plan.heads, "kv_heads": plan.kv_heads, "head_dim": plan.head_dim},
-            "repeats": plan.repeats,
-            "ceilings": limits,
-            "notes": notes,
-            "rows": [],
-            "layers": [],
-        }
+        report = plan.about() | {"ceilings": limits, "notes": notes, "rows": [], "layers": []}
         for tokens in plan.tokens:
             q, k, v = _draw(plan, tokens)
             size = plan.blocks[0], plan.blocks[0]

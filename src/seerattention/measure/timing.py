@@ -47,7 +47,7 @@ def interleaved(
                 run()
                 fit = int(SAMPLE_SECONDS / _events(run, 1))
                 launches[name] = max(1, min(MOST_LAUNCHES, fit))
-            sample = _captured(run, launches[name]) if cuda else timed(run)[1]
+            sample = _launched(run, launches[name]) if cuda else timed(run)[1]
             if round_ >= warmup:
                 seconds[name].append(sample)
             if after is not None:
@@ -64,18 +64,24 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def _captured(run: Callable[[], object], launches: int) -> float:
-    """Return the mean seconds of a launch, the host's share left out where that is possible."""
+def captured(run: Callable[[], object], launches: int = 1) -> Callable[[], None] | None:
+    """Return what replays so many calls as one CUDA graph, or None if they wait for the device."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             for _ in range(launches):
                 run()
     except RuntimeError:
-        # What waits for the device cannot be captured, and its waiting belongs to its time.
         torch.cuda.synchronize()
-        return _events(run, launches)
-    return _events(graph.replay, 1) / launches
+        return None
+    return graph.replay
+
+
+def _launched(run: Callable[[], object], launches: int) -> float:
+    """Return the mean seconds of a launch, the host's share left out where that is possible."""
+    replay = captured(run, launches)
+    # What waits for the device cannot be captured, and its waiting belongs to its time.
+    return _events(run, launches) if replay is None else _events(replay, 1) / launches
 
 
 def _events(run: Callable[[], object], launches: int) -> float:

@@ -91,6 +91,23 @@ def padded(dim: int) -> int:
 
 
 @jit
+def wait(PDL: tl.constexpr):
+    """Wait for all that the launch before wrote, where `launch.overlapping` started this one.
+
+    Every program does so before it reads what a launch may have written, or writes.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def release(PDL: tl.constexpr):
+    """Let the programs of the next launch come, once all of this one are here or done."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
 def cap(scores, softcap, EXACT: tl.constexpr):
     """Return ``softcap * tanh(scores / softcap)``, written with exp2, which every target has."""
     x = scores / softcap

@@ -77,6 +77,19 @@ class Launch:
         return self.programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """Return what starts a kernel while the launch before it ends, from NVIDIA's Hopper on.
+
+    Its programs are in place when they may go on, which `language.wait` waits for. They come when the launch
+    before has called `language.release` in every program: too early, they take the places of others and lie
+    unevenly.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"PDL": False}
+    pdl = torch.cuda.get_device_capability(device)[0] >= 9
+    return {"PDL": pdl, "launch_pdl": pdl}
+
+
 def positive(q: Tensor, options: Given) -> tuple[Tensor, Given]:
     """Return queries and a positive scale that make the same scores: maxima come before scaling."""
     if options.scale > 0:
@@ -88,7 +101,7 @@ def positive(q: Tensor, options: Given) -> tuple[Tensor, Given]:
 
 def starts(options: Options, unused: Tensor) -> list[Tensor]:
     """Return where packed sequences start; a tensor that is not used still needs a pointer."""
-    return [unused if x is None else x for x in options.starts.values()]
+    return [unused if x is None else x for x in options.packed_starts.values()]
 
 
 def numbers(options: Options) -> tuple[int, float, float]:

@@ -76,7 +76,7 @@ class Options(Asked):
         return self.rows.is_packed
 
     @property
-    def starts(self) -> dict[str, Tensor | None]:
+    def packed_starts(self) -> dict[str, Tensor | None]:
         """What tells kernels where packed sequences lie; None if there are none."""
         return {"starts_q": self.rows.starts_q, "starts_k": self.rows.starts_k}
 
@@ -157,17 +157,19 @@ class DecodeOptions(Options):
         lengths: int32 ``[B]``, keys of every sequence, its queries the last of them; None for a full cache.
         pages: int32 ``[B, N]``, the pages of every sequence in order; None where a sequence's keys lie
             behind one another.
+        starts: int32 ``[B]``, where in k every sequence's first key lies; None where that is its beginning.
     """
 
     lengths: Tensor | None = None
     pages: Tensor | None = None
+    starts: Tensor | None = None
 
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, *, rows: Rows | None = None, scale: float | None = None, **more: Any
     ) -> Self:
         """Check what a caller gave and fill in the rest, as `Options.of`; ``rows`` follows from the cache."""
-        for name in ("lengths", "pages"):
+        for name in ("lengths", "pages", "starts"):
             if (x := more.get(name)) is not None and not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor of int32, got {type(x).__name__}")
         pages = more.get("pages")
@@ -187,14 +189,30 @@ class DecodeOptions(Options):
         Raises:
             ValueError: If there are more than the cache can hold, or fewer than none.
         """
-        most = self.rows.num_keys
-        held = [most] * batch if self.lengths is None else self.lengths.tolist()
-        if wrong := [length for length in held if not 0 <= length <= most]:
-            raise ValueError(f"lengths must be of 0 to {most} keys, what the cache can hold, got {wrong[0]}")
+        room = [self.rows.num_keys - start for start in self.first_keys(batch)]
+        held = room if self.lengths is None else self.lengths.tolist()
+        for length, most in zip(held, room, strict=True):
+            if not 0 <= length <= most:
+                raise ValueError(
+                    f"lengths must be of 0 to {most} keys, what the cache can hold, got {length}"
+                )
         return held
 
+    def first_keys(self, batch: int) -> list[int]:
+        """Return where in k every sequence's first key lies; waits for the device.
+
+        Raises:
+            ValueError: If it is outside of the cache.
+        """
+        most = self.rows.num_keys
+        starts = [0] * batch if self.starts is None else self.starts.tolist()
+        if wrong := [start for start in starts if not 0 <= start <= most]:
+            raise ValueError(f"starts must be of 0 to {most}, the tokens of the cache, got {wrong[0]}")
+        return starts
+
     def _check_rows(self, q: Tensor, k: Tensor) -> None:
-        for name, x, shape in (("lengths", self.lengths, "[B]"), ("pages", self.pages, "[B, N]")):
+        for name, shape in (("lengths", "[B]"), ("pages", "[B, N]"), ("starts", "[B]")):
+            x: Tensor | None = getattr(self, name)
             if x is None:
                 continue
             if x.dtype != torch.int32:
@@ -203,6 +221,8 @@ class DecodeOptions(Options):
                 raise ValueError(f"{name} must be {shape} for a batch of {q.shape[0]}, got {list(x.shape)}")
             if x.device != q.device:
                 raise ValueError(f"{name} are on {x.device}, q on {q.device}")
+        if self.pages is not None and self.starts is not None:
+            raise ValueError("starts are of a cache without pages; a block table begins with the first key's")
         if self.pages is None and k.shape[0] != q.shape[0]:
             raise ValueError(
                 f"k holds {k.shape[0]} sequences, q {q.shape[0]}; a paged cache needs pages=, its block table"

@@ -57,6 +57,9 @@ def unread(case: Case, selection: BlockSelection) -> Tensor:
     mask = selection.to_mask().cpu()
     reads = mask.repeat_interleave(case.block_size[1], -1)[..., : case.keys]
     reads = (reads & (torch.arange(case.keys) <= case.positions[:, None, :, None])).any(2)
+    if case.starts:
+        # Each sequence from where its first key lies; what would wrap around is past its length.
+        reads = torch.stack([own.roll(start, -1) for own, start in zip(reads, case.starts, strict=True)])
     heads = reads.shape[1]
     if heads > case.kv_heads:
         return ~reads.unflatten(1, (case.kv_heads, -1)).any(2)
@@ -135,7 +138,9 @@ def decode_is_the_last_rows_of_prefill(
             columns = num_blocks(position + 1, case.block_size[1])
             mask = selection.to_mask()[b : b + 1, :, -rows:, :columns]
             chosen = BlockSelection.from_mask(mask, case.block_size)
-            own = q[b : b + 1, :, -rows:], *(x[b : b + 1, :, : position + 1] for x in (k, v))
+            start = case.starts[b] if case.starts else 0
+            keys = slice(start, start + position + 1)
+            own = q[b : b + 1, :, -rows:], *(x[b : b + 1, :, keys] for x in (k, v))
 
             def attend(q: Tensor, k: Tensor, v: Tensor, chosen: BlockSelection = chosen) -> Tensor:
                 return block_sparse_attention(

@@ -114,8 +114,39 @@ class PastTheEnd:
         return gather.run(q, k, v, selection, replace(options, lengths=None))
 
 
+class IntoThePadding:
+    """Takes every sequence to begin where the cache does."""
+
+    unsupported = gather.unsupported
+
+    @staticmethod
+    def run(q, k, v, selection, options):
+        return gather.run(q, k, v, selection, replace(options, starts=None))
+
+
+class SplitLost:
+    """The last of four parts of a list is not merged."""
+
+    unsupported = gather.unsupported
+
+    @staticmethod
+    def run(q, k, v, selection, options):
+        mask = selection.to_mask()
+        rank = mask.cumsum(-1) - 1
+        kept = mask & (rank < mask.sum(-1, keepdim=True) * 3 // 4)
+        chosen = BlockSelection.from_mask(kept, selection.block_size, check=False)
+        return gather.run(q, k, v, chosen, options)
+
+
 @pytest.mark.parametrize(
-    ("mutant", "name"), [(WrongPage, "paged"), (UnionOfTokens, "drafted"), (PastTheEnd, "ragged")]
+    ("mutant", "name"),
+    [
+        (WrongPage, "paged"),
+        (UnionOfTokens, "drafted"),
+        (PastTheEnd, "ragged"),
+        (IntoThePadding, "padded"),
+        (SplitLost, "one-token"),
+    ],
 )
 def test_planted_bugs_are_noticed(mutant, name: str) -> None:
     with pytest.raises(AssertionError):
@@ -137,6 +168,13 @@ def test_planted_bugs_are_noticed(mutant, name: str) -> None:
         ),
         ({"lengths": torch.tensor([641], dtype=torch.int32)}, ValueError, "of 0 to 640 keys.* got 641"),
         ({"lengths": torch.tensor([-1], dtype=torch.int32)}, ValueError, "of 0 to 640 keys.* got -1"),
+        ({"starts": [641]}, ValueError, "starts must be of 0 to 640.* got 641"),
+        ({"starts": [9], "page": 64}, ValueError, "starts are of a cache without pages"),
+        (
+            {"starts": [9], "lengths": torch.tensor([632], dtype=torch.int32)},
+            ValueError,
+            "of 0 to 631 keys.* got 632",
+        ),
         ({"pages": torch.ones(1, dtype=torch.int32)}, ValueError, r"pages must be \[B, N\]"),
         ({"batch": 2}, ValueError, "needs pages=, its block table"),
         ({"heads": 3}, ValueError, "the selection has 3 heads"),
@@ -146,6 +184,7 @@ def test_bad_input_is_a_sentence(change: dict, error: type[Exception], message: 
     case = Case(name="", keys=640)
     q, k, v, selection, _ = decode_inputs(case)
     lengths, pages = change.get("lengths"), change.get("pages")
+    starts = torch.tensor(change["starts"], dtype=torch.int32) if "starts" in change else None
     if isinstance(lengths, list):
         lengths = torch.tensor(lengths)
     if "block_size" in change:
@@ -160,7 +199,7 @@ def test_bad_input_is_a_sentence(change: dict, error: type[Exception], message: 
     if "heads" in change:
         selection = BlockSelection(selection.bits[:, [0, 1, 1]], (1, 3, *selection.shape[2:]), (1, 64))
     with pytest.raises(error, match=message):
-        block_sparse_decode(q, k, v, selection, lengths=lengths, pages=pages)
+        block_sparse_decode(q, k, v, selection, lengths=lengths, pages=pages, starts=starts)
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather"])

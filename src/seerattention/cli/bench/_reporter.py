@@ -36,14 +36,14 @@ class ProgressReporter:
 
 
 @contextmanager
-def result_of_prefill(path: Path) -> Iterator[dict[str, Any]]:
+def result_of(path: Path, command: str) -> Iterator[dict[str, Any]]:
     """Read a result; what it is used for says what it lacks.
 
     Raises:
-        ValueError: If it is none, or has not what is asked of it.
+        ValueError: If it is none of the command's, or has not what is asked of it.
     """
     content = read_json(path)
     try:
         yield content
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of bench prefill ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is no result of {command} ({type(error).__name__}: {error})") from error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seerattention.cli.bench._reporter import result_of_prefill
+from seerattention.cli.bench._reporter import result_of
 from seerattention.files import write_whole
 
 
@@ -23,6 +23,6 @@ def run(
 
     picture = out or report.with_suffix(".png")
     require_matplotlib(picture)
-    with result_of_prefill(report) as measured:
+    with result_of(report, "bench prefill") as measured:
         write_whole(picture, lambda path: draw_roofline(measured, path))
     print(picture)

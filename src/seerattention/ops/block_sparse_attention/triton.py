@@ -51,8 +51,8 @@ def launch_of(head_dim: int, block_size: tuple[int, int], itemsize: int) -> Laun
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    tensors = {"k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks, **options.starts}
-    reasons = unsupported_attention(q, **tensors)
+    tensors = {"k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
+    reasons = unsupported_attention(q, **tensors, **options.packed_starts)
     if selection.block_size[1] not in BLOCKS_K:
         allowed = ", ".join(map(str, BLOCKS_K))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")

@@ -30,6 +30,7 @@ def block_sparse_decode(
     *,
     lengths: Tensor | None = None,
     pages: Tensor | None = None,
+    starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -39,8 +40,8 @@ def block_sparse_decode(
     """Compute softmax attention in which every query token reads only the KV blocks that it selected.
 
     The queries are the last tokens of their sequences: one in plain decoding, a few where drafted tokens are
-    verified, each with a selection of its own. Lengths and pages are read on the device, so that a captured
-    graph stays right while both change in place. There is no gradient.
+    verified, each with a selection of its own. Lengths, pages and starts are read on the device, so that a
+    captured graph stays right while they change in place. There is no gradient.
 
     Args:
         q: ``[B, Hq, Tq, D]``, any floating-point dtype.
@@ -55,6 +56,8 @@ def block_sparse_decode(
             the cache can hold, which is the default. On a GPU nobody checks them.
         pages: int32 ``[B, N]``, a block table: where in k and v the pages of every sequence are, in order.
             Entries past a sequence's length are not read.
+        starts: int32 ``[B]``, where in k and v every sequence's first key lies, as padding on the left leaves
+            it: blocks and lengths count from there. Default 0. Not with pages.
         scale: Softmax scale; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(scores * scale / softcap)``.
         sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator only.
@@ -77,8 +80,9 @@ def block_sparse_decode(
     q, k, v = q.detach(), k.detach(), v.detach()
     sinks = None if sinks is None else sinks.detach()
     options = DecodeOptions.of(
-        q, k, lengths=lengths, pages=pages, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
-    )
+        q, k, lengths=lengths, pages=pages, starts=starts, scale=scale, softcap=softcap, sinks=sinks,
+        return_lse=return_lse,
+    )  # fmt: skip
     _check_selection(q, k, selection, options)
     args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}
     module = choose(BACKENDS, ORDER, backend, **args)
@@ -87,7 +91,7 @@ def block_sparse_decode(
     else:
         out, lse = _operator(
             q, k, v, selection.bits, selection.shape[3], selection.block_size[1], options.scale, softcap,
-            sinks, lengths, pages, return_lse, module.__name__,
+            sinks, lengths, pages, starts, return_lse, module.__name__,
         )  # fmt: skip
     return Attended(out, lse) if return_lse else out
 
@@ -105,14 +109,16 @@ def _operator(
     sinks: Tensor | None,
     lengths: Tensor | None,
     pages: Tensor | None,
+    starts: Tensor | None,
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens = bits.shape[:3]
     selection = BlockSelection(bits, (batch, heads, tokens, columns), (1, block))
     options = DecodeOptions.of(
-        q, k, lengths=lengths, pages=pages, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
-    )
+        q, k, lengths=lengths, pages=pages, starts=starts, scale=scale, softcap=softcap, sinks=sinks,
+        return_lse=return_lse,
+    )  # fmt: skip
     return as_told(q, *importlib.import_module(backend).run(q, k, v, selection, options))
 
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention.kernels.forward import expand, step
-from seerattention.ops.language import jit, load_tile, softmax_start, store_tile, tl
+from seerattention.ops.block_sparse_attention.kernels.forward import expand, first_words, step
+from seerattention.ops.language import jit, load_tile, release, softmax_start, store_tile, tl, wait
 
 
 @jit
@@ -44,6 +44,7 @@ def decode_kernel(  # noqa: PLR0915
     scratch_ptr,
     sinks_ptr,
     lengths_ptr,
+    starts_ptr,
     pages_ptr,
     q_strides,
     k_strides,
@@ -71,25 +72,34 @@ def decode_kernel(  # noqa: PLR0915
     WORDS: tl.constexpr,
     SPLITS: tl.constexpr,
     LENGTHS: tl.constexpr,
+    STARTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Attend to one split's share of what a token selected from one KV head; ``PAGE`` blocks are a page."""
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
     GROUP: tl.constexpr = HEADS // LISTS
     item, split = tl.program_id(0), tl.program_id(1)
     b, which, head, token = place_of(item, num_queries, HEADS, LISTS)
+    bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
+    bits_row += token.to(tl.int64) * stride_bits_row
+    wait(PDL)
+    # Asked for before the length is there, which they do not wait for.
+    word = first_words(bits_row, (columns - 1) // 32, WORDS)
+    first = 0
+    if STARTS:
+        first = tl.load(starts_ptr + b)
     # Keys that the token sees, its own the last of them.
-    seen = num_keys
+    seen = num_keys - first
     if LENGTHS:
         seen = tl.load(lengths_ptr + b)
     seen += token + 1 - num_queries
     last_block = tl.minimum(tl.where(seen > 0, (seen - 1) // BLOCK_K, -1), columns - 1)
-    bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
     list_ptr = scratch_ptr + (item.to(tl.int64) * SPLITS + split) * 2 * (columns + 1)
-    count = expand(bits_row + token.to(tl.int64) * stride_bits_row, list_ptr, last_block, WORDS)
+    count = expand(bits_row, word, list_ptr, last_block, WORDS)
     begin, end = count * split // SPLITS, count * (split + 1) // SPLITS
     if PAGE:
         page_list = list_ptr + columns + 1
@@ -104,6 +114,9 @@ def decode_kernel(  # noqa: PLR0915
     q = load_tile(q_heads, q_strides[1], 0, GROUP, BLOCK_M, D, BLOCK_D)
     kv_head = (which // (LISTS // KV_HEADS)).to(tl.int64)
     k_head, v_head = k_ptr + kv_head * k_strides[1], v_ptr + kv_head * v_strides[1]
+    if STARTS:
+        k_head += tl.cast(first, tl.int64) * k_strides[2]
+        v_head += tl.cast(first, tl.int64) * v_strides[2]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     unit = natural(scale, SOFTCAP, q.dtype == tl.float32)
     rows = tl.arange(0, BLOCK_M)
@@ -134,6 +147,7 @@ def decode_kernel(  # noqa: PLR0915
             log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0,
         )  # fmt: skip
 
+    release(PDL)
     if SPLITS == 1:
         # A query that sees nothing gets zeros.
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -166,6 +180,7 @@ def merge_kernel(
     SOFTCAP: tl.constexpr,
     LSE: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merge the splits of one query head of an item, always in one order."""
     GROUP: tl.constexpr = HEADS // LISTS
@@ -173,6 +188,7 @@ def merge_kernel(
     b, _, head, token = place_of(item, num_queries, HEADS, LISTS)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     parts = item.to(tl.int64) * SPLITS + splits
+    wait(PDL)
     maxima = tl.load(state_ptr + parts * 2 * GROUP + row)
     totals = tl.load(state_ptr + (parts * 2 + 1) * GROUP + row)
     places = (parts * GROUP + row)[:, None] * D + dims[None, :]

@@ -31,10 +31,11 @@ def run(
     kv_heads = torch.arange(lists, device=q.device)[:, None, None] // (lists // k.shape[1])
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for b, length in enumerate(options.held(len(q))):
+    held, starts = options.held(len(q)), options.first_keys(len(q))
+    for b, (start, length) in enumerate(zip(starts, held, strict=True)):
         positions = tokens + length
         keys, hidden = _keys_of(mask[b % len(mask)], positions, block)
-        pages, place = b, keys
+        pages, place = b, keys + start
         if options.pages is not None:
             pages = options.pages[b][keys // options.page_tokens].clamp(0, len(k) - 1)
             place = keys % options.page_tokens

@@ -27,13 +27,14 @@ def run(
     if options.sinks is not None:
         lse[:] = options.sinks[:, None]
     mask = selection.to_mask().expand(len(q), -1, -1, -1)
-    for b, length in enumerate(options.held(len(q))):
+    held, starts = options.held(len(q)), options.first_keys(len(q))
+    for b, (start, length) in enumerate(zip(starts, held, strict=True)):
         # A sequence shorter than its queries: the first of them see nothing.
         rows = min(q.shape[2], length)
         if rows:
             own = mask[b : b + 1, :, -rows:, : num_blocks(length, selection.block_size[1])]
             chosen = BlockSelection.from_mask(own, selection.block_size, check=False)
-            keys, values = (_sequence(x, b, options)[:, :, :length] for x in (k, v))
+            keys, values = (_sequence(x, b, options)[:, :, start : start + length] for x in (k, v))
             asked = Options(
                 rows=Rows.last(rows, length),
                 scale=options.scale,

@@ -15,7 +15,7 @@ from torch import Tensor
 from seerattention.ops.block_sparse_attention.kernels.backward import bit_strides
 from seerattention.ops.block_sparse_decode._triton_kernel import decode_kernel, merge_kernel
 from seerattention.ops.language import padded, power_of_two, unsupported_attention
-from seerattention.ops.launch import Launch, positive
+from seerattention.ops.launch import Launch, overlapping, positive
 from seerattention.ops.options import DecodeOptions
 from seerattention.selection import BlockSelection
 
@@ -23,7 +23,7 @@ BLOCKS = (16, 32, 64, 128)
 #: Programs that share what one token reads from one KV head, at the most.
 MOST_SPLITS = 64
 #: Words of a row of bits that a program looks at together, at the most.
-MOST_WORDS = 64
+MOST_WORDS = 32
 
 #: By bytes per element and padded head dimension: a launch for lists in parts, one for whole lists. A tile's
 #: rows are the heads of a group, 16 at least.
@@ -42,7 +42,8 @@ def unsupported(
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
     tensors = {"k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
-    reasons = unsupported_attention(q, **tensors, lengths=options.lengths, pages=options.pages)
+    tensors |= {"lengths": options.lengths, "pages": options.pages, "starts": options.starts}
+    reasons = unsupported_attention(q, **tensors)
     if selection.block_size[1] not in BLOCKS:
         allowed = ", ".join(map(str, BLOCKS))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
@@ -79,6 +80,7 @@ def run(
     state = q.new_empty((items, splits, 2, group) if splits > 1 else (0,), dtype=torch.float32)
     shape = {"HEADS": heads, "LISTS": lists, "D": head_dim, "BLOCK_D": padded(head_dim), "SPLITS": splits}
     shape |= {"SOFTCAP": options.softcap is not None, "LSE": options.return_lse}
+    shape |= overlapping(q.device)
     pages = options.pages
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
@@ -92,7 +94,7 @@ def run(
             state,
             bits,
             scratch,
-            *(scratch if x is None else x for x in (options.sinks, options.lengths, pages)),
+            *(scratch if x is None else x for x in (options.sinks, options.lengths, options.starts, pages)),
             *(x.stride()[:3] for x in (q, k, v, out)),
             *bit_strides(bits),
             0 if pages is None else pages.stride(0),
@@ -107,6 +109,7 @@ def run(
             PAGE=0 if pages is None else k.shape[2] // block,
             WORDS=min(MOST_WORDS, power_of_two(bits.shape[3])),
             LENGTHS=options.lengths is not None,
+            STARTS=options.starts is not None,
             SINKS=options.sinks is not None,
             STAGES=launch.stages,
             **shape,

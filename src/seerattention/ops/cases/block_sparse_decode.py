@@ -19,6 +19,7 @@ class Case(AttentionCase):
     Attributes:
         queries: Tokens that are decoded at once.
         held: Keys of every sequence; default as many as the cache has room for.
+        starts: Where in the cache each sequence's first key lies; default 0.
         page: Tokens per page, a multiple of a block; None for a cache without pages.
         density: Fraction of the earlier blocks that are selected.
         selection_heads: Heads of the selection; default one per KV head.
@@ -27,6 +28,7 @@ class Case(AttentionCase):
     queries: int = 1
     block_size: tuple[int, int] = (1, 64)
     held: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
     page: int | None = None
     density: float = 0.3
     selection_heads: int | None = None
@@ -47,11 +49,15 @@ class Case(AttentionCase):
 
     def options(self, device: str = "cpu", *, return_lse: bool = False) -> DecodeOptions:
         """Return the options of the case, its tensors on a device."""
-        held, pages = torch.tensor(self.held, dtype=torch.int32, device=device), self.pages()
+        held, starts = (
+            torch.tensor(x, dtype=torch.int32, device=device) if x else None for x in (self.held, self.starts)
+        )
+        pages = self.pages()
         return DecodeOptions(
             **self.asked(device, return_lse),
-            lengths=held if self.held else None,
+            lengths=held,
             pages=None if pages is None else pages.to(device),
+            starts=starts,
         )
 
 
@@ -62,6 +68,7 @@ CASES = (
     Case(name="drafted", queries=4, keys=450, selection_heads=2),
     Case(name="ragged", batch=3, keys=512, held=(512, 70, 1)),
     Case(name="empty", batch=3, queries=2, keys=256, held=(0, 1, 256)),
+    Case(name="padded", batch=4, queries=2, keys=512, held=(512, 300, 70, 1), starts=(0, 212, 100, 511)),
     Case(name="own-lists", keys=320, selection_heads=4),
     Case(name="one-list", batch=2, keys=320, selection_heads=1),
     Case(name="big-group", heads=20, kv_heads=1, keys=200, head_dim=80),

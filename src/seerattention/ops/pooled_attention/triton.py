@@ -53,7 +53,7 @@ def unsupported(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = unsupported_attention(q, k=k, v=v, sinks=options.sinks, **options.starts)
+    reasons = unsupported_attention(q, k=k, v=v, sinks=options.sinks, **options.packed_starts)
     for name, size, allowed in zip(("query", "KV"), block_size, (BLOCKS_Q, BLOCKS_K), strict=True):
         if size not in allowed:
             listed = ", ".join(map(str, allowed))

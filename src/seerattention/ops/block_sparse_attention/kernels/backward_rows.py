@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention.kernels.forward import LENGTHS, expand, open_row
+from seerattention.ops.block_sparse_attention.kernels.forward import (
+    LENGTHS,
+    expand,
+    first_words,
+    open_row,
+)
 from seerattention.ops.language import add_product, cap, jit, load_tile, score, store_tile, tl
 
 
@@ -146,7 +151,8 @@ def queries_kernel(
         shift = tl.load(shift_ptr + at, mask=places < queries, other=float("inf"))
         delta = tl.load(delta_ptr + at, mask=places < queries, other=0.0)
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        count = expand(bits_row, list_ptr, last_block, 32)
+        word = first_words(bits_row, last_block // 32, 32)
+        count = expand(bits_row, word, list_ptr, last_block, 32)
 
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1]
         v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1]

@@ -26,22 +26,43 @@ LENGTHS = (
 
 
 @jit
-def expand(bits_ptr, list_ptr, last_block, WORDS: tl.constexpr):
-    """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are."""
-    places = tl.arange(0, 32)
+def first_words(bits_ptr, last_word, WORDS: tl.constexpr):
+    """Load the first words of a row of bits, zeros past the last one."""
+    words = tl.arange(0, WORDS)
+    return tl.load(bits_ptr + words, mask=words <= last_word, other=0)
+
+
+@jit
+def ones(word):
+    """Count the set bits of words of 32; compilers know the formula for what it is."""
+    x = word.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@jit
+def expand(bits_ptr, word, list_ptr, last_block, WORDS: tl.constexpr):
+    """Write the numbers of the set bits up to ``last_block``, ascending, and return how many there are.
+
+    ``word`` are the row's `first_words`.
+    """
+    place = tl.arange(0, 32)[None, :]
     count = 0
     # Nobody may still read the list of the tile before.
     tl.debug_barrier()
     for start in range(0, last_block // 32 + 1, WORDS):
         words = start + tl.arange(0, WORDS)
-        word = tl.load(bits_ptr + words, mask=words <= last_block // 32, other=0)
-        blocks = words[:, None] * 32 + places[None, :]
-        chosen = ((word[:, None] >> places[None, :]) & 1) & (blocks <= last_block).to(tl.int32)
-        in_word = tl.sum(chosen, 1)
+        # Of the last word some bits, of words after it none.
+        inside = tl.minimum(last_block + 1 - words * 32, 32)
+        word = tl.where(inside > 0, word & ~(-2 << (tl.maximum(inside, 1) - 1)), 0)
+        in_word = ones(word)
         before = count + tl.cumsum(in_word, 0) - in_word
-        rank = before[:, None] + tl.cumsum(chosen, 1) - 1
-        tl.store(list_ptr + rank, blocks, mask=chosen != 0)
+        rank = before[:, None] + ones(word[:, None] & ((1 << place) - 1))
+        tl.store(list_ptr + rank, words[:, None] * 32 + place, mask=((word[:, None] >> place) & 1) != 0)
         count += tl.sum(in_word, 0)
+        word = tl.load(bits_ptr + words + WORDS, mask=words + WORDS <= last_block // 32, other=0)
     tl.debug_barrier()
     return count
 
@@ -173,7 +194,8 @@ def attention_kernel(
         q = load_tile(q_head, q_strides[2], token, queries, BLOCK_M, D, BLOCK_D)
         # Asked for early, so that the answer travels together with the queries.
         next_item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-        count = expand(bits_row, list_ptr, last_block, 32)
+        word = first_words(bits_row, last_block // 32, 32)
+        count = expand(bits_row, word, list_ptr, last_block, 32)
 
         first_k = tl.cast(start_k, tl.int64)
         k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
