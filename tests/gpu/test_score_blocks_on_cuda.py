@@ -15,6 +15,7 @@ from seerattention.testing.budget import Budget
 from seerattention.testing.packed import check_packed_scores
 from seerattention.testing.waiting import no_waiting
 from seerattention.train import layer, objectives
+from seerattention.train.target import decode_rows, decode_target
 
 pytestmark = pytest.mark.gpu
 
