@@ -468,8 +468,8 @@ def choosing() -> str:
     """Return a step of choosing and decoding beside dense decoding, summaries 96 wide."""
     report = read("h200", "block_sparse_decode.json")
     return table(
-        "size: {size} | tokens per summary: {tokens_per_summary} | choosing us: {choosing us:.1f} | with attention "
-        "us: {step us:.1f} | x dense: {x_dense:.2f} | update us: {update us:.1f} | "
+        "size: {size} | tokens per summary: {tokens_per_summary} | choosing us: {choosing us:.1f} | "
+        "with attention us: {step us:.1f} | x dense: {x_dense:.2f} | update us: {update us:.1f} | "
         "update that finishes a block us: {update that finishes us:.1f}",
         (row for row in report["choosing"] if row["dim"] == 96),
     )
