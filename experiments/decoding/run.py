@@ -159,7 +159,7 @@ class Perplexity(Part):
         """Return perplexity, and every window's mean loss."""
         with decoding(self.model, key["method"], key["budget"], self.args) as reading:
             losses = [
-                continued(self.model, np.stack(some), self.args.length // 2, piece=self.args.piece).losses
+                continued(self.model, np.stack(some), self.args.length // 2, step=self.args.step).losses
                 for some in self.batches(self.windows)
             ]
         means = torch.cat(losses).double().mean(1).tolist()
@@ -181,7 +181,7 @@ class Needles(Part):
         with decoding(self.model, key["method"], key["budget"], self.args) as reading:
             for some in self.batches(self.documents):
                 tokens = np.stack([document.tokens for document in some])
-                said = continued(self.model, tokens, prompt, piece=self.args.piece).predicted.cpu().numpy()
+                said = continued(self.model, tokens, prompt, step=self.args.step).predicted.cpu().numpy()
                 for document, row in zip(some, said, strict=True):
                     right = document.correct(row[document.query_positions + 1 - prompt])
                     found.append(right / len(document.answers))
@@ -262,7 +262,7 @@ class Problems(Part):
         for some in self.batches(self.samples):
             most = max(len(solution) for _, solution in some)
             rows = [np.pad(np.concatenate(pair), (0, most - len(pair[1]))) for pair in some]
-            found = continued(self.model, np.stack(rows), self.args.length, piece=self.args.piece)
+            found = continued(self.model, np.stack(rows), self.args.length, step=self.args.step)
             losses, said = found.losses.double().cpu().numpy(), found.predicted.cpu().numpy()
             yield from ((said[i, : len(s)], losses[i, : len(s)]) for i, (_, s) in enumerate(some))
 
@@ -299,7 +299,7 @@ def main() -> None:
     """Read the command line, measure what is missing, and keep it."""
     args = parsed()
     started, file = time.perf_counter(), args.out or Path("runs/decoding") / f"{args.part}.json"
-    own = ("model", "length", "samples", "piece", "answer")
+    own = ("model", "length", "samples", "step", "answer")
     settings = {name: getattr(args, name) for name in own if getattr(args, name) is not None}
     settings["model"] = Path(args.model).name
     part = PARTS[args.part][0](args)
@@ -353,7 +353,7 @@ def parsed() -> Any:
     parser.add_argument("--length", type=int, help="tokens of a window, or of a prompt")
     parser.add_argument("--samples", type=int, help="windows, documents, questions or problems")
     parser.add_argument("--answer", type=int, help="tokens of a generated answer, at most")
-    parser.add_argument("--piece", type=int, default=63, help="of known text, a step (default: %(default)s)")
+    parser.add_argument("--step", type=int, default=63, help="of known text, a step (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="sequences at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--dtype", default="auto", help="of the model (default: %(default)s)")

@@ -74,7 +74,7 @@ def test_a_stopped_comparison_continues(monkeypatch, tmp_path, folder, capsys) -
     assert len({row["tokens_read"] for row in report["rows"] if row["budget"] == 192}) == 1
     assert report["rows"][0]["tokens_read"] == 0
     with pytest.raises(SystemExit, match="holds another measurement"):
-        run(monkeypatch, *command, "quest", "--piece", 31)
+        run(monkeypatch, *command, "quest", "--step", 31)
 
     picture = tmp_path / "quality.png"
     capsys.readouterr()
