@@ -94,10 +94,10 @@ def decoding(model: Any, method: str, budget: int | None, args: Any) -> Iterator
     elif policy == args.prompt == "dense":
         yield reading
     else:
-        scorer = scorer_of(method, args)
+        scorer = None if policy == "dense" else scorer_of(method, args)
         first = scorer if args.prompt == "dense" else bundled.named_gates(args.prompt_gates or args.gates)
-        others = {} if policy == "dense" else {"decode_gates": scorer}
-        attach(model, first, prefill=args.prompt, decode=policy, min_tokens=0, observe=reading, **others)
+        options = {"decode_gates": scorer, "min_tokens": 0, "observe": reading}
+        attach(model, first, prefill=args.prompt, decode=policy, **options)
         try:
             yield reading
         finally:
@@ -224,10 +224,6 @@ class Problems(Part):
         self.asked, self.solved = asked[: args.samples], asked[args.samples :]
         self.right = [solution.rsplit("####", 1)[1].strip() for _, solution in self.asked]
 
-    def planned(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows; the last methods take long and say little."""
-        yield from (key for key in super().planned() if key["method"] != "random")
-
     def _turn(self, role: str, content: str, **options: Any) -> np.ndarray:
         text = self.tokenizer.apply_chat_template(
             [{"role": "system", "content": "Solve the problem."}, {"role": role, "content": content}],
@@ -287,12 +283,28 @@ class Problems(Part):
         }
 
 
+#: What the parts are by default. Answers take a step per token, so fewer methods give them.
 PARTS: dict[str, tuple[type[Part], dict[str, Any]]] = {
-    "perplexity": (Perplexity, {"length": 8192, "samples": 13, "budgets": [256, 512, 1024, 2048]}),
-    "needles": (Needles, {"length": 4096, "samples": 32, "budgets": [256, 512, 1024]}),
-    "tasks": (Tasks, {"length": 4096, "samples": 40, "budgets": [512, 1024], "answer": 48}),
-    "problems": (Problems, {"length": 4096, "samples": 40, "budgets": [512], "answer": 512}),
-}
+    "perplexity": (
+        Perplexity,
+        {"length": 8192, "samples": 13, "budgets": [256, 512, 1024, 2048], "methods": METHODS},
+    ),
+    "needles": (Needles, {"length": 4096, "samples": 32, "budgets": [256, 512, 1024], "methods": METHODS}),
+    "tasks": (
+        Tasks,
+        {
+            "length": 4096, "samples": 40, "budgets": [512, 1024], "answer": 48,
+            "methods": ("gates", "quest", "streaming", "snapkv", "h2o"),
+        },
+    ),
+    "problems": (
+        Problems,
+        {
+            "length": 4096, "samples": 40, "budgets": [512], "answer": 512,
+            "methods": ("gates", "quest", "snapkv", "h2o"),
+        },
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -316,6 +328,13 @@ def main() -> None:
             held = f"{before['part']}, {before['settings']}"
             sys.exit(f"error: {file} holds another measurement ({held}); give another --out")
         report["rows"] = before["rows"]
+    try:
+        # What does not fit is known before any work.
+        for method, budget in {(key["method"], key["budget"]) for key in part.planned()}:
+            with decoding(part.model, method, budget, args):
+                pass
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     names = ("task", "prompt", "method", "budget")
     there = {tuple(row.get(name) for name in names) for row in report["rows"]}
     for key in part.planned():
@@ -347,7 +366,7 @@ def parsed() -> Any:
     parser.add_argument("--text", type=Path, nargs="+", help="books: .txt, folders, .tar.xz")
     parser.add_argument("--problems", type=Path, help="GSM8K's problems, .jsonl")
     parser.add_argument("--out", type=Path, help="file of the results (default: runs/decoding/PART.json)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those that the part is for")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--budgets", type=int, nargs="+", help="key tokens that a decoded token reads")
     parser.add_argument("--length", type=int, help="tokens of a window, or of a prompt")
