@@ -172,14 +172,16 @@ def _panel(axis: Any, report: dict[str, Any]) -> None:
     dense, *rows = (row for row in report["rows"] if row["prompt"] == "dense")
     books = report["part"] == "perplexity"
     level = 0 if books else dense["share"]
+    # The first colour of matplotlib's own is nearly that of the gates.
+    axis.set_prop_cycle(color=[f"C{i}" for i in range(1, 8)])
     axis.axhline(level, color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
     for method, marker in MARKERS.items():
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["tokens_read"])
         if own:
             values = [100 * rise(row, dense)[0] if books else row["share"] for row in own]
             read = [row["tokens_read"] for row in own]
-            colour = {"color": COLOURS["gate"], "linewidth": 2} if method == "gates" else {"linewidth": 1}
-            axis.plot(read, values, f"{marker}-", label=NAMES[method], **colour)
+            colour = {"gates": COLOURS["gate"], "oracle_mass": COLOURS["dense"]}.get(method)
+            axis.plot(read, values, f"{marker}-", label=NAMES[method], color=colour, linewidth=1)
     budgets = sorted({row["budget"] for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
