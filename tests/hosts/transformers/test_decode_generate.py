@@ -193,11 +193,15 @@ def test_a_mask_that_changes_is_not_taken_for_a_crop(tiny, static):
     assert how == [{"sparse"}, {SPARSE}, {SPARSE}, {missing}, {missing}]
 
 
-def test_nothing_in_a_static_step_asks_the_device(tiny, monkeypatch):
-    """No length comes to the host, so that a graph of the step is right when it grows."""
-    model, ids = attached(tiny), tiny.tokens(2, 90)
-    cache = StaticCache(config=model.config, max_cache_len=96)
+@pytest.mark.parametrize("static", [False, True])
+def test_nothing_in_a_step_asks_the_device(tiny, monkeypatch, static):
+    """No length comes to the host, so that the graph of a static cache's step is right when it grows."""
+    model, ids, room = attached(tiny), tiny.tokens(2, 90), {"max_cache_len": 96}
+    cache = StaticCache(config=model.config, **room) if static else DynamicCache(config=model.config)
     tiny.logits(model, ids[:, :70], cache=cache)
+    if not static:
+        # The first step compares what the cache holds.
+        tiny.logits(model, ids[:, 89:], cache=cache)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the host waits")
@@ -211,7 +215,7 @@ def test_nothing_in_a_static_step_asks_the_device(tiny, monkeypatch):
             int(torch.tensor(1))
         for end in (71, 72, 80):
             tiny.logits(model, ids[:, end - 1 : end], cache=cache)
-    assert host.usage(model)[SPARSE] == 2 * 3
+    assert host.usage(model)[SPARSE] == 2 * (3 if static else 4)
 
 
 @pytest.fixture
