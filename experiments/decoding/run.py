@@ -69,9 +69,18 @@ QUESTIONS = 256
 
 
 def policy_of(method: str, budget: int, block: int = 64) -> TokenBudget:
-    """Return what a method reads: of its budget the first block, and with eviction half for the latest."""
-    latest = max(1, budget // block // 2) if method in EVICTING else 1
-    return TokenBudget(budget, sink_blocks=1, local_blocks=latest)
+    """Return what a method reads: always the first block; with eviction half of the budget is the latest."""
+    blocks = budget // block
+    latest = {**dict.fromkeys(EVICTING, blocks // 2), "streaming": blocks - 1}.get(method, 1)
+    return TokenBudget(budget, sink_blocks=1, local_blocks=max(1, latest))
+
+
+def scorer_of(method: str, args: Any) -> Any:
+    """Return what chooses in decoding."""
+    if method not in SCORERS:
+        return bundled.named_gates(args.gates)
+    # With first and latest blocks nothing is left to choose, and a GPU is not waited for with this one.
+    return baselines.create("meanpool" if method == "streaming" else method)
 
 
 @contextmanager
@@ -85,7 +94,7 @@ def decoding(model: Any, method: str, budget: int | None, args: Any) -> Iterator
     elif policy == args.prompt == "dense":
         yield reading
     else:
-        scorer = baselines.create(method) if method in SCORERS else bundled.named_gates(args.gates)
+        scorer = scorer_of(method, args)
         first = scorer if args.prompt == "dense" else bundled.named_gates(args.prompt_gates or args.gates)
         others = {} if policy == "dense" else {"decode_gates": scorer}
         attach(model, first, prefill=args.prompt, decode=policy, min_tokens=0, observe=reading, **others)
@@ -279,7 +288,7 @@ class Problems(Part):
 
 
 PARTS: dict[str, tuple[type[Part], dict[str, Any]]] = {
-    "perplexity": (Perplexity, {"length": 8192, "samples": 26, "budgets": [256, 512, 1024, 2048]}),
+    "perplexity": (Perplexity, {"length": 8192, "samples": 13, "budgets": [256, 512, 1024, 2048]}),
     "needles": (Needles, {"length": 4096, "samples": 32, "budgets": [256, 512, 1024]}),
     "tasks": (Tasks, {"length": 4096, "samples": 40, "budgets": [512, 1024], "answer": 48}),
     "problems": (Problems, {"length": 4096, "samples": 40, "budgets": [512], "answer": 512}),

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.language import (
-    follow,
     jit,
     padded,
     power_of_two,
     products,
+    release,
     tl,
     unsupported_dtype,
     unsupported_here,
+    wait,
 )
 from seerattention.ops.launch import Launch, overlapping
 from seerattention.ops.summarise_blocks.triton import finish, places, pool
@@ -130,7 +131,7 @@ def _update(
 ):
     """Add a KV head's new keys to its tail; once they finish a block, write its ``SUBS`` summaries."""
     b, head = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    follow(PDL)
+    wait(PDL)
     before = tl.load(lengths + b) - tokens
     token, d = tl.arange(0, BLOCK_T), tl.arange(0, 2 * D_PAD)
     here = (token < tokens)[:, None] & (d < D)[None, :]
@@ -139,6 +140,7 @@ def _update(
     tail += b * tail_strides[0] + head * tail_strides[1]
     place = (before % BLOCK_K + token)[:, None]
     tl.store(tail + place * tail_strides[2] + d[None, :], new, mask=here & (place < BLOCK_K))
+    release(PDL)
     if before % BLOCK_K + tokens >= BLOCK_K:
         # The block is in the tail.
         tl.debug_barrier()
