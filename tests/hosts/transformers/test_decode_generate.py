@@ -275,6 +275,31 @@ def test_what_cannot_be_captured_is_refused(tiny, captured):
         tiny.logits(model, ids[:, 70:71], cache=cache)
 
 
+def test_calls_whose_tokens_the_host_counts_are_not_captured(tiny, captured):
+    """Dense steps, prompts, and windows that are not full; full ones are the same in every step."""
+    ids = tiny.tokens(1, 90)
+    for kind, decode, prompt, new in (
+        ("llama", "dense", 70, 1),
+        ("llama", "token_budget:48", 70, 16),
+        ("qwen2-mixed", "token_budget:48", 20, 1),
+    ):
+        model = attached(tiny, kind, decode=decode)
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        tiny.logits(model, ids[:, :prompt], cache=cache)
+        with (
+            captured(),
+            pytest.raises(NotImplementedError, match="a graph can hold sparse steps of decoding"),
+        ):
+            tiny.logits(model, ids[:, prompt : prompt + new], cache=cache)
+    outs = []
+    for context in (contextlib.nullcontext, captured):
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        tiny.logits(model, ids[:, :70], cache=cache)
+        with context():
+            outs += [tiny.logits(model, ids[:, token : token + 1], cache=cache) for token in (70, 71)]
+    assert all(map(torch.equal, outs[:2], outs[2:]))
+
+
 def test_compiled(tiny, monkeypatch):
     """As generate compiles by itself on a GPU; the steps know their cache again there too."""
     torch.compiler.reset()

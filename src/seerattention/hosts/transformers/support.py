@@ -30,6 +30,10 @@ CONTINUOUS = (
     "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
     "or do it inside dense(model)"
 )
+CAPTURE = (
+    "a graph can hold sparse steps of decoding, and sliding windows once they are full; for other calls the "
+    "host counts tokens, which a replay would not do; run them outside of the graph"
+)
 CACHE = "versions 5.15 to 5.24, which are supported, call it `cache` or `past_key_values`"
 
 
