@@ -11,6 +11,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
+from seerattention.engine import steps, summaries
+from seerattention.engine.call import Held
 from seerattention.engine.kept import Kept
 from seerattention.hosts import transformers as host
 
@@ -272,3 +274,32 @@ def test_a_short_prompt_of_a_static_cache_is_a_step(tiny):
     gold = case.run(case.gold, 9, [(nothing, 1)] * 30)[0]
     for got, expected, exact in zip(outs[1], outs[0], gold, strict=True):
         tiny.assert_as_close(got, expected, exact)
+
+
+@pytest.mark.parametrize(
+    "bug", ["trusts any tensor", "does not count writes", "keeps the tail", "adds nothing"]
+)
+def test_planted_bugs_are_noticed(tiny, monkeypatch, bug):
+    """The checks of this file fail where summaries are stale."""
+    case = Case(tiny, decode="threshold:0.15")
+    swap = lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1]))  # noqa: E731
+    scale = lambda cache: setattr(cache, "changed", cache.layers[0].keys.neg_())  # noqa: E731
+    crop = lambda cache: cache.crop(-12)  # noqa: E731
+    if bug == "trusts any tensor":
+        monkeypatch.setattr(summaries._Seen, "removed", lambda seen, now: 0)
+        case, change = Case(tiny, batch=3, decode="threshold:0.15"), swap
+    elif bug == "does not count writes":
+        monkeypatch.setattr(
+            Held, "of", classmethod(lambda cls, keys, length: cls(keys, length, (None, None)))
+        )
+        change = scale
+    elif bug == "keeps the tail":
+        monkeypatch.setattr(steps.Steps, "left", lambda buffers, past: past)
+        change = crop
+    else:
+        monkeypatch.setattr(steps, "update_summaries", lambda *args, **kwargs: None)
+        change = nothing
+    with pytest.raises(AssertionError, match="is over the budget"):
+        case.assert_right(
+            70, [(nothing, 1), (nothing, 10), (change, 1), (nothing, 15), (nothing, 15), (nothing, 15)]
+        )

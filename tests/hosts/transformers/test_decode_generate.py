@@ -193,11 +193,15 @@ def test_a_mask_that_changes_is_not_taken_for_a_crop(tiny, static):
     assert how == [{"sparse"}, {SPARSE}, {SPARSE}, {missing}, {missing}]
 
 
-def test_nothing_in_a_static_step_asks_the_device(tiny, monkeypatch):
-    """No length comes to the host, so that a graph of the step is right when it grows."""
-    model, ids = attached(tiny), tiny.tokens(2, 90)
-    cache = StaticCache(config=model.config, max_cache_len=96)
+@pytest.mark.parametrize("static", [False, True])
+def test_nothing_in_a_step_asks_the_device(tiny, monkeypatch, static):
+    """No length comes to the host, so that the graph of a static cache's step is right when it grows."""
+    model, ids, room = attached(tiny), tiny.tokens(2, 90), {"max_cache_len": 96}
+    cache = StaticCache(config=model.config, **room) if static else DynamicCache(config=model.config)
     tiny.logits(model, ids[:, :70], cache=cache)
+    if not static:
+        # The first step compares what the cache holds.
+        tiny.logits(model, ids[:, 89:], cache=cache)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the host waits")
@@ -211,7 +215,7 @@ def test_nothing_in_a_static_step_asks_the_device(tiny, monkeypatch):
             int(torch.tensor(1))
         for end in (71, 72, 80):
             tiny.logits(model, ids[:, end - 1 : end], cache=cache)
-    assert host.usage(model)[SPARSE] == 2 * 3
+    assert host.usage(model)[SPARSE] == 2 * (3 if static else 4)
 
 
 @pytest.fixture
@@ -269,6 +273,31 @@ def test_what_cannot_be_captured_is_refused(tiny, captured):
         tiny.logits(model, ids[:, :70], cache=cache)
     with captured(), pytest.raises(RuntimeError, match="give the model the prompt"):
         tiny.logits(model, ids[:, 70:71], cache=cache)
+
+
+def test_calls_whose_tokens_the_host_counts_are_not_captured(tiny, captured):
+    """Dense steps, prompts, and windows that are not full; full ones are the same in every step."""
+    ids = tiny.tokens(1, 90)
+    for kind, decode, prompt, new in (
+        ("llama", "dense", 70, 1),
+        ("llama", "token_budget:48", 70, 16),
+        ("qwen2-mixed", "token_budget:48", 20, 1),
+    ):
+        model = attached(tiny, kind, decode=decode)
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        tiny.logits(model, ids[:, :prompt], cache=cache)
+        with (
+            captured(),
+            pytest.raises(NotImplementedError, match="a graph can hold sparse steps of decoding"),
+        ):
+            tiny.logits(model, ids[:, prompt : prompt + new], cache=cache)
+    outs = []
+    for context in (contextlib.nullcontext, captured):
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        tiny.logits(model, ids[:, :70], cache=cache)
+        with context():
+            outs += [tiny.logits(model, ids[:, token : token + 1], cache=cache) for token in (70, 71)]
+    assert all(map(torch.equal, outs[:2], outs[2:]))
 
 
 def test_compiled(tiny, monkeypatch):

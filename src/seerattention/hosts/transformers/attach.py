@@ -260,7 +260,10 @@ def set_policy(
         current.policy if prefill is None else prefill,
         current.decode_policy if decode is None else decode,
     )
-    _activate(base, runtime, runtime.owner.active)
+    layer = sparse_layer(base)
+    prefilling = replace(layer.prefill, policy=current.policy)
+    decoding = replace(layer.decode, policy=current.decode_policy)
+    runtime.switch.handler = replace(layer, prefill=prefilling, decode=decoding)
 
 
 class Usage(dict[str, int]):

@@ -92,10 +92,8 @@ def checked(
 
 def set_policies(chosen: Chosen, prefill: Policy | str | None, decode: Policy | str | None) -> None:
     """Change the policies of scorers, None or "dense" to none; refuse them before anything changes."""
-    policy, decode_policy = (
-        _policy(prefill, chosen.scorers, "prefill"),
-        _policy(decode, chosen.decoders, "decode"),
-    )
+    policy = _policy(prefill, chosen.scorers, "prefill")
+    decode_policy = _policy(decode, chosen.decoders, "decode")
     if policy is None and decode_policy is None:
         raise ValueError(
             'these gates were saved without a policy; pass one, e.g. policy="top_k:0.1" for prefill or '

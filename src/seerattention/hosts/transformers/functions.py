@@ -22,6 +22,7 @@ from seerattention.hosts.transformers.config import NAME
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
 from seerattention.hosts.transformers.support import (
     CACHE,
+    CAPTURE,
     CAUSAL,
     DROPOUT,
     FULLGRAPH,
@@ -153,6 +154,8 @@ def _attend(
     def used() -> tuple[Given, Padding | None]:
         """Return the tensors without a buffer's room, and their padding."""
         given, seen = tensors, None
+        if capturing(key.device) and (isinstance(held, Tensor) or held < key.shape[2]):
+            raise NotImplementedError(CAPTURE)
         if int(held) < key.shape[2]:
             seen = int(held)
             given = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
