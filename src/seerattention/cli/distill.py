@@ -88,11 +88,12 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     rows = _training.report(console, run, plan, out / GATES) if plan else []
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
+        used = flat(told) | {"objective": trainer.config.objective}
         address = push(
             trainer.gates,
             push_to_hub,
             data=str(run.text),
-            recipe={name: value for name, value in flat(told).items() if name not in here},
+            recipe={name: value for name, value in used.items() if name not in here},
             results=[row.values() for row in rows],
         )
         console.print(f"and in {address}")
