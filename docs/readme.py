@@ -464,6 +464,17 @@ def decode() -> str:
     )
 
 
+def choosing() -> str:
+    """Return a step of choosing and decoding beside dense decoding, summaries 96 wide."""
+    report = read("h200", "block_sparse_decode.json")
+    return table(
+        "size: {size} | tokens per summary: {tokens_per_summary} | choosing us: {choosing us:.1f} | "
+        "with attention us: {step us:.1f} | x dense: {x_dense:.2f} | update us: {update us:.1f} | "
+        "update that finishes a block us: {update that finishes us:.1f}",
+        (row for row in report["choosing"] if row["dim"] == 96),
+    )
+
+
 def gates(name: str) -> str:
     """Return what one run of the gate designs trained, beside the scorers of that run."""
     report, by, trained, free = designs(name)
@@ -561,16 +572,26 @@ def yarn() -> str:
     return parts(shown, made["learning_rates"](reports), FORMER)
 
 
+def decode_quality() -> str:
+    """Return what decoding loses by reading less."""
+    made = runpy.run_path(str(ROOT / "experiments" / "decoding" / "table.py"))
+    reports = [
+        json.loads(path.read_text()) for path in sorted((RESULTS / "h200").glob("decode_quality*.json"))
+    ]
+    return made["tables"](reports)
+
+
 #: The generated parts of every page.
 PAGES = {
     "README.md": {"headline": headline, "supported": supported},
     "docs/results.md": {
         "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
+        "decode-quality": decode_quality,
     },
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
         "bench": bench, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
-        "backward": backward, "decode": decode,
+        "backward": backward, "decode": decode, "choosing": choosing,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
     "docs/method.md": {

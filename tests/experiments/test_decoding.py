@@ -74,7 +74,7 @@ def test_a_stopped_comparison_continues(monkeypatch, tmp_path, folder, capsys) -
     assert len({row["tokens_read"] for row in report["rows"] if row["budget"] == 192}) == 1
     assert report["rows"][0]["tokens_read"] == 0
     with pytest.raises(SystemExit, match="holds another measurement"):
-        run(monkeypatch, *command, "quest", "--piece", 31)
+        run(monkeypatch, *command, "quest", "--step", 31)
 
     picture = tmp_path / "quality.png"
     capsys.readouterr()
@@ -142,7 +142,7 @@ def test_problems_behind_solved_ones(monkeypatch, tmp_path, folder) -> None:
     run(
         monkeypatch, "problems", "--model", folder / "model", "--gates", folder / "gates",
         "--problems", folder / "problems.jsonl", "--length", 320, "--samples", 3, "--budgets", 192, 1024,
-        "--answer", 6, "--methods", "gates", "random", "--out", out,
+        "--answer", 6, "--methods", "gates", "--out", out,
     )  # fmt: skip
     report = json.loads(out.read_text())
     dense, gates, everything = report["rows"]
@@ -158,6 +158,15 @@ def test_problems_behind_solved_ones(monkeypatch, tmp_path, folder) -> None:
     assert 0 < sum(gates["agreement"]) < 3
     assert gates["losses"] != pytest.approx(dense["losses"], abs=1e-2)
     assert "| SeerAttention | 192 |" in table.table(report)
+
+
+def test_what_cannot_choose_in_decoding_is_refused_before_any_work(monkeypatch, tmp_path, folder) -> None:
+    out = tmp_path / "found.json"
+    with pytest.raises(SystemExit, match=r"error: .*token_budget:32.* is less than a block"):
+        run(monkeypatch, "needles", "--gates", folder / "teacher-gates", "--budgets", 256, 32, "--out", out)
+    with pytest.raises(SystemExit, match=r"error: .*prefill"):
+        run(monkeypatch, "needles", "--methods", "gates", "--out", out)
+    assert not out.exists()
 
 
 def test_problems_are_asked_for_with_their_file(monkeypatch, capsys) -> None:

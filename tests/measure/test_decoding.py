@@ -21,10 +21,10 @@ def given():
     return model, np.stack([text[:480], text[480:960]])
 
 
-@pytest.mark.parametrize("piece", [1, 32, 200])
-def test_pieces_say_what_one_pass_says(given, piece) -> None:
+@pytest.mark.parametrize("step", [1, 32, 200])
+def test_steps_say_what_one_pass_says(given, step) -> None:
     model, windows = given
-    found = continued(model, windows[:, :400], 384, piece=piece)
+    found = continued(model, windows[:, :400], 384, step=step)
     assert found.losses.shape == found.predicted.shape == (2, 16)
     for row, said, window in zip(found.losses, found.predicted, windows[:, :400], strict=True):
         torch.testing.assert_close(row, next_token_losses(model, window)[383:], rtol=0, atol=1e-4)
@@ -47,11 +47,11 @@ def test_every_token_chooses_alone_and_reads_its_budget(given, kind) -> None:
     scorer = new_gates(model, phase="decode") if kind == "gates" else baselines.create(kind)
     dense, losses, reading = continued(model, windows, 384).losses, {}, Reading()
     some, everything = "token_budget:192,sink_blocks=1", "threshold:0.0"
-    for policy, piece in ((some, 1), (some, 63), (everything, 32)):
+    for policy, step in ((some, 1), (some, 63), (everything, 32)):
         reading = Reading()
         attach(model, scorer, prefill="dense", decode=policy, min_tokens=0, observe=reading)
         try:
-            losses[policy, piece] = continued(model, windows, 384, piece=piece).losses
+            losses[policy, step] = continued(model, windows, 384, step=step).losses
         finally:
             detach(model)
         if policy == some:
@@ -78,7 +78,7 @@ def test_prompts_are_not_counted(given) -> None:
         observe=reading,
     )
     try:
-        continued(model, windows, 384, piece=63)
+        continued(model, windows, 384, step=63)
     finally:
         detach(model)
     assert reading.rows == 2 * 95 * 2 * model.config.num_hidden_layers

@@ -184,7 +184,7 @@ def test_a_model_decodes_so() -> None:
         losses = []
         for piece in (8, 63):
             with intercept(model, kind(TokenBudget(budget, sink_blocks=1))):
-                losses.append(continued(model, windows, 384, piece=piece).losses)
+                losses.append(continued(model, windows, 384, step=piece).losses)
         torch.testing.assert_close(*losses, rtol=0, atol=1e-4)
         same = torch.allclose(losses[0], dense.losses, rtol=0, atol=1e-4)
         assert same == (budget == 4096)

@@ -15,7 +15,10 @@ MAX_BLOCKS = 32768
 
 
 def digit_bits(blocks: int, warps: int) -> int:
-    """Return how many bits of a row's limit are settled at a time, so that keys stay in registers."""
+    """Return how many bits of its limit a row that others wait for settles at a time.
+
+    As many as leave the row in registers: fewer passes, more work. Where many rows keep a device busy, one.
+    """
     return 4 if blocks <= 128 * warps else 2 if blocks <= 512 * warps else 1
 
 
@@ -61,6 +64,13 @@ def _order(score):
 
 
 @jit
+def _above(key, weight, most, COUNT: tl.constexpr):
+    """Return what the blocks weigh whose key is larger than ``most``."""
+    larger = key > most
+    return tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight, 0.0), 0)
+
+
+@jit
 def _best(key, weight, limit, COUNT: tl.constexpr, BITS: tl.constexpr):
     """Take blocks from the largest key down while those before weigh less than ``limit``.
 
@@ -69,21 +79,25 @@ def _best(key, weight, limit, COUNT: tl.constexpr, BITS: tl.constexpr):
     """
     # The smallest key such that all larger ones weigh less than the limit, by digits from the highest on;
     # or else any such that they weigh exactly as much, which ends most searches early.
-    digits = tl.arange(0, 1 << BITS)
     found = tl.full([], 0, tl.uint32)
     shift = tl.full([], 32 - BITS, tl.int32)
     while shift >= 0:
-        most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
-        larger = key[:, None] > most[None, :]
-        before = tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight[:, None], 0.0), 0)
-        digit = tl.sum((before >= limit).to(tl.int32), 0)
-        exact = tl.sum((before == limit).to(tl.int32), 0) > 0
+        if BITS == 1:
+            before = _above(key, weight, found + ((1 << shift) - 1).to(tl.uint32, bitcast=True), COUNT)
+            digit = (before >= limit).to(tl.int32)
+            exact = before == limit
+        else:
+            digits = tl.arange(0, 1 << BITS)
+            most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
+            before = _above(key[:, None], weight[:, None], most[None, :], COUNT)
+            digit = tl.sum((before >= limit).to(tl.int32), 0)
+            exact = tl.sum((before == limit).to(tl.int32), 0) > 0
         # All of them are left where the limit is not above 0.
         step = tl.where(exact, (digit << shift) - 1, tl.minimum(digit, (1 << BITS) - 1) << shift)
         found += step.to(tl.uint32, bitcast=True)
         shift = tl.where(exact, -1, shift - BITS)
     larger = key > found
-    before = tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight, 0.0), 0)
+    before = _above(key, weight, found, COUNT)
     if before < limit:
         tie = (key == found) & (key > 0)
         earlier = tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)

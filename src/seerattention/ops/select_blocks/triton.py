@@ -31,7 +31,7 @@ from seerattention.ops.language import (
     unsupported_here,
 )
 from seerattention.ops.launch import Launch, width
-from seerattention.ops.rules import KINDS, MAX_BLOCKS, digit_bits, store_bits, take
+from seerattention.ops.rules import KINDS, MAX_BLOCKS, store_bits, take
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
@@ -200,7 +200,6 @@ def choose_rows(
                 **launch.tile(),
             )
             wide = max(WORD, power_of_two(seen))
-            warps = min(16, max(1, wide // SCORES_PER_WARP))
             _choose[batch * heads, stop - start](
                 scores,
                 bits,
@@ -224,8 +223,7 @@ def choose_rows(
                 KIND=kind,
                 SLOPED=row_exponent != 0,
                 WIDTH=wide,
-                BITS=digit_bits(wide, warps),
-                num_warps=warps,
+                num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
 
 
@@ -386,7 +384,6 @@ def _choose(
     KIND: tl.constexpr,
     SLOPED: tl.constexpr,
     WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
 ):
     """Choose the blocks of one row."""
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
@@ -409,5 +406,5 @@ def _choose(
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
-    taken = take(score, valid, always, value, KIND, BITS) | always
+    taken = take(score, valid, always, value, KIND, 1) | always
     store_bits(taken & valid, bits + row_of_bits * words, words)

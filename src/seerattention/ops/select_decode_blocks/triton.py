@@ -90,39 +90,40 @@ def run(
     assert options is not None and options.weight is not None and rule is not None  # noqa: PT018
     batch, heads, tokens, head_dim = q.shape
     group, dim, rows = heads // kv_heads, options.weight.shape[2], batch * tokens
+    words, wide = num_blocks(columns, WORD), max(WORD, power_of_two(columns))
     parts = q.new_empty((rows, kv_heads, group, dim), dtype=torch.float32)
-    words = num_blocks(columns, WORD)
     scores = q.new_empty((batch, kv_heads, tokens, words * WORD), dtype=torch.float32)
     bits = torch.empty((batch, kv_heads, tokens, words), dtype=torch.int32, device=q.device)
     counters = torch.empty(rows * kv_heads, dtype=torch.int32, device=q.device)
     cos, sin = options.rotary or (None, None)
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "E": dim, "PRECISION": products(q)}
     chunk, splits = _split(batch * kv_heads, columns, q.device)
-    knobs = float(rule.value), policy.sink_blocks, policy.local_blocks
-    wide = max(WORD, power_of_two(columns))
+    # Programs of one tile are a launch's latency and little else.
+    pdl = overlapping(q.device) if chunk == SCORES.block_n else {"PDL": False}
     # A row that fits the registers of a scoring program is chosen by the last one.
     together = tokens == 1 and wide <= SCORES_PER_PROGRAM
-    choosing = {"BLOCK_K": block, "KIND": KINDS.index(rule.kind), "WIDTH": wide}
-    pdl = overlapping(q.device)
+    warps = SCORES.warps if together else min(16, max(1, wide // SCORES_PER_WARP))
+    few = rows * kv_heads <= SCORES.most_programs(q.device)
+    knobs = float(rule.value), policy.sink_blocks, policy.local_blocks
+    shape = {"KV_HEADS": kv_heads, **pdl}
+    gate = shape | {"GROUP": group, "E": dim, "PRECISION": products(q)}
+    shape |= {"BLOCK_K": block, "KIND": KINDS.index(rule.kind), "WIDTH": wide}
+    shape |= {"BITS": digit_bits(wide, warps) if few else 1}
+    tile = SCORES.tile() | {"BLOCK_M": max(SCORES.block_m, power_of_two(tokens))}
     with torch.cuda.device_of(q):
         across = num_blocks(dim, QUERIES.block_n)
         query_kernel[(kv_heads * across, group, num_blocks(rows, QUERIES.block_m))](
             q, options.weight.contiguous(), parts, counters, q.stride()[:3], rows, tokens,
-            POOLS=len(options.pools), D=head_dim, BLOCK_D=padded(head_dim), **shape, **QUERIES.tile(), **pdl,
+            POOLS=len(options.pools), D=head_dim, BLOCK_D=padded(head_dim), **gate, **QUERIES.tile(),
         )  # fmt: skip
-        tile = SCORES.tile() | {"BLOCK_M": max(SCORES.block_m, power_of_two(tokens))}
-        tile["ROWS"] = 1 if tokens == 1 else tile["BLOCK_M"]
         score_kernel[(batch * kv_heads, splits)](
             parts, k_blocks, scores, bits, counters, lengths, options.norm, cos, sin, k_blocks.stride()[:3],
             tokens, chunk, words, scorer.scale, options.eps, *knobs,
-            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], BITS=digit_bits(wide, SCORES.warps),
-            TOGETHER=together, **choosing, **shape, **tile, **pdl,
+            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], ROWS=1 if tokens == 1 else tile["BLOCK_M"],
+            TOGETHER=together, **gate | shape, **tile,
         )  # fmt: skip
         if not together:
-            warps = min(16, max(1, wide // SCORES_PER_WARP))
             choose_kernel[(rows * kv_heads,)](
-                scores, bits, lengths, tokens, words, *knobs, KV_HEADS=kv_heads, BITS=digit_bits(wide, warps),
-                num_warps=warps, **choosing, **pdl,
+                scores, bits, lengths, tokens, words, *knobs, num_warps=warps, **shape,
             )  # fmt: skip
     return BlockSelection(bits, (batch, kv_heads, tokens, columns), scorer.block_size)
 

@@ -16,13 +16,11 @@ from seerattention.ops.language import (
     padded,
     power_of_two,
     products,
-    release,
     tl,
     unsupported_dtype,
     unsupported_here,
-    wait,
 )
-from seerattention.ops.launch import Launch, overlapping
+from seerattention.ops.launch import Launch
 from seerattention.ops.summarise_blocks.triton import finish, places, pool
 from seerattention.rows import num_blocks
 
@@ -90,7 +88,6 @@ def run(summaries: Tensor, tail: Tensor, k: Tensor, scorer: Any, lengths: Tensor
             PRECISION=products(k),
             num_warps=LAUNCH.warps,
             num_stages=LAUNCH.stages,
-            **overlapping(k.device),
         )
 
 
@@ -127,11 +124,9 @@ def _update(
     UNROLL: tl.constexpr,
     PLACES: tl.constexpr,
     PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Add a KV head's new keys to its tail; once they finish a block, write its ``SUBS`` summaries."""
     b, head = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    wait(PDL)
     before = tl.load(lengths + b) - tokens
     token, d = tl.arange(0, BLOCK_T), tl.arange(0, 2 * D_PAD)
     here = (token < tokens)[:, None] & (d < D)[None, :]
@@ -140,7 +135,6 @@ def _update(
     tail += b * tail_strides[0] + head * tail_strides[1]
     place = (before % BLOCK_K + token)[:, None]
     tl.store(tail + place * tail_strides[2] + d[None, :], new, mask=here & (place < BLOCK_K))
-    release(PDL)
     if before % BLOCK_K + tokens >= BLOCK_K:
         # The block is in the tail.
         tl.debug_barrier()
