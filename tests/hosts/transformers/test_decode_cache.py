@@ -109,6 +109,18 @@ def test_cropped(tiny, compared, removed, before):
     )
 
 
+@pytest.mark.parametrize("removed", [3, 25])
+def test_a_static_cache_is_cropped(tiny, removed):
+    """Its tensors stay the same, and only the device is told how many tokens are left."""
+
+    def crop(cache):
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(removed)
+
+    changes = [(nothing, 1), (nothing, 9), (crop, 1), (nothing, 9), (crop, 20), (nothing, 1)]
+    Case(tiny).assert_right(70, changes, static=True)
+
+
 def test_a_crop_of_what_is_unfinished_costs_nothing(tiny, compared):
     """As at every step of assisted decoding; and the steps are exactly those without the tokens cropped."""
     case = Case(tiny)
