@@ -76,7 +76,7 @@ def method(model: Any, name: str, gates: Any, policy: str) -> Iterator[None]:
     if name == "sparse":
         attach(model, gates, decode=policy)
         yield
-        assert any(what.startswith("sparse") for what in usage(model)), usage(model)
+        assert set(usage(model)) == {"sparse: decoding step"}, usage(model)
         detach(model)
     else:
         model.set_attn_implementation("sdpa" if name == "dense, sdpa" else WHOLE)

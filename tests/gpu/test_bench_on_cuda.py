@@ -29,6 +29,18 @@ def test_prefill_report(tmp_path):
     assert all(value > 0 for value in report["ceilings"].values())
 
 
+def test_a_step_of_decoding_waits_for_nothing(tmp_path):
+    out = tmp_path / "decode.json"
+    options = "--size 2x4096 --size 1x8192 --page 128 --repeats 2 --device cuda"
+    result = CliRunner().invoke(cli.app(), ["bench", "decode", "--out", str(out), *options.split()])
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    # Every part was captured in a CUDA graph, and every output is in the error budget.
+    assert report["notes"] == []
+    names = {r["variant"] for r in report["rows"]}
+    assert {"dense cudnn", "dense fa2", "triton", "triton, pages of 128", "with choosing, quest"} <= names
+
+
 def test_ceilings_are_plausible():
     limits = ceilings("cuda", torch.bfloat16)
     # The L2 cache is faster than the memory behind it.
