@@ -21,7 +21,7 @@ from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.cases.score_blocks import CASES, Case
 from seerattention.ops.score_blocks import BACKENDS, score_blocks
 from seerattention.train import layer, objectives
-from seerattention.train.target import sampled_recall
+from seerattention.train.target import counted, sampled_recall
 
 
 def scoring(case: Case, backend: str) -> dict[str, Callable[[], object]]:
@@ -63,10 +63,10 @@ def learning(case: Case) -> dict[str, Callable[[], object]]:
             gate.compress(k, positions=positions)
 
     return {
-        "learn: whole": lambda: layer.learn(gate, q, k, target, kl, 1.0, 0.1),
+        "learn: whole": lambda: layer.learn(gate, q, k, {"prefill": target}, kl, 1.0, 0.1),
         "learn: summaries forward": pool,
-        "learn: loss, both passes": lambda: kl(target, scores, (64, 64), tokens).backward(),
-        "learn: recall": lambda: sampled_recall(target, scores.detach(), (64, 64), tokens, (0.1,)),
+        "learn: loss, both passes": lambda: kl(*counted(target, scores, (64, 64), tokens)).backward(),
+        "learn: recall": lambda: sampled_recall(*counted(target, scores.detach(), (64, 64), tokens), (0.1,)),
     }
 
 

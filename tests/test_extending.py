@@ -160,12 +160,14 @@ def test_an_objective_is_one_file(add):
         "difference",
         """
         def create():
-            return lambda target, scores, block_size, num_tokens: (scores.softmax(-1) - target).square().sum()
+            return lambda target, scores, valid: (scores.softmax(-1) - target).square().sum()
         """,
     )
     assert "difference" in objectives.names()
     target = torch.eye(4)[None, None]
-    assert objectives.create("difference")(target, torch.zeros(1, 1, 4, 4), (16, 16), 64) == 3
+    assert (
+        objectives.create("difference")(target, torch.zeros(1, 1, 4, 4), torch.ones(4, 4).tril().bool()) == 3
+    )
 
 
 def test_a_task_is_one_file(add, tmp_path):

@@ -347,7 +347,7 @@ def test_angles_without_a_model_are_a_models_to_the_bit(width: int, pairs: Any, 
     positions = torch.tensor([[0, 64, 1_000, 131_008]])
     expected = [x.chunk(2, -1)[0][..., -16:].repeat(1, 1, 2) for x in model(torch.empty(0), positions)]
     narrower = GateConfig(4, 2, width, gate_dim=DIM, rope_pairs=pairs, rope_theta=theta)
-    for actual, wanted in zip(AttnGate(narrower)._plain_rotary(positions), expected, strict=True):
+    for actual, wanted in zip(AttnGate(narrower)._turns(positions, 1) or (), expected, strict=True):
         assert torch.equal(actual, wanted)
 
 
@@ -444,12 +444,22 @@ def test_unknown_published_type(name: str) -> None:
         ({"q_proj": False}, "without q_proj the gate needs one q pool"),
         ({"q_proj": False, "q_pool": ("avg",), "gate_dim": 16}, "without q_proj the gate needs one q pool"),
         ({"q_proj": False, "q_pool": ("avg",), "per_kv_head": True}, "per_kv_head merges"),
+        ({"phase": "train"}, "phase must be 'prefill', 'decode' or 'both', got 'train'"),
         ({"init": "zeros"}, "init must be 'identity' or 'random', got 'zeros'"),
     ],
 )
 def test_impossible_configuration(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_a_configuration_of_before_phases_is_for_prefill() -> None:
+    older = config().to_dict()
+    del older["phase"]
+    assert GateConfig.from_dict(older).phases == ("prefill",)
+    assert GateConfig.from_dict(older | {"phase": "both"}).phases == ("prefill", "decode")
+    with pytest.raises(ValueError, match="phase must be"):
+        GateConfig.from_dict(older | {"phase": "other"})
 
 
 def test_configuration_with_wrong_keys() -> None:

@@ -47,6 +47,7 @@ from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.score_blocks import chunked
 from seerattention.train import DistillConfig, objectives, target_recall
 from seerattention.train.layer import gate_scores
+from seerattention.train.target import counted
 
 RECIPE = Path(__file__).parents[1] / "teacher" / "recipe.toml"
 POLICY = "top_k:{},sink_blocks=1"
@@ -171,8 +172,8 @@ class Together:
             positions = torch.arange(length, device=call.q.device)
             for i, (layers, objective) in enumerate(zip(by_layer, self.objectives, strict=True)):
                 with torch.enable_grad():
-                    scores = gate_scores(layers[call.layer], call.q_nope, call.k_nope, positions)
-                    loss = objective(target, scores, size, length)
+                    scores = gate_scores(layers[call.layer], call.q_nope, call.k_nope, positions)["prefill"]
+                    loss = objective(*counted(target, scores, size, length))
                     loss.backward()
                 if log:
                     losses[i].append(loss.detach())

@@ -31,6 +31,7 @@ class Crossover:
             selection included, ascending in length.
         cudnn_from: Tokens from which cuDNN's dense attention pays for planning each new length; None
             where it does not.
+        decode_dense_below: Tokens of a sequence below which a dense step of decoding is faster.
         asked: The device that this stands for, where another one was measured.
     """
 
@@ -38,6 +39,7 @@ class Crossover:
     dense_below: int
     densest: tuple[tuple[int, float], ...] = ()
     cudnn_from: int | None = None
+    decode_dense_below: int = 0
     asked: str | None = None
 
     @property
@@ -90,6 +92,7 @@ def nearest(
         dense_below=entry["dense_below"],
         densest=tuple((r["tokens"], r["densest"]) for r in entry["rows"]),
         cudnn_from=entry.get("cudnn_from"),
+        decode_dense_below=entry.get("decode_dense_below", 0),
         asked=name if entry["device"] not in (None, name) else None,
     )
 

@@ -5,13 +5,17 @@ B batch, H heads (Hq query, Hk key/value, G = Hq // Hk), T tokens, N blocks, D h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from seerattention.gate_config import GateConfig as GateConfig
+from seerattention.ops.language import power_of_two
+from seerattention.ops.options import SummaryOptions
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks import project_blocks, rotate, summarise_blocks
@@ -20,6 +24,17 @@ from seerattention.scorer import Scorer as Scorer
 
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class LengthRotary(functools.partial[tuple[Tensor, Tensor]]):
+    """Rotary code whose angles depend on the text's length, not on positions alone: no table holds them."""
+
+
+#: Angles of the first positions, by rotary code, device and how many, a power of two. All sizes are kept, at
+#: most twice the largest: captured graphs read them.
+_ANGLES: WeakKeyDictionary[Rotary, dict[tuple[torch.device, int], tuple[Tensor, Tensor]]] = (
+    WeakKeyDictionary()
+)
 
 
 class Weight(nn.Module):
@@ -58,6 +73,11 @@ class AttnGate(nn.Module):
         super().__init__()
         self.config = config
         self.block_size = (config.block_size, config.block_size)
+        if rotary is None:
+            width = config.dim
+            if config.rope_pairs == "slowest":
+                width = max(width, config.head_dim)
+            rotary = _plain_rotary(config.rope_theta, width, config.dim)
         self._rotary = rotary
         groups = config.num_heads // config.num_kv_heads
         q_heads, q_width = config.num_heads, len(config.q_pool) * config.head_dim
@@ -103,26 +123,31 @@ class AttnGate(nn.Module):
         """Cosine and sine of the rotation to ``positions``, or None where summaries are not rotated."""
         if not self.config.rope:
             return None
-        return (self._rotary or self._plain_rotary)(positions.expand(batch, -1))
+        return self._rotary(positions.expand(batch, -1))
 
-    def _plain_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.config
-        width = max(c.dim, c.head_dim) if c.rope_pairs == "slowest" else c.dim
-        # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
-        # positions are many turns.
-        inverse = 1 / c.rope_theta ** (torch.arange(width - c.dim, width, 2, device="cpu") / width)
-        angle = positions[..., None].float() * inverse.to(positions.device, non_blocking=True)
-        angle = torch.cat((angle, angle), -1)
-        return angle.cos(), angle.sin()
+    def angles(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Return cosine and sine of the first positions, fp32 ``[tokens or more, E]``, kept for later calls.
+
+        None where summaries are not rotated, or by angles that depend on the text's length.
+        """
+        if not self.config.rope or isinstance(self._rotary, LengthRotary):
+            return None
+        kept, room = _ANGLES.setdefault(self._rotary, {}), power_of_two(tokens)
+        if (device, room) in kept:
+            return kept[device, room]
+        cos, sin = self._rotary(torch.arange(room, device=device)[None])
+        made = cos[0].float().contiguous(), sin[0].float().contiguous()
+        # What a graph makes while it is captured is there once it has run.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            kept[device, room] = made
+        return made
 
     def compress(self, k: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise keys: ``[B, Hk, T, D]`` -> ``[B, H, N * block_size / k_sub, E]``.
 
         ``H`` is ``Hk``, or ``Hq`` for a gate without q projection. See `ProductScorer.compress`.
         """
-        c = self.config
-        options = {"weight": self.linear_k(), "norm": None if self.norm_k is None else self.norm_k()}
-        return self._summarise(k, c.k_sub, c.k_pool, positions, rows, **options)
+        return self._summarise(k, self.config.k_sub, self.config.k_pool, positions, rows, **self._of_keys())
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
@@ -130,13 +155,20 @@ class AttnGate(nn.Module):
 
     def _summarise_queries(self, q: Tensor, size: int, positions: Tensor, rows: Rows | None) -> Tensor:
         """Summarise every ``size`` queries."""
+        return self._summarise(q, size, self.config.q_pool, positions, rows, **self._of_queries())
+
+    def _of_keys(self) -> dict[str, Any]:
+        """Return what projects and normalises the pools of keys."""
+        return {"weight": self.linear_k(), "norm": None if self.norm_k is None else self.norm_k()}
+
+    def _of_queries(self) -> dict[str, Any]:
+        """Return what merges, projects and normalises the pools of queries."""
         c = self.config
-        options = {
+        return {
             "weight": None if self.linear_q is None else self.linear_q(),
             "norm": None if self.norm_q is None else self.norm_q(),
             "merge": c.num_heads // c.num_kv_heads if c.per_kv_head else 1,
         }
-        return self._summarise(q, size, c.q_pool, positions, rows, **options)
 
     def _summarise(
         self,
@@ -236,6 +268,21 @@ class TokenGate:
         """Summarise every query alone: ``[B, Hq, Tq, D]`` -> ``[B, H, Tq, E]``."""
         return self.gate._summarise_queries(q, 1, positions, rows)
 
+    def summary_options(self, tokens: int, *, queries: bool) -> SummaryOptions | None:
+        """Return how queries, or keys, are summarised, as data that a fused kernel runs.
+
+        The angles are those of a sequence's first ``tokens`` positions or more, ``[tokens, E]``. None where
+        these depend on the text's length.
+        """
+        gate, c = self.gate, self.gate.config
+        options = gate._of_queries() if queries else gate._of_keys()
+        if c.rope:
+            options["rotary"] = gate.angles(tokens, gate.linear_k.weight.device)
+            if options["rotary"] is None:
+                return None
+        size, pools = (1, c.q_pool) if queries else (c.k_sub, c.k_pool)
+        return SummaryOptions(size=size, pools=pools, dtype=gate.linear_k.weight.dtype, **options)
+
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score all blocks for every query: fp32 ``[B, H, Tq, Nk]``, before softmax. See `Scorer.score`."""
         queries = self.summarise_queries(q, positions=positions)
@@ -244,6 +291,22 @@ class TokenGate:
     def per_token(self) -> TokenGate:
         """Return itself."""
         return self
+
+
+@functools.lru_cache
+def _plain_rotary(theta: float, width: int, dim: int) -> Rotary:
+    """Return plain RoPE of the slowest ``dim`` of ``width`` values; one function for gates of one design."""
+    return functools.partial(_turned, theta, width, dim)
+
+
+# A function of the module: what gates rotate by is pickled with them.
+def _turned(theta: float, width: int, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
+    # positions are many turns.
+    inverse = 1 / theta ** (torch.arange(width - dim, width, 2, device="cpu") / width)
+    angle = positions[..., None].float() * inverse.to(positions.device, non_blocking=True)
+    angle = torch.cat((angle, angle), -1)
+    return angle.cos(), angle.sin()
 
 
 def _identity_(weight: Tensor, pools: tuple[str, ...], head_dim: int, copies: int, pairs: str | None) -> None:

@@ -11,6 +11,10 @@ from seerattention.settings import typed
 
 POOLS = ("max", "min", "avg")
 
+#: What new gates are by default where they choose for single queries alone: one selection per KV head, and
+#: few summaries, since every step reads them (docs/method.md).
+DECODE_DESIGN = {"q_pool": ("avg",), "q_sub_block": 1, "k_sub_block": 16, "per_kv_head": True}
+
 #: Of everything that is counted in a gate's design: what a file asks for beyond is no design.
 MOST = 1 << 16
 
@@ -46,6 +50,8 @@ class GateConfig:
             query head.
         init: ``identity`` starts as the plain dot product of mean-pooled q and k; ``random`` as the
             published code does, normal with standard deviation 0.02.
+        phase: What the gate is taught to choose for: blocks of queries, ``prefill``; single queries,
+            ``decode``; or ``both``, from one set of key summaries.
     """
 
     num_heads: int
@@ -64,6 +70,7 @@ class GateConfig:
     qk_norm: bool = False
     q_proj: bool = True
     init: Literal["identity", "random"] = "identity"
+    phase: Literal["prefill", "decode", "both"] = "prefill"
 
     def __post_init__(self) -> None:
         # JSON gives lists; keep the configuration hashable.
@@ -110,12 +117,19 @@ class GateConfig:
             raise ValueError("per_kv_head merges a group's queries by q_proj; set q_proj=True")
         if self.init not in ("identity", "random"):
             raise ValueError(f"init must be 'identity' or 'random', got {self.init!r}")
+        if self.phase not in ("prefill", "decode", "both"):
+            raise ValueError(f"phase must be 'prefill', 'decode' or 'both', got {self.phase!r}")
 
     @property
     def dim(self) -> int:
         """Gate dimension ``E``."""
         assert self.gate_dim is not None
         return self.gate_dim
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases of `phase`, one by one."""
+        return ("prefill", "decode") if self.phase == "both" else (self.phase,)
 
     @property
     def q_sub(self) -> int:

@@ -154,6 +154,9 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     try:
         return _as(value, hint)
     except (TypeError, OverflowError):
+        if get_origin(hint) is Literal:
+            allowed = ", ".join(map(repr, get_args(hint)))
+            raise ValueError(f"{name} must be one of {allowed}, got {reprlib.repr(value)}") from None
         said = hint.__name__ if isinstance(hint, type) else str(hint)
         said = "table" if (get_origin(hint) or hint) is dict else said
         raise ValueError(f"{name} must be of type {said}, got {reprlib.repr(value)}") from None

@@ -58,7 +58,7 @@ def convert(*arguments):
             {"seerattn_sparsity_method": "token_budget"},
             ["decode, one score per KV head", "linear_q.weight [2, 32, 16]", "token_budget:4096"],
         ),
-        ("prefill", {}, ["none in the settings; give attach one"]),
+        ("prefill", {}, ["policy      none saved; give attach one"]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,6 +72,7 @@ def test_it_says_what_it_writes(tmp_path, kind, settings, words, dtype):
     assert sorted(p.name for p in (tmp_path / "gates").iterdir()) == ["config.json", "gates.safetensors"]
     before, after = load_gates(source), load_gates(tmp_path / "gates")
     assert (after.config, after.base, after.policy) == (before.config, before.base, before.policy)
+    assert after.decode_policy == before.decode_policy
     for key, value in before.state_dict().items():
         assert torch.equal(after.state_dict()[key], value)
         assert after.state_dict()[key].dtype == dtype
@@ -85,6 +86,18 @@ def test_a_policy_of_ones_own(tmp_path):
     again = convert(source, tmp_path / "gates", "--policy", "threshold:0.002")
     assert again.exit_code == 0, again.output
     assert load_gates(tmp_path / "gates").policy == "threshold:0.002"
+
+
+def test_a_policy_of_decode_gates_is_for_decoding(tmp_path):
+    source = published(tmp_path / "published", "decode")
+    result = convert(source, tmp_path / "gates", "--policy", "token_budget:1024")
+    assert "policy      token_budget:1024" in result.output
+    gates = load_gates(tmp_path / "gates")
+    assert (gates.policy, gates.decode_policy) == (None, "token_budget:1024")
+    refused = convert(source, tmp_path / "other", "--policy", "top_k:0.1")
+    assert refused.exit_code == 2
+    assert "top_k:0.1 is a share of a whole prompt" in refused.output
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

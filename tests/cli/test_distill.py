@@ -247,3 +247,46 @@ def test_the_help_lists_every_setting_with_its_default(invoke):
         "gate.block_size 64 Tokens per block",
     ):
         assert words in said
+
+
+def test_a_phase_is_a_setting_of_the_gates_and_decides_what_is_saved_and_measured(distil, tmp_path):
+    result, said = distil(tmp_path / "one", "--steps", 2, "--phase", "decode")
+    assert result.exit_code == 0, said
+    gates = load_gates(tmp_path / "one" / "gates")
+    assert (gates.config.phase, gates.config.per_kv_head) == ("decode", True)
+    assert (gates.policy, gates.decode_policy) == (None, "token_budget:2048,sink_blocks=1")
+    assert tomllib.loads((tmp_path / "one" / "config.toml").read_text())["gate"]["phase"] == "decode"
+    assert "decoding 0." in said
+    assert "recall 0." not in said
+    report = json.loads((tmp_path / "one" / "gates" / "results.json").read_text())
+    assert set(report["decode_recall"]) == {"top_k:0.2"}
+    assert "dense" not in report
+    assert "of sparse prefill, and these gates choose while decoding" in report["skipped"]
+
+    both = ("--set", "gate.phase=both", "--set", "decode_policy=threshold:0.01")
+    result, said = distil(tmp_path / "two", "--steps", 2, *both)
+    assert result.exit_code == 0, said
+    gates = load_gates(tmp_path / "two" / "gates")
+    assert gates.config.phase == "both"
+    assert (gates.policy, gates.decode_policy) == (
+        "top_k:0.1,sink_blocks=1,dense_last_rows=2", "threshold:0.01",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "two" / "gates" / "results.json").read_text())
+    assert set(report["recall"]) == set(report["decode_recall"])
+    assert report["dense"]["perplexity"] > 1
+    assert "recall in decoding" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--set", "gate.phase=never"), "phase must be one of 'prefill', 'decode', 'both', got 'never'"),
+        (("--phase", "both", "--set", "decode_policy=top_k:0.1"), "top_k:0.1 is a share of a whole prompt"),
+        (("--phase", "decode", "--set", "decode_policy=token_budget:8"), "less than a block of 16 tokens"),
+    ],
+)
+def test_phases_and_policies_that_make_no_sense_are_refused_before_any_work(distil, tmp_path, more, words):
+    result, said = distil(tmp_path / "out", "--steps", 2, *more)
+    assert result.exit_code == 2
+    assert words in said
+    assert not (tmp_path / "out").exists()

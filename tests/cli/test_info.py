@@ -7,7 +7,7 @@ import torch
 
 from seerattention.cli.info import model_report, support
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.hosts.transformers import load_base, new_gates
+from seerattention.hosts.transformers import load_base, new_gates, save_gates
 from seerattention.measure import bundled
 from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
 from seerattention.ops.block_sparse_decode import block_sparse_decode
@@ -137,3 +137,12 @@ def test_it_gives_a_backends_reason_why_not(invoke, monkeypatch):
     assert "[yellow]" not in result.output
     assert "no: no compiler" in said
     assert {reason for s in support() if s.backend == "flex" for reason in s.reasons} == {"no compiler"}
+
+
+def test_a_folder_of_gates_says_what_they_choose_for(invoke, base, tmp_path):
+    gates = new_gates(load_base(str(base)), block_size=16, phase="both")
+    save_gates(gates, tmp_path / "gates", policy="top_k:0.1", decode_policy="token_budget:256")
+    result, said = invoke("info", tmp_path / "gates")
+    assert result.exit_code == 0, said
+    assert "gates both, one score per query head" in said
+    assert "policy top_k:0.1; decoding: token_budget:256" in said

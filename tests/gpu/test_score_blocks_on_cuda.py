@@ -145,7 +145,7 @@ def test_a_gate_learns_by_the_kernels(settings: dict, monkeypatch: pytest.Monkey
 
     def learn(q: Tensor, k: Tensor) -> Tensor:
         gate.zero_grad()
-        layer.learn(gate, q, k, target, loss, 1.0, 0.1)
+        layer.learn(gate, q, k, {"prefill": target}, loss, 1.0, 0.1)
         return torch.cat([p.grad.flatten().double() for p in gate.parameters() if p.grad is not None])
 
     with monkeypatch.context() as patch:
@@ -164,7 +164,7 @@ def test_learning_does_not_wait_for_the_device() -> None:
     q, k = (torch.randn(1, heads, 2048, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
     gate = AttnGate(GateConfig(4, 2, 64)).cuda()
     target = torch.eye(32, device="cuda").expand(1, 4, 32, 32)
-    args = gate, q, k, target, objectives.create("kl"), 1.0, 0.1
+    args = gate, q, k, {"prefill": target}, objectives.create("kl"), 1.0, 0.1
     layer.learn(*args)
     torch.cuda.synchronize()
     with no_waiting():

@@ -16,7 +16,10 @@ from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
 from seerattention.ops.select_blocks import triton as choosing
+from seerattention.ops.select_decode_blocks import _triton_kernel as _choosing_kernel
+from seerattention.ops.select_decode_blocks import triton as choosing_tokens
 from seerattention.ops.summarise_blocks import triton as summarising
+from seerattention.ops.update_summaries import triton as updating
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -166,13 +169,46 @@ def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
     compiled(_decode_kernel.merge_kernel, shared | {"EXACT": False}, types, {"num_warps": 4})
 
 
+@compiles
+@pytest.mark.parametrize(("dim", "subs", "tokens"), [(96, 1, 1), (128, 4, 4)])
+def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: int, tokens: int) -> None:
+    pointers = ("q_ptr", "weight_ptr", "keys_ptr", "norm_ptr", "summaries", "tail", "k", "weight", "norm")
+    types: dict[str, Any] = dict.fromkeys(pointers, "*bf16")
+    floats = ("parts_ptr", "scores_ptr", "cos_ptr", "sin_ptr", "cos", "sin", "out_ptr")
+    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("scale", "eps", "value"), "fp32")
+    types |= dict.fromkeys(("lengths_ptr", "bits_ptr", "lengths"), "*i32")
+    strides = ("q_strides", "key_strides", "summary_strides", "tail_strides", "k_strides")
+    types |= dict.fromkeys(strides, ("i32",) * 3)
+    gate = {"KV_HEADS": 8, "GROUP": 4, "D": 128, "E": dim, "PRECISION": "tf32x3", "PDL": True}
+    query = gate | {"POOLS": 3, "BLOCK_D": 128} | choosing_tokens.QUERIES.tile()
+    score = gate | {"E_PAD": 128, "SUBS": subs, "BLOCK_K": 64, "ROWS": 1 if tokens == 1 else 16}
+    score |= choosing_tokens.SCORES.tile()
+    choose = gate | {"BLOCK_K": 64, "KIND": 1, "WIDTH": 512, "num_warps": 2}
+    update = gate | {"GROUPS": 1, "D_PAD": 64, "E_PAD": 64, "BLOCK_K": 64, "BLOCK_T": tokens, "SUBS": subs}
+    update |= {"ROWS": 16, "UNROLL": 8, "PLACES": (0, 1, 2), "num_warps": 4}
+    kernels = {
+        _choosing_kernel.query_kernel: query,
+        _choosing_kernel.score_kernel: score,
+        _choosing_kernel.choose_kernel: choose,
+        updating._update: update,
+    }
+    for kernel, given in kernels.items():
+        options = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
+        constants = {name: value for name, value in given.items() if name in kernel.arg_names}
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        made = compiled(kernel, constants, own, options)
+        assert made.metadata.shared <= 99 * 1024
+        assert "griddepcontrol.wait" in made.asm["ptx"]
+
+
 @pytest.mark.parametrize(
     "files",
     [
         ("block_sparse_attention/interpreted_triton", "summarise_blocks/interpreted_triton"),
         ("block_sparse_attention/interpreted_gradients", "select_blocks/interpreted_triton"),
         ("pooled_attention/interpreted_triton", "score_blocks/interpreted_triton"),
-        ("block_sparse_decode/interpreted_triton",),
+        ("block_sparse_decode/interpreted_triton", "select_decode_blocks/interpreted_triton"),
+        ("update_summaries/interpreted_triton",),
     ],
     ids=" ".join,
 )

@@ -53,6 +53,7 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
     from seerattention.hosts.transformers import intercept
     from seerattention.ops.pooled_attention import pooled_attention
     from seerattention.train.objectives.kl import KL
+    from seerattention.train.target import counted
 
     batch = TextWindows(text, 256)
     gates = gates_of(model)
@@ -65,7 +66,9 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
     def collect(call):
         out, target, _ = pooled_attention(call.q, call.k, call.v, (16, 16), backend="reference")
         with torch.enable_grad():
-            losses.append(KL()(target, by_layer[call.layer](call.q_nope, call.k_nope), (16, 16), 256))
+            losses.append(
+                KL()(*counted(target, by_layer[call.layer](call.q_nope, call.k_nope), (16, 16), 256))
+            )
         return out
 
     with torch.no_grad(), intercept(model, collect):
@@ -96,7 +99,7 @@ def test_memory_does_not_grow_with_depth(model, text, monkeypatch):
     def remember(*args):
         nonlocal most
         output = original(*args)
-        alive.append(weakref.ref(output))
+        alive.append(weakref.ref(output["prefill"]))
         most = max(most, sum(r() is not None for r in alive))
         return output
 
@@ -410,17 +413,18 @@ def test_trained_gates_choose_better_than_untrained_ones(model, text):
     assert recall(gates) > before
 
 
-def test_documents_of_a_pack_learn_as_each_would_alone(model, text):
+@pytest.mark.parametrize("phase", ["prefill", "decode", "both"])
+def test_documents_of_a_pack_learn_as_each_would_alone(model, text, phase):
     """Attention, blocks and positions restart at each document; the shortest is not learned from."""
     from seerattention.train import Packed
 
     lengths = (150, 40, 66)
     tokens = text[:256][None]
-    gates = gates_of(model)
+    gates = gates_of(model, phase=phase)
     trainer = Distiller(model, gates, lambda step: Packed(tokens, (lengths,)), DistillConfig(steps=1))
     values = trainer.accumulate(Packed(tokens, (lengths,)), 0.1)
     mine = {n: p.grad.clone() for n, p in gates.named_parameters()}
-    expected, total = {}, torch.zeros(2)
+    expected, total = {}, torch.zeros(1 + len(gates.config.phases))
     for start, length in ((0, 150), (190, 66)):
         gates.zero_grad()
         share = length / 216
@@ -438,7 +442,7 @@ def test_training_stops_on_a_plateau_and_the_best_gates_are_kept(model, text):
     config = DistillConfig(steps=50, lr=1e-12, eval_every=2, patience=2)
     trainer = Distiller(model, gates, TextWindows(text, 128), config, heldout=[text[:256]])
     recalls = iter([0.5, 0.7, 0.6, 0.7])
-    trainer.heldout_recall = lambda densities: [next(recalls)]
+    trainer.heldout_recall = lambda densities: {"prefill": [next(recalls)]}
     states = [state_of(gates) for _ in trainer.run()]
     assert len(states) == 8
     assert same(state_of(gates), states[3])
@@ -506,3 +510,58 @@ def test_quantised_weights_that_are_laid_out_anew_are_no_changed_base(model, tex
     list(Distiller(model, gates_of(model), TextWindows(text, 128), config, out=tmp_path).run())
     log = json.loads((tmp_path / "run.json").read_text())
     assert log["base_checksum_before"] == log["base_checksum_after"] == base_checksum(model)
+
+
+@pytest.mark.parametrize("per_kv_head", [True, False])
+def test_gates_learn_to_decode(model, text, per_kv_head):
+    gates = gates_of(model, phase="decode", init="random", per_kv_head=per_kv_head)
+    config = DistillConfig(steps=100, lr=1e-2)
+    trainer = Distiller(model, gates, TextWindows(text[:-512], 256), config, heldout=[text[-256:]])
+    before = trainer.heldout_recall((0.1,))
+    steps = list(trainer.run())
+    assert np.mean([s.loss for s in steps[-10:]]) < 0.9 * np.mean([s.loss for s in steps[:10]])
+    assert steps[0].recall is steps[-1].heldout_recall is None
+    assert list(before) == ["decode"]
+    assert steps[-1].heldout_decode_recall > before["decode"][0]
+    assert steps[-1].decode_recall > steps[0].decode_recall
+
+
+def test_both_phases_are_reported_and_the_best_gates_are_the_best_in_their_mean(model, text):
+    gates = gates_of(model, phase="both")
+    config = DistillConfig(steps=6, lr=1e-12, eval_every=2)
+    trainer = Distiller(model, gates, TextWindows(text, 128), config, heldout=[text[:256]])
+    found = iter([(0.5, 0.5), (0.9, 0.2), (0.7, 0.3)])
+    trainer.heldout_recall = lambda densities: {
+        phase: [value] for phase, value in zip(("prefill", "decode"), next(found), strict=True)
+    }
+    states, steps = [], []
+    for step in trainer.run():
+        states.append(state_of(gates))
+        steps.append(step)
+    assert [s.heldout_recall for s in steps] == [None, 0.5, None, 0.9, None, 0.7]
+    assert [s.heldout_decode_recall for s in steps] == [None, 0.5, None, 0.2, None, 0.3]
+    assert all(0 < s.recall < 1 and 0 < s.decode_recall < 1 for s in steps)
+    assert trainer.best == pytest.approx(0.55)
+    assert same(state_of(gates), states[3])
+
+
+@pytest.mark.parametrize("phase", ["decode", "both"])
+def test_a_stopped_run_for_decoding_continues_exactly(model, text, tmp_path, phase):
+    config, settings = DistillConfig(steps=6, save_every=2), {"phase": phase}
+
+    def trainer(gates, out=None):
+        return Distiller(model, gates, TextWindows(text, 128), config, out=out)
+
+    straight, stopped, resumed = (gates_of(model, **settings) for _ in range(3))
+    expected = list(trainer(straight).run())
+    for step in trainer(stopped, tmp_path).run():
+        if step.step == 3:
+            break
+    again = trainer(resumed, tmp_path)
+    assert again.done == 2
+    list(again.run())
+    assert same(state_of(resumed), state_of(straight))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["decode_recall"] for row in rows] == [s.decode_recall for s in expected]
+    with pytest.raises(ValueError, match=r"another run, .*gate\.phase differ"):
+        trainer(gates_of(model), tmp_path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from seerattention.train import objectives
+from seerattention.train.target import counted
 
 SIZE = (16, 16)
 
@@ -18,7 +19,7 @@ def inputs(blocks, seed=0):
 
 def value(name, target, scores):
     blocks = scores.shape[-1]
-    return objectives.create(name)(target, scores, SIZE, blocks * SIZE[0])
+    return objectives.create(name)(*counted(target, scores, SIZE, blocks * SIZE[0]))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 40])

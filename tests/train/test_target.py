@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
-from seerattention.train import target_recall
+from seerattention.ops.pooled_attention import pooled_map
+from seerattention.train import target, target_recall
 from seerattention.train.objectives.kl import KL
+from seerattention.train.target import counted
 
 
 def slow_loss(target, scores):
@@ -22,6 +24,10 @@ def slow_loss(target, scores):
     return total / count
 
 
+def loss_of(target, scores, tokens):
+    return KL()(*counted(target, scores, (64, 64), tokens))
+
+
 def target_of(rows, heads=2, zeros=False):
     raw = torch.rand(1, heads, rows, rows).tril()
     if zeros:
@@ -34,14 +40,14 @@ def target_of(rows, heads=2, zeros=False):
 def test_loss_is_the_divergence_of_the_later_rows(tokens, zeros):
     rows = -(-tokens // 64)
     target, scores = target_of(rows, zeros=zeros), torch.randn(1, 2, rows, rows)
-    loss = KL()(target.double(), scores.double(), (64, 64), tokens)
+    loss = loss_of(target.double(), scores.double(), tokens)
     assert float(loss) == pytest.approx(slow_loss(target.double(), scores.double()), rel=1e-12)
 
 
 def test_loss_is_zero_for_the_target_itself_and_has_finite_gradients():
     target = target_of(8, zeros=True)
     scores = target.log().clamp(min=-1e4).requires_grad_()
-    loss = KL()(target, scores, (64, 64), 512)
+    loss = loss_of(target, scores, 512)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=8 * torch.finfo(torch.float32).eps)
     assert scores.grad is not None
@@ -50,16 +56,16 @@ def test_loss_is_zero_for_the_target_itself_and_has_finite_gradients():
 
 def test_acausal_scores_and_early_rows_do_not_count():
     target, scores = target_of(8), torch.randn(1, 2, 8, 8)
-    before = KL()(target, scores, (64, 64), 512)
+    before = loss_of(target, scores, 512)
     changed = scores.clone()
     changed[:, :, ~torch.ones(8, 8, dtype=torch.bool).tril()] = 1e3
     changed[:, :, :2] = torch.randn(1, 2, 2, 8)
-    assert torch.equal(KL()(target, changed, (64, 64), 512), before)
+    assert torch.equal(loss_of(target, changed, 512), before)
 
 
 def test_different_shapes_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"per_kv_head=True"):
-        KL()(target_of(4, heads=4), torch.randn(1, 2, 4, 4), (64, 64), 256)
+        loss_of(target_of(4, heads=4), torch.randn(1, 2, 4, 4), 256)
 
 
 def test_recall_is_the_mass_of_the_best_blocks():
@@ -70,3 +76,77 @@ def test_recall_is_the_mass_of_the_best_blocks():
     assert recall == pytest.approx(sum(best) / len(best), rel=1e-6)
     assert target_recall(target, -target.log().clamp(min=-100), (64, 64), 512, 0.5) < recall
     assert target_recall(target, torch.zeros(1, 2, 8, 8), (64, 64), 512, 1.0) == pytest.approx(1)
+
+
+def qk(tokens, batch=2):
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(batch, heads, tokens, 16, generator=generator).double() for heads in (4, 2))
+    return 2 * q, k
+
+
+def slow_target(q, k, row, size, scale, softcap=None, sinks=None):
+    """The largest weight per finished block and group of one query, divided by their sum: ``[Hk, n]``."""
+    groups, found = len(q) // len(k), []
+    for g in range(len(k)):
+        heads = []
+        for h in range(g * groups, (g + 1) * groups):
+            logits = [float(q[h, row] @ k[g, j]) * scale for j in range(row + 1)]
+            if softcap is not None:
+                logits = [softcap * math.tanh(x / softcap) for x in logits]
+            total = sum(map(math.exp, logits)) + (0 if sinks is None else math.exp(sinks[h]))
+            heads.append([math.exp(x) / total for x in logits])
+        blocks = range(0, (row + 1) // size * size, size)
+        largest = [max(max(head[start : start + size]) for head in heads) for start in blocks]
+        found.append([x / sum(largest) for x in largest])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}])
+def test_a_target_of_decoding_is_the_groups_largest_weight_in_each_finished_block(more, monkeypatch):
+    monkeypatch.setattr(target, "WORK_BYTES", {"cpu": 1})
+    (q, k), size = qk(70), 16
+    rows = torch.tensor([15, 16, 30, 31, 46, 47, 69])
+    found = target.decode_target(q, k, rows, size, scale=0.3, **more)
+    assert found.shape == (2, 2, 7, 5)
+    assert found.dtype == torch.float32
+    for b in range(2):
+        for i, row in enumerate(rows.tolist()):
+            blocks = (row + 1) // size
+            expected = slow_target(q[b], k[b], row, size, 0.3, **more)
+            torch.testing.assert_close(found[b, :, i, :blocks], expected.float())
+            # The block that is being filled is always read, and is no part of it.
+            assert not found[b, :, i, blocks:].any()
+
+
+def test_a_target_of_decoding_is_that_of_pooled_attention():
+    q, k = qk(200, batch=1)
+    rows = target.decode_rows(200)
+    whole = pooled_map(q, k, (1, 16), per_kv_head=True)[:, :, rows]
+    whole = whole.masked_fill(~target.finished(rows, 13, 16), 0)
+    found = target.decode_target(q, k, rows, 16, scale=0.25)
+    torch.testing.assert_close(found, whole / whole.sum(-1, keepdim=True))
+
+
+def test_a_target_of_decoding_is_finite_where_the_own_block_takes_all():
+    q, k = qk(40, batch=1)
+    k[:, :, 32:] *= 1e4
+    found = target.decode_target(q, k, torch.tensor([39]), 16, scale=1.0)
+    torch.testing.assert_close(found.sum(-1), torch.ones(1, 2, 1))
+
+
+@pytest.mark.parametrize("tokens", [64, 100, 2048, 8192, 100_000])
+def test_rows_of_decoding_are_spread_over_the_text_and_over_the_places_in_a_block(tokens):
+    rows = target.decode_rows(tokens)
+    assert len(rows) == min(target.DECODE_ROWS, tokens - tokens // 4)
+    assert (rows.diff() > 0).all()
+    assert tokens // 4 <= rows[0]
+    assert rows[-1] < tokens
+    if tokens >= 2048:
+        places = torch.bincount(rows % 64, minlength=64)
+        assert places.min() >= 0.25 * len(rows) / 64
+        assert rows.diff().max() <= 2 * tokens / len(rows)
+
+
+def test_learned_rows_of_decoding_are_distinct_where_nearly_all_are_taken(monkeypatch):
+    monkeypatch.setattr(target, "DECODE_ROWS", 700)
+    assert len(set(target.decode_rows(1000).tolist())) == 700

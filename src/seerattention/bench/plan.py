@@ -15,12 +15,10 @@ from seerattention import baselines
 from seerattention.bench.masks import MASKS
 from seerattention.device import capability
 from seerattention.gate import AttnGate
-from seerattention.gate_config import GateConfig
+from seerattention.gate_config import DECODE_DESIGN, GateConfig
 from seerattention.measure.versions import versions
 from seerattention.ops.shapes import Shape
 from seerattention.scorer import Scorer
-
-DECODE_DESIGN: dict[str, Any] = {"q_pool": ("avg",), "q_sub_block": 1, "k_sub_block": 16, "per_kv_head": True}
 
 #: Gate designs.
 GATES = ("published", "sub16", "sub8", "default")

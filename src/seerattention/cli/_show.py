@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from seerattention.hosts.transformers import Gates
     from seerattention.train.loop import Loop
 
 #: Without a terminal, training prints this many lines.
@@ -34,6 +35,23 @@ def console_of(width: int = 120, *, quiet: bool = False) -> Console:
     if not made.is_terminal:
         made.width = width
     return made
+
+
+def about_gates(gates: Gates) -> list[str]:
+    """Return lines on gates: what they choose for and in which model, their shapes, their policies."""
+    c, parameters = gates.config, list(gates.parameters())
+    first = next(gate for _, gate in gates.items())
+    policies = {"prefill": gates.policy, "decode": gates.decode_policy}
+    told = [policies[phase] or "none saved; give attach one" for phase in c.phases]
+    return [
+        f"gates       {c.phase}, one score per {'KV' if c.per_kv_head else 'query'} head, "
+        f"for {gates.base.name or 'an unnamed model'}",
+        f"layers      {len(gates.layers)}, of {c.num_heads} query and {c.num_kv_heads} KV heads of "
+        f"{c.head_dim}; blocks of {c.block_size} tokens",
+        f"per layer   {', '.join(f'{n} {list(v.shape)}' for n, v in first.state_dict().items())}",
+        f"size        {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {parameters[0].dtype}",
+        f"policy      {'; decoding: '.join(told)}",
+    ]
 
 
 def table(
@@ -111,6 +129,7 @@ def train(trainer: Loop, console: Console, doing: str = "distilling", after: int
 def _said(step: Any) -> str:
     """Return a step's measurements, those that it has."""
     forms = {"loss": "loss {:.4f}", "gate_loss": "gates {:.4f}", "recall": "recall {:.3f}"}
+    forms["decode_recall"] = "decoding {:.3f}"
     forms["density"] = "density {:.0%}"
     values = ((form, getattr(step, name, None)) for name, form in forms.items())
     return "  ".join(form.format(value) for form, value in values if value is not None)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Recipe[Any]")
 
+#: What recall is called, by phase: in the file of results, and in their table.
+RECALLS = {"prefill": ("recall", "recall"), "decode": ("decode_recall", "recall in decoding")}
+
 #: Needle documents of the report.
 NEEDLES = 10
 
@@ -74,12 +77,13 @@ class Report(NamedTuple):
     documents: list[NeedleDocument]
     skipped: str
     recall: bool
+    prefill: bool
 
     @property
     def passes(self) -> int:
         """Passes over a window or a document of its length."""
         texts = len(self.windows) + len(self.documents)
-        return len(self.windows) * self.recall + (1 + len(self.policies)) * texts
+        return len(self.windows) * self.recall + self.prefill * (1 + len(self.policies)) * texts
 
     @property
     def tokens(self) -> int:
@@ -87,7 +91,7 @@ class Report(NamedTuple):
         return self.passes * len(self.windows[0])
 
     def __str__(self) -> str:
-        attention = ", ".join(["dense", *map(_name, self.policies)])
+        attention = ", ".join([*["dense"] * self.prefill, *map(_name, self.policies)])
         return (
             f"{len(self.windows)} windows and {len(self.documents)} needle documents, {attention}: "
             f"{self.passes} passes of {len(self.windows[0]):,} tokens; --set report=false leaves it out"
@@ -113,15 +117,18 @@ def planned(run: Run[Any], densities: Sequence[float]) -> Report:
     asked = (TopK(density, sink_blocks=1).short_of(blocks, block) for density in densities)
     policies, short, documents, skipped = distinct(densities, length, block), [*filter(None, asked)], [], ""
     recall = hasattr(trainer, "heldout_recall")
-    if trainer.sharded:
+    if trainer.gates.config.phase == "decode":
+        skipped = "perplexity and needles: they are of sparse prefill, and these gates choose while decoding"
+    elif trainer.sharded:
         skipped = "perplexity and needles: the model is sharded; measure them on one process"
-        return Report(policies, short, windows, documents, skipped, recall)
+    if skipped:
+        return Report(policies, short, windows, documents, skipped, recall, prefill=False)
     try:
         task = NeedleTask(run.tokenizer, np.concatenate(windows))
         documents = [task.make(length, seed) for seed in range(NEEDLES)]
     except ValueError as error:
         skipped = f"needles: {error}"
-    return Report(policies, short, windows, documents, skipped, recall)
+    return Report(policies, short, windows, documents, skipped, recall, prefill=True)
 
 
 def go(
@@ -164,7 +171,7 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
     """Measure the gates dense beside sparse on held-out text, print it, and keep it beside them.
 
     Every process must call this, one measures and writes. Returns what was measured, dense first; nothing
-    where the model is sharded.
+    where the model is sharded or the gates are for decoding alone.
     """
     from seerattention.hosts.transformers.checkpoint import RESULTS
 
@@ -175,7 +182,7 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
         def step(count: int = 1) -> None:
             progress.advance(task, count)
 
-        recall: list[float] = []
+        recall: dict[str, list[float]] = {}
         if plan.recall:
             # As many blocks of a row as the policies read at least: the text's first and the own.
             recall = trainer.heldout_recall(tuple(p.density for p in plan.policies), least=2)
@@ -187,20 +194,23 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
         "text": str(run.text),
         "heldout_tokens": sum(map(len, plan.windows)),
         "steps": trainer.done,
-        **({"recall": dict(zip(names, recall, strict=True))} if recall else {}),
+        **{RECALLS[phase][0]: dict(zip(names, values, strict=True)) for phase, values in recall.items()},
         **({"skipped": plan.skipped} if plan.skipped else {}),
         **{row.method: row.values() for row in rows},
     }
-    lines = {name: [f"{value:.3f}"] for name, value in zip(names, recall, strict=False)}
+    lines = {row.method: ["1.000"] * len(recall) for row in rows[:1]}
+    for i, name in enumerate(names):
+        lines[name] = [f"{values[i]:.3f}" for values in recall.values()]
     for row in rows:
-        line = lines.setdefault(row.method, ["1.000"] if recall and row is rows[0] else [])
+        line = lines[row.method]
         line.append(f"{row.density:.1%}")
         for value, dense, form in (
             (row.perplexity, rows[0].perplexity, ".3f"), (row.needles, rows[0].needles, ".2f")
         ):  # fmt: skip
             delta = "" if value is None or dense is None or row is rows[0] else f" ({value - dense:+{form}})"
             line.append("-" if value is None else f"{value:{form}}{delta}")
-    titles = ["attention", *(["recall"] if recall else []), "density", "perplexity", "needles"]
+    titles = ["attention", *(RECALLS[phase][1] for phase in recall)]
+    titles += ["density", "perplexity", "needles"] if rows else []
     cells = [[name, *line] for name, line in lines.items()]
     console.print(table(titles, cells, "held-out text, no dense last rows"))
     for why in plan.short:
@@ -215,7 +225,7 @@ def _measure(console: Console, run: Run[Any], plan: Report, step: Callable[[], N
     """Return the rows, saying on the way which one is measured."""
     from seerattention.measure.compare import measured
 
-    if run.trainer.sharded:
+    if not plan.prefill:
         return []
     model, rows = run.trainer.model, []
     model.eval()

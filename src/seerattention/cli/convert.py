@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seerattention.cli._show import console_of
+from seerattention.cli._show import about_gates, console_of
 
 
 def run(
@@ -22,8 +22,8 @@ def run(
     policy: Annotated[
         str,
         typer.Option(
-            help="Policy saved with the gates, e.g. threshold:5e-4,dense_last_rows=2; default the one their "
-            "settings name, if any."
+            help="Policy saved with the gates for their phase, e.g. threshold:5e-4,dense_last_rows=2; "
+            "default the one their settings name, if any."
         ),
     ] = "",
 ) -> None:
@@ -33,20 +33,10 @@ def run(
 
     chosen = str(parse(policy)) if policy else None
     gates = load_gates(source)
-    save_gates(gates, target, policy=chosen)
-    config = gates.config
-    kind = "decode, one score per KV head" if config.per_kv_head else "prefill, one score per query head"
-    first = next(gate for _, gate in gates.items())
-    parameters = list(gates.parameters())
-    size = sum(p.numel() for p in parameters)
-    console_of().print(
-        f"gates       {kind}, for {gates.base.name}\n"
-        f"layers      {len(gates.layers)}, of {config.num_heads} query and {config.num_kv_heads} KV heads of "
-        f"{config.head_dim}; blocks of {config.block_size} tokens\n"
-        f"per layer   {', '.join(f'{n} {list(v.shape)}' for n, v in first.state_dict().items())}\n"
-        f"size        {size / 1e6:.2f} M parameters, {parameters[0].dtype}\n"
-        f"policy      {chosen or gates.policy or 'none in the settings; give attach one'}\n"
-        f"output      {target}",
-        markup=False,
-        soft_wrap=True,
-    )
+    if gates.config.phase == "decode":
+        gates.decode_policy = chosen or gates.decode_policy
+    else:
+        gates.policy = chosen or gates.policy
+    save_gates(gates, target)
+    lines = [*about_gates(gates), f"output      {target}"]
+    console_of().print("\n".join(lines), markup=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,6 +31,10 @@ def run(
     length: Length = None,
     config: Config = None,
     overrides: Set = None,
+    phase: Annotated[
+        Literal["prefill", "decode", "both"] | None,
+        typer.Option(help="What new gates choose for: gate.phase."),
+    ] = None,
     device: Device = None,
     push_to_hub: Annotated[str, typer.Option(help="Hub repository that gets the gates at the end.")] = "",
     dry_run: DryRun = False,
@@ -42,6 +46,8 @@ def run(
     from seerattention.hosts.transformers.hub import check_login
     from seerattention.train import Distillation
 
+    if phase is not None:
+        overrides = [*(overrides or ()), f"gate.phase={phase}"]
     told = _training.recipe(
         Distillation, config, overrides, model=model, text=text, steps=steps, length=length, device=device
     )
@@ -77,7 +83,7 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
         console.print(f"dropped {dropped:,} documents of fewer than 4 blocks")
     main = trainer.accelerator.is_main_process
     if main:
-        save_gates(trainer.gates, out / GATES, policy=told.policy)
+        save_gates(trainer.gates, out / GATES)
         console.print(f"the gates are in {out / GATES}")
     rows = _training.report(console, run, plan, out / GATES) if plan else []
     if push_to_hub and main:
@@ -85,7 +91,6 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
         address = push(
             trainer.gates,
             push_to_hub,
-            policy=told.policy,
             data=str(run.text),
             recipe={name: value for name, value in flat(told).items() if name not in here},
             results=[row.values() for row in rows],

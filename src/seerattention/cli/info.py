@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from seerattention.cli._show import console_of, table
+from seerattention.cli._show import about_gates, console_of, table
 
 #: Lengths and densities of the table of what is read of a model's prompts.
 LENGTHS, DENSITIES = (2048, 8192, 32768, 131072), (0.2, 0.1, 0.05)
@@ -183,23 +183,26 @@ def _ranges(layers: Iterable[int], full: Container[int]) -> list[tuple[str, str]
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of a model to explain.")] = "",
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model, or a folder of gates.")] = "",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the support table only.")] = False,
 ) -> None:
-    """Show what runs where on this machine and why not; with a model, first what its layers would do."""
+    """Show what runs where on this machine and why not; first what a model's layers would do, or gates do."""
     if as_markdown:
         print(markdown())
         return
     from rich.text import Text
 
     from seerattention.baselines import names
-    from seerattention.hosts.transformers import families, refused
+    from seerattention.hosts.transformers import families, load_gates, refused
+    from seerattention.hosts.transformers.checkpoint import holds_gates
     from seerattention.hosts.transformers.support import features
     from seerattention.measure.versions import versions
     from seerattention.policies import forms
 
     console = console_of()
-    if model:
+    if holds_gates(model):
+        console.print("\n".join(about_gates(load_gates(model))), markup=False, soft_wrap=True)
+    elif model:
         lines, reads = model_report(model)
         for line in lines:
             console.print(line, soft_wrap=True)

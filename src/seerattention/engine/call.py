@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from seerattention.engine.padding import Padding
+from seerattention.engine.padding import Lengths, Padding
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 from seerattention.scorer import Scorer
@@ -32,16 +33,40 @@ class Unrotate(Protocol):
 class Summaries(Protocol):
     """What is kept of the keys of one layer, for the rows of a batch; `Growing` follows a growing cache."""
 
-    def follow(self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate) -> tuple[str | None, ...]:
+    def follow(
+        self, call: AttentionCall, scorer: Scorer, unrotate: Unrotate | None, *, compare: bool = True
+    ) -> tuple[str | None, ...]:
         """Make the summaries those of all of a call's keys.
+
+        Args:
+            call: The call.
+            scorer: Makes them.
+            unrotate: Rotates cached keys back; None where the scorer reads them as they are cached.
+            compare: Whether they will be read. If not, cached keys that no summary belongs to can wait.
 
         Returns:
             Why a row of the batch has none, for each, or None where it has.
         """
         ...
 
+    def step(self, step: Step, scorer: Scorer, unrotate: Unrotate | None) -> str | None:
+        """Do the same for a step of decoding; return why there are none."""
+        ...
+
     def read(self) -> Tensor:
         """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
+        ...
+
+    def buffer(self) -> Tensor:
+        """Return those of finished blocks after `step`, ``[B, H, S, E]``, with room for all of the cache."""
+        ...
+
+    def fill(self, call: AttentionCall) -> None:
+        """Make those of a call, after `follow`, ready for steps that are captured in a graph."""
+        ...
+
+    def beside(self) -> Summaries:
+        """Return what is kept of the same keys for decoding, where that has gates of its own."""
         ...
 
 
@@ -61,6 +86,42 @@ class Given(NamedTuple):
     v: Tensor
     q_nope: Tensor
     k_nope: Tensor
+
+
+class Held(NamedTuple):
+    """The keys of a layer in a KV cache, to tell whether it still holds the same.
+
+    Attributes:
+        keys: The tensor, ``[B, Hk, Tk, D]``.
+        length: The tensor that counts the tokens in it, where they do not fill it.
+    """
+
+    keys: Tensor
+    length: Tensor | None = None
+
+    @property
+    def versions(self) -> tuple[int | None, ...]:
+        """How often the tensors were written to; inference tensors do not count that."""
+        both = (x for x in self if isinstance(x, Tensor))
+        return tuple(None if x.is_inference() else x._version for x in both)
+
+
+class Cached(NamedTuple):
+    """What a KV cache holds of a layer around a call.
+
+    Attributes:
+        before: Before the call.
+        after: After it, where the keys given are those that the cache holds; None where it makes new
+            tensors each time, as quantised and offloaded caches do.
+        room: Tokens that the cache can hold, None if it grows.
+    """
+
+    before: Held | None = None
+    after: Held | None = None
+    room: int | None = None
+
+
+_NOT_CACHED = Cached()
 
 
 def _packed(name: str, side: str) -> cached_property[Tensor]:
@@ -92,6 +153,7 @@ class AttentionCall:
         position_ids: int64 ``[B or 1, Tq]``, at which the host rotated the new tokens, or None.
         prompt_tokens: Where a prompt of known length is given in pieces, that length, tokens already cached
             included: the pieces then select what they would in one.
+        cached: What the KV cache holds.
     """
 
     layer: int
@@ -104,6 +166,7 @@ class AttentionCall:
     summaries: Summaries | None = None
     position_ids: Tensor | None = None
     prompt_tokens: int | None = None
+    cached: Cached = _NOT_CACHED
 
     q = _packed("q", "queries")
     k = _packed("k", "keys")
@@ -131,6 +194,13 @@ class AttentionCall:
             return self.padding.first(self.position_ids)
         return self.position_ids[:, 0].expand(self.given.k.shape[0]) - self.rows.first
 
+    @cached_property
+    def begins(self) -> list[int]:
+        """The column of every row's first key; waits for the device if there is padding."""
+        if self.padding is None:
+            return [0] * self.given.k.shape[0]
+        return self.padding.keys.real.int().argmax(1).tolist()
+
     def new_keys(self) -> tuple[Tensor, Tensor]:
         """Return the new tokens' keys before and after RoPE, ``[B, Hk, Tq, D]``, rows begin at the left."""
         after = self.given.k[:, :, -self.given.q.shape[2] :]
@@ -154,6 +224,53 @@ class AttentionCall:
         if self.padding is None:
             return dense_attention(*self.given[:3], **options)
         return self.padding.queries.pack(self.padding.dense(*self.given[:3], **options))
+
+    def unpacked(self, out: Tensor) -> Tensor:
+        """Return an output of ``q``'s shape with the padding of ``given.q``, zeros there."""
+        return out if self.padding is None else self.padding.queries.unpack(out)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step of decoding: few new tokens of every sequence, with padding at most on the left.
+
+    Nothing in it waits for the device but `call`, so that steps can be captured in a graph.
+
+    Attributes:
+        layer: Layer index.
+        given: The host's tensors; a static cache's keys and values with all its room.
+        lengths: How long the sequences are, the new tokens included.
+        summaries: What is kept of these sequences' keys in this layer.
+        cached: What the KV cache holds.
+        call: Makes the same call for what needs to know more; waits where only the device knows lengths.
+        scale: Softmax scale.
+        softcap: See `AttentionCall`.
+        sinks: See `AttentionCall`.
+    """
+
+    layer: int
+    given: Given
+    lengths: Lengths
+    summaries: Summaries
+    cached: Cached
+    call: Callable[[], AttentionCall]
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph is being captured: what is checked now would not be checked in its replays."""
+        return self.given.q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def new_keys(self, after_rope: bool) -> Tensor:
+        """Return the new tokens' keys before or after RoPE, ``[B, Hk, Tq, D]``."""
+        k, new = self.given.k, self.given.q.shape[2]
+        if not after_rope:
+            return self.given.k_nope
+        if self.lengths.held is None:
+            return k[:, :, -new:]
+        return k.index_select(2, self.lengths.held - new + torch.arange(new, device=k.device))
 
 
 #: Computes the output of an attention layer, of ``call.q``'s shape.

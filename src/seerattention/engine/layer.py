@@ -13,15 +13,21 @@ from torch import Tensor
 
 from seerattention.attention import seer_attention
 from seerattention.crossover import Crossover, crossover
-from seerattention.engine.call import AttentionCall, Unrotate
-from seerattention.engine.summaries import Growing, summarised
-from seerattention.engine.when import why_dense
+from seerattention.engine.call import AttentionCall, Step, Unrotate
+from seerattention.engine.kept import summarised
+from seerattention.engine.summaries import Growing
+from seerattention.engine.when import DECODING, why_dense, why_dense_step
 from seerattention.ops.block_sparse_attention import BACKENDS
+from seerattention.ops.block_sparse_decode import block_sparse_decode
 from seerattention.ops.dispatch import check_backend
+from seerattention.ops.select_decode_blocks import select_decode_blocks
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
 from seerattention.selection import BlockSelection
+
+#: How `SparseLayer.usage` counts a sparse step of decoding.
+SPARSE_STEP = "sparse: decoding step"
 
 #: Called after every sparse layer with its inputs and the blocks that were read; one call at a time.
 Observer = Callable[[int, AttentionCall, BlockSelection], None]
@@ -37,12 +43,25 @@ def _crossovers() -> dict[str, Crossover]:
 
 
 @dataclass(frozen=True)
-class SparseLayer:
-    """Computes attention layers over the blocks that scorers and a policy choose.
+class Phase:
+    """What chooses blocks in prefill, or in decoding.
 
     Attributes:
         scorers: The scorer of every layer.
-        policy: How many blocks to read.
+        policy: How many blocks to read; None reads all, densely.
+    """
+
+    scorers: Mapping[int, Scorer]
+    policy: Policy | None
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """Computes attention layers over the blocks that scorers and policies choose.
+
+    Attributes:
+        prefill: Chooses for prompts, and
+        decode: for steps of decoding, by the same scorers or by others.
         unrotate: Rotates the model's cached keys back.
         backend: A backend of ``block_sparse_attention``.
         min_tokens: Sequences shorter than this are dense, all others sparse; by default the table of
@@ -53,8 +72,8 @@ class SparseLayer:
         crossovers: The table's entry for every kind of device at hand.
     """
 
-    scorers: Mapping[int, Scorer]
-    policy: Policy
+    prefill: Phase
+    decode: Phase
     unrotate: Unrotate
     backend: str = "auto"
     min_tokens: int | None = None
@@ -70,16 +89,21 @@ class SparseLayer:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Return the output of one layer, of ``call.q``'s shape."""
-        scorer = self.scorers[call.layer]
-        known = self.crossovers.get(call.given.q.device.type)
-        why = why_dense(call, scorer, self.policy, self.min_tokens, known)
-        if scorer.after_rope:
-            read = None
-        else:
-            summaries = call.summaries or Growing()
-            missing = summaries.follow(call, scorer, self.unrotate)
-            why = tuple(reason or none for reason, none in zip(why, missing, strict=True))
-            read = summaries.read
+        scorer, policy = self.prefill.scorers[call.layer], self.prefill.policy
+        why = why_dense(call, scorer, policy, self.min_tokens, self._crossover(call.given.q))
+        summaries, read = call.summaries or Growing(), None
+        decoder = scorer if self.decode.policy is None else self.decode.scorers[call.layer]
+        reads = policy is not None and not scorer.after_rope
+        compare = any(reason != DECODING for reason in why)
+        if reads or (self.decode.policy is not None and decoder is scorer):
+            missing = summaries.follow(call, scorer, self._unrotate(scorer), compare=compare)
+            if reads:
+                why, read = tuple(a or b for a, b in zip(why, missing, strict=True)), summaries.read
+        if decoder is not scorer:
+            summaries = summaries.beside()
+            missing = summaries.follow(call, decoder, self._unrotate(decoder), compare=compare)
+        if self.decode.policy is not None and call.cached.room is not None and compare and not any(missing):
+            summaries.fill(call)
         rows: dict[str | None, list[int]] = {}
         for row, (new, _) in enumerate(call.lengths):
             if new:
@@ -94,21 +118,76 @@ class SparseLayer:
             outs |= zip(some, out.split([new for new, _ in part.lengths], 2), strict=True)
         return torch.cat([outs[row] for row in sorted(outs)], 2)
 
+    def steps(self, layer: int, new: int) -> bool:
+        """Whether so many new tokens after earlier ones are a step of decoding, which `step` computes."""
+        return self.decode.policy is not None and new < self.decode.scorers[layer].block_size[1]
+
+    def step(self, step: Step) -> Tensor:
+        """Return the output of a step of decoding, of ``step.given.q``'s shape."""
+        scorer, policy, given = self.decode.scorers[step.layer], self.decode.policy, step.given
+        assert policy is not None, "nothing chooses for decoding"
+        shared = scorer is self.prefill.scorers[step.layer]
+        summaries = step.summaries if shared else step.summaries.beside()
+        why, block, known = None, scorer.block_size[1], step.lengths.known
+        if known is not None:
+            why = why_dense_step(max(known), policy, block, self.min_tokens, self._crossover(given.q))
+        why = summaries.step(step, scorer, self._unrotate(scorer)) or why
+        self._count(why or SPARSE_STEP)
+        if why is not None:
+            call = step.call()
+            return call.unpacked(call.dense())
+        selection = select_decode_blocks(
+            given.q if scorer.after_rope else given.q_nope,
+            summaries.buffer(),
+            scorer.per_token(),
+            policy,
+            lengths=step.lengths.keys,
+            num_keys=given.k.shape[2],
+            kv_heads=given.k.shape[1],
+        )
+        out = block_sparse_decode(
+            given.q,
+            given.k,
+            given.v,
+            selection,
+            lengths=step.lengths.keys,
+            starts=step.lengths.starts,
+            scale=step.scale,
+            softcap=step.softcap,
+            sinks=step.sinks,
+        )
+        if self.observe is not None and not step.captured:
+            call = step.call()
+            with _ONE_AT_A_TIME:
+                self.observe(step.layer, call, selection if call.padding is None else _packed(selection))
+        return out
+
+    def _unrotate(self, scorer: Scorer) -> Unrotate | None:
+        return None if scorer.after_rope else self.unrotate
+
+    def _crossover(self, q: Tensor) -> Crossover | None:
+        return self.crossovers.get(q.device.type)
+
+    def _count(self, how: str) -> None:
+        with _ONE_AT_A_TIME:
+            self.usage[how] += 1
+
     def _compute(
         self, call: AttentionCall, scorer: Scorer, why: str | None, read: Callable[[], Tensor] | None
     ) -> Tensor:
         """Compute a call densely if there is a reason, else over the blocks that are chosen."""
-        with _ONE_AT_A_TIME:
-            self.usage[why or "sparse"] += 1
+        self._count(why or "sparse")
         if why is not None:
             return call.dense()
-        self._note_short(call, scorer.block_size[1])
+        policy = self.prefill.policy
+        assert policy is not None
+        self._note_short(call, policy, scorer.block_size[1])
         out, selection = seer_attention(
             call.q,
             call.k,
             call.v,
             scorer,
-            self._policy_of(call, scorer),
+            _policy_of(call, policy, scorer),
             q_scored=call.q if scorer.after_rope else call.q_nope,
             k_blocks=_compressed(call, scorer) if read is None else read(),
             rows=call.rows,
@@ -123,20 +202,28 @@ class SparseLayer:
                 self.observe(call.layer, call, selection)
         return out
 
-    def _note_short(self, call: AttentionCall, block: int) -> None:
+    def _note_short(self, call: AttentionCall, policy: Policy, block: int) -> None:
         """Remember that a prompt is too short for the density asked for, see `Policy.short_of`."""
         for new, total in set(call.lengths):
             tokens = call.prompt_tokens or (total if new == total else 0)
-            if tokens and (why := self.policy.short_of(num_blocks(tokens, block), block)):
-                self.short[str(self.policy)] = why
+            if tokens and (why := policy.short_of(num_blocks(tokens, block), block)):
+                self.short[str(policy)] = why
 
-    def _policy_of(self, call: AttentionCall, scorer: Scorer) -> Policy:
-        """Return the policy, for a piece of a prompt of known length as it is for the whole prompt."""
-        policy, block, tokens = self.policy.at(call.layer), scorer.block_size[1], call.prompt_tokens
-        if tokens is None:
-            return policy
-        last = call.rows.num_keys == tokens
-        return policy.for_prompt(num_blocks(tokens, block), block, last_piece=last)
+
+def _policy_of(call: AttentionCall, policy: Policy, scorer: Scorer) -> Policy:
+    """Return a layer's policy, for a piece of a prompt of known length as it is for the whole prompt."""
+    policy, block, tokens = policy.at(call.layer), scorer.block_size[1], call.prompt_tokens
+    if tokens is None:
+        return policy
+    last = call.rows.num_keys == tokens
+    return policy.for_prompt(num_blocks(tokens, block), block, last_piece=last)
+
+
+def _packed(selection: BlockSelection) -> BlockSelection:
+    """Return the selection of a step with the sequences behind one another."""
+    batch, heads, tokens, columns = selection.shape
+    bits = selection.bits.transpose(0, 1).flatten(1, 2)[None]
+    return BlockSelection(bits, (1, heads, batch * tokens, columns), selection.block_size)
 
 
 def _rows(read: Callable[[], Tensor], some: list[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,72 @@ from seerattention.rows import Rows
 def on_device(numbers: list[int], device: torch.device) -> Tensor:
     """Return numbers of the host as int64 on a device, without waiting for it."""
     return torch.tensor(numbers).to(device, non_blocking=True)
+
+
+class Lengths(NamedTuple):
+    """How long the sequences of a batch are in a step of decoding, whose padding is on the left.
+
+    Attributes:
+        keys: Of every sequence its keys, the new tokens' included, int32 ``[B]`` on the device.
+        starts: The column of its first key, int32 ``[B]``; None where all begin in the first one.
+        begins: The same on the host; None where nobody looked.
+        known: ``keys`` on the host; None where only the device knows.
+        held: Columns in use of a cache with room for more, an integer on the device; None where all are.
+    """
+
+    keys: Tensor
+    starts: Tensor | None
+    begins: list[int] | None
+    known: list[int] | None
+    held: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        real: Tensor | None,
+        held: int | Tensor,
+        new: int,
+        *,
+        batch: int,
+        device: torch.device,
+        trust: bool = False,
+    ) -> Lengths | None:
+        """Return the lengths of a batch, or None if there is padding anywhere but before its old tokens.
+
+        Args:
+            real: bool ``[B, T]``, which keys are real, or None if all are. Where only the device knows how
+                many are in use, there may be more columns. The host waits to see that they are as they should
+                be.
+            held: Columns in use, a tensor where only the device knows.
+            new: New tokens, in the last of these columns.
+            batch: Sequences.
+            device: Where they are.
+            trust: Look for nothing but where sequences begin, without waiting.
+        """
+        counted = held.to(device) if isinstance(held, Tensor) else None
+        if real is None:
+            begins = [0] * batch
+            if counted is not None:
+                return cls(counted.int().expand(batch).contiguous(), None, begins, None, counted)
+            keys = torch.full((batch,), held, dtype=torch.int32, device=device)
+            return cls(keys, None, begins, [held] * batch, None)
+        if counted is None and real.shape[1] != held:
+            return None
+        real, held = real.to(device), held if counted is None else counted
+        starts = real.int().argmax(1).int()
+        begins = known = None
+        if not trust:
+            column = torch.arange(real.shape[1], device=device)
+            fine = (real | (column < starts[:, None]) | (column >= held)).all()
+            fine = fine & (starts <= held - new).all() & (len(column) >= held)
+            # One wait for the device.
+            *begins, fits = torch.cat((starts, fine[None].int())).tolist()
+            if not fits:
+                return None
+            if not any(begins):
+                return cls.of(None, held, new, batch=batch, device=device)
+            known = None if counted is not None else [held - begin for begin in begins]
+        return cls((held - starts).int(), starts, begins, known, counted)
 
 
 class Side:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from seerattention.crossover import Crossover
 from seerattention.engine.call import AttentionCall
-from seerattention.policies import Policy
+from seerattention.policies import Policy, rule_of
 from seerattention.rows import num_blocks
 from seerattention.scorer import Scorer
 
 #: Why a short piece after a long text is dense: reading all keys for few queries is what decoding does.
 DECODING = "dense: decoding step"
+
+#: Why a prompt is dense where a policy is given for decoding alone.
+PREFILL = "dense: no policy for prefill"
 
 
 def decodes(new: int, total: int, scorer: Scorer) -> bool:
@@ -18,7 +21,11 @@ def decodes(new: int, total: int, scorer: Scorer) -> bool:
 
 
 def why_dense(
-    call: AttentionCall, scorer: Scorer, policy: Policy, min_tokens: int | None, known: Crossover | None
+    call: AttentionCall,
+    scorer: Scorer,
+    policy: Policy | None,
+    min_tokens: int | None,
+    known: Crossover | None,
 ) -> tuple[str | None, ...]:
     """Return for every row of the batch why it is computed densely, or None.
 
@@ -29,6 +36,8 @@ def why_dense(
     def reason(new: int, total: int) -> str | None:
         if decodes(new, total, scorer):
             return DECODING
+        if policy is None:
+            return PREFILL
         tokens = call.prompt_tokens or total
         if min_tokens is not None:
             return f"dense: fewer than {min_tokens} tokens" if tokens < min_tokens else None
@@ -47,3 +56,27 @@ def why_dense(
 
     found = {lengths: reason(*lengths) for lengths in set(call.lengths)}
     return tuple(found[lengths] for lengths in call.lengths)
+
+
+def why_dense_step(
+    tokens: int, policy: Policy, block: int, min_tokens: int | None, known: Crossover | None
+) -> str | None:
+    """Return why a step of decoding is computed densely, or None.
+
+    Args:
+        tokens: Keys of the longest sequence.
+        policy: The policy for decoding.
+        block: Key tokens per block.
+        min_tokens: See `why_dense`.
+        known: See `why_dense`.
+    """
+    if min_tokens is not None:
+        return f"{DECODING}, fewer than {min_tokens} tokens" if tokens < min_tokens else None
+    if known is not None and tokens < known.decode_dense_below:
+        return f"{DECODING}, fewer than {known.decode_dense_below} tokens ({known.source})"
+    blocks = num_blocks(tokens, block)
+    rule = rule_of(policy, blocks, block)
+    count = rule.value if rule is not None and rule.kind == "count" else 0
+    if max(count, policy.sink_blocks + policy.local_blocks) >= blocks:
+        return f"{DECODING}, the policy reads everything"
+    return None

@@ -311,8 +311,8 @@ def _scorer(method: Method) -> Gates | Scorer | None:
 
 
 def _weights(gates: Gates) -> str:
-    """Return a fingerprint of gates: their values and their saved policy."""
-    digest = hashlib.sha256(f"{gates.config} {gates.policy}".encode())
+    """Return a fingerprint of gates: their values and their saved policies."""
+    digest = hashlib.sha256(f"{gates.config} {gates.policy} {gates.decode_policy}".encode())
     for name, values in sorted(gates.state_dict().items()):
         digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -91,14 +91,19 @@ def padded(dim: int) -> int:
 
 
 @jit
-def follow(PDL: tl.constexpr):
-    """Let the programs of the next launch come, and wait for all that the launch before wrote.
+def follow(PDL: tl.constexpr, EARLY: tl.constexpr = True):
+    """Wait for all that the launch before wrote, and let the programs of the next one come.
 
-    Every kernel that `launch.overlapping` starts calls it before it reads or writes anything.
+    Every program that `launch.overlapping` starts does so before it reads what a launch may have written,
+    or writes. ``EARLY`` lets the next ones come before the wait, which saves time, and a launch before this
+    one may then still run when they are there.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit

@@ -6,6 +6,7 @@ the row's limit, and nowhere else. The bound comes from the sizes of the factors
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.cases.select_blocks import Case
+from seerattention.ops.cases.select_decode_blocks import Case as DecodeCase
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import OneSequence, Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -52,6 +54,33 @@ def alone(args: dict[str, Any]) -> Iterator[tuple[OneSequence, dict[str, Any]]]:
     for one in rows.sequences():
         k_blocks = args["k_blocks"][one.index, None, :, : num_blocks(one.rows.num_keys, size)]
         yield one, args | {"q": args["q"][:, :, one.queries], "k_blocks": k_blocks, "rows": one.rows}
+
+
+@torch.no_grad()
+def decode_arguments(
+    case: DecodeCase, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Any]:
+    """Return what `select_decode_blocks` is called with, but for the policy; NaN past finished blocks."""
+    q, k, _ = random_qkv(case, dtype=dtype, device=device)
+    # As a model hands them over: heads after tokens in memory.
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.manual_seed(1)
+    gate = AttnGate(GateConfig(**case.design)).to(device, dtype)
+    for p in gate.parameters():
+        # Scores of a few units, so that rows are neither uniform nor a single block.
+        p.mul_(2)
+    k_blocks = gate.compress(k, positions=torch.arange(case.keys, device=device))
+    held = case.held or (case.keys,) * case.batch
+    for row, length in enumerate(held):
+        k_blocks[row, :, length // case.block_size[1] * gate.sub_blocks[1] :] = torch.nan
+    return {
+        "q": q,
+        "k_blocks": k_blocks,
+        "scorer": gate.per_token(),
+        "lengths": torch.tensor(held, dtype=torch.int32, device=device),
+        "num_keys": case.keys,
+        "kv_heads": case.kv_heads,
+    }
 
 
 @dataclass(frozen=True)
@@ -104,6 +133,46 @@ class Certain:
             torch.cat([F.pad(x.taken, (0, columns - x.taken.shape[3])) for x in found], 2),
             torch.cat([F.pad(x.left, (0, columns - x.left.shape[3]), value=True) for x in found], 2),
         )
+
+    @classmethod
+    def of_tokens(
+        cls,
+        scorer: Any,
+        policy: Policy,
+        q: Tensor,
+        k_blocks: Tensor,
+        lengths: Tensor,
+        num_keys: int,
+        kv_heads: int,
+    ) -> Certain:
+        """Decide for a call of `select_decode_blocks` with a gate that has a score per KV head.
+
+        Summaries of queries are a backend's own: their scores may be twice as far from those in fp64 as
+        those of the reference are, which are made in the gate's dtype.
+        """
+        block, subs = scorer.block_size[1], scorer.sub_blocks
+        rule = rule_of(policy, num_blocks(num_keys, block), block)
+        assert rule is not None
+        exact, taken, left = copy.deepcopy(scorer.gate).double().per_token(), [], []
+        keys = k_blocks.nan_to_num(0).double()[:, :, : num_blocks(num_keys, block) * subs[1]]
+        for b, length in enumerate(lengths.tolist()):
+            at = torch.arange(length - q.shape[2], length, device=q.device)
+            alone = {"positions": at.clamp(min=0)[None]}
+            own_q = q[b : b + 1]
+            true, slack = _scores(
+                exact.summarise_queries(own_q.double(), **alone)[0], keys[b], subs, scorer.scale
+            )
+            rounded, _ = _scores(
+                scorer.summarise_queries(own_q, **alone)[0].double(), keys[b], subs, scorer.scale
+            )
+            number = torch.arange(true.shape[-1], device=q.device)
+            finished, own = (number + 1) * block <= at[:, None] + 1, number == at[:, None] // block
+            always = policy.always(own, number * block <= at[:, None])
+            slack = slack + 2 * (rounded - true).masked_fill(~finished, 0).abs().amax(-1, keepdim=True)
+            sure, never = _decide(rule, true, slack, finished, always)
+            taken.append((sure & finished) | always)
+            left.append((never | ~finished) & ~always)
+        return cls(torch.stack(taken), torch.stack(left))
 
     @property
     def share(self) -> float:

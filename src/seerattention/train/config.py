@@ -172,19 +172,24 @@ class Step:
 
     Attributes:
         step: Steps done, this one included.
-        loss: Mean of the objective over layers and the global batch.
-        recall: Mean of `sampled_recall` over layers and the global batch.
+        loss: Mean of the objective over layers and the global batch; of both phases the sum.
+        recall: Mean of `sampled_recall` in prefill over layers and the global batch; None where the gates are
+            not taught for it.
         tokens: Tokens read in this step by all processes.
         seconds: Time it took, without measurements on held-out text.
-        heldout_recall: Recall on held-out text after this step, or None where it was not measured.
+        heldout_recall: The same on held-out text after this step, or None where it was not measured.
+        decode_recall: As ``recall``, in decoding.
+        heldout_decode_recall: As ``heldout_recall``, in decoding.
     """
 
     step: int
     loss: float
-    recall: float
+    recall: float | None
     tokens: int
     seconds: float
     heldout_recall: float | None = None
+    decode_recall: float | None = None
+    heldout_decode_recall: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,20 @@ from transformers import PreTrainedModel
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
 from seerattention.hosts.transformers.gates import check_weights
+from seerattention.ops.dense_attention import dense_attention
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.train.config import DistillConfig, Step
 from seerattention.train.data import text_identity
-from seerattention.train.layer import gate_scores, learn
+from seerattention.train.layer import gate_scores, learn, rows_of
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
 from seerattention.train.share import Batch, Documents, packed_arguments
-from seerattention.train.target import LEAST_TAKEN, sampled_recall
+from seerattention.train.target import (
+    LEAST_TAKEN,
+    decode_rows,
+    decode_target,
+    sampled_recall,
+)
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
@@ -48,8 +54,6 @@ class Distiller(Loop):
         OSError: If ``out`` cannot be written.
     """
 
-    VALUES = ("loss", "recall")
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -68,6 +72,8 @@ class Distiller(Loop):
         self.config: DistillConfig = config
         self.decoder = decoder or model.get_decoder()
         self.heldout = heldout
+        self.phases = gates.config.phases
+        self.measures = ("loss", *(f"recall in {phase}" for phase in self.phases))
         self.best = -1.0
         self.stale = 0
         self._kept: dict[str, Tensor] = {}
@@ -109,12 +115,16 @@ class Distiller(Loop):
             )
 
     def _report(self, values: list[float], norms: list[float], density: float, read: Any) -> Step:
-        (loss, recall), measured = values, None
+        (loss, *recalls), measured = values, {}
         if len(self.heldout) and (self.done % self.config.eval_every == 0 or self.done == self.config.steps):
             measured = self._measure()
-            if not math.isfinite(measured):
+            if not all(map(math.isfinite, measured.values())):
                 raise self._not_finite(f"step {self.done} has made gates whose scores are not finite")
-        return Step(self.done, loss, recall, heldout_recall=measured, **read)
+        found = dict(zip(self.phases, recalls, strict=True))
+        return Step(
+            self.done, loss, recall=found.get("prefill"), decode_recall=found.get("decode"),
+            heldout_recall=measured.get("prefill"), heldout_decode_recall=measured.get("decode"), **read,
+        )  # fmt: skip
 
     @property
     def measured_tokens(self) -> int:
@@ -154,19 +164,19 @@ class Distiller(Loop):
                 s = slice(start, start + length)
                 q, k, v = (x[:, :, s] for x in (call.q, call.k, call.v))
                 start += length
-                out, target = _with_target(gate, q, k, v, call)
+                out, targets = _with_targets(gate, q, k, v, call, self.phases if counts else ())
                 outs.append(out)
                 if not counts:
                     continue
                 weight = call.q.shape[0] * length / learned
                 q, k = call.q_nope[:, :, s], call.k_nope[:, :, s]
                 # The layers' mean is reported; gradients are those of the sum over layers.
-                values, _ = learn(gate, q, k, target, self.objective, weight, density)
+                values, _ = learn(gate, q, k, targets, self.objective, weight, density)
                 parts.append(values / len(by_layer))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
         self._decode(tokens, [length for length, _ in documents], handler)
-        return torch.stack(parts).sum(0) if parts else torch.zeros(2, device=self.device)
+        return torch.stack(parts).sum(0) if parts else torch.zeros(len(self.measures), device=self.device)
 
     def _decode(self, tokens: Tensor, lengths: list[int], handler: Callable[[AttentionCall], Tensor]) -> None:
         """Run the decoder, without the head; positions restart at each document."""
@@ -174,18 +184,22 @@ class Distiller(Loop):
         with torch.no_grad(), intercept(self.model, handler):
             self.decoder(tokens.to(self.device), use_cache=False, **more)
 
-    def _measure(self) -> float:
-        """Measure recall on the held-out text and keep the gates if it is the best yet."""
-        recall = self.heldout_recall((self.config.recall_density,))[0]
-        if recall > self.best:
-            self.best, self.stale = recall, 0
+    def _measure(self) -> dict[str, float]:
+        """Measure recall on the held-out text; keep the gates if its mean over the phases is the best yet."""
+        found = self.heldout_recall((self.config.recall_density,))
+        recalls = {phase: values[0] for phase, values in found.items()}
+        mean = sum(recalls.values()) / len(recalls)
+        if mean > self.best:
+            self.best, self.stale = mean, 0
             self._kept = {k: v.detach().clone() for k, v in self.gates.state_dict().items()}
         else:
             self.stale += 1
-        return recall
+        return recalls
 
-    def heldout_recall(self, densities: tuple[float, ...], least: int = LEAST_TAKEN) -> list[float]:
-        """Return recall at each density, the mean over layers and sequences; NaN if scores are.
+    def heldout_recall(
+        self, densities: tuple[float, ...], least: int = LEAST_TAKEN
+    ) -> dict[str, list[float]]:
+        """Return by phase recall at each density, the mean over layers and sequences; NaN if scores are.
 
         See `sampled_recall` for ``least``.
         """
@@ -194,10 +208,14 @@ class Distiller(Loop):
 
         def look(call: AttentionCall) -> Tensor:
             gate, length = by_layer[call.layer], call.q.shape[2]
-            out, target = _with_target(gate, call.q, call.k, call.v, call)
-            scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions)
-            recall = sampled_recall(target, scores, gate.block_size, length, densities, least=least)
-            found.append(recall.where(scores.isfinite().all(), torch.nan))
+            out, targets = _with_targets(gate, call.q, call.k, call.v, call, self.phases)
+            scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions, self.phases)
+            recalls = []
+            for phase, target in targets.items():
+                rows = rows_of(phase, gate, target, scores[phase], length)
+                finite = rows[1].masked_fill(~rows[2], 0).isfinite().all()
+                recalls.append(sampled_recall(*rows, densities, least=least).where(finite, torch.nan))
+            found.append(torch.stack(recalls))
             return out
 
         for tokens in self.heldout:
@@ -207,7 +225,7 @@ class Distiller(Loop):
         if self.accelerator.num_processes > 1:
             mean = self.accelerator.reduce(mean, "mean")
             assert isinstance(mean, Tensor)
-        return mean.tolist()
+        return dict(zip(self.phases, mean.tolist(), strict=True))
 
     def _about(self) -> dict[str, Any]:
         return {"heldout": text_identity(*map(np.asarray, self.heldout))}
@@ -220,12 +238,19 @@ class Distiller(Loop):
         return {**super()._progress(), "best_recall": self.best, "stale": self.stale}
 
 
-def _with_target(
-    gate: AttnGate, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-) -> tuple[Tensor, Tensor]:
-    """Return attention as the model computes it, and the map that the gate should predict."""
-    found = pooled_attention(
-        q, k, v, gate.block_size, scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-        per_kv_head=gate.config.per_kv_head,
-    )  # fmt: skip
-    return found.out, found.target
+def _with_targets(
+    gate: AttnGate, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, phases: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return attention as the model computes it, and the map that the gate should predict in each phase."""
+    more: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+    targets = {}
+    if "prefill" in phases:
+        per_kv_head = gate.config.per_kv_head
+        out, targets["prefill"], _ = pooled_attention(
+            q, k, v, gate.block_size, per_kv_head=per_kv_head, **more
+        )
+    else:
+        out = dense_attention(q, k, v, **more)
+    if "decode" in phases:
+        targets["decode"] = decode_target(q, k, decode_rows(q.shape[2], q.device), gate.block_size[1], **more)
+    return out, targets

@@ -44,7 +44,7 @@ class Finetuner(Loop):
         OSError: If ``out`` cannot be written.
     """
 
-    VALUES = ("loss", "gate loss", "recall")
+    measures = ("loss", "gate loss", "recall")
 
     def __init__(
         self,
@@ -227,6 +227,11 @@ def _refuse(base: PreTrainedModel, gates: Gates, config: FinetuneConfig, trained
         raise ValueError(
             f"these gates were made for {gates.base.name or 'another model'}: "
             f"{'; '.join(different)}; distil gates for this one, or start from new ones"
+        )
+    if gates.config.phase != "prefill":
+        raise ValueError(
+            f"these gates are for phase {gates.config.phase}, and a model is trained with gates for prefill; "
+            "leave gate.phase out, and distil gates for decoding afterwards"
         )
     if not trained and not config.soft_gates and not config.gate_weight:
         raise ValueError(

@@ -21,7 +21,7 @@ from seerattention.train.layer import gate_scores, learn
 from seerattention.train.objectives import Objective
 from seerattention.train.share import Documents, Share
 from seerattention.train.soft import log_gates, soft_attention
-from seerattention.train.target import LEAST_TAKEN, sampled_recall
+from seerattention.train.target import LEAST_TAKEN, counted, sampled_recall
 
 #: q and k before the rotary embedding, without a gradient.
 Nope = tuple[Tensor, Tensor]
@@ -105,13 +105,15 @@ class JointPass:
         scores = None
         if factor:
             target = self._target(gate, q, k, more)
-            values, scores = learn(gate, *nope, target, self.objective, factor * weight, self.density)
+            weighted = {"objective": self.objective, "weight": factor * weight, "density": self.density}
+            values, found = learn(gate, *nope, {"prefill": target}, **weighted)
+            scores = found["prefill"]
             self._values.append(values / factor)
         if self.density >= 1:
             return None
         if scores is None:
             with torch.no_grad():
-                scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))
+                scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))["prefill"]
         return self._select(gate, scores, length)
 
     def _soft(
@@ -120,11 +122,11 @@ class JointPass:
         """Attend with the gates' opinions in the logits; leave the gates' loss in ``losses``."""
         length = q.shape[2]
         with torch.enable_grad():
-            scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))
+            scores = gate_scores(gate, *nope, torch.arange(length, device=q.device))["prefill"]
         target = self._target(gate, q.detach(), k.detach(), more)
-        loss = self.objective(target, scores, gate.block_size, length) * weight
-        found = scores.detach(), gate.block_size, length, (self.density,)
-        recall = sampled_recall(target, *found, least=LEAST_TAKEN)[0]
+        rows = counted(target, scores, gate.block_size, length)
+        loss = self.objective(*rows) * weight
+        recall = sampled_recall(*rows, (self.density,), least=LEAST_TAKEN)[0]
         self._values.append(torch.stack((loss.detach(), recall * weight)))
         self.losses.append(self.settings.gate_weight * loss)
         if self.density >= 1:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from seerattention.gate import AttnGate
+from seerattention.ops.score_blocks import score_blocks
+from seerattention.ops.select_decode_blocks.reference import group_scores
 from seerattention.rows import Rows
 from seerattention.train.objectives import Objective
-from seerattention.train.target import LEAST_TAKEN, sampled_recall
+from seerattention.train.target import LEAST_TAKEN, counted, decode_rows, finished, sampled_recall
 
 
-def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tensor) -> Tensor:
-    """Return what ``gate(q_nope, k_nope)`` returns on causal pairs, with gradients and in bounded memory.
+def gate_scores(
+    gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tensor, phases: Collection[str] = ("prefill",)
+) -> dict[str, Tensor]:
+    """Return a gate's scores by phase, with gradients and in bounded memory, from one set of key summaries.
 
     What is kept for the backward pass is the size of pools, summaries and block scores, never of tokens or
     of sub-block pairs. Where q is of 16 bits, products run in bfloat16 on the gate's fp32 weights.
@@ -24,42 +29,72 @@ def gate_scores(gate: AttnGate, q_nope: Tensor, k_nope: Tensor, positions: Tenso
         q_nope: ``[B, Hq, T, D]`` before the rotary embedding.
         k_nope: ``[B, Hk, T, D]`` before the rotary embedding.
         positions: int64 ``[T]``.
+        phases: Which scores.
 
     Returns:
-        fp32 ``[B, H, N, N]``, before softmax; acausal pairs hold finite numbers without a meaning.
+        Of ``prefill`` what ``gate(q_nope, k_nope)`` returns on causal pairs, fp32 ``[B, H, N, N]`` before
+        softmax; acausal pairs hold finite numbers without a meaning. Of ``decode`` the scores of the tokens
+        in `decode_rows`, merged by `group_scores`, fp32 ``[B, Hk, R, N]``, -inf where a block is not
+        finished.
     """
-    half = q_nope.dtype in (torch.float16, torch.bfloat16)
+    half, heads, length = q_nope.dtype in (torch.float16, torch.bfloat16), *k_nope.shape[1:3]
+    rows, single, queries = decode_rows(length, q_nope.device), gate.per_token(), {}
     with torch.autocast(q_nope.device.type, torch.bfloat16) if half else nullcontext():
-        queries = gate.summarise_queries(q_nope, positions=positions)
+        if "prefill" in phases:
+            queries["prefill"] = gate.summarise_queries(q_nope, positions=positions)
+        if "decode" in phases:
+            queries["decode"] = single.summarise_queries(q_nope[:, :, rows], positions=positions[rows])
         keys = gate.compress(k_nope, positions=positions)
     if half:
-        queries, keys = queries.bfloat16(), keys.bfloat16()
-    return gate.score_summaries(queries, keys, rows=Rows.last(q_nope.shape[2], k_nope.shape[2]))
+        queries, keys = {phase: x.bfloat16() for phase, x in queries.items()}, keys.bfloat16()
+    found = {}
+    if "prefill" in phases:
+        found["prefill"] = gate.score_summaries(queries["prefill"], keys, rows=Rows.last(length, length))
+    if "decode" in phases:
+        scores = score_blocks(queries["decode"], keys, single.sub_blocks, scale=single.scale)
+        seen = finished(rows, scores.shape[3], gate.config.block_size)
+        found["decode"] = group_scores(scores, seen, heads)
+    return found
+
+
+def rows_of(
+    phase: str, gate: AttnGate, target: Tensor, scores: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of a phase's target and scores that count, and the blocks that each of them sees."""
+    if phase == "prefill":
+        return counted(target, scores, gate.block_size, num_tokens)
+    rows = decode_rows(num_tokens, scores.device)
+    return target, scores, finished(rows, scores.shape[3], gate.config.block_size)
 
 
 def learn(
     gate: AttnGate,
     q_nope: Tensor,
     k_nope: Tensor,
-    target: Tensor,
+    targets: Mapping[str, Tensor],
     objective: Objective,
     weight: float,
     density: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Add the gradient of one layer's weighted loss to the gate's; wait for nothing on the device.
 
-    Queries and keys are those of `gate_scores`, the target is fp32 ``[B, Hq, N, N]`` from `pooled_attention`,
-    ``weight`` a factor of the loss, this call's share of the global batch, ``density`` that of the recall.
+    Queries and keys are those of `gate_scores`, the targets by phase the map of `pooled_attention`, fp32
+    ``[B, H, N, N]``, and that of `decode_target` in `decode_rows`; their losses are added. ``weight`` is a
+    factor of the loss, this call's share of the global batch, ``density`` that of the recall.
 
     Returns:
-        fp32 ``[2]`` on the device: ``weight`` times loss and recall; and the scores, without a gradient.
+        fp32 ``[1 + phases]`` on the device: ``weight`` times loss and recall in each phase; and the scores by
+        phase, without a gradient.
     """
-    size, length = gate.block_size, q_nope.shape[2]
+    length = q_nope.shape[2]
     positions = torch.arange(length, device=q_nope.device)
     with torch.enable_grad():
-        scores = gate_scores(gate, q_nope, k_nope, positions)
-        loss = objective(target, scores, size, length) * weight
+        scores = gate_scores(gate, q_nope, k_nope, positions, targets)
+        rows = [rows_of(phase, gate, target, scores[phase], length) for phase, target in targets.items()]
+        loss = torch.stack([objective(*one) for one in rows]).sum() * weight
     loss.backward()
-    scores = scores.detach()
-    recall = sampled_recall(target, scores, size, length, (density,), least=LEAST_TAKEN)[0]
-    return torch.stack((loss.detach(), recall * weight)), scores
+    values = [loss.detach()]
+    for target, found, valid in rows:
+        recall = sampled_recall(target, found, valid, (density,), least=LEAST_TAKEN)[0]
+        values.append(recall * weight)
+    return torch.stack(values), {phase: found.detach() for phase, found in scores.items()}

@@ -69,7 +69,7 @@ class Loop:
     """
 
     #: What `accumulate` returns, in words.
-    VALUES: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
 
     optimizer: torch.optim.Optimizer
 
@@ -189,7 +189,7 @@ class Loop:
         """Run this process's share of a batch; leave its gradients.
 
         Returns:
-            fp32 ``[n]``, this share's part of the global ``VALUES``.
+            fp32 ``[n]``, this share's part of the global ``measures``.
         """
         raise NotImplementedError
 
@@ -257,7 +257,7 @@ class Loop:
         """Raise before the optimizer spreads what is not finite."""
         if all(map(math.isfinite, found)):
             return
-        names = (*self.VALUES, "norm", "gate norm")
+        names = (*self.measures, "norm", "gate norm")
         said = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, found, strict=True))
         where = f"step {self.done + 1}, on batch {self.index} of the text,"
         raise self._not_finite(f"{where} has {said}; it changed nothing")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from seerattention.hosts.transformers import Gates
     from seerattention.train.distiller import Distiller
     from seerattention.train.finetuner import Finetuner
     from seerattention.train.loop import Loop
@@ -57,7 +58,7 @@ class Recipe(Generic[Trainer]):
     Attributes:
         model: Hub id or folder of the base model.
         source: The text.
-        policy: Policy saved with the gates, used where none is given.
+        policy: Policy saved with the gates, used in prefill where none is given.
         gates: Folder or hub id of gates to start from; default new ones.
         gate: Table of the design of new gates, see `GateConfig`.
         seed: Of new gates and the order of the text.
@@ -115,6 +116,7 @@ class Recipe(Generic[Trainer]):
         torch.manual_seed(self.seed)
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
         gates = given or new_gates(base, **self.gate)
+        self.choose_policies(gates)
         text = self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size)
         trainer = self.kind()(
             wrapped, gates, text.batches, self.config, out=out, accelerator=accelerator,
@@ -144,6 +146,9 @@ class Recipe(Generic[Trainer]):
         base = load_base(self.model, dtype=self.dtype, device=device)
         return base, base
 
+    def choose_policies(self, gates: Gates) -> None:
+        """Give gates the policies that are saved with them, or refuse these."""
+
     def more(self, text: Text) -> dict[str, Any]:
         """Return what this trainer takes besides what all do."""
         return {}
@@ -151,16 +156,31 @@ class Recipe(Generic[Trainer]):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Recipe["Distiller"]):
-    """Gates for a frozen model."""
+    """Gates for a frozen model.
+
+    Attributes:
+        decode_policy: Policy saved with gates whose gate.phase is decode or both, used in decoding.
+    """
 
     config: DistillConfig = field(default_factory=DistillConfig)
     policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
+    decode_policy: str = "token_budget:2048,sink_blocks=1"
 
     def kind(self) -> type[Distiller]:
         """Return the trainer's class."""
         from seerattention.train.distiller import Distiller
 
         return Distiller
+
+    def choose_policies(self, gates: Gates) -> None:
+        """Give gates a policy for each of their phases."""
+        from seerattention.policies import check_decodes, parse
+
+        phases = gates.config.phases
+        if "decode" in phases:
+            check_decodes(parse(self.decode_policy), gates.config.block_size)
+        gates.policy = self.policy if "prefill" in phases else None
+        gates.decode_policy = self.decode_policy if "decode" in phases else None
 
     def more(self, text: Text) -> dict[str, Any]:
         """Return the held-out text, on which the best gates are found."""

@@ -1,22 +1,116 @@
-"""How much of a target a sparse selection would catch, on the rows that count."""
+"""What gates learn to predict, on the rows that count, and how much of it a sparse selection would catch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from seerattention.ops.attention_scores import WORK_BYTES, attention_scores, by_block
 from seerattention.policies import Rule, TopK
+from seerattention.rows import num_blocks
 from seerattention.selection import causal_blocks
 
-#: Share of the query-block rows, from the start, that objectives leave out: they see few blocks. Source: the
-#: published code.
+#: Share of the rows, from the start, that objectives leave out: they see few blocks. Source: the published
+#: code.
 SKIPPED_ROWS = 0.25
+
+#: Query tokens of a sequence that teach a gate to choose while decoding.
+DECODE_ROWS = 1024
 
 #: Rows on which recall is measured while training: all would cost a top-k of the whole map in every layer.
 RECALL_ROWS = 64
 
 #: Fewest blocks of a row whose recall is shown while training: any gate finds the row's own and the first.
 LEAST_TAKEN = 3
+
+
+def counted(
+    target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of a prefill's map that count.
+
+    Args:
+        target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
+        scores: fp32 ``[B, H, N, N]``, before softmax.
+        block_size: Tokens per (query block, KV block).
+        num_tokens: Tokens of the sequence.
+
+    Returns:
+        Of both the last ``R`` rows, and bool ``[R, N]``, the blocks that each of them sees.
+    """
+    first = int(SKIPPED_ROWS * scores.shape[2])
+    valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)[first:]
+    return target[:, :, first:], scores[:, :, first:], valid
+
+
+def decode_rows(num_tokens: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the positions of the query tokens that count, ascending, int64 ``[R]``.
+
+    At most `DECODE_ROWS`, one of each of as many equal parts, at places in them that differ: evenly spaced
+    ones would all lie at the same place of their blocks.
+    """
+    first = int(SKIPPED_ROWS * num_tokens)
+    count = min(DECODE_ROWS, num_tokens - first)
+    part = torch.arange(count + 1, device=device)
+    edges = part * (num_tokens - first) // count
+    # Multiples of the golden section fill the unit interval evenly.
+    place = part[:-1].double() * (5**0.5 - 1) / 2 % 1
+    return first + edges[:-1] + (place * edges.diff()).long()
+
+
+def finished(rows: Tensor, blocks: int, size: int) -> Tensor:
+    """Return which of so many blocks of ``size`` keys are finished for query tokens, bool ``[R, blocks]``.
+
+    Args:
+        rows: int64 ``[R]``, the queries' positions.
+        blocks: Blocks of the sequence.
+        size: Keys per block.
+    """
+    return (torch.arange(blocks, device=rows.device) + 1) * size <= rows[:, None] + 1
+
+
+def decode_target(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    size: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return for some query tokens the largest attention weight in each block that is finished for them.
+
+    Equal to rows of ``pooled_attention(..., (1, size), per_kv_head=True)``, divided by the sums over the
+    finished blocks. Others are not computed, and logits exist in slices.
+
+    Args:
+        q: ``[B, Hq, T, D]``.
+        k: ``[B, Hk, T, D]``.
+        rows: int64 ``[R]``, positions of the query tokens, that each have a finished block.
+        size: Keys per block.
+        scale: Softmax scale.
+        softcap: As `pooled_attention` takes it.
+        sinks: As `pooled_attention` takes them.
+
+    Returns:
+        fp32 ``[B, Hk, R, N]``; rows sum to 1.
+
+    Source: SeerAttention-R, section 3.2 (arXiv 2506.08889); without the block that decoding always reads.
+    """
+    groups, blocks = q.shape[1] // k.shape[1], num_blocks(k.shape[2], size)
+    seen, parts = finished(rows, blocks, size), []
+    step = max(
+        1, WORK_BYTES["cpu" if q.device.type == "cpu" else "cuda"] // (4 * q[:, :, 0, 0].numel() * k.shape[2])
+    )
+    for part in rows.split(step):
+        logits = attention_scores(q[:, :, part], k, part, scale=scale, softcap=softcap)
+        total = logits.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.to(total.dtype)[:, None, None])
+        largest = by_block(logits, size, fill=float("-inf")).amax(-1) - total
+        parts.append(largest.unflatten(1, (-1, groups)).amax(2))
+    return torch.cat(parts, 2).masked_fill(~seen, float("-inf")).softmax(-1).float()
 
 
 def target_recall(
@@ -34,28 +128,29 @@ def target_recall(
     Returns:
         A number in [0, 1], the mean over the rows that the loss counts.
     """
-    return float(sampled_recall(target, scores, block_size, num_tokens, (density,), scores.shape[2])[0])
+    return float(
+        sampled_recall(*counted(target, scores, block_size, num_tokens), (density,), len(scores[0, 0]))[0]
+    )
 
 
 @torch.no_grad()
 def sampled_recall(
     target: Tensor,
     scores: Tensor,
-    size: tuple[int, int],
-    length: int,
+    valid: Tensor,
     densities: tuple[float, ...],
     most: int = RECALL_ROWS,
     least: int = 1,
 ) -> Tensor:
     """Return `target_recall` per density on at most ``most`` evenly spaced rows, on the device.
 
-    Where a density comes to fewer blocks of a row than ``least``, these are taken.
+    All rows given count; ``valid`` is bool ``[R, N]``, the blocks that each of them sees. Where a density
+    comes to fewer blocks of a row than ``least``, these are taken.
     """
-    first, last = int(SKIPPED_ROWS * scores.shape[2]), scores.shape[2] - 1
-    count = min(most, last - first + 1)
-    rows = torch.linspace(first, last, count, device=scores.device, dtype=torch.float64).round().long()
-    valid = causal_blocks(length, length, size, scores.device)[rows]
-    target, scores = target[:, :, rows], scores[:, :, rows]
+    last = len(valid) - 1
+    count = min(most, last + 1)
+    rows = torch.linspace(0, last, count, device=scores.device, dtype=torch.float64).round().long()
+    target, scores, valid = target[:, :, rows], scores[:, :, rows], valid[rows]
     always = torch.zeros_like(valid)
     rules = [Rule("count", max(least, TopK(d).blocks(valid.shape[1]))) for d in densities]
     return torch.stack([(target * rule.choose(scores, valid, always)).sum(-1).mean() for rule in rules])

@@ -1,5 +1,6 @@
 """Gates on disk: exact round trips, all-or-nothing writing, and one sentence for every damage."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -48,6 +49,43 @@ def test_round_trip(tiny, kind, tmp_path, dtype, design):
     expected = tiny.logits(model, ids)
     host.attach(model, back, min_tokens=0)
     assert torch.equal(tiny.logits(model, ids), expected)
+
+
+def test_a_policy_for_each_phase_is_saved(tiny, tmp_path):
+    gates = tiny.gates_for(tiny.make(), phase="both")
+    folder = tmp_path / "gates"
+    host.save_gates(gates, folder, policy="top_k:0.5", decode_policy="token_budget:640,sink_blocks=1")
+    back = host.load_gates(folder)
+    assert (back.config.phase, back.policy) == ("both", "top_k:0.5")
+    assert back.decode_policy == "token_budget:640,sink_blocks=1"
+    host.save_gates(back, folder, policy="top_k:0.2")
+    back = host.load_gates(folder)
+    assert (back.policy, back.decode_policy) == ("top_k:0.2", "token_budget:640,sink_blocks=1")
+    with pytest.raises(ValueError, match="is a share of a whole prompt"):
+        host.save_gates(gates, tmp_path / "other", decode_policy="top_k:0.5")
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_of_before_phases_are_for_prefill(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["decode_policy"], config["gate"]["phase"]
+    (saved / "config.json").write_text(json.dumps(config))
+    gates = host.load_gates(saved)
+    assert (gates.config.phase, gates.decode_policy) == ("prefill", None)
+    config["decode_policy"] = "top_k:0.1"
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json is damaged .*is a share of a whole prompt"):
+        host.load_gates(saved)
+
+
+def test_gates_for_decoding_alone_have_a_design_of_their_own(tiny):
+    model = tiny.make()
+    config = host.new_gates(model, phase="decode").config
+    assert (config.per_kv_head, config.q_sub_block, config.q_pool) == (True, 1, ("avg",))
+    assert host.new_gates(model, phase="decode", k_sub_block=None).config.k_sub == config.block_size
+    assert host.new_gates(model, phase="both").config == dataclasses.replace(
+        host.new_gates(model).config, phase="both"
+    )
 
 
 def test_files_and_keys(saved):

@@ -13,6 +13,8 @@ import torch
 
 from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers import checkpoint
+from seerattention.ops.select_decode_blocks import select_decode_blocks
+from seerattention.policies import parse
 from seerattention.testing.budget import Budget
 
 HEADS, KV_HEADS, DIM, LAYERS, BLOCK, THETA = 4, 2, 16, 2, 16, 10000.0
@@ -171,12 +173,17 @@ def prefill_scores(gate_type, q, k, wk, wq=None):
 
 def decode_scores(k_pools, q, k, wk, wq, nq=None, nk=None):
     """Each query of ``[T, Hq, D]`` at its own position, keys ``[T, Hk, D]`` -> ``[Hk, T, N]``."""
+    return dot(*projected(k_pools, q, k, wk, wq, nq, nk))
+
+
+def projected(k_pools, q, k, wk, wq, nq=None, nk=None):
+    """A group's queries merged, and the summaries of blocks of keys: ``[T, Hk, E]`` and ``[N, Hk, E]``."""
     gate_q = torch.einsum("skgi,kgio->sko", q.unflatten(1, (KV_HEADS, -1)), wq)
     gate_k = torch.einsum("nhi,hio->nho", pooled(k, pools_of(k_pools)), wk)
     if nq is not None:
         gate_q, gate_k = normed(gate_q, nq), normed(gate_k, nk)
     gate_q = turned(gate_q, torch.arange(len(gate_q)))
-    return dot(gate_q, turned(gate_k, torch.arange(len(gate_k)) * BLOCK))
+    return gate_q, turned(gate_k, torch.arange(len(gate_k)) * BLOCK)
 
 
 def queries_and_keys(tokens, dtype):
@@ -235,6 +242,56 @@ def test_decode_gates_score_as_the_published_formula(tmp_path, design, dtype, to
         actual = decoded(gate, q, k)
         assert actual.shape[:2] == (KV_HEADS, tokens)
         check(actual, lambda *x: decode_scores(config["seerattn_k_seq_pooling_type"], *x), q, k, *inputs)
+
+
+def chosen(gate_q, gate_k, policy):
+    """Blocks that the published code reads, one query after the other, as bool ``[Hk, T, N]``.
+
+    A finished block takes part in the softmax; the block that is being filled is read anyway, and counts
+    towards a budget.
+    """
+    tokens, blocks = len(gate_q), len(gate_k)
+    mask = torch.zeros(KV_HEADS, tokens, blocks, dtype=torch.bool)
+    name, _, value = policy.partition(":")
+    for t in range(tokens):
+        finished = (t + 1) // BLOCK
+        scores = dot(gate_q[t : t + 1], gate_k[:finished])[:, 0]
+        mask[:, t, t // BLOCK] = True
+        for h in range(KV_HEADS):
+            if name == "threshold":
+                share = scores[h].softmax(-1)
+                mask[h, t, :finished] |= share > float(value)
+            else:
+                order = [j for j in scores[h].argsort(descending=True).tolist() if j != t // BLOCK]
+                mask[h, t, order[: int(value) // BLOCK - 1]] = True
+    return mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [BLOCK * 6, BLOCK * 4 + 5, 7])
+@pytest.mark.parametrize("policy", ["threshold:0.2", f"token_budget:{3 * BLOCK}"])
+@pytest.mark.parametrize("design", DECODE)
+def test_decode_gates_choose_as_the_published_formula(tmp_path, design, policy, tokens):
+    """All tokens in one call, by the view of the gate for single tokens."""
+    config = decode(design)
+    weights = weights_of(config)
+    gate = dict(host.load_gates(write(tmp_path / "gates", config, weights)).items())[1]
+    q, k = queries_and_keys(tokens, torch.float32)
+    names = ["linear_k", "linear_q", *(["qnorm", "knorm"] if config["seerattn_use_qk_norm"] else [])]
+    wk, wq, *norms = (weights[KEY.format(1, f"attngate_{name}")].double() for name in names)
+    scorer = gate.per_token()
+    heads, keys = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+    found = select_decode_blocks(
+        heads,
+        scorer.compress(keys, positions=torch.arange(tokens)),
+        scorer,
+        parse(policy),
+        lengths=torch.tensor([tokens], dtype=torch.int32),
+        num_keys=tokens,
+        kv_heads=KV_HEADS,
+    )
+    gate_q, gate_k = projected(config["seerattn_k_seq_pooling_type"], q.double(), k.double(), wk, wq, *norms)
+    assert torch.equal(found.to_mask()[0], chosen(gate_q, gate_k, policy))
 
 
 @torch.no_grad()
@@ -300,8 +357,11 @@ def test_weights_of_two_precisions_are_widened(tmp_path):
         (decode(seerattn_sparsity_method=..., seerattn_threshold=...), None),
     ],
 )
-def test_settings_become_a_policy(tmp_path, config, policy):
-    assert host.load_gates(write(tmp_path / "gates", config)).policy == policy
+def test_settings_become_the_policy_of_the_gates_phase(tmp_path, config, policy):
+    gates = host.load_gates(write(tmp_path / "gates", config))
+    decodes = "seerattn_gate_type" not in config
+    assert gates.config.phase == ("decode" if decodes else "prefill")
+    assert (gates.policy, gates.decode_policy) == ((None, policy) if decodes else (policy, None))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +400,7 @@ def named(model, name):
     return model
 
 
-@pytest.mark.parametrize("config", [prefill(), prefill("two-q-pools"), prefill("other-gate-dim"), decode()])
+@pytest.mark.parametrize("config", [prefill(), prefill("two-q-pools"), prefill("other-gate-dim")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_attach_in_one_line(tiny, tmp_path, config, dtype):
     model = named(tiny.make(), "someone/Tiny-Llama").to(dtype)
@@ -413,10 +473,10 @@ def test_saved_in_our_layout_they_are_the_same(tiny, tmp_path, config, dtype):
     host.save_gates(gates, tmp_path / "ours")
     back = host.load_gates(tmp_path / "ours")
     assert (back.config, back.base, back.policy) == (gates.config, gates.base, gates.policy)
+    assert back.decode_policy == gates.decode_policy
     for key, value in gates.state_dict().items():
         assert back.state_dict()[key].dtype == dtype
         assert torch.equal(back.state_dict()[key], value)
-    host.attach(named(tiny.make(), "someone/Tiny-Llama"), back)
     with pytest.raises(ValueError, match="its name is other, not Tiny-Llama"):
         host.attach(named(tiny.make(), "someone/other"), back)
 

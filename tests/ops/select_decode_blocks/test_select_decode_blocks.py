@@ -7,11 +7,13 @@ import torch
 
 from seerattention.baselines import create
 from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.cases.select_decode_blocks import CASES
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_decode_blocks import select_decode_blocks
+from seerattention.ops.select_decode_blocks import composed, select_decode_blocks
 from seerattention.ops.select_decode_blocks.reference import chosen, group_scores
 from seerattention.policies import Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
+from seerattention.testing.selections import Certain, decode_arguments
 
 BLOCK = 16
 POLICIES = [
@@ -156,3 +158,38 @@ def test_a_scorer_of_query_blocks_is_refused():
     more = {"lengths": lengths_of(128), "num_keys": 128, "kv_heads": 2}
     with pytest.raises(ValueError, match=r"use scorer.per_token\(\)"):
         select_decode_blocks(q, k_blocks, gate, TokenBudget(48), **more)
+
+
+def ahead_of_its_block(lengths, k_blocks, **call):
+    """The block in the making takes part as if it were finished."""
+    return composed.run(lengths=(lengths + BLOCK - 1) // BLOCK * BLOCK, k_blocks=k_blocks, **call)
+
+
+def behind_by_a_block(lengths, k_blocks, **call):
+    """The block that a token finishes has no summary yet."""
+    return composed.run(lengths=lengths - (lengths % BLOCK == 0).int(), k_blocks=k_blocks, **call)
+
+
+def split_lost(k_blocks, **call):
+    """The second half of the cache is not scored."""
+    half = k_blocks.clone()
+    half[:, :, k_blocks.shape[2] // 2 :] = 0
+    return composed.run(k_blocks=half, **call)
+
+
+@pytest.mark.parametrize(
+    ("bug", "name"),
+    [
+        (ahead_of_its_block, "ragged"),
+        (behind_by_a_block, "finishes-a-block"),
+        (split_lost, "several-tiles"),
+    ],
+)
+def test_planted_bugs_are_noticed(bug, name):
+    args = decode_arguments(next(case for case in CASES if case.name == name))
+    for policy in (Threshold(0.02), TokenBudget(160)):
+        certain = Certain.of_tokens(policy=policy, **args)
+        certain.check(composed.run(policy=policy, **args))
+    args["k_blocks"] = args["k_blocks"].nan_to_num(0)
+    with pytest.raises(AssertionError):
+        certain.check(bug(policy=policy, **args))

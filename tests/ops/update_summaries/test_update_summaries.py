@@ -7,7 +7,9 @@ import torch
 
 from seerattention.baselines import create
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.ops.update_summaries import update_summaries
+from seerattention.ops.cases.select_decode_blocks import CASES
+from seerattention.ops.update_summaries import reference, update_summaries
+from seerattention.testing.summaries import check_updates
 
 BLOCK = 16
 
@@ -86,3 +88,44 @@ def test_refusals(shapes, message):
         update_summaries(
             **tensors, scorer=gate_of(gate_dim=16).per_token(), lengths=torch.tensor([5], dtype=torch.int32)
         )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_check(case):
+    check_updates(reference, case)
+
+
+class Stale:
+    """The finished block is not written."""
+
+    @staticmethod
+    def run(summaries, tail, k, scorer, lengths):
+        reference.run(summaries.clone(), tail, k, scorer, lengths)
+
+
+class OneBlockOn:
+    """A block's summaries are written in the places, and turned to the positions, of the next one."""
+
+    @staticmethod
+    def run(summaries, tail, k, scorer, lengths):
+        reference.run(summaries, tail, k, scorer, lengths + BLOCK)
+
+
+class ItsOwnTokensOnly:
+    """A step that goes on into the next block leaves that block's tokens out of the tail."""
+
+    @staticmethod
+    def run(summaries, tail, k, scorer, lengths):
+        old = tail.clone()
+        reference.run(summaries, tail, k, scorer, lengths)
+        ends = (lengths % BLOCK)[:, None, None, None]
+        place = torch.arange(BLOCK)[None, None, :, None]
+        tail.copy_(torch.where((ends < k.shape[2]) & (place < ends), old, tail))
+
+
+@pytest.mark.parametrize(
+    ("bug", "name"), [(Stale, "one-token"), (OneBlockOn, "one-token"), (ItsOwnTokensOnly, "drafted")]
+)
+def test_planted_bugs_are_noticed(bug, name):
+    with pytest.raises(AssertionError):
+        check_updates(bug, next(case for case in CASES if case.name == name))

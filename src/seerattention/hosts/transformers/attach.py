@@ -10,9 +10,9 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from seerattention.engine.layer import Observer, SparseLayer
+from seerattention.engine.layer import Observer, Phase, SparseLayer
 from seerattention.gate import Scorer
-from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
+from seerattention.hosts.transformers.base import GATES, BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.gates import Gates, check_finite
 from seerattention.hosts.transformers.intercept import (
@@ -25,18 +25,45 @@ from seerattention.hosts.transformers.intercept import (
 )
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.transformers.support import PARALLEL, PREFIXES
-from seerattention.policies import Policy, parse
+from seerattention.policies import Policy, check_decodes, parse
 
 #: What `attach` returns is what it was given: a model, compiled or wrapped by PEFT or not.
 Model = TypeVar("Model", bound=nn.Module)
 
 
+#: Asks for dense attention in place of a policy.
+DENSE = "dense"
+
+#: Why gates are not used in a phase.
+_OTHER_PHASE = {
+    "prefill": "these gates were taught for decoding alone; leave the policy for prefill out, or give gates "
+    "for prefill and these as decode_gates",
+    "decode": "these gates were taught for prefill alone; leave decode out, or give gates taught for "
+    "decoding, or a baseline, as decode_gates",
+}
+
+
 @dataclass
 class _GateSet:
-    """Scorers that can be chosen by name, and the policy they are used with."""
+    """Scorers that can be chosen by name, and the policies that they are used with.
+
+    Attributes:
+        scorers: For prefill and, unless there are others, for decoding.
+        decoders: For decoding.
+        policy: For prefill, None where that is dense.
+        decode_policy: For decoding, None where that is dense.
+    """
 
     scorers: Gates | Scorer
-    policy: Policy
+    decoders: Gates | Scorer
+    policy: Policy | None
+    decode_policy: Policy | None
+
+    @property
+    def gates(self) -> list[Gates]:
+        """The gates among the scorers."""
+        both = [self.scorers] if self.decoders is self.scorers else [self.scorers, self.decoders]
+        return [one for one in both if isinstance(one, Gates)]
 
 
 @dataclass
@@ -48,9 +75,8 @@ class _Owner:
 
     def used_by(self, model: PreTrainedModel | None) -> None:
         """Tell the gates which model they are attached to, if any."""
-        for one in self.sets.values():
-            if isinstance(one.scorers, Gates):
-                one.scorers.used_by(model)
+        for gates in (gates for one in self.sets.values() for gates in one.gates):
+            gates.used_by(model)
 
 
 def attached(model: nn.Module) -> bool:
@@ -64,32 +90,43 @@ def attach(
     scorers: Gates | Scorer,
     policy: Policy | str | None = None,
     *,
+    prefill: Policy | str | None = None,
+    decode: Policy | str | None = None,
+    decode_gates: Gates | Scorer | None = None,
     name: str = "default",
     backend: str = "auto",
     min_tokens: int | None = None,
     observe: Observer | None = None,
     check_base: bool = True,
 ) -> Model:
-    """Make a model's prefill sparse; `detach` undoes it.
+    """Make a model's prefill sparse, its decoding, or both; `detach` undoes it.
 
-    Every layer with full attention reads only the blocks that its gate and the policy choose.
-    Sliding-window layers and decoding steps stay dense. Attaching again replaces
-    everything that was attached; `add_gates` adds, `set_gates` and `set_policy` change what is.
+    Every layer with full attention reads only the blocks that its gate and a policy choose: in prefill for
+    each block of queries, in decoding for each token. A call of fewer tokens than a block after earlier ones
+    is a step of decoding. Sliding-window layers stay dense. Attaching again replaces everything that was
+    attached; `add_gates` adds, `set_gates` and `set_policy` change what is.
 
     Args:
         model: A transformers model of a supported family, also compiled or wrapped by PEFT, DDP, FSDP or
             Accelerate; adapters and wrappers may come before or after.
         scorers: `Gates`, which become the child modules ``self_attn.attn_gate`` and ask for no gradient
             while they are; or one scorer for every layer, such as a baseline.
-        policy: How many blocks to read, as an object or text such as ``"top_k:0.1"``; default the one
-            saved with the gates.
+        policy: The same as ``prefill``.
+        prefill: How many blocks to read in prefill, as an object or text such as ``"top_k:0.1"``, or
+            ``"dense"``; default what was saved with the gates or, of gates for decoding alone, dense.
+        decode: The same for decoding, such as ``"token_budget:4096"``; default what was saved with the gates
+            that choose there, or dense.
+        decode_gates: What chooses in decoding; default ``scorers``. Gates become the child modules
+            ``self_attn.decode_gate``.
         name: What `set_gates` calls these gates.
         backend: A backend of ``block_sparse_attention``; to train the model itself, ``"reference"``,
             which has a backward pass.
-        min_tokens: Sequences shorter than this are computed densely, all others sparsely; 0 makes every
-            prefill sparse. By default what was measured on the device, or on the one most like it,
+        min_tokens: Sequences shorter than this are computed densely, all others sparsely; 0 makes everything
+            sparse. In decoding a batch's longest sequence counts, and in a static cache none is short, since
+            only the device knows. By default what was measured on the device, or on the one most like it,
             decides by length and, where the policy knows it ahead, by density (`seerattention info`).
-        observe: Called after every sparse layer with (layer, `AttentionCall`, `BlockSelection`).
+        observe: Called after every sparse layer with (layer, `AttentionCall`, `BlockSelection`), but not
+            while a graph is captured.
         check_base: Refuse gates whose base model's weights differ or, for published gates, which hold
             nothing but its name, whose name does. Shapes are always checked.
 
@@ -99,15 +136,17 @@ def attach(
     Raises:
         NotImplementedError: If the model's family has no file, or its layers or positions are of a kind
             that is not supported.
-        TypeError: If ``model``, ``scorers`` or ``policy`` is of another type.
-        ValueError: If the gates are for another model, there is no policy or no full-attention layer, the
-            backend is unknown, or the call is made inside `intercept` or `dense`. The model stays as it was.
+        TypeError: If ``model``, scorers or a policy is of another type.
+        ValueError: If gates are for another model or not for the phase, there is no policy or one that makes
+            no sense in decoding, no full-attention layer, the backend is unknown, or the call is made inside
+            `intercept` or `dense`. The model stays as it was.
     """
     base = unwrapped(model)
     family_of(base)
     _refuse(model, base)
-    new = _checked(base, scorers, policy, check_base)
-    layer = SparseLayer({}, new.policy, Unrotate(base), backend, min_tokens, observe)
+    new = _checked(base, scorers, decode_gates, _first(policy, prefill), decode, check_base)
+    idle = Phase({}, None)
+    layer = SparseLayer(idle, idle, Unrotate(base), backend, min_tokens, observe)
     if idle_runtime(base) is not None:
         detach(base)
     runtime = install(base, layer)
@@ -126,29 +165,86 @@ def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
         raise NotImplementedError(PARALLEL)
 
 
+def _first(policy: Policy | str | None, prefill: Policy | str | None) -> Policy | str | None:
+    """Return the policy for prefill, which can be given by its place or by its name."""
+    if policy is not None and prefill is not None:
+        raise ValueError("policy is prefill's, which is given too; leave one of them out")
+    return prefill if policy is None else policy
+
+
 def _checked(
-    model: PreTrainedModel, scorers: Gates | Scorer, policy: Policy | str | None, check_base: bool
+    model: PreTrainedModel,
+    scorers: Gates | Scorer,
+    decoders: Gates | Scorer | None,
+    prefill: Policy | str | None,
+    decode: Policy | str | None,
+    check_base: bool,
+    current: _GateSet | None = None,
 ) -> _GateSet:
-    """Return scorers and policy once they are known to fit the model."""
+    """Return scorers and policies once they are known to fit the model.
+
+    A policy that is not given is the one saved with the gates or else the one of what is in use, if they are
+    for that phase.
+    """
     layers = list(full_attention_layers(model))
-    if not isinstance(scorers, Gates) and not hasattr(scorers, "score"):
-        raise TypeError(f"scorers must be Gates or a Scorer, got {scorers!r}; use load_gates(folder) first")
-    if isinstance(scorers, Gates):
-        _check_gates(model, scorers, layers, check_base)
-        policy = policy or scorers.policy
-    if policy is None:
-        raise ValueError('these gates were saved without a policy; pass one, e.g. policy="top_k:0.1"')
-    checked = _GateSet(scorers, _policy(policy, scorers))
-    if isinstance(scorers, Gates):
-        scorers.use_rotary_of(model)
-    return checked
+    decoders = scorers if decoders is None else decoders
+    for one in (scorers, decoders):
+        if not isinstance(one, Gates) and not hasattr(one, "score"):
+            raise TypeError(f"scorers must be Gates or a Scorer, got {one!r}; use load_gates(folder) first")
+    found = _GateSet(scorers, decoders, None, None)
+    for gates in found.gates:
+        _check_gates(model, gates, layers, check_base)
+    if prefill is None and _serves(scorers, "prefill"):
+        prefill = (scorers.policy if isinstance(scorers, Gates) else None) or (current and current.policy)
+    if decode is None and _serves(decoders, "decode"):
+        decode = (decoders.decode_policy if isinstance(decoders, Gates) else None) or (
+            current and current.decode_policy
+        )
+    if decode is None and decoders is not scorers:
+        raise ValueError('decode_gates choose in decoding; say how much, e.g. decode="token_budget:4096"')
+    _set_policies(found, prefill, decode)
+    for gates in found.gates:
+        gates.use_rotary_of(model)
+    return found
 
 
-def _policy(policy: Policy | str, scorers: Gates | Scorer) -> Policy:
+def _set_policies(chosen: _GateSet, prefill: Policy | str | None, decode: Policy | str | None) -> None:
+    """Change the policies of scorers, None or "dense" to none; refuse them before anything changes."""
+    policy, decode_policy = (
+        _policy(prefill, chosen.scorers, "prefill"),
+        _policy(decode, chosen.decoders, "decode"),
+    )
+    if policy is None and decode_policy is None:
+        raise ValueError(
+            'these gates were saved without a policy; pass one, e.g. policy="top_k:0.1" for prefill or '
+            'decode="token_budget:4096"'
+        )
+    chosen.policy, chosen.decode_policy = policy, decode_policy
+
+
+def _serves(scorers: Gates | Scorer, phase: str) -> bool:
+    """Whether scorers can choose in a phase; baselines can in both."""
+    return not isinstance(scorers, Gates) or phase in scorers.config.phases
+
+
+def _policy(policy: Policy | str | None, scorers: Gates | Scorer, phase: str) -> Policy | None:
+    """Return a policy for scorers in a phase, None if it is to be dense."""
+    if policy is None or policy == DENSE:
+        return None
     if isinstance(policy, str):
-        return parse(policy, scorers.calibration if isinstance(scorers, Gates) else None)
+        policy = parse(policy, scorers.calibration if isinstance(scorers, Gates) else None)
     if not isinstance(policy, Policy):
         raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
+    if not _serves(scorers, phase):
+        raise ValueError(_OTHER_PHASE[phase])
+    if phase == "decode":
+        if not isinstance(scorers, Gates) and not hasattr(scorers, "per_token"):
+            raise ValueError(
+                f"{type(scorers).__name__} has no per_token() and cannot choose for single tokens; decode by "
+                "gates or a baseline, given as decode_gates"
+            )
+        block = scorers.config.block_size if isinstance(scorers, Gates) else scorers.block_size[1]
+        check_decodes(policy, block)
     return policy
 
 
@@ -175,28 +271,35 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
 
 
 def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
-    """Make a set of gates the one that is used and that shows as ``self_attn.attn_gate``."""
+    """Make a set of scorers the one that is used; gates show as `GATES`."""
     runtime.owner.active = name
     chosen, layers = runtime.owner.sets[name], full_attention_layers(model)
     _remove_gates(layers)
-    scorers = dict.fromkeys(layers, chosen.scorers)
-    if isinstance(chosen.scorers, Gates):
-        scorers = dict(chosen.scorers.items())
+    phases = []
+    for child, scorers in zip(GATES, (chosen.scorers, chosen.decoders), strict=True):
+        by_layer = dict(scorers.items()) if isinstance(scorers, Gates) else dict.fromkeys(layers, scorers)
+        phases.append(by_layer)
+        if not isinstance(scorers, Gates) or (phases[1:] and chosen.decoders is chosen.scorers):
+            continue
         for index, gate in scorers.items():
             if device_of(gate) != (device := device_of(layers[index])):
                 gate.to(device)
             # Nothing passes a gradient to gates in use. Whoever trains the model itself, over several
             # processes too, need not know of them.
-            layers[index].attn_gate = gate.requires_grad_(False)
+            setattr(layers[index], child, gate.requires_grad_(False))
+    prefill, decode = phases
     # Passes that began before end as they began.
-    runtime.switch.handler = replace(sparse_layer(model), scorers=scorers, policy=chosen.policy)
+    runtime.switch.handler = replace(
+        sparse_layer(model), prefill=Phase(prefill, chosen.policy), decode=Phase(decode, chosen.decode_policy)
+    )
 
 
 def _remove_gates(layers: dict[int, nn.Module]) -> None:
     for attention in layers.values():
-        if "attn_gate" in attention._modules:
-            attention.attn_gate.requires_grad_(True)
-            del attention.attn_gate
+        for name in GATES:
+            if name in attention._modules:
+                getattr(attention, name).requires_grad_(True)
+                delattr(attention, name)
 
 
 def detach(model: Model) -> Model:
@@ -220,6 +323,9 @@ def add_gates(
     scorers: Gates | Scorer,
     policy: Policy | str | None = None,
     *,
+    prefill: Policy | str | None = None,
+    decode: Policy | str | None = None,
+    decode_gates: Gates | Scorer | None = None,
     check_base: bool = True,
 ) -> None:
     """Give an attached model further gates, to be chosen by `set_gates`.
@@ -228,7 +334,11 @@ def add_gates(
         model: A model with something attached.
         name: What to call them.
         scorers: Gates, or one scorer for every layer, such as a baseline.
-        policy: The policy to use with them; default the one saved with them or else the current one.
+        policy: The same as ``prefill``.
+        prefill: The policy to use with them in prefill; default the one saved with them or else the current
+            one.
+        decode: The same for decoding.
+        decode_gates: See `attach`.
         check_base: See `attach`.
 
     Raises:
@@ -239,13 +349,13 @@ def add_gates(
     owner = _attached(base).owner
     if name in owner.sets:
         raise ValueError(f"there are gates named {name!r} already; choose another name")
-    saved = scorers.policy if isinstance(scorers, Gates) else None
-    owner.sets[name] = _checked(base, scorers, policy or saved or sparse_layer(base).policy, check_base)
+    prefill, current = _first(policy, prefill), owner.sets[owner.active]
+    owner.sets[name] = _checked(base, scorers, decode_gates, prefill, decode, check_base, current)
     owner.used_by(base)
 
 
 def set_gates(model: nn.Module, name: str) -> None:
-    """Use the gates of this name from now on, with their policy.
+    """Use the gates of this name from now on, with their policies.
 
     Prompts whose beginning is cached go on: what the new gates need to know of it is made from the cache.
 
@@ -259,17 +369,37 @@ def set_gates(model: nn.Module, name: str) -> None:
     _activate(base, runtime, name)
 
 
-def set_policy(model: nn.Module, policy: Policy | str) -> None:
-    """Change the policy of the gates in use.
+def set_policy(
+    model: nn.Module,
+    policy: Policy | str | None = None,
+    *,
+    prefill: Policy | str | None = None,
+    decode: Policy | str | None = None,
+) -> None:
+    """Change policies of the gates in use.
+
+    Args:
+        model: A model with something attached.
+        policy: The same as ``prefill``.
+        prefill: For prefill, ``"dense"`` for none; what is not given stays.
+        decode: The same for decoding.
 
     Raises:
-        TypeError: If ``policy`` is of another type.
-        ValueError: If nothing is attached or the text is not understood.
+        TypeError: If a policy is of another type.
+        ValueError: If nothing is attached, the text is not understood, the gates are not for that phase, or a
+            policy makes no sense in decoding. Then nothing changes.
     """
-    runtime = _attached(unwrapped(model))
-    current = runtime.owner.sets[runtime.owner.active]
-    current.policy = _policy(policy, current.scorers)
-    runtime.switch.handler = replace(sparse_layer(model), policy=current.policy)
+    base = unwrapped(model)
+    runtime = _attached(base)
+    current, prefill = runtime.owner.sets[runtime.owner.active], _first(policy, prefill)
+    if prefill is None and decode is None:
+        raise ValueError('no policy is given; pass one, e.g. policy="top_k:0.1"')
+    _set_policies(
+        current,
+        current.policy if prefill is None else prefill,
+        current.decode_policy if decode is None else decode,
+    )
+    _activate(base, runtime, runtime.owner.active)
 
 
 class Usage(dict[str, int]):
@@ -315,8 +445,8 @@ def dense(model: Model) -> Iterator[Model]:
         yield model
 
 
-def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy]:
-    """Return the gates in use and their policy."""
+def active_gates(model: nn.Module) -> tuple[Gates | Scorer, Policy | None]:
+    """Return the gates in use and their policy for prefill."""
     owner = _attached(unwrapped(model)).owner
     return owner.sets[owner.active].scorers, owner.sets[owner.active].policy
 

@@ -17,6 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.hosts.transformers.family import attention_layers
 
+#: What gates in use are called among an attention module's children.
+GATES = ("attn_gate", "decode_gate")
+
 #: Values per parameter that go into the fingerprint.
 FINGERPRINT_SAMPLES = 256
 
@@ -157,7 +160,7 @@ def _base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             path = f"{prefix}.{name}".removeprefix(".")
             around = next((one for one in adapted if path.startswith(one)), "")
             inner = path.removeprefix(around)
-            if "attn_gate." in path or (around and not inner.startswith("base_layer.")):
+            if any(f"{gate}." in path for gate in GATES) or (around and not inner.startswith("base_layer.")):
                 continue
             own.append((around + inner.removeprefix("base_layer.") if around else path, part, name))
     for path, part, name in sorted(own, key=lambda entry: entry[0]):

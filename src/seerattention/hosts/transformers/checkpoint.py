@@ -31,7 +31,7 @@ from seerattention.hosts.transformers.gates import (
     check_weights,
 )
 from seerattention.hosts.transformers.published import PUBLISHED_WEIGHTS, is_published, read_published
-from seerattention.policies import Calibrated, Calibration, Policy, parse
+from seerattention.policies import Calibrated, Calibration, Policy, check_decodes, parse
 from seerattention.settings import build, typed
 
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
@@ -42,24 +42,34 @@ CALIBRATION = "calibration.json"
 FORMAT = 1
 
 
-def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy | str | None = None) -> None:
+def save_gates(
+    gates: Gates | nn.Module,
+    folder: str | Path,
+    *,
+    policy: Policy | str | None = None,
+    decode_policy: Policy | str | None = None,
+) -> None:
     """Write gates, their configuration and their base model's identity.
 
     Args:
         gates: The gates, or a model that uses some: then with the policy it uses.
         folder: Where to; gates already there are replaced once everything is written.
-        policy: The policy to use them with by default. Their calibration is written whichever it is.
+        policy: The policy to use them with in prefill by default. Their calibration is written whichever
+            it is.
+        decode_policy: The same for decoding.
 
     Raises:
         FileExistsError: If something other than gates is there.
         OSError: If the folder cannot be written.
         TypeError: If the model uses something other than gates.
-        ValueError: If the policy's text is not understood, a weight is not finite, or nothing is attached.
+        ValueError: If a policy's text is not understood, that for decoding makes no sense there, a weight is
+            not finite, or nothing is attached.
     """
     gates, policy = gates_of(gates, policy)
     calibration = policy.calibration if isinstance(policy, Calibrated) else gates.calibration
     policy = parse(policy, calibration) if isinstance(policy, str) else policy
     text = str(policy) if policy else gates.policy
+    decoding = str(decode_policy) if decode_policy else gates.decode_policy
     weights = {key: value.detach().cpu().contiguous() for key, value in gates.named_weights().items()}
     check_finite(weights)
     config = {
@@ -68,6 +78,7 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
         "layers": [index for index, _ in gates.items()],
         "base_model": gates.base.to_dict(),
         "policy": text,
+        "decode_policy": decoding and _decoding(decoding, gates.config),
     }
     check_replaceable(Path(folder))
     with atomic_folder(folder) as temporary:
@@ -75,6 +86,13 @@ def save_gates(gates: Gates | nn.Module, folder: str | Path, *, policy: Policy |
         write_json(temporary / CONFIG, config)
         if calibration is not None:
             _write_calibration(temporary, calibration, _sha256(temporary / WEIGHTS))
+
+
+def _decoding(policy: str, config: GateConfig) -> str:
+    """Return a policy's text as policies write it; refuse one that cannot decode."""
+    parsed = parse(policy)
+    check_decodes(parsed, config.block_size)
+    return str(parsed)
 
 
 def save_calibration(folder: str | Path, policy: Calibrated) -> None:
@@ -156,6 +174,11 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
+def holds_gates(folder: str | Path) -> bool:
+    """Whether a folder holds gates, saved here or in the published layout."""
+    return any(Path(folder, name).is_file() for name in (WEIGHTS, PUBLISHED_WEIGHTS))
+
+
 def _local_folder(folder: str | Path) -> Path:
     """Return the folder itself, or where the hub client put the repository of that name."""
     path = Path(folder)
@@ -225,6 +248,9 @@ def _read(path: Path, config: Any) -> Gates:
     calibration = _read_calibration(path, layers, heads)
     try:
         policy = config["policy"] and str(parse(config["policy"], calibration))
+        # Files of earlier versions are for prefill and do not say so.
+        decoding = config.get("decode_policy")
+        decoding = decoding and _decoding(decoding, gate_config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     check_readable(path / WEIGHTS)
@@ -236,7 +262,7 @@ def _read(path: Path, config: Any) -> Gates:
         ) from error
     # Without memory until the file is known to fit.
     with torch.device("meta"):
-        gates = Gates(gate_config, base, layers, policy, calibration)
+        gates = Gates(gate_config, base, layers, policy, calibration, decoding)
     check_weights(path / WEIGHTS, weights, {key: own.shape for key, own in gates.named_weights().items()})
     dtype = next(iter(weights.values())).dtype
     for index, gate in gates.items():

@@ -13,7 +13,9 @@ from transformers import __version__ as host_version
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from seerattention.engine.call import AttentionCall, Given
+from seerattention.engine.call import AttentionCall, Cached, Given, Held, Step
+from seerattention.engine.layer import SparseLayer
+from seerattention.engine.padding import Lengths, Padding
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.config import NAME
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
@@ -52,6 +54,21 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not args:
         return kwargs
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+
+
+def cache_of(given: dict[str, Any]) -> Any:
+    """Return the KV cache among a module's keywords, or None."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def held_of(cache: Any, layer: int) -> Held | None:
+    """Return what a KV cache holds of a layer, None if that is nothing or cannot be told."""
+    layers = getattr(cache, "layers", ())
+    keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None
+    if not isinstance(keys, Tensor):
+        return None
+    length = cache.get_seq_length(layer)
+    return Held(keys, length if isinstance(length, Tensor) else None)
 
 
 @torch.compiler.disable(reason=FULLGRAPH)
@@ -103,7 +120,7 @@ def _attend(
         raise NotImplementedError(f"is_causal=False is not supported; {CAUSAL}")
     if unknown := sorted(n for n, value in others.items() if value is not None and n not in _NOT_ATTENTION):
         raise NotImplementedError(f"attention is asked for {', '.join(unknown)}; {UNKNOWN}")
-    layer, handler, given = call.taps.layer, call.part_of.mode.handler, call.given
+    layer, handler = call.taps.layer, call.part_of.mode.handler
     assert handler is not None
     assert call.q is not None, "the family's taps did not run"
     assert call.k is not None, "the family's taps did not run"
@@ -114,11 +131,11 @@ def _attend(
             f"{list(call.q.shape)} and {list(call.k.shape)}, with transformers {host_version}; its family's "
             "file does not fit"
         )
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    cache = cache_of(call.given)
     if cache is None and key.shape[2] != call.k.shape[2]:
         raise RuntimeError(
             f"layer {layer} attends to {key.shape[2]} keys, {call.k.shape[2]} of them new, and was "
-            f"given no KV cache, only {', '.join(given)}, by transformers {host_version}; {CACHE}"
+            f"given no KV cache, only {', '.join(call.given)}, by transformers {host_version}; {CACHE}"
         )
     mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
     if mixed:
@@ -126,38 +143,74 @@ def _attend(
         # functions, too, take what autocast says.
         half = torch.get_autocast_dtype(query.device.type)
         tensors = Given(*(x.to(half) for x in tensors))
-    seen = None
-    if cache is not None and int(cache.get_seq_length(layer)) < key.shape[2]:
-        # A static cache hands over its whole buffer.
-        seen = int(cache.get_seq_length(layer))
-        tensors = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
-    new, total = query.shape[2], tensors.k.shape[2]
-    padding = call.part_of.padding(mask, new, total, seen)
-    if padding is not None and not any(queries for queries, _ in padding.lengths):
-        return torch.zeros_like(query).transpose(1, 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if sliding_window is not None:
-        attend = dense_attention if padding is None else padding.dense
-        out = attend(*tensors[:3], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-        return out.transpose(1, 2)
-    kept = {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
-    inputs = AttentionCall(
-        layer=layer,
-        given=tensors,
-        rows=Rows.last(new, total) if padding is None else padding.rows,
-        scale=scale,
-        softcap=softcap,
-        sinks=s_aux,
-        padding=padding,
-        # Kept on the KV cache itself, so that copies of it copy them along.
-        summaries=kept.setdefault(layer, Growing()),
-        position_ids=given.get("position_ids"),
-        prompt_tokens=call.part_of.mode.prompt_tokens,
-    )
     # Handlers and their ops choose their own precision.
-    with torch.autocast(query.device.type, enabled=False) if mixed else nullcontext():
-        out = handler(inputs)
-    return (out if padding is None else padding.queries.unpack(out)).transpose(1, 2)
+    without_autocast = torch.autocast(query.device.type, enabled=False) if mixed else nullcontext()
+    # Of a static cache, which hands over its whole buffer, only the device knows how much is in use.
+    held: Any = key.shape[2] if cache is None else cache.get_seq_length(layer)
+
+    def used() -> tuple[Given, Padding | None]:
+        """Return the tensors without a buffer's room, and their padding."""
+        given, seen = tensors, None
+        if int(held) < key.shape[2]:
+            seen = int(held)
+            given = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
+        return given, call.part_of.padding(mask, query.shape[2], given.k.shape[2], seen)
+
+    lengths = None if sliding_window is not None else _step_lengths(call, query, mask, held)
+    if lengths is None:
+        given, padding = used()
+        if padding is not None and not any(queries for queries, _ in padding.lengths):
+            return torch.zeros_like(query).transpose(1, 2)
+        if sliding_window is not None:
+            attend = dense_attention if padding is None else padding.dense
+            with without_autocast:
+                out = attend(*given[:3], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+            return out.transpose(1, 2)
+    after = held_of(cache, layer)
+    # Quantised and offloaded caches give other tensors than they hold.
+    after = after if after is not None and after.keys is key else None
+    # Kept on the KV cache itself, so that copies of it copy them along.
+    kept = {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
+    shared: dict[str, Any] = {
+        "layer": layer,
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "summaries": kept.setdefault(layer, Growing()),
+        "cached": Cached(call.before, after, key.shape[2] if isinstance(held, Tensor) else None),
+    }
+
+    def whole() -> AttentionCall:
+        given, padding = used()
+        return AttentionCall(
+            given=given,
+            rows=Rows.last(query.shape[2], given.k.shape[2]) if padding is None else padding.rows,
+            padding=padding,
+            position_ids=call.given.get("position_ids"),
+            prompt_tokens=call.part_of.mode.prompt_tokens,
+            **shared,
+        )
+
+    with without_autocast:
+        if lengths is not None:
+            step = Step(given=tensors, lengths=lengths, call=whole, **shared)
+            return handler.step(step).transpose(1, 2)  # type: ignore[attr-defined]
+        inputs = whole()
+        return inputs.unpacked(handler(inputs)).transpose(1, 2)
+
+
+def _step_lengths(call: LayerCall, query: Tensor, mask: Tensor | None, held: int | Tensor) -> Lengths | None:
+    """Return how long the sequences are if a call is a step of decoding that a `SparseLayer` computes."""
+    mode, new = call.part_of.mode, query.shape[2]
+    if not isinstance(mode.handler, SparseLayer) or not mode.handler.steps(call.taps.layer, new):
+        return None
+    if mode.prompt_tokens is not None or query.requires_grad:
+        return None
+    # A short prompt is none, unless only the device knows that nothing came before: it reads its own block.
+    if not isinstance(held, Tensor) and held == new:
+        return None
+    return call.part_of.lengths(mask, new, held, batch=len(query), device=query.device)
 
 
 @torch.compiler.disable(reason=FULLGRAPH)
@@ -195,7 +248,8 @@ def refuse(decoder: Any, given: dict[str, Any]) -> None:
         if isinstance(tokens := given.get(name), Tensor) and tokens.numel() == 0:
             raise ValueError(f"empty prompt: {name} is {list(tokens.shape)}; give at least one token")
     positions = given.get("position_ids")
-    if positions is not None and given.get("attention_mask") is None:
+    # Nothing jumps in a single token, and nothing is to wait for the device in a step of decoding.
+    if positions is not None and positions.shape[-1] > 1 and given.get("attention_mask") is None:
         jumps = (positions.diff(dim=-1) != 1).nonzero()
         if len(jumps):
             raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")

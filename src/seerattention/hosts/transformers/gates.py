@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate, GateConfig
+from seerattention.gate_config import DECODE_DESIGN
 from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.rotary import model_rotary, no_rotation
@@ -70,8 +71,9 @@ class Gates(nn.Module):
         config: The gates' design.
         base: The model they belong to.
         layers: Layer indices that have a gate.
-        policy: Text form of the policy they were saved with, if any.
+        policy: Text form of the policy they were saved with for prefill, if any.
         calibration: What the policy ``calibrated`` means for them, if they were calibrated.
+        decode_policy: Text form of the policy they were saved with for decoding, if any.
     """
 
     def __init__(
@@ -81,11 +83,13 @@ class Gates(nn.Module):
         layers: list[int],
         policy: str | None = None,
         calibration: Calibration | None = None,
+        decode_policy: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.base = base
         self.policy = policy
+        self.decode_policy = decode_policy
         self.calibration = calibration
         self.layers = nn.ModuleDict({str(i): AttnGate(config) for i in layers})
 
@@ -138,7 +142,8 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
 
     Args:
         model: The base model.
-        settings: Fields of `GateConfig` other than the model's shape.
+        settings: Fields of `GateConfig` other than the model's shape; those of gates for decoding alone
+            default to `DECODE_DESIGN`.
 
     Returns:
         Gates in fp32 on the device of the first such layer, for every layer with full attention.
@@ -153,6 +158,7 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     if given := sorted(shape.keys() & settings.keys()):
         raise ValueError(f"{', '.join(given)} of gates is their model's; leave it out")
-    gates = Gates(GateConfig.from_dict({**shape, **settings}), base, list(layers))
+    design = DECODE_DESIGN if settings.get("phase") == "decode" else {}
+    gates = Gates(GateConfig.from_dict({**shape, **design, **settings}), base, list(layers))
     gates.use_rotary_of(model)
     return gates.to(device_of(next(iter(layers.values()))))

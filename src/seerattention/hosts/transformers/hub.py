@@ -17,6 +17,12 @@ from seerattention.hosts.transformers.gates import Gates
 from seerattention.hosts.transformers.load import outside
 from seerattention.policies import Policy
 
+#: A policy for decoding where gates come without one.
+BUDGET = "token_budget:2048"
+
+#: Phases in words.
+PHASES = {"prefill": "prefill", "decode": "decoding", "both": "prefill and decoding"}
+
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -127,13 +133,13 @@ def model_card(
         "Base model": f"`{base.name or 'unnamed'}` ({base.model_type}, {base.num_layers} layers, "
         f"{base.num_heads} query and {base.num_kv_heads} KV heads of {base.head_dim}); fingerprint of its "
         f"attention weights: {f'`{base.fingerprint}`' if base.fingerprint else 'not known'}.",
-        "Design": f"{len(gates.layers)} gates, {parameters:,} parameters in all; blocks of {c.block_size} "
-        f"tokens, queries pooled by {', '.join(c.q_pool)} over {c.q_sub} tokens, keys by "
-        f"{', '.join(c.k_pool)} over {c.k_sub}.",
+        "Design": f"{len(gates.layers)} gates for {PHASES[c.phase]}, {parameters:,} parameters in all; "
+        f"blocks of {c.block_size} tokens, queries pooled by {', '.join(c.q_pool)} over {c.q_sub} tokens, "
+        f"keys by {', '.join(c.k_pool)} over {c.k_sub}.",
         "Data": data or "Not recorded.",
         "Recipe": _settings(recipe),
         "Results": _table(results),
-        "Use": _use(named or base.name or "the/base-model", repo_id, chosen),
+        "Use": _use(named or base.name or "the/base-model", repo_id, gates, chosen),
     }
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n# Gates for {base.name or 'a model'}\n\n{text}\n"))
@@ -158,13 +164,17 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _use(base: str, repo_id: str, policy: str) -> str:
+def _use(base: str, repo_id: str, gates: Gates, policy: str) -> str:
+    told = {"prefill": f'"{policy or "top_k:0.1"}"', "decode": f'decode="{gates.decode_policy or BUDGET}"'}
+    arguments = ", ".join(told[phase] for phase in gates.config.phases)
+    does = {"prefill": "Long prompts are prefilled sparsely", "decode": "Every token decodes sparsely"}
+    said = "; ".join(does[phase] for phase in gates.config.phases)
     return f"""```python
 from transformers import AutoModelForCausalLM
 from seerattention import attach, load_gates
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
-attach(model, load_gates("{repo_id}"), "{policy or "top_k:0.1"}")
+attach(model, load_gates("{repo_id}"), {arguments})
 ```
 
-Long prompts are then prefilled sparsely; `seerattention.detach(model)` leaves the model as it was."""
+{said}; `seerattention.detach(model)` leaves the model as it was."""

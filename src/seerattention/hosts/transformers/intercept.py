@@ -25,6 +25,8 @@ from seerattention.hosts.transformers.functions import (
     CACHE_NAMES,
     attention_forward,
     by_name,
+    cache_of,
+    held_of,
     padding_mask,
     refuse,
 )
@@ -116,7 +118,8 @@ class Taps:
             raise RuntimeError(
                 "a sparse layer is computed again inside dense(model); leave dense(model) first"
             )
-        call = LayerCall(self, part_of, by_name(module, args, kwargs))
+        given = by_name(module, args, kwargs)
+        call = LayerCall(self, part_of, given, held_of(cache_of(given), self.layer))
         return args, {**kwargs, KEYWORD: call}
 
     @torch.compiler.disable(reason=FULLGRAPH)

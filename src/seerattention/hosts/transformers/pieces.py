@@ -42,7 +42,7 @@ def prefill(
     sparse = sparse_layer(model)
     if inputs.get("attention_mask") is not None:
         raise ValueError("prefill takes prompts without padding; give prompts of other lengths one by one")
-    block = max(scorer.block_size[0] for scorer in sparse.scorers.values())
+    block = max(scorer.block_size[0] for scorer in sparse.prefill.scorers.values())
     if piece_tokens < block:
         raise ValueError(f"piece_tokens must be at least a block, {block} tokens, got {piece_tokens}")
     past, tokens = int(past_key_values.get_seq_length()), input_ids.shape[1]
@@ -51,7 +51,7 @@ def prefill(
     head = min(-past % block, tokens)
     sizes = [head] if head else []
     if tokens > head:
-        sizes += piece_sizes(tokens - head, piece_tokens, block, sparse.policy)
+        sizes += piece_sizes(tokens - head, piece_tokens, block, sparse.prefill.policy)
     inputs |= cache_argument(model, past_key_values)
     with prompt_of(model, past + tokens):
         for piece in input_ids.split(sizes, 1):
@@ -59,12 +59,13 @@ def prefill(
     return output
 
 
-def piece_sizes(tokens: int, piece_tokens: int, block: int, policy: Policy) -> list[int]:
+def piece_sizes(tokens: int, piece_tokens: int, block: int, policy: Policy | None) -> list[int]:
     """Return sizes of pieces: whole blocks, and a last one that holds a block and all dense last rows."""
     piece = piece_tokens // block * block
     full, rest = divmod(tokens, piece)
+    last_rows = 0 if policy is None else policy.dense_last_rows
     sizes = [piece] * full
     # Rows are counted from the first token, so only the last row can be short.
-    while sizes and (rest < block or -(-rest // block) < policy.dense_last_rows):
+    while sizes and (rest < block or -(-rest // block) < last_rows):
         rest += sizes.pop()
     return [*sizes, rest]

@@ -24,7 +24,7 @@ from torch import Tensor
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.hosts.transformers.gates import KEY, Gates, check_layers, check_weights
-from seerattention.policies import Policy, Threshold, TokenBudget, TopK
+from seerattention.policies import Policy, Threshold, TokenBudget, TopK, check_decodes
 
 PUBLISHED_WEIGHTS = "attn_gate_weights.pth"
 PREFIX = "seerattn_"
@@ -50,8 +50,8 @@ def is_published(config: Any) -> bool:
 def read_published(folder: Path, config: dict[str, Any]) -> Gates:
     """Read gates of the published layout from a folder, the content of whose ``config.json`` is given.
 
-    They are on the CPU, in the precision they are stored in, with the policy that their settings name, and
-    rotate by plain RoPE until they are attached, then as the model does.
+    They are on the CPU, in the precision they are stored in, with the policy that their settings name for
+    their phase, and rotate by plain RoPE until they are attached, then as the model does.
 
     Raises:
         FileNotFoundError: If there are no weights.
@@ -66,6 +66,8 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
         base = _base(config)
         gate = _prefill_gate(config, base) if kind == "prefill" else _decode_gate(config, base, normed)
         policy = published_policy(config, kind)
+        if kind == "decode" and policy is not None:
+            check_decodes(policy, gate.block_size)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(
@@ -74,7 +76,9 @@ def read_published(folder: Path, config: dict[str, Any]) -> Gates:
         ) from error
     # Without memory until the file is known to fit.
     with torch.device("meta"):
-        gates = Gates(gate, base, list(range(base.num_layers)), str(policy) if policy else None)
+        gates = Gates(gate, base, list(range(base.num_layers)))
+    text = str(policy) if policy else None
+    gates.policy, gates.decode_policy = (text, None) if kind == "prefill" else (None, text)
     own = {name: (_key(kind, name), value) for name, value in gates.state_dict().items()}
     check_weights(file, weights, {key: _shape(key, value, gate) for key, value in own.values()})
     kinds = {value.dtype for value in weights.values()}
@@ -158,6 +162,7 @@ def _decode_gate(config: dict[str, Any], base: BaseInfo, normed: bool) -> GateCo
         rope=bool(config.get("seerattn_use_rope", True)),
         # The first files with norms did not say so.
         qk_norm=bool(config.get("seerattn_use_qk_norm", normed)),
+        phase="decode",
     )
 
 

@@ -10,10 +10,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from seerattention.engine.call import Handler
-from seerattention.engine.padding import Padding
+from seerattention.engine.call import Handler, Held
+from seerattention.engine.padding import Lengths, Padding
 from seerattention.hosts.transformers.support import MASKS
 
 #: The keyword under which a pass travels through the model's layers to the attention function.
@@ -86,7 +87,23 @@ class Pass:
         self.switch = switch
         self.mode = switch.mode
         self.paddings: list[tuple[Tensor, int | None, Padding | None]] = []
+        self.known_lengths: list[tuple[Tensor | None, torch.device, Lengths | None]] = []
         _running.set(weakref.ref(self))
+
+    def lengths(
+        self, mask: Tensor | None, new: int, held: int | Tensor, *, batch: int, device: torch.device
+    ) -> Lengths | None:
+        """Return `Lengths.of` for a step of decoding, found once for all layers of one mask and device."""
+        for known, on, lengths in self.known_lengths:
+            if known is mask and on == device:
+                return lengths
+        found = None
+        if mask is None or mask.dim() == 2:
+            trust = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            real = None if mask is None else mask.bool()
+            found = Lengths.of(real, held, new, batch=batch, device=device, trust=trust)
+        self.known_lengths.append((mask, device, found))
+        return found
 
     def padding(
         self, mask: Tensor | None, num_queries: int, num_keys: int, seen: int | None
@@ -128,6 +145,7 @@ class LayerCall:
         taps: The module's hooks.
         part_of: The forward pass.
         given: The module's keywords.
+        before: What the KV cache held of the layer.
         q: Before RoPE, once its tap ran.
         k: Before RoPE.
     """
@@ -135,6 +153,7 @@ class LayerCall:
     taps: Any
     part_of: Pass
     given: dict[str, Any]
+    before: Held | None = None
     q: Tensor | None = None
     k: Tensor | None = None
 

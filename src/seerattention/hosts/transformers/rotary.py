@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from seerattention.gate import Rotary
+from seerattention.gate import LengthRotary, Rotary
 from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.family import family_of
 from seerattention.hosts.transformers.request import LayerCall, running
@@ -98,7 +98,9 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
-    return functools.partial(_turned, found, turned, width, dim, _by_length(config) is not None)
+    by_length = _by_length(config) is not None
+    kind = LengthRotary if by_length else functools.partial
+    return kind(_turned, found, turned, width, dim, by_length)
 
 
 def _turned(

@@ -31,6 +31,7 @@ from seerattention.ops.language import (
     unsupported_here,
 )
 from seerattention.ops.launch import Launch, width
+from seerattention.ops.select_blocks._triton_rules import KINDS, store_bits, take
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
@@ -50,8 +51,6 @@ SUMMARY_BYTES = 32 * 2**20
 
 #: Longest row: the policy kernel keeps it in registers.
 MAX_BLOCKS = 32768
-
-KINDS = ("share", "count", "mass")
 
 
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
@@ -408,54 +407,7 @@ def _choose(
     at = scores + (head * rows + tl.program_id(1)) * stride
     score = tl.load(at + block, mask=valid, other=float("-inf"))
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
-    if KIND == 1:
-        # Those read anyway are the first of the count.
-        free = valid & (always == 0)
-        room = value - tl.sum(always.to(tl.float32), 0)
-        taken = _best(_order(score), tl.where(free, 1.0, 0.0), 1.0, room, free)
-    else:
-        share = tl.where(valid, tl.exp(score - tl.max(score, 0)), 0.0)
-        share /= tl.sum(share, 0)
-        if KIND == 0:
-            limit = value
-            if SLOPED:
-                limit *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
-            taken = share > limit
-        else:
-            # Bits of floats >= 0 are in the floats' order.
-            taken = _best(share.to(tl.uint32, bitcast=True), share, 0.0, value, valid)
-    taken = (taken | always) & valid
-    place = tl.arange(0, 32)[None, :]
-    packed = tl.sum(tl.reshape(taken.to(tl.int32), [WIDTH // 32, 32]) << place, 1)
-    word = tl.arange(0, WIDTH // 32)
-    tl.store(bits + row_of_bits * words + word, packed, mask=word < words)
-
-
-@jit
-def _order(score):
-    """Unsigned integers in the order of the scores, -0 and 0 alike."""
-    image = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    # Negative floats count down: flip all their bits, and only the sign of the others.
-    flip = (image >> 31) | -0x80000000
-    return (image ^ flip).to(tl.uint32, bitcast=True)
-
-
-@jit
-def _best(key, weight, tied: tl.constexpr, limit, free):
-    """Take free blocks from the largest key down while those before weigh less than ``limit``.
-
-    ``tied`` is the weight of every block of a tie, 0 where it is the key itself, as a float.
-    """
-    # The smallest key such that all larger ones weigh less than the limit, from its highest bit down.
-    found = tl.full([], 0, tl.uint32)
-    one = tl.full([], 1, tl.uint32)
-    for step in range(32):
-        bit = one << (31 - step)
-        before = tl.sum(tl.where(key > (found | (bit - 1)), weight, 0.0), 0)
-        found = tl.where(before >= limit, found | bit, found)
-    before = tl.sum(tl.where(key > found, weight, 0.0), 0)
-    tie = ((key == found) & free).to(tl.int32)
-    earlier = (tl.cumsum(tie, 0) - tie).to(tl.float32)
-    if tied == 0.0:
-        earlier *= found.to(tl.float32, bitcast=True)
-    return (key > found) | ((tie > 0) & (before + earlier < limit))
+    if SLOPED:
+        value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
+    taken = take(score, valid, always, value, KIND) | always
+    store_bits(taken & valid, bits + row_of_bits * words, words)

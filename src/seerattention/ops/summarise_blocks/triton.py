@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,6 @@ def summarise(
     out = _empty(x, size, pools, dtype, weight, edges)
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
-    places = tuple(names.index(name) if name in names else -1 for name in ("max", "min", "avg"))
     if weight is None:
         dim = width
     launch = _launch(
@@ -99,11 +99,16 @@ def summarise(
             D_PAD=padded(num_blocks(width, 2)),
             E_PAD=padded(num_blocks(dim, 2)),
             SIZE=size,
-            PLACES=places,
+            PLACES=places(names),
             PRECISION=products(x),
             **launch,
         )
     return out
+
+
+def places(pools: Sequence[str]) -> tuple[int, ...]:
+    """Return where max, min and avg stand among pools, -1 for those that are not wanted."""
+    return tuple(pools.index(name) if name in pools else -1 for name in ("max", "min", "avg"))
 
 
 def _empty(x: Tensor, size: int, pools: str, dtype: torch.dtype, weight: Tensor | None, *rest: Any) -> Tensor:
@@ -172,31 +177,18 @@ def _summarise(
     kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
     x += batch * stride_b + head * stride_h
     like = out.dtype.element_ty
-    pools = _pool(
+    pools = pool(
         x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, PLACES, ROWS, UNROLL
     )
     for group in range(GROUPS):
         head_out = head * GROUPS + group
+        w = weight
         if weight is not None:
             w = weight + head_out * (POOLS * D * E)
-            first = tl.zeros([ROWS, E_PAD], tl.float32)
-            second = first
-            for kind in tl.static_range(3):
-                if PLACES[kind] >= 0:
-                    a, b = pools[kind]
-                    first, second = _project(a, b, w + PLACES[kind] * D * E, first, second, D, E, PRECISION)
-        else:
-            # The first that is wanted; of several, the others are stored below.
-            first, second = pools[0 if PLACES[0] >= 0 else 1 if PLACES[1] >= 0 else 2]
-        if norm is not None:
-            first, second = _normalise(first, second, norm + e[None, :], eps, E)
-        if cos is not None:
-            turn = batch * stride_turn + row[:, None] * E + e[None, :]
-            cos_a = tl.load(cos + turn, mask=kept_a, other=0.0).to(tl.float32)
-            sin_a = tl.load(sin + turn, mask=kept_a, other=0.0).to(tl.float32)
-            cos_b = tl.load(cos + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
-            sin_b = tl.load(sin + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
-            first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
+        turn = batch * stride_turn + row[:, None] * E + e[None, :]
+        first, second = finish(
+            pools, w, norm, cos, sin, turn, kept_a, kept_b, eps, D, E, E_PAD, PLACES, ROWS, PRECISION
+        )
         to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
         if WIDTH == E:
             tl.store(to, first, mask=kept_a)
@@ -210,7 +202,36 @@ def _summarise(
 
 
 @jit
-def _pool(
+def finish(
+    pools, weight, norm, cos, sin, turn, kept_a, kept_b, eps, D: tl.constexpr, E: tl.constexpr,
+    E_PAD: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Project pools by one head's weight, normalise and rotate by the angles at ``turn``; in two halves."""
+    E_HALF: tl.constexpr = (E + 1) // 2
+    if weight is not None:
+        first = tl.zeros([ROWS, E_PAD], tl.float32)
+        second = first
+        for kind in tl.static_range(3):
+            if PLACES[kind] >= 0:
+                a, b = pools[kind]
+                first, second = _project(a, b, weight + PLACES[kind] * D * E, first, second, D, E, PRECISION)
+    else:
+        # The first that is wanted; where there are several they are stored as they are.
+        first, second = pools[0 if PLACES[0] >= 0 else 1 if PLACES[1] >= 0 else 2]
+    if norm is not None:
+        e = tl.arange(0, E_PAD)
+        first, second = _normalise(first, second, norm + e[None, :], eps, E)
+    if cos is not None:
+        cos_a = tl.load(cos + turn, mask=kept_a, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin + turn, mask=kept_a, other=0.0).to(tl.float32)
+        cos_b = tl.load(cos + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin + turn + E_HALF, mask=kept_b, other=0.0).to(tl.float32)
+        first, second = first * cos_a - second * sin_a, second * cos_b + first * sin_b
+    return first, second
+
+
+@jit
+def pool(
     x,
     edges,
     row,

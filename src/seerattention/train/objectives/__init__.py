@@ -15,16 +15,13 @@ from torch import Tensor
 class Objective(Protocol):
     """Compares a gate's scores with the attention map it should predict."""
 
-    def __call__(
-        self, target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
-    ) -> Tensor:
+    def __call__(self, target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         """Return a scalar to minimise.
 
         Args:
-            target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
-            scores: fp32 ``[B, H, N, N]`` from `AttnGate`, before softmax.
-            block_size: Tokens per (query block, KV block).
-            num_tokens: Tokens of the sequence.
+            target: fp32 ``[B, H, R, N]``, the rows that count of the pooled map; rows sum to 1.
+            scores: fp32 ``[B, H, R, N]`` from `AttnGate`, before softmax.
+            valid: bool ``[R, N]``, the blocks that a row may choose among, some in every row.
 
         Raises:
             ValueError: If target and scores differ in shape.

@@ -1,6 +1,6 @@
 """KL: the divergence from the target to the gate's softmax over blocks, every row alike.
 
-Source: SeerAttention, section 3.2 (arXiv 2410.13276); the skipped rows, the published code.
+Source: SeerAttention, section 3.2 (arXiv 2410.13276).
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from seerattention.selection import causal_blocks
-from seerattention.train.target import SKIPPED_ROWS
 
 
 @dataclass(frozen=True)
@@ -25,18 +22,13 @@ class KL:
 
     power: float = 1.0
 
-    def __call__(
-        self, target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
-    ) -> Tensor:
+    def __call__(self, target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         """Return the mean over rows; see `Objective`."""
         if target.shape != scores.shape:
             raise ValueError(
                 f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates "
                 "with one score per KV head learn from pooled_attention(..., per_kv_head=True)"
             )
-        first = int(SKIPPED_ROWS * scores.shape[2])
-        valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)[first:]
-        target, scores = target[:, :, first:], scores[:, :, first:]
         if self.power != 1:
             target = target**self.power
             target = target / target.sum(-1, keepdim=True)

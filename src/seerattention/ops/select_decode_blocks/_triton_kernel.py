@@ -1,0 +1,191 @@
+"""The device functions; `triton.py` beside this file starts them."""
+
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
+
+from __future__ import annotations
+
+from seerattention.ops.language import follow, jit, tl
+from seerattention.ops.select_blocks._triton_rules import store_bits, take
+
+
+@jit("rows", "tokens")
+def query_kernel(
+    q_ptr,
+    weight_ptr,
+    out_ptr,
+    q_strides,
+    rows,
+    tokens,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    POOLS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Project one query head's part of the summaries of ``BLOCK_M`` tokens onto ``BLOCK_N`` numbers.
+
+    Parts are fp32 ``[rows, Hk, G, E]``. A token alone is its own maximum, minimum and mean.
+    """
+    ACROSS: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    kv_head, in_group = (tl.program_id(0) // ACROSS).to(tl.int64), tl.program_id(1)
+    head = kv_head * GROUP + in_group
+    d, e = tl.arange(0, BLOCK_D), tl.program_id(0) % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
+    weights = ()
+    # No launch makes weights: they are asked for before the wait.
+    for pool in tl.static_range(POOLS):
+        at = weight_ptr + ((head * POOLS + pool) * D + d)[:, None] * E + e[None, :]
+        here = (d < D)[:, None] & (e < E)[None, :]
+        weights = weights + (tl.load(at, mask=here, other=0.0),)  # noqa: RUF005, Triton has no stars
+    # What comes next reads summaries before it waits: it may come when all before this launch is written.
+    follow(PDL, EARLY=False)
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = (
+        q_ptr
+        + (row // tokens).to(tl.int64) * q_strides[0]
+        + head * q_strides[1]
+        + row % tokens * q_strides[2]
+    )
+    x = tl.load(at[:, None] + d[None, :], mask=(row < rows)[:, None] & (d < D)[None, :], other=0.0)
+    x = x.to(weight_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for pool in tl.static_range(POOLS):
+        total = tl.dot(x, weights[pool], total, input_precision=PRECISION)
+    at = out_ptr + ((row.to(tl.int64) * KV_HEADS + kv_head) * GROUP + in_group)[:, None] * E + e[None, :]
+    tl.store(at, total, mask=(row < rows)[:, None] & (e < E)[None, :])
+
+
+@jit
+def finish_query(
+    parts_ptr, norm_ptr, cos_ptr, sin_ptr, inside, position, eps, stride,
+    GROUP: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up a group's parts of ``ROWS`` tokens' summaries, normalise and rotate: ``[ROWS, E_PAD]``."""
+    e = tl.arange(0, E_PAD)[None, :]
+    here = inside[:, None] & (e < E)
+    # A rotation mixes entry i with entry i + E / 2.
+    lower = e < E // 2
+    other = tl.where(lower, e + E // 2, e - E // 2)
+    own = tl.zeros([ROWS, E_PAD], tl.float32)
+    mixed = own
+    for part in tl.static_range(GROUP):
+        at = parts_ptr + tl.arange(0, ROWS)[:, None] * stride + part * E
+        own += tl.load(at + e, mask=here, other=0.0)
+        if cos_ptr is not None:
+            mixed += tl.load(at + other, mask=here, other=0.0)
+    if norm_ptr is not None:
+        factor = (1 / tl.sqrt(tl.sum(own * own, 1) / E + eps))[:, None]
+        own *= factor * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        mixed *= factor * tl.load(norm_ptr + other, mask=e < E, other=0.0).to(tl.float32)
+    if cos_ptr is not None:
+        turn = position.to(tl.int64)[:, None] * E + e
+        own *= tl.load(cos_ptr + turn, mask=here, other=0.0)
+        own += tl.where(lower, -mixed, mixed) * tl.load(sin_ptr + turn, mask=here, other=0.0)
+    return own
+
+
+@jit
+def load_keys(
+    keys, stride, block, end, sub,
+    E: tl.constexpr, E_PAD: tl.constexpr, SUBS: tl.constexpr,
+):  # fmt: skip
+    """Load one summary of each of some blocks, ``[E_PAD, blocks]``; zeros from block ``end`` on."""
+    e = tl.arange(0, E_PAD)[:, None]
+    at = keys + (block.to(tl.int64) * SUBS + sub)[None, :] * stride + e
+    return tl.load(at, mask=(block < end)[None, :] & (e < E), other=0.0)
+
+
+@jit("tokens", "chunk", "row_stride")
+def score_kernel(
+    parts_ptr,
+    keys_ptr,
+    scores_ptr,
+    lengths_ptr,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    key_strides,
+    tokens,
+    chunk,
+    row_stride,
+    scale,
+    eps,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SUBS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Score ``chunk`` blocks for the tokens of one sequence and KV head, those finished for the last one."""
+    b, kv_head = (tl.program_id(0) // KV_HEADS).to(tl.int64), tl.program_id(0) % KV_HEADS
+    length = tl.load(lengths_ptr + b)
+    first = tl.program_id(1) * chunk
+    end = tl.minimum(length // BLOCK_K, first + chunk)
+    keys = keys_ptr + b * key_strides[0] + kv_head.to(tl.int64) * key_strides[1]
+    block = first + tl.arange(0, BLOCK_N)
+    key = load_keys(keys, key_strides[2], block, end, 0, E, E_PAD, SUBS)
+    follow(PDL)
+    if first < end:
+        # One token fills all rows of a tile.
+        token = tl.arange(0, ROWS)
+        # A sequence shorter than its queries has some before its beginning, which read nothing.
+        position = tl.maximum(length - tokens + token, 0)
+        parts = parts_ptr + (b * tokens * KV_HEADS + kv_head) * GROUP * E
+        query = finish_query(
+            parts, norm_ptr, cos_ptr, sin_ptr, token < tokens, position, eps, KV_HEADS * GROUP * E,
+            GROUP, E, E_PAD, ROWS,
+        ).to(keys_ptr.dtype.element_ty)  # fmt: skip
+        query = tl.broadcast_to(query, [BLOCK_M, E_PAD])
+        token = tl.arange(0, BLOCK_M)
+        to = scores_ptr + (tl.program_id(0).to(tl.int64) * tokens + token)[:, None] * row_stride
+        best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        for i in range(0, tl.cdiv(end - first, BLOCK_N) * SUBS):
+            # Summaries are read one step ahead.
+            following = first + (i + 1) // SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
+            ahead = load_keys(keys, key_strides[2], following, end, (i + 1) % SUBS, E, E_PAD, SUBS)
+            product = tl.dot(query, key, input_precision=PRECISION)
+            best = tl.where(i % SUBS == 0, product, tl.maximum(best, product))
+            block = first + i // SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
+            kept = (token < tokens)[:, None] & (block < end)[None, :] & (i % SUBS == SUBS - 1)
+            tl.store(to + block[None, :], best * scale, mask=kept)
+            key = ahead
+
+
+@jit("tokens", "row_stride", "words", "sink", "local")
+def choose_kernel(
+    scores_ptr,
+    bits_ptr,
+    lengths_ptr,
+    tokens,
+    row_stride,
+    words,
+    value,
+    sink,
+    local,
+    KV_HEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Choose the blocks of one token and KV head."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(lengths_ptr + row // tokens // KV_HEADS) - tokens + (row % tokens).to(tl.int32)
+    own = tl.where(position < 0, -1, position // BLOCK_K)
+    block = tl.arange(0, WIDTH)
+    always = ((block < sink) | (block > own - local)) & (block <= own)
+    finished = (block + 1) * BLOCK_K <= position + 1
+    follow(PDL)
+    score = tl.load(scores_ptr + row * row_stride + block, mask=finished, other=float("-inf"))
+    store_bits(take(score, finished, always, value, KIND) | always, bits_ptr + row * words, words)

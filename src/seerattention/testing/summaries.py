@@ -1,0 +1,69 @@
+"""What every backend of `update_summaries` must do."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.ops.cases.select_decode_blocks import Case
+from seerattention.testing.budget import Budget
+from seerattention.testing.conformance import Backend
+from seerattention.testing.inputs import random_qkv
+
+
+@torch.no_grad()
+def check_updates(
+    backend: Backend, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> None:
+    """Let sequences grow by steps and compare with the summaries of all their keys at once.
+
+    Sequences begin at a block's first, second and last place, and grow by two blocks at least. What no step
+    may read or write holds NaN.
+
+    Raises:
+        AssertionError: If a summary is wrong, late or where none belongs, or the tail is not the keys'.
+    """
+    block, new = case.block_size[1], case.queries
+    begins = [0, 1, block - 1, 2 * block]
+    steps = 2 * block // new + 1
+    drawn = replace(case, batch=len(begins), keys=4 * block + 2 * new)
+    _, k, _ = random_qkv(drawn, dtype=dtype, device=device)
+    # As a projection hands them over: heads after tokens in memory.
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.manual_seed(1)
+    gate = AttnGate(GateConfig(**case.design)).to(device, dtype)
+    subs, heads = gate.sub_blocks[1], len(gate.linear_k())
+    summaries = torch.full(
+        (len(begins), heads, 6 * subs, gate.config.dim), torch.nan, device=device, dtype=dtype
+    )
+    tail = torch.full((*k.shape[:2], block, k.shape[3]), torch.nan, device=device, dtype=dtype)
+
+    def all_at_once(k: Tensor) -> Tensor:
+        whole = k[:, :, : k.shape[2] // block * block]
+        twin = copy.deepcopy(gate).to(k.dtype)
+        return twin.compress(whole, positions=torch.arange(whole.shape[2], device=device))
+
+    for row, begin in enumerate(begins):
+        done = begin // block * block
+        if done:
+            summaries[row, :, : done // block * subs] = all_at_once(k[row : row + 1, :, :done])[0]
+        tail[row, :, : begin - done] = k[row, :, done:begin]
+    lengths = torch.tensor(begins, dtype=torch.int32, device=device)
+    for step in range(steps):
+        places = [range(begin + step * new, begin + (step + 1) * new) for begin in begins]
+        added = torch.stack([k[row, :, list(at)] for row, at in enumerate(places)])
+        lengths += new
+        backend.run(summaries, tail, added, gate.per_token(), lengths)
+        for row, at in enumerate(places):
+            held = at.stop // block
+            assert not summaries[row, :, : held * subs].isnan().any(), "a finished block has no summary"
+            assert summaries[row, :, held * subs :].isnan().all(), "a summary of no finished block"
+            assert torch.equal(tail[row, :, : at.stop % block], k[row, :, held * block : at.stop])
+    for row, begin in enumerate(begins):
+        length = begin + steps * new
+        budget = Budget.of(all_at_once, k[row : row + 1, :, :length])
+        budget.check(summaries[row : row + 1, :, : length // block * subs])
