@@ -203,6 +203,7 @@ def test_decode_measures_steps_their_parts_and_peers(peers, tmp_path):
 
 PARTS = {
     "update": "update",
+    "update that finishes a block": "update",
     "choosing": "choosing",
     "with choosing": "step",
     "with update and choosing": "step",

@@ -192,12 +192,11 @@ def _chosen(plan: DecodePlan, layer: Layer, name: str, few: int) -> list[Part]:
     tokens, scorer = layer.k.shape[2], plan.scorer(name)
     policy = TokenBudget(plan.count(tokens) * plan.block)
     summaries = scorer.compress(layer.k, positions=torch.arange(tokens, device=layer.k.device))
-    # The step's key is the last of the last block, which it finishes: the most that there is to do.
     tail, key = (layer.k[:, :, -size:].clone() for size in (plan.block, 1))
-    read = summaries.nbytes
+    read, before = summaries.nbytes, layer.lengths - 1
 
-    def update() -> None:
-        update_summaries(summaries, tail, key, scorer, lengths=layer.lengths)
+    def update(lengths: Tensor = layer.lengths) -> None:
+        update_summaries(summaries, tail, key, scorer, lengths=lengths)
 
     def choose() -> BlockSelection:
         return select_decode_blocks(
@@ -208,11 +207,13 @@ def _chosen(plan: DecodePlan, layer: Layer, name: str, few: int) -> list[Part]:
         return block_sparse_decode(layer.q, layer.k, layer.v, choose(), lengths=layer.lengths)
 
     def everything() -> Any:
+        # The last key finishes a block: the most that there is to do.
         update()
         return attend()
 
     return [
-        Part("update", f"update, {name}", update, None),
+        Part("update", f"update, {name}", lambda: update(before), None),
+        Part("update", f"update that finishes a block, {name}", update, None),
         Part("choosing", f"choosing, {name}", choose, read),
         Part("step", f"with choosing, {name}", attend, few + read, choose),
         Part("step", f"with update and choosing, {name}", everything, few + read, choose),

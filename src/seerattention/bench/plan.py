@@ -265,12 +265,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 #: The same for decoding.
 DECODE_DEFAULTS: dict[str, dict[str, Any]] = {
     device: {name: DEFAULTS[device][name] for name in ("heads", "kv_heads", "head_dim", "dtype")}
-    | {"sizes": sizes, "gates": ("sub16", "quest"), "pages": pages}
-    for device, sizes, pages in (
-        ("cpu", ((1, 4096), (1, 16384), (4, 16384)), (64,)),
+    | {"sizes": sizes, "gates": gates, "pages": pages}
+    for device, sizes, gates, pages in (
+        ("cpu", ((1, 4096), (1, 16384), (4, 16384)), ("sub16", "quest"), (64,)),
         (
             "cuda",
             ((1, 32 << 10), (1, 128 << 10), (8, 128 << 10), (16, 32 << 10), (16, 128 << 10), (64, 128 << 10)),
+            ("sub16", "sub64", "quest"),
             (64, 256),
         ),
     )

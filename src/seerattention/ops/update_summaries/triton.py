@@ -26,7 +26,7 @@ from seerattention.ops.summarise_blocks.triton import finish, places, pool
 from seerattention.rows import num_blocks
 
 #: ``block_m`` are the most summaries of a block, ``block_n`` how many tokens of each are loaded together.
-LAUNCH = Launch(64, 8, 4, 1)
+LAUNCH = Launch(64, 8, 8, 1)
 
 
 def unsupported(summaries: Tensor, tail: Tensor, k: Tensor, scorer: Any, lengths: Tensor) -> list[str]:
