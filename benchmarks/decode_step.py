@@ -38,10 +38,10 @@ STEPS = 20
 WHOLE = "whole-cache"
 
 
-def make_cache(model: Any, batch: int, tokens: int) -> StaticCache:
+def make_cache(model: Any, batch: int, tokens: int) -> Any:
     """Return a full cache of random keys and values, but for its last places."""
     config = model.config
-    cache = StaticCache(config, max_cache_len=tokens)
+    cache: Any = StaticCache(config, max_cache_len=tokens)
     shape = batch, config.num_key_value_heads, config.head_dim
     cache.early_initialization(*shape, model.dtype, model.device)
     for layer in cache.layers:
@@ -50,7 +50,7 @@ def make_cache(model: Any, batch: int, tokens: int) -> StaticCache:
     return cache
 
 
-def dense_kernel(cache: StaticCache, heads: int) -> str:
+def dense_kernel(cache: Any, heads: int) -> str:
     """Return the name of the fastest dense kernel over a cache's first layer."""
     k, v = cache.layers[0].keys, cache.layers[0].values
     q = torch.randn(len(k), heads, 1, k.shape[3], device=k.device, dtype=k.dtype)
@@ -84,7 +84,7 @@ def method(model: Any, name: str, gates: Any, policy: str) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-def stepping(model: Any, cache: StaticCache) -> Callable[[], object]:
+def stepping(model: Any, cache: Any) -> Callable[[], object]:
     """Return what makes the next token, from a cache whose last places are free again."""
     places = cache.layers[0].keys.shape[2] - ROOM
     for layer in cache.layers:

@@ -513,7 +513,7 @@ def decoding() -> str:
         dense = min(
             d["ms"] for d in report["rows"] if d["kind"] == "dense" and (d["batch"], d["tokens"]) == at
         )
-        whole = by[*at, "with choosing, sub16"]
+        whole = by[*at, "with choosing, default"]
         peer = by.get((*at, "flashinfer"))
         rows.append(
             {
@@ -635,11 +635,21 @@ def yarn() -> str:
     return parts(shown, made["learning_rates"](reports), FORMER)
 
 
+def decode_quality() -> str:
+    """Return what decoding loses by reading less."""
+    made = runpy.run_path(str(ROOT / "experiments" / "decoding" / "table.py"))
+    reports = [
+        json.loads(path.read_text()) for path in sorted((RESULTS / "h200").glob("decode_quality*.json"))
+    ]
+    return made["tables"](reports)
+
+
 #: The generated parts of every page.
 PAGES = {
     "README.md": {"headline": headline, "decoding": decoding, "supported": supported},
     "docs/results.md": {
         "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
+        "decode-quality": decode_quality,
     },
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {

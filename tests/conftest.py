@@ -19,7 +19,16 @@ torch.set_num_threads(1)
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("default")
 
-OPS = ("select_blocks", "summarise_blocks", "score_blocks", "block_sparse_attention", "dense_attention")
+OPS = (
+    "select_blocks",
+    "summarise_blocks",
+    "score_blocks",
+    "block_sparse_attention",
+    "dense_attention",
+    "select_decode_blocks",
+    "update_summaries",
+    "block_sparse_decode",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from seerattention import AttnGate, GateConfig, Threshold, TopK
+from seerattention.gate import LengthRotary
 from seerattention.ops.score_blocks import chunked
 from seerattention.ops.shapes import Shape
 from seerattention.policies import Policy, select
@@ -349,6 +350,25 @@ def test_angles_without_a_model_are_a_models_to_the_bit(width: int, pairs: Any, 
     narrower = GateConfig(4, 2, width, gate_dim=DIM, rope_pairs=pairs, rope_theta=theta)
     for actual, wanted in zip(AttnGate(narrower)._turns(positions, 1) or (), expected, strict=True):
         assert torch.equal(actual, wanted)
+
+
+def test_angles_of_the_first_positions_are_kept_once_for_gates_of_one_design() -> None:
+    gate, device = AttnGate(config()), torch.device("cpu")
+    cos, sin = gate.angles(100, device) or ()
+    assert cos.shape == sin.shape == (128, DIM)
+    for kept, turned in zip((cos, sin), gate._turns(torch.arange(128), 1) or (), strict=True):
+        assert torch.equal(kept, turned[0])
+    again = AttnGate(config()).angles(128, device)
+    assert again is not None
+    assert again[0] is cos
+    longer = gate.angles(129, device)
+    assert longer is not None
+    assert len(longer[0]) == 256
+    # What a captured graph reads stays.
+    assert (gate.angles(100, device) or ())[0] is cos
+    gate.use_rotary(LengthRotary(gate._rotary))
+    assert gate.angles(100, device) is None
+    assert AttnGate(replace(gate.config, rope=False)).angles(100, device) is None
 
 
 @torch.no_grad()

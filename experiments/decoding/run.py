@@ -69,9 +69,18 @@ QUESTIONS = 256
 
 
 def policy_of(method: str, budget: int, block: int = 64) -> TokenBudget:
-    """Return what a method reads: of its budget the first block, and with eviction half for the latest."""
-    latest = max(1, budget // block // 2) if method in EVICTING else 1
-    return TokenBudget(budget, sink_blocks=1, local_blocks=latest)
+    """Return what a method reads: always the first block; with eviction half of the budget is the latest."""
+    blocks = budget // block
+    latest = {**dict.fromkeys(EVICTING, blocks // 2), "streaming": blocks - 1}.get(method, 1)
+    return TokenBudget(budget, sink_blocks=1, local_blocks=max(1, latest))
+
+
+def scorer_of(method: str, args: Any) -> Any:
+    """Return what chooses in decoding."""
+    if method not in SCORERS:
+        return bundled.named_gates(args.gates)
+    # With first and latest blocks nothing is left to choose, and a GPU is not waited for with this one.
+    return baselines.create("meanpool" if method == "streaming" else method)
 
 
 @contextmanager
@@ -85,10 +94,10 @@ def decoding(model: Any, method: str, budget: int | None, args: Any) -> Iterator
     elif policy == args.prompt == "dense":
         yield reading
     else:
-        scorer = baselines.create(method) if method in SCORERS else bundled.named_gates(args.gates)
+        scorer = None if policy == "dense" else scorer_of(method, args)
         first = scorer if args.prompt == "dense" else bundled.named_gates(args.prompt_gates or args.gates)
-        others = {} if policy == "dense" else {"decode_gates": scorer}
-        attach(model, first, prefill=args.prompt, decode=policy, min_tokens=0, observe=reading, **others)
+        options = {"decode_gates": scorer, "min_tokens": 0, "observe": reading}
+        attach(model, first, prefill=args.prompt, decode=policy, **options)
         try:
             yield reading
         finally:
@@ -150,7 +159,7 @@ class Perplexity(Part):
         """Return perplexity, and every window's mean loss."""
         with decoding(self.model, key["method"], key["budget"], self.args) as reading:
             losses = [
-                continued(self.model, np.stack(some), self.args.length // 2, piece=self.args.piece).losses
+                continued(self.model, np.stack(some), self.args.length // 2, step=self.args.step).losses
                 for some in self.batches(self.windows)
             ]
         means = torch.cat(losses).double().mean(1).tolist()
@@ -172,7 +181,7 @@ class Needles(Part):
         with decoding(self.model, key["method"], key["budget"], self.args) as reading:
             for some in self.batches(self.documents):
                 tokens = np.stack([document.tokens for document in some])
-                said = continued(self.model, tokens, prompt, piece=self.args.piece).predicted.cpu().numpy()
+                said = continued(self.model, tokens, prompt, step=self.args.step).predicted.cpu().numpy()
                 for document, row in zip(some, said, strict=True):
                     right = document.correct(row[document.query_positions + 1 - prompt])
                     found.append(right / len(document.answers))
@@ -215,10 +224,6 @@ class Problems(Part):
         self.asked, self.solved = asked[: args.samples], asked[args.samples :]
         self.right = [solution.rsplit("####", 1)[1].strip() for _, solution in self.asked]
 
-    def planned(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows; the last methods take long and say little."""
-        yield from (key for key in super().planned() if key["method"] != "random")
-
     def _turn(self, role: str, content: str, **options: Any) -> np.ndarray:
         text = self.tokenizer.apply_chat_template(
             [{"role": "system", "content": "Solve the problem."}, {"role": role, "content": content}],
@@ -253,7 +258,7 @@ class Problems(Part):
         for some in self.batches(self.samples):
             most = max(len(solution) for _, solution in some)
             rows = [np.pad(np.concatenate(pair), (0, most - len(pair[1]))) for pair in some]
-            found = continued(self.model, np.stack(rows), self.args.length, piece=self.args.piece)
+            found = continued(self.model, np.stack(rows), self.args.length, step=self.args.step)
             losses, said = found.losses.double().cpu().numpy(), found.predicted.cpu().numpy()
             yield from ((said[i, : len(s)], losses[i, : len(s)]) for i, (_, s) in enumerate(some))
 
@@ -278,19 +283,35 @@ class Problems(Part):
         }
 
 
+#: What the parts are by default. Answers take a step per token, so fewer methods give them.
 PARTS: dict[str, tuple[type[Part], dict[str, Any]]] = {
-    "perplexity": (Perplexity, {"length": 8192, "samples": 26, "budgets": [256, 512, 1024, 2048]}),
-    "needles": (Needles, {"length": 4096, "samples": 32, "budgets": [256, 512, 1024]}),
-    "tasks": (Tasks, {"length": 4096, "samples": 40, "budgets": [512, 1024], "answer": 48}),
-    "problems": (Problems, {"length": 4096, "samples": 40, "budgets": [512], "answer": 512}),
-}
+    "perplexity": (
+        Perplexity,
+        {"length": 8192, "samples": 13, "budgets": [256, 512, 1024, 2048], "methods": METHODS},
+    ),
+    "needles": (Needles, {"length": 4096, "samples": 32, "budgets": [256, 512, 1024], "methods": METHODS}),
+    "tasks": (
+        Tasks,
+        {
+            "length": 4096, "samples": 40, "budgets": [512, 1024], "answer": 48,
+            "methods": ("gates", "quest", "streaming", "snapkv", "h2o"),
+        },
+    ),
+    "problems": (
+        Problems,
+        {
+            "length": 4096, "samples": 40, "budgets": [512], "answer": 512,
+            "methods": ("gates", "quest", "snapkv", "h2o"),
+        },
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     """Read the command line, measure what is missing, and keep it."""
     args = parsed()
     started, file = time.perf_counter(), args.out or Path("runs/decoding") / f"{args.part}.json"
-    own = ("model", "length", "samples", "piece", "answer")
+    own = ("model", "length", "samples", "step", "answer")
     settings = {name: getattr(args, name) for name in own if getattr(args, name) is not None}
     settings["model"] = Path(args.model).name
     part = PARTS[args.part][0](args)
@@ -307,6 +328,13 @@ def main() -> None:
             held = f"{before['part']}, {before['settings']}"
             sys.exit(f"error: {file} holds another measurement ({held}); give another --out")
         report["rows"] = before["rows"]
+    try:
+        # What does not fit is known before any work.
+        for method, budget in {(key["method"], key["budget"]) for key in part.planned()}:
+            with decoding(part.model, method, budget, args):
+                pass
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     names = ("task", "prompt", "method", "budget")
     there = {tuple(row.get(name) for name in names) for row in report["rows"]}
     for key in part.planned():
@@ -338,13 +366,13 @@ def parsed() -> Any:
     parser.add_argument("--text", type=Path, nargs="+", help="books: .txt, folders, .tar.xz")
     parser.add_argument("--problems", type=Path, help="GSM8K's problems, .jsonl")
     parser.add_argument("--out", type=Path, help="file of the results (default: runs/decoding/PART.json)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those that the part is for")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--budgets", type=int, nargs="+", help="key tokens that a decoded token reads")
     parser.add_argument("--length", type=int, help="tokens of a window, or of a prompt")
     parser.add_argument("--samples", type=int, help="windows, documents, questions or problems")
     parser.add_argument("--answer", type=int, help="tokens of a generated answer, at most")
-    parser.add_argument("--piece", type=int, default=63, help="of known text, a step (default: %(default)s)")
+    parser.add_argument("--step", type=int, default=63, help="of known text, a step (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="sequences at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--dtype", default="auto", help="of the model (default: %(default)s)")

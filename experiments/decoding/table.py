@@ -27,8 +27,16 @@ NAMES = {
     "h2o": "H2O (evicts)",
 }
 
-#: Of what is drawn: random would flatten the picture.
-MARKERS = dict(zip((m for m in NAMES if m not in ("dense", "random")), "os^vDPX", strict=True))
+#: Marker and colour of what is drawn: random would flatten the picture.
+DRAWN = {
+    "gates": ("o", COLOURS["gate"]),
+    "oracle_mass": ("s", COLOURS["dense"]),
+    "quest": ("^", "C1"),
+    "meanpool": ("v", "C2"),
+    "streaming": ("D", "C3"),
+    "snapkv": ("P", "C4"),
+    "h2o": ("X", "C5"),
+}
 
 Row = dict[str, Any]
 
@@ -173,13 +181,12 @@ def _panel(axis: Any, report: dict[str, Any]) -> None:
     books = report["part"] == "perplexity"
     level = 0 if books else dense["share"]
     axis.axhline(level, color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
-    for method, marker in MARKERS.items():
+    for method, (marker, colour) in DRAWN.items():
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["tokens_read"])
         if own:
             values = [100 * rise(row, dense)[0] if books else row["share"] for row in own]
             read = [row["tokens_read"] for row in own]
-            colour = {"color": COLOURS["gate"], "linewidth": 2} if method == "gates" else {"linewidth": 1}
-            axis.plot(read, values, f"{marker}-", label=NAMES[method], **colour)
+            axis.plot(read, values, f"{marker}-", label=NAMES[method], color=colour, linewidth=1)
     budgets = sorted({row["budget"] for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])

@@ -27,3 +27,8 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on a device: then nothing may wait for it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -255,7 +255,7 @@ class TokenGate:
 
     def __init__(self, gate: AttnGate) -> None:
         self.gate = gate
-        self.block_size = (1, gate.config.block_size)
+        self.block_size: tuple[int, int] = (1, gate.config.block_size)
         self.sub_blocks = (1, gate.sub_blocks[1])
         self.scale = gate.scale
         self.tokens_per_summary = gate.tokens_per_summary
@@ -299,12 +299,22 @@ def _plain_rotary(theta: float, width: int, dim: int) -> Rotary:
     return functools.partial(_turned, theta, width, dim)
 
 
+#: What positions are multiplied by, by its arguments; a graph is not captured while it is copied to a device.
+_INVERSES: dict[tuple[float, int, int, torch.device], Tensor] = {}
+
+
 # A function of the module: what gates rotate by is pickled with them.
 def _turned(theta: float, width: int, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
-    # positions are many turns.
-    inverse = 1 / theta ** (torch.arange(width - dim, width, 2, device="cpu") / width)
-    angle = positions[..., None].float() * inverse.to(positions.device, non_blocking=True)
+    key = theta, width, dim, positions.device
+    inverse = None if torch.compiler.is_compiling() else _INVERSES.get(key)
+    if inverse is None:
+        # As models compute them, on the CPU and as inverses, which decides the last bit: angles of late
+        # positions are many turns.
+        inverse = 1 / theta ** (torch.arange(width - dim, width, 2, device="cpu") / width)
+        inverse = inverse.to(positions.device, non_blocking=True)
+        if not torch.compiler.is_compiling():
+            _INVERSES[key] = inverse
+    angle = positions[..., None].float() * inverse
     angle = torch.cat((angle, angle), -1)
     return angle.cos(), angle.sin()
 

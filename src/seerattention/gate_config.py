@@ -12,8 +12,8 @@ from seerattention.settings import typed
 POOLS = ("max", "min", "avg")
 
 #: What new gates are by default where they choose for single queries alone: one selection per KV head, and
-#: few summaries, since every step reads them (docs/method.md).
-DECODE_DESIGN = {"q_pool": ("avg",), "q_sub_block": 1, "k_sub_block": 16, "per_kv_head": True}
+#: one summary per block, since every step reads them all and more choose no better (docs/method.md).
+DECODE_DESIGN = {"q_pool": ("avg",), "q_sub_block": 1, "k_sub_block": None, "per_kv_head": True}
 
 #: Of everything that is counted in a gate's design: what a file asks for beyond is no design.
 MOST = 1 << 16

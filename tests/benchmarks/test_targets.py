@@ -38,7 +38,7 @@ def test_targets_of_decoding(run_script, tmp_path):
     step = {"batch": 1, "tokens": 131072, "kind": "step"}
     rows = [
         step | {"variant": "triton", "speedup": 6.2},
-        step | {"variant": "with choosing, sub16", "speedup": 4.4},
+        step | {"variant": "with choosing, default", "speedup": 4.4},
     ]
     path = tmp_path / "decode.json"
     path.write_text(json.dumps({"rows": rows}))

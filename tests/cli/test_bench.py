@@ -146,7 +146,7 @@ def test_crossover_learns_one_phase_and_keeps_the_other(tmp_path):
     assert "has no entry of" in alone.output
     assert not out.exists()
     step = tmp_path / "decode.json"
-    made = ("--size", "1x256", "--size", "2x256", *STEP[2:], "--gate", "sub16", "--out", step)
+    made = ("--size", "1x256", "--size", "2x256", *STEP[2:], "--gate", "default", "--out", step)
     result = invoke("bench", "decode", *made, "--device", "cpu")
     assert result.exit_code == 0, result.output
     report = json.loads(step.read_text())
@@ -218,7 +218,10 @@ PARTS = {
         (["--size", "1x100"], "100 tokens are no whole number of blocks or pages of 32"),
         (["--page", 48], "256 tokens are no whole number of blocks or pages of 48"),
         (["--density", 0], "densities must be in (0, 1], got 0"),
-        (["--gate", "best"], "gates must be sub<key tokens per summary>, e.g. sub16, or quest, got 'best'"),
+        (
+            ["--gate", "best"],
+            "gates must be default, sub<key tokens per summary>, e.g. sub16, or quest, got 'best'",
+        ),
         (["--gate", "sub5"], "k_sub_block=5 must divide block_size=32"),
         (["--peers", "flex"], "peers must be one of cudnn, fa2, got 'flex'"),
         (["--peer", "flashinfer"], "peer flashinfer runs on GPUs alone, and this run is on the CPU"),

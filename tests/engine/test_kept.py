@@ -217,3 +217,24 @@ def test_keys_taken_out_are_told_from_a_crop(gone: slice) -> None:
         assert kept.shrunk([0]).left == [0]
         kept = fed(100)[0].shrunk([short])
         assert kept.compared(torch.cat((cached[:, :, :short], keys(more, 7)), 2), [short + more]).left == [0]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 1, 0], [2], [0, 0, 1, 1, 2, 2]])
+@torch.no_grad()
+def test_rows_that_trade_places_keep_their_summaries(order: list[int]) -> None:
+    totals = [100, 70, 33]
+    k, cached = keys(100, rows=3), keys(100, 1, rows=3)
+    kept = Kept.nothing(cached, GATE).extended(k, cached, totals)
+    past = [totals[row] for row in order]
+    moved = kept.compared(cached[order], past)
+    assert moved.tokens == past
+    assert moved.left == [0] * len(order)
+    together = moved.read()
+    for i, (row, n) in enumerate(zip(order, past, strict=True)):
+        alone = at_once(k[row : row + 1, :, :n])
+        assert_same(together[i : i + 1, :, : alone.shape[2]], alone)
+    # A row that begins as one of them and ends as another keeps the beginning; the third one ends before.
+    mixed = torch.cat((cached[order[:1], :, :40], cached[(order[0] + 1) % 3][None, :, 40:]), 2)
+    assert kept.compared(mixed.expand(len(order), -1, -1, -1), [60] * len(order)).tokens == [
+        32 + (order[0] == 2)
+    ] * len(order)

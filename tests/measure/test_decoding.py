@@ -21,10 +21,10 @@ def given():
     return model, np.stack([text[:480], text[480:960]])
 
 
-@pytest.mark.parametrize("piece", [1, 32, 200])
-def test_pieces_say_what_one_pass_says(given, piece) -> None:
+@pytest.mark.parametrize("step", [1, 32, 200])
+def test_steps_say_what_one_pass_says(given, step) -> None:
     model, windows = given
-    found = continued(model, windows[:, :400], 384, piece=piece)
+    found = continued(model, windows[:, :400], 384, step=step)
     assert found.losses.shape == found.predicted.shape == (2, 16)
     for row, said, window in zip(found.losses, found.predicted, windows[:, :400], strict=True):
         torch.testing.assert_close(row, next_token_losses(model, window)[383:], rtol=0, atol=1e-4)
@@ -46,22 +46,23 @@ def test_every_token_chooses_alone_and_reads_its_budget(given, kind) -> None:
     model, windows = given
     scorer = new_gates(model, phase="decode") if kind == "gates" else baselines.create(kind)
     dense, losses, reading = continued(model, windows, 384).losses, {}, Reading()
-    for budget, piece in ((192, 1), (192, 63), (4096, 32)):
+    some, everything = "token_budget:192,sink_blocks=1", "threshold:0.0"
+    for policy, step in ((some, 1), (some, 63), (everything, 32)):
         reading = Reading()
-        policy = f"token_budget:{budget},sink_blocks=1"
         attach(model, scorer, prefill="dense", decode=policy, min_tokens=0, observe=reading)
         try:
-            losses[budget, piece] = continued(model, windows, 384, piece=piece).losses
+            losses[policy, step] = continued(model, windows, 384, step=step).losses
         finally:
             detach(model)
-        if budget == 192:
+        if policy == some:
             # Two whole blocks, and of the own one what is there: tokens 384 to 478 are fed.
             expected = np.mean([128 + position % 64 + 1 for position in range(384, 479)])
             assert reading.tokens == pytest.approx(expected)
             assert reading.rows == 2 * 95 * 2 * model.config.num_hidden_layers
-    torch.testing.assert_close(losses[192, 1], losses[192, 63], rtol=0, atol=1e-4)
-    torch.testing.assert_close(losses[4096, 32], dense, rtol=0, atol=1e-4)
-    assert (losses[192, 1] - dense).abs().max() > 1e-2
+    assert reading.tokens == pytest.approx(np.mean(np.arange(384, 479) + 1))
+    torch.testing.assert_close(losses[some, 1], losses[some, 63], rtol=0, atol=1e-4)
+    torch.testing.assert_close(losses[everything, 32], dense, rtol=0, atol=1e-4)
+    assert (losses[some, 1] - dense).abs().max() > 1e-2
 
 
 def test_prompts_are_not_counted(given) -> None:
@@ -77,7 +78,7 @@ def test_prompts_are_not_counted(given) -> None:
         observe=reading,
     )
     try:
-        continued(model, windows, 384, piece=63)
+        continued(model, windows, 384, step=63)
     finally:
         detach(model)
     assert reading.rows == 2 * 95 * 2 * model.config.num_hidden_layers
@@ -95,5 +96,12 @@ def test_answers_are_those_of_one_prompt_after_the_other(given, monkeypatch) -> 
     assert len(ended[0]) < 12
     assert max(map(len, ended)) == 12
     assert answers(model, prompts, 12) == ended
+    # Nothing is computed once all have ended, each in its own time.
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [alone[0][5], alone[2][2]])
+    steps: list[int] = []
+    hook = model.get_decoder().register_forward_pre_hook(lambda *_: steps.append(1))
+    assert list(map(len, answers(model, [prompts[0], prompts[2]], 12))) == [5, 2]
+    hook.remove()
+    assert len(steps) == 6
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     assert answers(model, prompts[:1], 3) == [alone[0][:3]]

@@ -16,7 +16,7 @@ from seerattention.policies import TokenBudget
 from seerattention.rows import Rows
 
 B, HQ, HK, D, BLOCK = 2, 4, 2, 16, 16
-PROMPT, TOTAL = 165, 290
+PROMPT, TOTAL = 101, 330
 POLICY = TokenBudget(96, sink_blocks=1, local_blocks=2)
 
 
@@ -42,13 +42,15 @@ def decoded(handler: Evicting, tensors: tuple[Tensor, Tensor, Tensor], piece: in
     return torch.cat(outs, 2), torch.cat(masks, 2)
 
 
-@pytest.fixture(scope="module")
-def tensors() -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(3)
-    q, k = 2 * torch.randn(B, HQ, TOTAL, D), torch.randn(B, HK, TOTAL, D)
-    # Some blocks get more of everyone's attention than others, not the same in every head.
-    q[..., 0] += 3
-    k[..., 0] += 2 * torch.randn(B, HK, -(-TOTAL // BLOCK)).repeat_interleave(BLOCK, 2)[..., :TOTAL]
+@pytest.fixture(scope="module", params=range(3))
+def tensors(request) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(request.param)
+    q, k = torch.randn(B, HQ, TOTAL, D), torch.randn(B, HK, TOTAL, D)
+    # Some blocks get more attention than others, and every few tokens others do.
+    taste = 3 * torch.randn(B, HQ, TOTAL // 40 + 1, 4).repeat_interleave(40, 2)[:, :, :TOTAL]
+    appeal = 3 * torch.randn(B, HK, TOTAL // BLOCK + 1, 4).repeat_interleave(BLOCK, 2)[:, :, :TOTAL]
+    q[..., :4] += taste
+    k[..., :4] += appeal
     return q, k, torch.randn(B, HK, TOTAL, D)
 
 
@@ -103,6 +105,24 @@ def test_what_is_kept_is_what_the_rule_says_written_out_token_by_token(tensors, 
     assert len({tuple(row.tolist()) for row in read[:, :, -1].flatten(0, 1)}) > 1
 
 
+def test_decoded_tokens_add_the_attention_that_they_pay_to_what_they_read(tensors) -> None:
+    q, k, _ = tensors
+    read = torch.rand(B, HK, 7) < 0.5
+    # Where the rows lie, which they always read.
+    read[..., 6] = True
+    found = H2O(POLICY, block=BLOCK).decoded_mass(
+        call_of(*tensors, PROMPT - 9, PROMPT + 3), slice(5, 10), read
+    )
+    for b in range(B):
+        for h in range(HQ):
+            blocks = set(read[b, h // (HQ // HK)].nonzero()[:, 0].tolist())
+            rows = [
+                shares_by_token(q[b, h, position], k[b, h // (HQ // HK)], position, blocks)[:7]
+                for position in range(PROMPT - 4, PROMPT + 1)
+            ]
+            torch.testing.assert_close(found[b, h], torch.tensor(rows).sum(0))
+
+
 @pytest.mark.parametrize("kind", [SnapKV, H2O])
 def test_what_was_evicted_never_returns_and_every_token_reads_its_budget(tensors, kind) -> None:
     out, read = decoded(kind(POLICY, block=BLOCK), tensors, 15)
@@ -140,7 +160,7 @@ def test_what_cannot_be_evicted_from_is_refused(tensors) -> None:
     with pytest.raises(ValueError, match="less than a block of 16 tokens"):
         H2O(TokenBudget(8), block=BLOCK)
     handler = SnapKV(POLICY, block=BLOCK)
-    with pytest.raises(ValueError, match="9 tokens came after 165 others; give the whole prompt at once"):
+    with pytest.raises(ValueError, match="9 tokens came after 101 others; give the whole prompt at once"):
         handler(call_of(*tensors, PROMPT, PROMPT + 9))
     handler(call_of(*tensors, 0, PROMPT))
     with pytest.raises(ValueError, match="later tokens fewer than 16 at a time"):
@@ -164,7 +184,7 @@ def test_a_model_decodes_so() -> None:
         losses = []
         for piece in (8, 63):
             with intercept(model, kind(TokenBudget(budget, sink_blocks=1))):
-                losses.append(continued(model, windows, 384, piece=piece).losses)
+                losses.append(continued(model, windows, 384, step=piece).losses)
         torch.testing.assert_close(*losses, rtol=0, atol=1e-4)
         same = torch.allclose(losses[0], dense.losses, rtol=0, atol=1e-4)
         assert same == (budget == 4096)

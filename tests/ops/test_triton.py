@@ -176,14 +176,14 @@ def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: i
     types: dict[str, Any] = dict.fromkeys(pointers, "*bf16")
     floats = ("parts_ptr", "scores_ptr", "cos_ptr", "sin_ptr", "cos", "sin", "out_ptr")
     types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("scale", "eps", "value"), "fp32")
-    types |= dict.fromkeys(("lengths_ptr", "bits_ptr", "lengths"), "*i32")
+    types |= dict.fromkeys(("lengths_ptr", "bits_ptr", "lengths", "counters_ptr"), "*i32")
     strides = ("q_strides", "key_strides", "summary_strides", "tail_strides", "k_strides")
     types |= dict.fromkeys(strides, ("i32",) * 3)
     gate = {"KV_HEADS": 8, "GROUP": 4, "D": 128, "E": dim, "PRECISION": "tf32x3", "PDL": True}
     query = gate | {"POOLS": 3, "BLOCK_D": 128} | choosing_tokens.QUERIES.tile()
-    score = gate | {"E_PAD": 128, "SUBS": subs, "BLOCK_K": 64, "ROWS": 1 if tokens == 1 else 16}
+    choose = gate | {"BLOCK_K": 64, "KIND": 1, "WIDTH": 512, "BITS": 4, "num_warps": 4}
+    score = choose | {"E_PAD": 128, "SUBS": subs, "ROWS": 1 if tokens == 1 else 16, "TOGETHER": tokens == 1}
     score |= choosing_tokens.SCORES.tile()
-    choose = gate | {"BLOCK_K": 64, "KIND": 1, "WIDTH": 512, "num_warps": 2}
     update = gate | {"GROUPS": 1, "D_PAD": 64, "E_PAD": 64, "BLOCK_K": 64, "BLOCK_T": tokens, "SUBS": subs}
     update |= {"ROWS": 16, "UNROLL": 8, "PLACES": (0, 1, 2), "num_warps": 4}
     kernels = {
@@ -198,7 +198,7 @@ def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: i
         own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
         made = compiled(kernel, constants, own, options)
         assert made.metadata.shared <= 99 * 1024
-        assert "griddepcontrol.wait" in made.asm["ptx"]
+        assert ("griddepcontrol.wait" in made.asm["ptx"]) == ("PDL" in constants)
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,8 @@ class DecodePlan(Setting):
         sizes: Pairs of sequences and tokens of each, whole blocks and whole pages.
         density: Share of the blocks to read, in (0, 1].
         block: Tokens per block.
-        gates: Whose choosing is timed, with random weights: ``sub<n>``, the default design for decoding with
-            a summary of every ``n`` key tokens, or ``quest``, Quest's rule.
+        gates: Whose choosing is timed, with random weights: ``default``, the design for decoding;
+            ``sub<n>``, the same with a summary of every ``n`` key tokens; or ``quest``, Quest's rule.
         pages: Tokens per page of the paged caches that are timed, too.
         peers: Any of ``cudnn`` and ``fa2``; on a CPU dense SDPA is always there.
         extra: Further peers, ``flashinfer`` or ``module:function``.
@@ -225,14 +225,18 @@ class DecodePlan(Setting):
         return self.made(self.design(name)).per_token()
 
     def design(self, name: str) -> GateConfig:
-        """Return the design that ``sub<n>`` stands for.
+        """Return the design that ``default`` or ``sub<n>`` stands for.
 
         Raises:
             ValueError: If the name is none, or blocks cannot be divided so.
         """
-        if not (sub := re.fullmatch(r"sub([1-9]\d*)", name)):
-            raise ValueError(f"gates must be sub<key tokens per summary>, e.g. sub16, or quest, got {name!r}")
-        settings: dict[str, Any] = DECODE_DESIGN | {"k_sub_block": int(sub[1])}
+        settings: dict[str, Any] = dict(DECODE_DESIGN)
+        if sub := re.fullmatch(r"sub([1-9]\d*)", name):
+            settings["k_sub_block"] = int(sub[1])
+        elif name != "default":
+            raise ValueError(
+                f"gates must be default, sub<key tokens per summary>, e.g. sub16, or quest, got {name!r}"
+            )
         return GateConfig(self.heads, self.kv_heads, self.head_dim, self.block, **settings)
 
 
@@ -267,11 +271,11 @@ DECODE_DEFAULTS: dict[str, dict[str, Any]] = {
     device: {name: DEFAULTS[device][name] for name in ("heads", "kv_heads", "head_dim", "dtype")}
     | {"sizes": sizes, "gates": gates, "pages": pages}
     for device, sizes, gates, pages in (
-        ("cpu", ((1, 4096), (1, 16384), (4, 16384)), ("sub16", "quest"), (64,)),
+        ("cpu", ((1, 4096), (1, 16384), (4, 16384)), ("default", "quest"), (64,)),
         (
             "cuda",
             ((1, 32 << 10), (1, 128 << 10), (8, 128 << 10), (16, 32 << 10), (16, 128 << 10), (64, 128 << 10)),
-            ("sub16", "sub64", "quest"),
+            ("default", "sub16", "quest"),
             (64, 256),
         ),
     )

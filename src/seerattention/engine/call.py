@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from seerattention.device import capturing
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
@@ -89,21 +90,23 @@ class Given(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The keys of a layer in a KV cache, to tell whether it still holds the same.
+    """The keys of a layer in a KV cache, to tell later whether it still holds the same.
 
     Attributes:
         keys: The tensor, ``[B, Hk, Tk, D]``.
         length: The tensor that counts the tokens in it, where they do not fill it.
+        versions: How often each was written to so far; inference tensors do not count that.
     """
 
     keys: Tensor
-    length: Tensor | None = None
+    length: Tensor | None
+    versions: tuple[int | None, int | None]
 
-    @property
-    def versions(self) -> tuple[int | None, ...]:
-        """How often the tensors were written to; inference tensors do not count that."""
-        both = (x for x in self if isinstance(x, Tensor))
-        return tuple(None if x.is_inference() else x._version for x in both)
+    @classmethod
+    def of(cls, keys: Tensor, length: Tensor | None) -> Self:
+        """Look at the tensors."""
+        first, second = (None if x is None or x.is_inference() else x._version for x in (keys, length))
+        return cls(keys, length, (first, second))
 
 
 class Cached(NamedTuple):
@@ -260,8 +263,8 @@ class Step:
 
     @property
     def captured(self) -> bool:
-        """Whether a graph is being captured: what is checked now would not be checked in its replays."""
-        return self.given.q.is_cuda and torch.cuda.is_current_stream_capturing()
+        """Whether a graph is being captured."""
+        return capturing(self.given.q.device)
 
     def new_keys(self, after_rope: bool) -> Tensor:
         """Return the new tokens' keys before or after RoPE, ``[B, Hk, Tq, D]``."""

@@ -156,6 +156,7 @@ class SparseLayer:
             softcap=step.softcap,
             sinks=step.sinks,
         )
+        assert isinstance(out, Tensor)
         if self.observe is not None and not step.captured:
             call = step.call()
             with _ONE_AT_A_TIME:

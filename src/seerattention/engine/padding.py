@@ -58,16 +58,18 @@ class Lengths(NamedTuple):
             device: Where they are.
             trust: Look for nothing but where sequences begin, without waiting.
         """
-        counted = held.to(device) if isinstance(held, Tensor) else None
+        counted = None
+        if isinstance(held, Tensor):
+            held = counted = held.to(device)
         if real is None:
             begins = [0] * batch
-            if counted is not None:
-                return cls(counted.int().expand(batch).contiguous(), None, begins, None, counted)
+            if isinstance(held, Tensor):
+                return cls(held.int().expand(batch).contiguous(), None, begins, None, counted)
             keys = torch.full((batch,), held, dtype=torch.int32, device=device)
             return cls(keys, None, begins, [held] * batch, None)
         if counted is None and real.shape[1] != held:
             return None
-        real, held = real.to(device), held if counted is None else counted
+        real = real.to(device)
         starts = real.int().argmax(1).int()
         begins = known = None
         if not trust:
@@ -80,7 +82,7 @@ class Lengths(NamedTuple):
                 return None
             if not any(begins):
                 return cls.of(None, held, new, batch=batch, device=device)
-            known = None if counted is not None else [held - begin for begin in begins]
+            known = None if isinstance(held, Tensor) else [held - begin for begin in begins]
         return cls((held - starts).int(), starts, begins, known, counted)
 
 

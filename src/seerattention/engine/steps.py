@@ -95,11 +95,11 @@ class Steps:
     def left(self, past: list[int]) -> list[int]:
         """Return of how many tokens the summaries are of use where a cache was cropped to so many.
 
-        Whole blocks, or all where the keys of the block in which it ends now are those in the tail.
+        Whole blocks, or all where it still ends in the unfinished one.
         """
         block, tokens = self.tail.shape[2], self.tokens or past
         rows = zip(tokens, past, strict=True)
-        return [n if n // block == (have - 1) // block else n // block * block for have, n in rows]
+        return [n if n // block == have // block else n // block * block for have, n in rows]
 
     def kept(self, keys: Tensor, tokens: list[int], left: list[int]) -> Kept:
         """Return what the buffers hold, as it is kept for prefill.

@@ -34,34 +34,35 @@ POSITIONS = "their positions are not known"
 
 #: Why a step cannot be captured in a graph.
 CAPTURED = (
-    "a step of decoding cannot be captured before there are summaries of what its cache holds; give the "
-    "model the prompt outside of the graph"
+    "a step of decoding cannot be captured before there are summaries of all that its cache holds; give the "
+    "model the prompt, or one step after whatever changed the cache, outside of the graph"
 )
 
 
 class _Seen(NamedTuple):
     """What a cache held after a call, without keeping it alive; see `Held`."""
 
-    held: tuple[ReferenceType[Tensor] | None, ...]
-    versions: tuple[int | None, ...]
+    keys: ReferenceType[Tensor]
+    length: ReferenceType[Tensor] | None
+    versions: tuple[int | None, int | None]
 
     @classmethod
     def of(cls, held: Held | None) -> Self | None:
         """Remember what a cache holds."""
         if held is None:
             return None
-        return cls(tuple(None if x is None else ref(x) for x in held), held.versions)
+        return cls(ref(held.keys), None if held.length is None else ref(held.length), held.versions)
 
     def copied(self, memo: dict[int, Any]) -> Self | None:
         """Return the same of a cache that is being copied."""
-        copies = [None if x is None else memo.get(id(x())) for x in self.held]
-        return None if copies[0] is None else self.of(Held(*copies))
+        keys, length = (None if x is None else memo.get(id(x())) for x in self[:2])
+        return None if keys is None else self.of(Held.of(keys, length))
 
     def removed(self, now: Held | None) -> int | None:
         """Return by how many tokens a cache was cropped since, or None if anything else may have happened."""
         if now is None or now.versions != self.versions:
             return None
-        keys, length = (None if x is None else x() for x in self.held)
+        keys, length = (None if x is None else x() for x in self[:2])
         if length is not now.length or keys is None:
             return None
         if now.keys is keys:
@@ -91,8 +92,8 @@ class Growing:
         self._beside: Growing | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Growing:
-        # What is kept is replaced, never written to, so a copy of a KV cache may share it but for what may lie
-        # in buffers; and the scorer must stay the one that is attached.
+        # What is kept is replaced, never written to, so a copy of a cache may share it but for what lies in
+        # buffers; and the scorer must stay the one that is attached.
         made = Growing()
         made.kept = self.kept
         if self.kept is not None and self.steps is not None:
@@ -199,11 +200,10 @@ class Growing:
         """Whether a step can go on from the buffers."""
         if not self.ahead or self.steps is None or self.steps.scorer is not scorer:
             return False
-        if step.captured:
-            return True
-        known = step.lengths.known
+        known, begins = step.lengths.known, step.lengths.begins
         past = None if known is None else [n - step.given.q.shape[2] for n in known]
-        if not self._goes_on(step.cached, past, step.lengths.begins):
+        # While a graph is captured, nobody looks where sequences begin.
+        if not self._goes_on(step.cached, past, self.steps.begins if begins is None else begins):
             return False
         if past is None:
             return True

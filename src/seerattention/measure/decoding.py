@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from seerattention.hosts.transformers import LOGIT_ROWS, AttentionCall, cache_argument, logits_of
 from seerattention.selection import BlockSelection
 
-#: Tokens of a text given at a time, by default: fewer than a block.
-PIECE = 32
+#: Tokens of a known text that are decoded in one call, by default: fewer than a block.
+STEP = 32
 
 
 class Reading:
@@ -55,14 +55,14 @@ class Continuation(NamedTuple):
 
 
 @torch.inference_mode()
-def continued(model: PreTrainedModel, tokens: np.ndarray, prompt: int, *, piece: int = PIECE) -> Continuation:
-    """Give a model the beginning of texts at once and the rest in pieces, as when it decodes them.
+def continued(model: PreTrainedModel, tokens: np.ndarray, prompt: int, *, step: int = STEP) -> Continuation:
+    """Give a model the beginning of texts at once and the rest in steps, as when it decodes them.
 
     Args:
         model: A causal language model, with or without something attached.
         tokens: int ``[B, T]``.
         prompt: Tokens given at once, 1 to ``T - 1``.
-        piece: Tokens of every later step; fewer than a block, each reads what it would read alone.
+        step: Tokens of every later call; fewer than a block, each reads what it would read alone.
 
     Raises:
         ValueError: If there is no prompt, or nothing after it.
@@ -72,7 +72,7 @@ def continued(model: PreTrainedModel, tokens: np.ndarray, prompt: int, *, piece:
     ids, run = _ids(model, tokens), _runner(model)
     hidden = [run(ids[:, :prompt])[:, -1:]]
     # What follows the last token nobody asks.
-    hidden += [run(part) for part in ids[:, prompt:-1].split(piece, 1) if part.shape[1]]
+    hidden += [run(part) for part in ids[:, prompt:-1].split(step, 1) if part.shape[1]]
     targets, losses, predicted = ids[:, prompt:], [], []
     for part, target in zip(
         torch.cat(hidden, 1).flatten(0, 1).split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS), strict=True

@@ -91,19 +91,20 @@ def padded(dim: int) -> int:
 
 
 @jit
-def follow(PDL: tl.constexpr, EARLY: tl.constexpr = True):
-    """Wait for all that the launch before wrote, and let the programs of the next one come.
+def wait(PDL: tl.constexpr):
+    """Wait for all that the launch before wrote, where `launch.overlapping` started this one.
 
-    Every program that `launch.overlapping` starts does so before it reads what a launch may have written,
-    or writes. ``EARLY`` lets the next ones come before the wait, which saves time, and a launch before this
-    one may then still run when they are there.
+    Every program does so before it reads what a launch may have written, or writes.
     """
     if PDL:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def release(PDL: tl.constexpr):
+    """Let the programs of the next launch come, once all of this one are here or done."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit

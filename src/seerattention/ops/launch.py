@@ -80,8 +80,9 @@ class Launch:
 def overlapping(device: torch.device) -> dict[str, bool]:
     """Return what starts a kernel while the launch before it ends, from NVIDIA's Hopper on.
 
-    Its programs are in place when they may go on, which `language.follow` waits for: a launch that follows
-    another one costs a fraction of its latency.
+    Its programs are in place when they may go on, which `language.wait` waits for. They come when the launch
+    before has called `language.release` in every program: too early, they take the places of others and lie
+    unevenly.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return {"PDL": False}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 
@@ -19,7 +20,8 @@ class TrainConfig:
         steps: Optimizer steps.
         lr: Peak learning rate; it follows a cosine to zero.
         warmup: Share of the steps in which the rate rises linearly, in [0, 1).
-        objective: What the gates minimise: ``sharp_kl``, or ``kl`` as published.
+        objective: What the gates minimise: ``sharp_kl``, or ``kl`` as published; default ``sharp_kl``, and
+            ``kl`` for gates that choose for decoding alone (docs/method.md).
         save_every: Steps between checkpoints.
         grad_accum: Forward passes per optimizer step on each process; the sequences of a step are
             split over them, and the result is the same.
@@ -28,7 +30,7 @@ class TrainConfig:
     steps: int = 500
     lr: float = 3e-3
     warmup: float = 0.02
-    objective: str = "sharp_kl"
+    objective: str = ""
     save_every: int = 50
     grad_accum: int = 1
 
@@ -44,7 +46,12 @@ class TrainConfig:
         # Loads torch, which the help of a command does without.
         from seerattention.train import objectives
 
-        objectives.create(self.objective)
+        if self.objective:
+            objectives.create(self.objective)
+
+    def taught(self, phase: str) -> Self:
+        """Return the same with the objective that gates for this phase get by default, if none is named."""
+        return replace(self, objective=self.objective or ("kl" if phase == "decode" else "sharp_kl"))
 
     def _check(self, right: bool, name: str, must: str) -> None:
         if not right:

@@ -67,7 +67,7 @@ class Distiller(Loop):
         shard: bool | None = None,
         decoder: Callable[..., Any] | None = None,
     ) -> None:
-        config = config or DistillConfig()
+        config = (config or DistillConfig()).taught(gates.config.phase)
         super().__init__(model, gates, batches, config, out, accelerator, shard)
         self.config: DistillConfig = config
         self.decoder = decoder or model.get_decoder()

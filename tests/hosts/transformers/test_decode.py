@@ -1,15 +1,12 @@
-"""Attached models decode sparsely: each token reads the blocks that its own choice takes, whatever way it comes."""
-
-import copy
-import pickle
+"""Attached models decode sparsely: each token reads the blocks that it chooses, whatever way it comes."""
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
+from seerattention.hosts.transformers.attach import sparse_layer
 
 BUDGET = "token_budget:48"
 SHARE = "threshold:0.15"
@@ -89,11 +86,201 @@ def by_hand(tiny, kind, ids, prompt, decode, dtype=torch.float32):
 
 @pytest.mark.parametrize("decode", [BUDGET, SHARE])
 def test_a_step_is_what_each_token_chooses(tiny, kind, decode):
-    """Families with windows, soft-caps, sinks, part of a head rotated: at once by hand, and token by token."""
+    """With windows, soft-caps, sinks, a part of each head rotated: by hand at once, and token by token."""
     ids = tiny.tokens(1, 110)
-    results = [by_hand(tiny, kind, ids, 70, decode, dtype) for dtype in (torch.float32, torch.float64)]
+    results = [by_hand(tiny, kind, ids, 70, decode, to) for to in (torch.float32, torch.float64)]
     model = attached(tiny, kind, decode)
     for sizes in ((70, *(1,) * 40), (70, 5, 15, 1, 1, 10, 8)):
         tiny.assert_as_close(fed(tiny, model, ids, sizes), *results)
     layers = len(tiny.full_layers(model))
     assert host.usage(model) == {"dense: no policy for prefill": 2 * layers, SPARSE: 46 * layers}
+
+
+def test_prefill_and_decoding_are_sparse_each_by_its_policy(tiny):
+    """A prompt, an answer, a second turn: the turn chooses as if nothing had been decoded in between."""
+    model, ids, pieces = attached(tiny, prefill="threshold:0.2"), tiny.tokens(1, 128), []
+    whole = attached(tiny, prefill="threshold:0.2", decode="dense")
+    for each in (model, whole):
+        cache = DynamicCache(config=each.config)
+        fed(tiny, each, ids, (64, *(1,) * 24, 40), cache)
+        pieces.append(cache.seerattention_summaries[0])
+        assert pieces[-1].kept.tokens == [128]
+    assert host.usage(model) == {"sparse": 4, SPARSE: 48}
+    assert host.usage(whole) == {"sparse": 4, STEP: 48}
+    # The first layer's keys do not depend on how attention was computed.
+    for name in ("sums", "tail_sums"):
+        assert torch.equal(*(getattr(one.kept, name) for one in pieces))
+    got, expected = (one.read() for one in pieces)
+    tiny.assert_as_close(got, expected, expected.double())
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("scorer", ["quest", "meanpool", "oracle", "streaming"])
+def test_baselines_decode(tiny, scorer, static):
+    """What reads keys after RoPE, in two kinds of pieces, and beside gates that choose in prefill."""
+    model, gold, ids, outs = tiny.make(), tiny.make().double(), tiny.tokens(2, 100), []
+    one = baselines.create(scorer, block_size=(16, 16))
+    options = {"prefill": "threshold:0.2", "decode": BUDGET, "min_tokens": 0}
+    for each, sizes in ((model, (70, *(1,) * 30)), (model, (70, 15, 15)), (gold, (70, *(1,) * 30))):
+        host.attach(each, one, **options)
+        cache = StaticCache(config=model.config, max_cache_len=128) if static else None
+        outs.append(fed(tiny, each, ids, sizes, cache))
+        assert host.usage(each)[SPARSE] == 2 * len(sizes[1:])
+    tiny.assert_as_close(*outs)
+    options["prefill"] = "dense"
+    host.attach(model, tiny.gates_for(model), decode_gates=one, **options)
+    assert "decode_gate" not in dict(model.model.layers[0].self_attn.named_children())
+    outs.append(fed(tiny, model, ids, (70, *(1,) * 30)))
+    host.attach(model, one, **options)
+    assert torch.equal(fed(tiny, model, ids, (70, *(1,) * 30)), outs[3])
+    assert not torch.equal(outs[3], outs[0])
+
+
+def test_gates_of_their_own_for_decoding(tiny):
+    model, ids = tiny.make(), tiny.tokens(1, 128)
+    first = tiny.gates_for(model)
+    second = tiny.gates_for(model, phase="decode", init="random")
+    sizes, parts = (70, *(1,) * 26, 32), []
+    checksum = host.base_checksum(model)
+    host.attach(model, first, prefill="threshold:0.2", decode=BUDGET, decode_gates=second, min_tokens=0)
+    for layer, gate in second.items():
+        attention = model.model.layers[layer].self_attn
+        assert attention.decode_gate is gate
+        assert attention.attn_gate is dict(first.items())[layer]
+        assert not any(p.requires_grad for p in gate.parameters())
+    assert host.base_checksum(model) == checksum
+    parts.append(fed(tiny, model, ids, sizes))
+    assert host.usage(model) == {"sparse": 4, SPARSE: 52}
+    host.detach(model)
+    assert not any("gate" in name and "gate_proj" not in name for name, _ in model.named_parameters())
+    assert all(p.requires_grad for p in second.parameters())
+    # Its steps are those of a model that has nothing but these gates.
+    host.attach(model, second, prefill="dense", decode=BUDGET, min_tokens=0)
+    dense = fed(tiny, model, ids, sizes)
+    host.attach(model, first, prefill="dense", decode=BUDGET, decode_gates=second, min_tokens=0)
+    assert torch.equal(fed(tiny, model, ids, sizes), dense)
+    assert not torch.equal(parts[0], dense)
+
+
+def test_saved_policies_are_the_default(tiny, tmp_path):
+    model = tiny.make()
+    gates = tiny.gates_for(model, phase="both")
+    gates.policy, gates.decode_policy = "threshold:0.2", BUDGET
+    decoders = tiny.gates_for(model, phase="decode")
+    decoders.decode_policy = "token_budget:64"
+    ids = tiny.tokens(1, 70)
+    for options, used in (
+        ({}, {"sparse", SPARSE}),
+        ({"decode": "dense"}, {"sparse", STEP}),
+        ({"prefill": "dense"}, {"dense: no policy for prefill", SPARSE}),
+        ({"policy": "top_k:0.3"}, {"sparse", SPARSE}),
+    ):
+        host.attach(model, gates, min_tokens=0, **options)
+        fed(tiny, model, ids, (66, 4))
+        assert set(host.usage(model)) == used
+    host.attach(model, decoders, min_tokens=0)
+    fed(tiny, model, ids, (66, 4))
+    assert set(host.usage(model)) == {"dense: no policy for prefill", SPARSE}
+    # Beside others, and chosen by name; what is not said stays as it is.
+    host.add_gates(model, "both", gates)
+    host.add_gates(model, "prefill", tiny.gates_for(model), "top_k:0.3")
+    host.add_gates(
+        model, "apart", tiny.gates_for(model), "top_k:0.3", decode_gates=tiny.gates_for(model, phase="decode")
+    )
+    expected = {"both": (0.2, 48), "prefill": (0.3, None), "apart": (0.3, 64), "default": (None, 64)}
+    for name, (prefill, decode) in expected.items():
+        host.set_gates(model, name)
+        layer = sparse_layer(model)
+        policy, decoding = layer.prefill.policy, layer.decode.policy
+        assert (policy and getattr(policy, policy.value_name())) == prefill
+        assert (decoding and decoding.tokens) == decode
+        assert ("decode_gate" in dict(model.model.layers[0].self_attn.named_children())) == (name == "apart")
+
+
+def test_policies_in_use_are_saved(tiny, tmp_path):
+    model = attached(tiny, prefill="threshold:0.2")
+    host.save_gates(model, tmp_path / "both")
+    saved = host.load_gates(tmp_path / "both")
+    assert (saved.policy, saved.decode_policy) == ("threshold:0.2", BUDGET)
+    # Those for decoding alone belong to other gates.
+    others = tiny.gates_for(model, phase="decode")
+    host.attach(model, tiny.gates_for(model), "top_k:0.5", decode=BUDGET, decode_gates=others)
+    host.save_gates(model, tmp_path / "one")
+    assert host.load_gates(tmp_path / "one").decode_policy is None
+
+
+def test_policies_change_while_a_text_goes_on(tiny):
+    """Decoding is switched on, off and changed between two tokens of one cache."""
+    model, ids = attached(tiny, prefill="threshold:0.2"), tiny.tokens(1, 120)
+    changes = (
+        {"decode": SHARE},
+        {"decode": "dense"},
+        {"decode": BUDGET},
+        {"prefill": "dense"},
+        {"policy": "top_k:1"},
+    )
+    cache, outs = DynamicCache(config=model.config), []
+    for change, part in zip(({}, *changes), ids.split((70, 10, 10, 10, 3, 17), 1), strict=True):
+        if change:
+            host.set_policy(model, **change)
+        outs.append(tiny.logits(model, part, cache=cache))
+    assert host.usage(model) == {"sparse": 4, SPARSE: 6, STEP: 2}
+    assert cache.seerattention_summaries[0].kept.tokens == [120]
+
+
+def test_what_cannot_decode_is_refused_at_once(tiny):
+    model = tiny.make()
+    gates, both = tiny.gates_for(model), tiny.gates_for(model, phase="both")
+    decoding = tiny.gates_for(model, phase="decode")
+
+    class Own:
+        block_size, after_rope, tokens_per_summary = (16, 16), True, 16
+        score = compress = None
+
+    for error, match, call in (
+        (
+            ValueError,
+            "taught for prefill alone; leave decode out",
+            lambda: host.attach(model, gates, decode=BUDGET),
+        ),
+        (
+            ValueError,
+            "taught for decoding alone; leave the policy",
+            lambda: host.attach(model, decoding, "top_k:1"),
+        ),
+        (
+            ValueError,
+            "taught for prefill",
+            lambda: host.attach(model, both, decode=BUDGET, decode_gates=gates),
+        ),
+        (ValueError, "share of a whole prompt", lambda: host.attach(model, both, decode="top_k:0.1")),
+        (
+            ValueError,
+            "dense_last_rows",
+            lambda: host.attach(model, both, decode="top_p:0.9,dense_last_rows=1"),
+        ),
+        (ValueError, "less than a block of 16", lambda: host.attach(model, both, decode="token_budget:15")),
+        (ValueError, "say how much", lambda: host.attach(model, gates, "top_k:1", decode_gates=decoding)),
+        (ValueError, "without a policy; pass one", lambda: host.attach(model, both)),
+        (ValueError, "leave one of them out", lambda: host.attach(model, both, "top_k:1", prefill="top_k:1")),
+        (ValueError, "Own has no per_token", lambda: host.attach(model, Own(), decode=BUDGET)),
+        (
+            TypeError,
+            "must be Gates or a Scorer",
+            lambda: host.attach(model, both, decode=BUDGET, decode_gates="q"),
+        ),
+        (TypeError, "must be Gates or a Scorer", lambda: host.attach(model, None, decode=BUDGET)),
+        (TypeError, "must be a Policy or text", lambda: host.attach(model, both, decode=48)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+        assert not host.attached(model)
+    host.attach(model, gates, "top_k:1", min_tokens=0)
+    for error, match, change in (
+        (ValueError, "taught for prefill alone", {"decode": BUDGET}),
+        (ValueError, "no policy is given", {}),
+        (ValueError, "without a policy", {"prefill": "dense"}),
+    ):
+        with pytest.raises(error, match=match):
+            host.set_policy(model, **change)
+    assert str(sparse_layer(model).prefill.policy) == "top_k:1"

@@ -97,6 +97,17 @@ def chosen(tiny, model, gate, call, tokens, row=0):
     return select(parse("top_k:0.4"), scores, rows=rows, block_size=gate.block_size).to_mask()
 
 
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_no_table_holds_angles_by_length(tiny, name):
+    kind, changes = BY_LENGTH[name]
+    model = tiny.make(kind, **changes)
+    gates = tiny.gates_for(model, gate_dim=16)
+    host.attach(model, gates, "top_k:0.4")
+    gate = dict(gates.items())[0]
+    assert gate.angles(64, torch.device("cpu")) is None
+    assert gate.per_token().summary_options(64, queries=True) is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("length", [249, 251, 256, 257, 262, 271, 272, 273, 300])
 @pytest.mark.parametrize("sub_block", [4, 16])

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
-from seerattention.hosts.transformers.attach import active_gates
+from seerattention.hosts.transformers.attach import active
 from seerattention.hosts.transformers.base import device_of
 from seerattention.hosts.transformers.rotary import model_rotary
 from seerattention.policies import TopK
@@ -63,7 +63,7 @@ def test_the_policy_of_added_gates(tiny):
     host.add_gates(model, "current", tiny.gates_for(model))
     for name, policy in (("saved", "top_p:0.5"), ("given", "top_k:0.7"), ("current", "top_k:0.8")):
         host.set_gates(model, name)
-        assert str(active_gates(model)[1]) == policy
+        assert str(active(model).policy) == policy
 
 
 def test_a_baseline_beside_gates(tiny, two):
@@ -165,7 +165,7 @@ def test_gates_of_a_copied_model_are_that_copys(tiny, two, way):
     twin, other = way(two[0]), tiny.make()
     for name in ("coarse", "default"):
         host.set_gates(twin, name)
-        gates = active_gates(twin)[0]
+        gates = active(twin).scorers
         with pytest.raises(ValueError, match="attached to another model"):
             host.attach(other, gates, "top_k:0.8")
     host.detach(twin)

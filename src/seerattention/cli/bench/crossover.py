@@ -46,8 +46,11 @@ def run(
         str, typer.Option(help="published, sub16, sub8 or default: whose selection counts in prefill.")
     ] = "default",
     decode_gate: Annotated[
-        str, typer.Option(help="sub<n>, a summary of every n keys, or quest: whose counts in decoding.")
-    ] = "sub16",
+        str,
+        typer.Option(
+            help="default, sub<n> (n keys per summary) or quest: whose choosing counts in decoding."
+        ),
+    ] = "default",
     block: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed rounds; the variants take turns.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda; default the GPU if any.")] = "",

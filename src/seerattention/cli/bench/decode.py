@@ -38,7 +38,7 @@ def run(
     gate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Whose choosing is timed: sub<n>, a summary of every n keys; quest; none; repeatable."
+            help="Whose choosing is timed: default, sub<n> (n keys per summary), quest, none; repeatable."
         ),
     ] = None,
     page: Annotated[

@@ -21,7 +21,7 @@ from torch import nn
 
 from seerattention.files import UNFINISHED, atomic_folder, check_readable, read_json, write_json
 from seerattention.gate import GateConfig
-from seerattention.hosts.transformers.attach import active_gates
+from seerattention.hosts.transformers.attach import active
 from seerattention.hosts.transformers.base import BaseInfo
 from seerattention.hosts.transformers.gates import (
     KEY,
@@ -52,7 +52,7 @@ def save_gates(
     """Write gates, their configuration and their base model's identity.
 
     Args:
-        gates: The gates, or a model that uses some: then with the policy it uses.
+        gates: The gates, or a model that uses some: then with the policies it uses.
         folder: Where to; gates already there are replaced once everything is written.
         policy: The policy to use them with in prefill by default. Their calibration is written whichever
             it is.
@@ -65,7 +65,7 @@ def save_gates(
         ValueError: If a policy's text is not understood, that for decoding makes no sense there, a weight is
             not finite, or nothing is attached.
     """
-    gates, policy = gates_of(gates, policy)
+    gates, policy, decode_policy = gates_of(gates, policy, decode_policy)
     calibration = policy.calibration if isinstance(policy, Calibrated) else gates.calibration
     policy = parse(policy, calibration) if isinstance(policy, str) else policy
     text = str(policy) if policy else gates.policy
@@ -149,15 +149,17 @@ def _sha256(file: Path) -> str:
 
 
 def gates_of(
-    gates: Gates | nn.Module, policy: Policy | str | None = None
-) -> tuple[Gates, Policy | str | None]:
-    """Return gates, or those that a model uses and their policy."""
+    gates: Gates | nn.Module, policy: Policy | str | None = None, decode_policy: Policy | str | None = None
+) -> tuple[Gates, Policy | str | None, Policy | str | None]:
+    """Return gates, or those that a model uses, and their policies for prefill and for decoding."""
     if isinstance(gates, Gates):
-        return gates, policy
-    scorers, current = active_gates(gates)
-    if not isinstance(scorers, Gates):
-        raise TypeError(f"this model uses {scorers!r}, which is not gates and has no weights to save")
-    return scorers, policy or current
+        return gates, policy, decode_policy
+    used = active(gates)
+    if not isinstance(used.scorers, Gates):
+        raise TypeError(f"this model uses {used.scorers!r}, which is not gates and has no weights to save")
+    # Gates of their own for decoding are saved by themselves.
+    own = used.decode_policy if used.decoders is used.scorers else None
+    return used.scorers, policy or used.policy, decode_policy or own
 
 
 def check_replaceable(folder: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import __version__ as host_version
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from seerattention.device import capturing
 from seerattention.engine.call import AttentionCall, Cached, Given, Held, Step
 from seerattention.engine.layer import SparseLayer
 from seerattention.engine.padding import Lengths, Padding
@@ -21,6 +22,7 @@ from seerattention.hosts.transformers.config import NAME
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
 from seerattention.hosts.transformers.support import (
     CACHE,
+    CAPTURE,
     CAUSAL,
     DROPOUT,
     FULLGRAPH,
@@ -68,7 +70,7 @@ def held_of(cache: Any, layer: int) -> Held | None:
     if not isinstance(keys, Tensor):
         return None
     length = cache.get_seq_length(layer)
-    return Held(keys, length if isinstance(length, Tensor) else None)
+    return Held.of(keys, length if isinstance(length, Tensor) else None)
 
 
 @torch.compiler.disable(reason=FULLGRAPH)
@@ -152,6 +154,8 @@ def _attend(
     def used() -> tuple[Given, Padding | None]:
         """Return the tensors without a buffer's room, and their padding."""
         given, seen = tensors, None
+        if capturing(key.device) and (isinstance(held, Tensor) or held < key.shape[2]):
+            raise NotImplementedError(CAPTURE)
         if int(held) < key.shape[2]:
             seen = int(held)
             given = tensors._replace(k=tensors.k[:, :, :seen], v=tensors.v[:, :, :seen])
@@ -248,8 +252,10 @@ def refuse(decoder: Any, given: dict[str, Any]) -> None:
         if isinstance(tokens := given.get(name), Tensor) and tokens.numel() == 0:
             raise ValueError(f"empty prompt: {name} is {list(tokens.shape)}; give at least one token")
     positions = given.get("position_ids")
-    # Nothing jumps in a single token, and nothing is to wait for the device in a step of decoding.
-    if positions is not None and positions.shape[-1] > 1 and given.get("attention_mask") is None:
+    if positions is None or given.get("attention_mask") is not None or capturing(positions.device):
+        return
+    # Nothing jumps in a single token, and a step of decoding does not wait for the device.
+    if positions.shape[-1] > 1:
         jumps = (positions.diff(dim=-1) != 1).nonzero()
         if len(jumps):
             raise NotImplementedError(f"position_ids jump after token {int(jumps[0, -1])}: {PACKED}")

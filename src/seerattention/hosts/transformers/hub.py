@@ -60,13 +60,13 @@ def push_to_hub(
             `save_gates` refuses the gates.
     """
     _check_id(repo_id)
-    found, chosen = gates_of(gates, policy)
+    found, chosen, decoding = gates_of(gates, policy)
     card = model_card(
         found, repo_id, policy=chosen, data=data, recipe=recipe, results=results, license=license
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "gates"
-        save_gates(found, folder, policy=chosen)
+        save_gates(found, folder, policy=chosen, decode_policy=decoding)
         (folder / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)
         message = f"Gates for {found.base.name or 'an unnamed model'}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seerattention.device import capturing
 from seerattention.engine.call import Handler, Held
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.hosts.transformers.support import MASKS
@@ -99,9 +100,8 @@ class Pass:
                 return lengths
         found = None
         if mask is None or mask.dim() == 2:
-            trust = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             real = None if mask is None else mask.bool()
-            found = Lengths.of(real, held, new, batch=batch, device=device, trust=trust)
+            found = Lengths.of(real, held, new, batch=batch, device=device, trust=capturing(device))
         self.known_lengths.append((mask, device, found))
         return found
 

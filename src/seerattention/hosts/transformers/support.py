@@ -30,6 +30,10 @@ CONTINUOUS = (
     "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
     "or do it inside dense(model)"
 )
+CAPTURE = (
+    "a graph can hold sparse steps of decoding, and sliding windows once they are full; for other calls the "
+    "host counts tokens, which a replay would not do; run them outside of the graph"
+)
 CACHE = "versions 5.15 to 5.24, which are supported, call it `cache` or `past_key_values`"
 
 
@@ -64,10 +68,25 @@ def features() -> tuple[Feature, ...]:
         Feature("prompt", "4-D masks", MASKS),
         Feature("prompt", "bidirectional attention, is_causal=False", CAUSAL),
         Feature("generate", "greedy, sampling, beams"),
-        Feature("generate", "assisted: draft model, prompt lookup", note="guesses are verified densely"),
+        Feature(
+            "generate",
+            "assisted: draft model, prompt lookup",
+            note="guesses are verified as they are decoded, densely or each by its own choice",
+        ),
         Feature("generate", "pipeline"),
         Feature("generate", "continuous batching", CONTINUOUS),
         Feature("generate", "output_attentions", MAPS),
+        Feature("decoding", "static caches in CUDA graphs", note="a graph serves every length"),
+        Feature("decoding", "left padding", note="in one call"),
+        Feature("decoding", "padding between a row's tokens", note="that batch is dense"),
+        Feature(
+            "decoding",
+            "beams, caches that were changed",
+            note="then keys are compared once, as dear as a dense step",
+        ),
+        Feature("decoding", "quantised and offloaded caches", note="compared at every step"),
+        Feature("decoding", "gates of its own", note="`decode_gates`; baselines too"),
+        Feature("decoding", "with a gradient", note="dense"),
         Feature("base", "LoRA, before or after attaching"),
         Feature("base", "prefix tuning", PREFIXES),
         Feature("base", "4-bit (bitsandbytes)", note="told by its name, since its weights are others"),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.block_sparse_attention.kernels.forward import expand, first_words, step
-from seerattention.ops.language import follow, jit, load_tile, softmax_start, store_tile, tl
+from seerattention.ops.language import jit, load_tile, release, softmax_start, store_tile, tl, wait
 
 
 @jit
@@ -86,7 +86,7 @@ def decode_kernel(  # noqa: PLR0915
     b, which, head, token = place_of(item, num_queries, HEADS, LISTS)
     bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
     bits_row += token.to(tl.int64) * stride_bits_row
-    follow(PDL)
+    wait(PDL)
     # Asked for before the length is there, which they do not wait for.
     word = first_words(bits_row, (columns - 1) // 32, WORDS)
     first = 0
@@ -115,8 +115,8 @@ def decode_kernel(  # noqa: PLR0915
     kv_head = (which // (LISTS // KV_HEADS)).to(tl.int64)
     k_head, v_head = k_ptr + kv_head * k_strides[1], v_ptr + kv_head * v_strides[1]
     if STARTS:
-        k_head += first.to(tl.int64) * k_strides[2]
-        v_head += first.to(tl.int64) * v_strides[2]
+        k_head += tl.cast(first, tl.int64) * k_strides[2]
+        v_head += tl.cast(first, tl.int64) * v_strides[2]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     unit = natural(scale, SOFTCAP, q.dtype == tl.float32)
     rows = tl.arange(0, BLOCK_M)
@@ -147,6 +147,7 @@ def decode_kernel(  # noqa: PLR0915
             log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0,
         )  # fmt: skip
 
+    release(PDL)
     if SPLITS == 1:
         # A query that sees nothing gets zeros.
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -187,7 +188,7 @@ def merge_kernel(
     b, _, head, token = place_of(item, num_queries, HEADS, LISTS)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     parts = item.to(tl.int64) * SPLITS + splits
-    follow(PDL)
+    wait(PDL)
     maxima = tl.load(state_ptr + parts * 2 * GROUP + row)
     totals = tl.load(state_ptr + (parts * 2 + 1) * GROUP + row)
     places = (parts * GROUP + row)[:, None] * D + dims[None, :]

@@ -63,4 +63,5 @@ LARGE = (
     _llama("llama-8b-128k", 131072, held=(131000,), gate={"k_sub_block": 16}),
     _llama("llama-8b-drafted", 8192, batch=3, queries=4, held=(8192, 8000, 77), gate={"k_sub_block": 32}),
     _llama("llama-8b-batch", 4096, batch=70, gate={"gate_dim": 128}),
+    _llama("many-blocks", 65536, block_size=(1, 16), held=(65535,)),
 )

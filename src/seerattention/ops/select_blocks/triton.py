@@ -31,7 +31,7 @@ from seerattention.ops.language import (
     unsupported_here,
 )
 from seerattention.ops.launch import Launch, width
-from seerattention.ops.select_blocks._triton_rules import KINDS, store_bits, take
+from seerattention.ops.rules import KINDS, MAX_BLOCKS, store_bits, take
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer
@@ -48,9 +48,6 @@ SCORE_BYTES = 32 * 2**20
 
 #: Bytes of query summaries made at a time.
 SUMMARY_BYTES = 32 * 2**20
-
-#: Longest row: the policy kernel keeps it in registers.
-MAX_BLOCKS = 32768
 
 
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
@@ -409,5 +406,5 @@ def _choose(
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
-    taken = take(score, valid, always, value, KIND) | always
+    taken = take(score, valid, always, value, KIND, 1) | always
     store_bits(taken & valid, bits + row_of_bits * words, words)

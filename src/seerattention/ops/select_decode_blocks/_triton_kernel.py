@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from seerattention.ops.language import follow, jit, tl
-from seerattention.ops.select_blocks._triton_rules import store_bits, take
+from seerattention.ops.language import jit, release, tl, wait
+from seerattention.ops.rules import store_bits, take
 
 
 @jit("rows", "tokens")
@@ -14,6 +14,7 @@ def query_kernel(
     q_ptr,
     weight_ptr,
     out_ptr,
+    counters_ptr,
     q_strides,
     rows,
     tokens,
@@ -42,8 +43,9 @@ def query_kernel(
         at = weight_ptr + ((head * POOLS + pool) * D + d)[:, None] * E + e[None, :]
         here = (d < D)[:, None] & (e < E)[None, :]
         weights = weights + (tl.load(at, mask=here, other=0.0),)  # noqa: RUF005, Triton has no stars
-    # What comes next reads summaries before it waits: it may come when all before this launch is written.
-    follow(PDL, EARLY=False)
+    wait(PDL)
+    # What comes next reads summaries before it waits: it may come now that all before this launch is written.
+    release(PDL)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     at = (
         q_ptr
@@ -58,6 +60,8 @@ def query_kernel(
         total = tl.dot(x, weights[pool], total, input_precision=PRECISION)
     at = out_ptr + ((row.to(tl.int64) * KV_HEADS + kv_head) * GROUP + in_group)[:, None] * E + e[None, :]
     tl.store(at, total, mask=(row < rows)[:, None] & (e < E)[None, :])
+    if tl.program_id(0) % ACROSS + in_group == 0:
+        tl.store(counters_ptr + row * KV_HEADS + kv_head, 0, mask=row < rows)
 
 
 @jit
@@ -100,11 +104,29 @@ def load_keys(
     return tl.load(at, mask=(block < end)[None, :] & (e < E), other=0.0)
 
 
-@jit("tokens", "chunk", "row_stride")
+@jit
+def choose_row(
+    scores, to, length, token, tokens, words, value, sink, local,
+    BLOCK_K: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Write the bits of one token and KV head, whose scores these are."""
+    position = length - tokens + token
+    own = tl.where(position < 0, -1, position // BLOCK_K)
+    block = tl.arange(0, WIDTH)
+    always = ((block < sink) | (block > own - local)) & (block <= own)
+    finished = (block + 1) * BLOCK_K <= position + 1
+    # From other programs: not what a cache of this one may hold.
+    score = tl.load(scores + block, mask=finished, other=float("-inf"), cache_modifier=".cg")
+    store_bits(take(score, finished, always, value, KIND, BITS) | always, to, words)
+
+
+@jit("tokens", "chunk", "words", "sink", "local")
 def score_kernel(
     parts_ptr,
     keys_ptr,
     scores_ptr,
+    bits_ptr,
+    counters_ptr,
     lengths_ptr,
     norm_ptr,
     cos_ptr,
@@ -112,9 +134,12 @@ def score_kernel(
     key_strides,
     tokens,
     chunk,
-    row_stride,
+    words,
     scale,
     eps,
+    value,
+    sink,
+    local,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     E: tl.constexpr,
@@ -124,18 +149,26 @@ def score_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Score ``chunk`` blocks for the tokens of one sequence and KV head, those finished for the last one."""
-    b, kv_head = (tl.program_id(0) // KV_HEADS).to(tl.int64), tl.program_id(0) % KV_HEADS
+    """Score ``chunk`` blocks for the tokens of one sequence and KV head, those finished for the last one.
+
+    If ``TOGETHER``, the last program of a row chooses: of one token.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    b, kv_head = pair // KV_HEADS, pair % KV_HEADS
     length = tl.load(lengths_ptr + b)
     first = tl.program_id(1) * chunk
     end = tl.minimum(length // BLOCK_K, first + chunk)
-    keys = keys_ptr + b * key_strides[0] + kv_head.to(tl.int64) * key_strides[1]
+    keys = keys_ptr + b * key_strides[0] + kv_head * key_strides[1]
     block = first + tl.arange(0, BLOCK_N)
     key = load_keys(keys, key_strides[2], block, end, 0, E, E_PAD, SUBS)
-    follow(PDL)
+    wait(PDL)
     if first < end:
         # One token fills all rows of a tile.
         token = tl.arange(0, ROWS)
@@ -148,7 +181,7 @@ def score_kernel(
         ).to(keys_ptr.dtype.element_ty)  # fmt: skip
         query = tl.broadcast_to(query, [BLOCK_M, E_PAD])
         token = tl.arange(0, BLOCK_M)
-        to = scores_ptr + (tl.program_id(0).to(tl.int64) * tokens + token)[:, None] * row_stride
+        to = scores_ptr + (pair * tokens + token)[:, None] * words * 32
         best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
         for i in range(0, tl.cdiv(end - first, BLOCK_N) * SUBS):
             # Summaries are read one step ahead.
@@ -160,15 +193,22 @@ def score_kernel(
             kept = (token < tokens)[:, None] & (block < end)[None, :] & (i % SUBS == SUBS - 1)
             tl.store(to + block[None, :], best * scale, mask=kept)
             key = ahead
+    release(PDL)
+    if TOGETHER:
+        tl.debug_barrier()
+        if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            choose_row(
+                scores_ptr + pair * words * 32, bits_ptr + pair * words, length, 0, 1, words, value, sink,
+                local, BLOCK_K, KIND, WIDTH, BITS,
+            )  # fmt: skip
 
 
-@jit("tokens", "row_stride", "words", "sink", "local")
+@jit("tokens", "words", "sink", "local")
 def choose_kernel(
     scores_ptr,
     bits_ptr,
     lengths_ptr,
     tokens,
-    row_stride,
     words,
     value,
     sink,
@@ -177,15 +217,14 @@ def choose_kernel(
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
     WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Choose the blocks of one token and KV head."""
     row = tl.program_id(0).to(tl.int64)
-    position = tl.load(lengths_ptr + row // tokens // KV_HEADS) - tokens + (row % tokens).to(tl.int32)
-    own = tl.where(position < 0, -1, position // BLOCK_K)
-    block = tl.arange(0, WIDTH)
-    always = ((block < sink) | (block > own - local)) & (block <= own)
-    finished = (block + 1) * BLOCK_K <= position + 1
-    follow(PDL)
-    score = tl.load(scores_ptr + row * row_stride + block, mask=finished, other=float("-inf"))
-    store_bits(take(score, finished, always, value, KIND) | always, bits_ptr + row * words, words)
+    wait(PDL)
+    length = tl.load(lengths_ptr + row // tokens // KV_HEADS)
+    choose_row(
+        scores_ptr + row * words * 32, bits_ptr + row * words, length, (row % tokens).to(tl.int32), tokens,
+        words, value, sink, local, BLOCK_K, KIND, WIDTH, BITS,
+    )  # fmt: skip

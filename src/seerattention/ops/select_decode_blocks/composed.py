@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.score_blocks import score_blocks
-from seerattention.ops.select_decode_blocks.reference import chosen
+from seerattention.ops.select_decode_blocks._chosen import chosen
 from seerattention.policies import Policy
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection

@@ -1,9 +1,10 @@
-"""Three small Triton kernels that come one upon the other: query summaries, scores, the rule.
+"""Two small Triton kernels, one upon the other: query summaries, then scores and the rule.
 
 For gates with a score per KV head. The first kernel projects the queries, a part for each query head; the
-second adds the parts up, normalises and rotates them, and scores the finished blocks, split over the cache;
-in the third a program holds a row and writes its bits. Lengths are read on the device; how many programs
-there are follows from shapes alone. Design and floor: docs/kernels.md.
+second adds the parts up, normalises and rotates them, and scores the finished blocks, split over the cache.
+The last of a row's programs holds its scores and writes its bits; rows of several tokens get programs of
+their own. Lengths are read on the device; how many programs there are follows from shapes alone. Design and
+floor: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from seerattention.ops.language import (
     unsupported_dtype,
 )
 from seerattention.ops.launch import Launch, overlapping
-from seerattention.ops.select_blocks.triton import KINDS, MAX_BLOCKS
+from seerattention.ops.rules import KINDS, MAX_BLOCKS, digit_bits
 from seerattention.ops.select_decode_blocks._triton_kernel import choose_kernel, query_kernel, score_kernel
 from seerattention.policies import Policy, rule_of
 from seerattention.rows import num_blocks
@@ -30,9 +31,11 @@ from seerattention.selection import WORD, BlockSelection
 #: Tiles of the first kernel: tokens and numbers of a summary.
 QUERIES = Launch(16, 32, 4, 1)
 #: Of the second one: its tokens are those of a step, 16 at least, and so many blocks are scored at a time.
-SCORES = Launch(16, 32, 4, 1, 4)
-#: Scores of a row that one warp of the third holds.
-SCORES_PER_WARP = 256
+SCORES = Launch(16, 64, 8, 1, 2)
+#: Scores of a row that a program of the second kernel holds, at the most.
+SCORES_PER_PROGRAM = 2048
+#: Scores of a row that one warp holds where a row has a program of its own.
+SCORES_PER_WARP = 128
 #: Tokens of a step, at the most.
 MOST_TOKENS = 64
 
@@ -87,34 +90,41 @@ def run(
     assert options is not None and options.weight is not None and rule is not None  # noqa: PT018
     batch, heads, tokens, head_dim = q.shape
     group, dim, rows = heads // kv_heads, options.weight.shape[2], batch * tokens
+    words, wide = num_blocks(columns, WORD), max(WORD, power_of_two(columns))
     parts = q.new_empty((rows, kv_heads, group, dim), dtype=torch.float32)
-    words = num_blocks(columns, WORD)
     scores = q.new_empty((batch, kv_heads, tokens, words * WORD), dtype=torch.float32)
     bits = torch.empty((batch, kv_heads, tokens, words), dtype=torch.int32, device=q.device)
+    counters = torch.empty(rows * kv_heads, dtype=torch.int32, device=q.device)
     cos, sin = options.rotary or (None, None)
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "E": dim, "PRECISION": products(q)}
     chunk, splits = _split(batch * kv_heads, columns, q.device)
-    pdl = overlapping(q.device)
+    # Programs of one tile are a launch's latency and little else.
+    pdl = overlapping(q.device) if chunk == SCORES.block_n else {"PDL": False}
+    # A row that fits the registers of a scoring program is chosen by the last one.
+    together = tokens == 1 and wide <= SCORES_PER_PROGRAM
+    warps = SCORES.warps if together else min(16, max(1, wide // SCORES_PER_WARP))
+    few = rows * kv_heads <= SCORES.most_programs(q.device)
+    knobs = float(rule.value), policy.sink_blocks, policy.local_blocks
+    shape = {"KV_HEADS": kv_heads, **pdl}
+    gate = shape | {"GROUP": group, "E": dim, "PRECISION": products(q)}
+    shape |= {"BLOCK_K": block, "KIND": KINDS.index(rule.kind), "WIDTH": wide}
+    shape |= {"BITS": digit_bits(wide, warps) if few else 1}
+    tile = SCORES.tile() | {"BLOCK_M": max(SCORES.block_m, power_of_two(tokens))}
     with torch.cuda.device_of(q):
         across = num_blocks(dim, QUERIES.block_n)
         query_kernel[(kv_heads * across, group, num_blocks(rows, QUERIES.block_m))](
-            q, options.weight.contiguous(), parts, q.stride()[:3], rows, tokens,
-            POOLS=len(options.pools), D=head_dim, BLOCK_D=padded(head_dim), **shape, **QUERIES.tile(), **pdl,
+            q, options.weight.contiguous(), parts, counters, q.stride()[:3], rows, tokens,
+            POOLS=len(options.pools), D=head_dim, BLOCK_D=padded(head_dim), **gate, **QUERIES.tile(),
         )  # fmt: skip
-        tile = SCORES.tile() | {"BLOCK_M": max(SCORES.block_m, power_of_two(tokens))}
-        tile["ROWS"] = 1 if tokens == 1 else tile["BLOCK_M"]
         score_kernel[(batch * kv_heads, splits)](
-            parts, k_blocks, scores, lengths, options.norm, cos, sin, k_blocks.stride()[:3],
-            tokens, chunk, words * WORD, scorer.scale, options.eps,
-            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], BLOCK_K=block, **shape, **tile, **pdl,
+            parts, k_blocks, scores, bits, counters, lengths, options.norm, cos, sin, k_blocks.stride()[:3],
+            tokens, chunk, words, scorer.scale, options.eps, *knobs,
+            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], ROWS=1 if tokens == 1 else tile["BLOCK_M"],
+            TOGETHER=together, **gate | shape, **tile,
         )  # fmt: skip
-        wide = max(WORD, power_of_two(columns))
-        choose_kernel[(rows * kv_heads,)](
-            scores, bits, lengths, tokens, words * WORD, words, float(rule.value),
-            policy.sink_blocks, policy.local_blocks,
-            KV_HEADS=kv_heads, BLOCK_K=block, KIND=KINDS.index(rule.kind), WIDTH=wide,
-            num_warps=min(16, max(1, wide // SCORES_PER_WARP)), **pdl,
-        )  # fmt: skip
+        if not together:
+            choose_kernel[(rows * kv_heads,)](
+                scores, bits, lengths, tokens, words, *knobs, num_warps=warps, **shape,
+            )  # fmt: skip
     return BlockSelection(bits, (batch, kv_heads, tokens, columns), scorer.block_size)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.language import (
-    follow,
     jit,
     padded,
     power_of_two,
@@ -21,7 +20,7 @@ from seerattention.ops.language import (
     unsupported_dtype,
     unsupported_here,
 )
-from seerattention.ops.launch import Launch, overlapping
+from seerattention.ops.launch import Launch
 from seerattention.ops.summarise_blocks.triton import finish, places, pool
 from seerattention.rows import num_blocks
 
@@ -89,7 +88,6 @@ def run(summaries: Tensor, tail: Tensor, k: Tensor, scorer: Any, lengths: Tensor
             PRECISION=products(k),
             num_warps=LAUNCH.warps,
             num_stages=LAUNCH.stages,
-            **overlapping(k.device),
         )
 
 
@@ -126,11 +124,9 @@ def _update(
     UNROLL: tl.constexpr,
     PLACES: tl.constexpr,
     PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Add a KV head's new keys to its tail; once they finish a block, write its ``SUBS`` summaries."""
     b, head = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    follow(PDL)
     before = tl.load(lengths + b) - tokens
     token, d = tl.arange(0, BLOCK_T), tl.arange(0, 2 * D_PAD)
     here = (token < tokens)[:, None] & (d < D)[None, :]
