@@ -15,6 +15,7 @@ from seerattention.testing.budget import Budget
 from seerattention.testing.packed import check_packed_scores
 from seerattention.testing.waiting import no_waiting
 from seerattention.train import layer, objectives
+from seerattention.train.target import decode_rows, decode_target
 
 pytestmark = pytest.mark.gpu
 
@@ -163,9 +164,13 @@ def test_a_gate_learns_by_the_kernels(settings: dict, monkeypatch: pytest.Monkey
 def test_learning_does_not_wait_for_the_device() -> None:
     q, k = (torch.randn(1, heads, 2048, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
     gate = AttnGate(GateConfig(4, 2, 64)).cuda()
-    target = torch.eye(32, device="cuda").expand(1, 4, 32, 32)
-    args = gate, q, k, {"prefill": target}, objectives.create("kl"), 1.0, 0.1
-    layer.learn(*args)
+    prefill, rows = torch.eye(32, device="cuda").expand(1, 4, 32, 32), decode_rows(2048, "cuda")
+
+    def learn() -> None:
+        targets = {"prefill": prefill, "decode": decode_target(q, k, rows, 64, scale=0.125)}
+        layer.learn(gate, q, k, targets, objectives.create("kl"), 1.0, 0.1)
+
+    learn()
     torch.cuda.synchronize()
     with no_waiting():
-        layer.learn(*args)
+        learn()

@@ -265,6 +265,9 @@ def test_what_contradicts_itself_is_refused(tiny, model, text):
         other.model.layers[0].self_attn.q_proj.weight.add_(1)
     with pytest.raises(ValueError, match=r"gates were made for .*its attention weights differ"):
         Finetuner(prepare(other), gates, TextWindows(text, 96))
+    for phase in ("decode", "both"):
+        with pytest.raises(ValueError, match=f"these gates are for phase {phase}.*leave gate.phase out"):
+            Finetuner(prepare(model), tiny.gates_of(model, phase=phase), TextWindows(text, 96))
     drops = tiny.make(attention_dropout=0.1)
     with pytest.raises(ValueError, match=r"attention dropout \(0.1\).*set attention_dropout to 0"):
         Finetuner(prepare(drops), tiny.gates_of(drops), TextWindows(text, 96))

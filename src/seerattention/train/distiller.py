@@ -25,6 +25,7 @@ from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers
 from seerattention.train.share import Batch, Documents, packed_arguments
 from seerattention.train.target import (
+    DECODE_ROWS,
     LEAST_TAKEN,
     decode_rows,
     decode_target,
@@ -140,7 +141,8 @@ class Distiller(Loop):
         # fp32, rotated and not, with gradients.
         pooled = c.num_heads * len(c.q_pool) / c.q_sub + c.num_kv_heads * len(c.k_pool) / c.k_sub
         summaries = c.num_heads / c.q_sub + c.num_kv_heads / c.k_sub
-        maps = 8 * 4 * c.num_heads * blocks**2 + SLICES
+        rows = blocks * ("prefill" in self.phases) + min(DECODE_ROWS, length) * ("decode" in self.phases)
+        maps = 8 * 4 * c.num_heads * blocks * rows + SLICES
         return {
             "base": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "gates and optimizer": 16 * self.learned_parameters,

@@ -14,7 +14,9 @@ from seerattention.selection import causal_blocks
 #: code.
 SKIPPED_ROWS = 0.25
 
-#: Query tokens of a sequence that teach a gate to choose while decoding.
+#: Query tokens of a sequence that teach a gate to choose while decoding. On the bundled teacher, at 4,096
+#: tokens, their gradient has a cosine of 0.996 to that of all tokens (256 of them: 0.976); the gradients of
+#: two texts have one of 0.94.
 DECODE_ROWS = 1024
 
 #: Rows on which recall is measured while training: all would cost a top-k of the whole map in every layer.
