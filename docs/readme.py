@@ -277,17 +277,22 @@ def gpu() -> str:
         by_density(report),
         layers(report),
         FORMER_DENSITY,
-        table(
-            "target: {what} | wanted: {sign} {bound} | reached: {reached:?~} | met: {word}",
-            (
-                r
-                | {"sign": "at most" if r["at_most"] else "at least"}
-                | {"word": {True: "yes", False: "**no**", None: "not measured"}[r["met"]]}
-                for r in report["targets"]
-            ),
-        ),
+        targets(report),
         "\n".join(f"- {note}" for note in report["notes"]),
         end_to_end(),
+    )
+
+
+def targets(report: Report) -> str:
+    """Return what a report should reach and whether it does."""
+    return table(
+        "target: {what} | wanted: {sign} {bound} | reached: {reached:?~} | met: {word}",
+        (
+            r
+            | {"sign": "at most" if r["at_most"] else "at least"}
+            | {"word": {True: "yes", False: "**no**", None: "not measured"}[r["met"]]}
+            for r in report["targets"]
+        ),
     )
 
 
@@ -365,6 +370,19 @@ def crossover() -> str:
             "selection ms: {selection_ms:~} | sparse is faster up to density: {densest:.0%}"
         )
         texts += [Cells().of(measured, entry), table(columns, entry["rows"])]
+        if "decode_rows" in entry:
+            below = (
+                "Steps of decoding one sequence, {decode_gate} gate: dense below {decode_dense_below:,} "
+                "cached tokens."
+            )
+            steps = (
+                "cached tokens: {tokens:,} | fastest dense: {dense} | dense us: {dense_us:~} | "
+                "sparse us, choosing and summaries included: {step_us:~}"
+            )
+            rows = [
+                r | {f"{k}_us": r[f"{k}_ms"] * 1e3 for k in ("dense", "step")} for r in entry["decode_rows"]
+            ]
+            texts += [Cells().of(below, entry), table(steps, rows)]
     return parts(*texts)
 
 
@@ -448,30 +466,75 @@ def designs(name: str) -> tuple[Report, Designs, list[str], list[str]]:
 
 
 def decode() -> str:
-    """Return a step of decoding beside dense decoding."""
-    report = read("h200", "block_sparse_decode.json")
+    """Return a step of decoding beside dense decoding and peers, a column per size."""
+    report = read("h200", "decode.json")
+    sizes = list(dict.fromkeys((r["batch"], r["tokens"]) for r in report["rows"]))
+    lines: dict[str, Report] = {}
+    for r in report["rows"]:
+        line = lines.setdefault(r["variant"], r | {f"at{i}": "" for i in range(len(sizes))})
+        cell = "{us:~} us, {tb_s:.2f} TB/s, {speedup:.2f}x" if r["tb_s"] else "{us:~} us"
+        line[f"at{sizes.index((r['batch'], r['tokens']))}"] = Cells().of(cell, r | {"us": r["ms"] * 1e3})
+    shape, copy = report["shape"], digits(report["ceilings"]["copy_tbs"])
     return parts(
-        f"{report['date']}, {machine(report)}; {report['dtype']}, 32 query and 8 KV heads of 128, blocks of "
-        f"64 per KV head, {report['density']:.0%} of them read:",
+        f"{attention_of(report | shape | {'heads': (shape['heads'], shape['kv_heads'])})}, blocks of "
+        f"{report['block']}, {report['density']:.0%} of them read; copies ran at {copy} TB/s:",
         table(
-            "size: {size} | variant: {variant} | median us: {us:.1f} | range us: {low:.1f}-{high:.1f} | "
-            "x dense: {x_dense:.2f} | TB/s: {TB_s:.2f}",
-            (
-                r | {"us": r["ms"] * 1e3, "low": r["range_ms"][0] * 1e3, "high": r["range_ms"][1] * 1e3}
-                for r in report["rows"]
-            ),
+            "variant: {variant} | "
+            + " | ".join(f"{b} x {n // 1024}k: {{at{i}}}" for i, (b, n) in enumerate(sizes)),
+            lines.values(),
+        ),
+        targets(report),
+        "\n".join(f"- {note}" for note in report["notes"]),
+    )
+
+
+def decode_step() -> str:
+    """Return a whole model's step, dense and sparse."""
+    report = read("h200", "decode_step.json")
+    return parts(
+        "![Time per token against cached tokens](figures/decode-step-h200.png)",
+        f"A whole step, {model_of(report)}, {report['density']:.0%} of the cache read:",
+        table(
+            "batch: {batch} | cached tokens: {tokens:,} | method: {method} | how: {how} | ms: {ms:.2f} | "
+            "range ms: {range_ms[0]:.2f}-{range_ms[1]:.2f} | tokens/s: {tokens_per_s:,.0f} | "
+            "speedup: {speedup:.2f}x",
+            report["rows"],
         ),
     )
 
 
-def choosing() -> str:
-    """Return a step of choosing and decoding beside dense decoding, summaries 96 wide."""
-    report = read("h200", "block_sparse_decode.json")
+def decoding() -> str:
+    """Return the README's table of decoding: a layer's attention at every size, and a whole model."""
+    report = read("h200", "decode.json")
+    by = {(r["batch"], r["tokens"], r["variant"]): r for r in report["rows"]}
+    rows = []
+    for r in (r for r in report["rows"] if r["variant"] == "triton"):
+        at = r["batch"], r["tokens"]
+        dense = min(
+            d["ms"] for d in report["rows"] if d["kind"] == "dense" and (d["batch"], d["tokens"]) == at
+        )
+        whole = by[*at, "with choosing, default"]
+        peer = by.get((*at, "flashinfer"))
+        rows.append(
+            {
+                "what": f"a layer's attention, {at[0]} x {at[1] // 1024}k",
+                "dense": f"{dense * 1e3:,.0f} us",
+                "peer": f"{peer['speedup']:.1f}x" if peer else "",
+                "alone": f"{r['speedup']:.1f}x",
+                "chosen": f"**{whole['speedup']:.1f}x**",
+            }
+        )
+    model = read("h200", "decode_step.json")["rows"]
+    for r in (r for r in model if r["method"] == "sparse" and r["tokens"] == 131072):
+        what = f"the whole step of an 8B model, {r['batch']} x {r['tokens'] // 1024}k"
+        dense = f"{r['ms'] * r['speedup']:.1f} ms"
+        rows.append(
+            {"what": what, "dense": dense, "peer": "", "alone": "", "chosen": f"**{r['speedup']:.1f}x**"}
+        )
     return table(
-        "size: {size} | tokens per summary: {tokens_per_summary} | choosing us: {choosing us:.1f} | "
-        "with attention us: {step us:.1f} | x dense: {x_dense:.2f} | update us: {update us:.1f} | "
-        "update that finishes a block us: {update that finishes us:.1f}",
-        (row for row in report["choosing"] if row["dim"] == 96),
+        "decoding, a tenth read: {what} | best dense kernel: {dense} | FlashInfer, the same blocks: {peer} | "
+        "this kernel: {alone} | with choosing: {chosen}",
+        rows,
     )
 
 
@@ -583,7 +646,7 @@ def decode_quality() -> str:
 
 #: The generated parts of every page.
 PAGES = {
-    "README.md": {"headline": headline, "supported": supported},
+    "README.md": {"headline": headline, "decoding": decoding, "supported": supported},
     "docs/results.md": {
         "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
         "decode-quality": decode_quality,
@@ -591,7 +654,7 @@ PAGES = {
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
         "bench": bench, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
-        "backward": backward, "decode": decode, "choosing": choosing,
+        "backward": backward, "decode": decode, "decode-step": decode_step,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
     "docs/method.md": {
