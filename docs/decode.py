@@ -1,6 +1,6 @@
-"""Draw the time per token of a whole model against the tokens in its cache.
+"""Draw the time of a layer's attention per token against the tokens in its cache.
 
-python docs/decode.py, after benchmarks/decode_step.py wrote its results.
+python docs/decode.py, after seerattention bench decode wrote its results.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ from seerattention.files import write_whole
 from seerattention.measure.plot import COLOURS, drawn
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "h200" / "decode_step.json"
-FIGURE = ROOT / "docs" / "figures" / "decode-step-h200.png"
-METHODS = {"dense, sdpa": COLOURS["other"], "dense, best kernel": COLOURS["dense"], "sparse": COLOURS["gate"]}
+RESULTS = ROOT / "benchmarks" / "results" / "h200" / "decode.json"
+FIGURE = ROOT / "docs" / "figures" / "decode-h200.png"
+VARIANTS = {"dense cudnn": COLOURS["dense"], "with choosing, default": COLOURS["gate"]}
 
 
 def draw(path: Path) -> None:
-    """Draw a line per way to decode one sequence, and a mark for every larger batch."""
+    """Draw a line per batch that was measured at several lengths, and a mark for every other."""
     report = json.loads(RESULTS.read_text())
-    device, density = report["versions"]["device"], report["density"]
-    title = f"{report['shape']}, {device}, {density:.0%} of the cache read, {report['date']}"
+    title = f"{report['versions']['device']}, {report['density']:.0%} of the cache read, {report['date']}"
+    marks = dict(zip(sorted({r["batch"] for r in report["rows"]}), "os^D", strict=False))
     with drawn(path, title=title, figsize=(7, 4)) as (_, axis):
-        for method, colour in METHODS.items():
-            rows = [r for r in report["rows"] if r["method"] == method]
-            for batch in sorted({r["batch"] for r in rows}):
-                points = [(r["tokens"], r["ms"]) for r in rows if r["batch"] == batch]
-                style = "o-" if batch == 1 else "s"
-                label = f"{method}, {batch} sequence{'s' if batch > 1 else ''}"
-                axis.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=label)
+        for variant, colour in VARIANTS.items():
+            for batch, mark in marks.items():
+                rows = [r for r in report["rows"] if (r["variant"], r["batch"]) == (variant, batch)]
+                points = sorted((r["tokens"], 1e3 * r["ms"]) for r in rows)
+                label = f"{variant.removesuffix(', default')}, {batch} sequence{'s' if batch > 1 else ''}"
+                axis.plot(*zip(*points, strict=True), f"{mark}-", color=colour, markersize=5, label=label)
         ticks = sorted({r["tokens"] for r in report["rows"]})
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
         axis.minorticks_off()
         axis.set_xlabel("tokens in the cache of a sequence")
-        axis.set_ylabel("ms per step")
+        axis.set_ylabel("us per step of a layer")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
 

@@ -492,7 +492,6 @@ def decode_step() -> str:
     """Return a whole model's step, dense and sparse."""
     report = read("h200", "decode_step.json")
     return parts(
-        "![Time per token against cached tokens](figures/decode-step-h200.png)",
         f"A whole step, {model_of(report)}, {report['density']:.0%} of the cache read:",
         table(
             "batch: {batch} | cached tokens: {tokens:,} | method: {method} | how: {how} | ms: {ms:.2f} | "
@@ -603,6 +602,31 @@ def gates_final(name: str) -> str:
     )
 
 
+def decode_gates() -> str:
+    """Return what gates and other scorers keep of the attention of single tokens."""
+    report = read("gates", "decode.json")
+    settings, variants = report["settings"], report["variants"]
+    rows = [
+        {
+            "name": row["name"],
+            "objective": variants.get(row["name"], {}).get("objective", ""),
+            "read": f"{row['read']:.1%}" if "read" in row else "",
+            "kept": [row["recall"][str(n)] for n in settings["budgets"]],
+        }
+        for row in report["rows"]
+    ]
+    return parts(
+        f"{settings['model']}, {settings['steps']} steps of {settings['length']:,} tokens of books, "
+        f"{settings['windows']} windows of as many tokens of held-out ones; {machine(report)}. The share of "
+        "true attention in what single tokens choose, by budget in tokens:",
+        table(
+            "chosen by: {name} | objective: {objective} | summaries read, share of K: {read} | "
+            + " | ".join(f"{n:,}: {{kept[{i}]:.1%}}" for i, n in enumerate(settings["budgets"])),
+            rows,
+        ),
+    )
+
+
 def pooled() -> str:
     """Return attention with its map beside dense attention on a GPU."""
     report = read("h200", "pooled_attention.json")
@@ -661,6 +685,7 @@ PAGES = {
         "gates-path": lambda: gates("path"), "gates-objectives": lambda: gates("objectives"),
         "gates-narrow": lambda: gates("narrow"), "gates-final": lambda: gates_final("llama"),
         "gates-second": lambda: gates_final("qwen3"), "calibrated-targets": calibrated_targets,
+        "decode-gates": decode_gates,
         "calibrated-compared": calibrated_compared, "yarn": yarn,
     },
 }  # fmt: skip
