@@ -186,6 +186,40 @@ def test_inference_mode_comes_and_goes(tiny, static):
         assert all(map(torch.equal, some, plain))
 
 
+def test_inference_tensors_are_cropped(tiny, compared):
+    """As at every step of assisted decoding: a view that does not say what it is of is told by its memory."""
+    case = Case(tiny)
+    crop = lambda cache: cache.crop(-2)  # noqa: E731
+    changes = [(nothing, 1), (nothing, 3), (nothing, 1), (crop, 3), (crop, 1), (nothing, 1)]
+    plain = case.run(case.model, 70, changes)[0]
+    count = len(compared)
+    with torch.inference_mode():
+        outs = case.run(case.model, 70, changes)[0]
+    assert all(map(torch.equal, outs, plain))
+    assert len(compared) == 2 * count
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", ["dense", "policy", "copy"])
+def test_a_static_cache_goes_on_after_dense_steps(tiny, how, inference):
+    """Inside `dense`, by the policy, and in a copy made after them, whatever mode the cache was made in."""
+    case = Case(tiny, prefill="dense", decode="threshold:0.15")
+
+    def dense_step(cache):
+        part = case.ids[:, -3:]
+        if how == "policy":
+            host.set_policy(case.now, decode="dense")
+            case.tiny.logits(case.now, part, cache=cache)
+            host.set_policy(case.now, decode="threshold:0.15")
+            return cache
+        with host.dense(case.now):
+            case.tiny.logits(case.now, part, cache=cache)
+        return copy.deepcopy(cache) if how == "copy" else cache
+
+    with torch.inference_mode(inference):
+        case.assert_right(70, [(nothing, 1), (nothing, 1), (dense_step, 15), (nothing, 9)], static=True)
+
+
 class EightBits(QuantizedLayer):
     """Gives keys back as it stored them, in steps of a 127th of their greatest value."""
 
@@ -290,7 +324,7 @@ def test_planted_bugs_are_noticed(tiny, monkeypatch, bug):
         case, change = Case(tiny, batch=3, decode="threshold:0.15"), swap
     elif bug == "does not count writes":
         monkeypatch.setattr(
-            Held, "of", classmethod(lambda cls, keys, length: cls(keys, length, (None, None)))
+            Held, "of", classmethod(lambda cls, keys, length, calls=0: cls(keys, length, (None, None, 0)))
         )
         change = scale
     elif bug == "keeps the tail":
