@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
+from seerattention import baselines
 from seerattention.engine import steps, summaries
 from seerattention.engine.call import Held
 from seerattention.engine.kept import Kept
@@ -203,7 +204,8 @@ def test_inference_tensors_are_cropped(tiny, compared):
 @pytest.mark.parametrize("how", ["dense", "policy", "copy"])
 def test_a_static_cache_goes_on_after_dense_steps(tiny, how, inference):
     """Inside `dense`, by the policy, and in a copy made after them, whatever mode the cache was made in."""
-    case = Case(tiny, prefill="dense", decode="threshold:0.15")
+    quest = baselines.create("quest", block_size=(16, 16))
+    case = Case(tiny, decode="threshold:0.15", decode_gates=quest if how == "policy" else None)
 
     def dense_step(cache):
         part = case.ids[:, -3:]
