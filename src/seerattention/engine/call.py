@@ -54,6 +54,10 @@ class Summaries(Protocol):
         """Do the same for a step of decoding; return why there are none."""
         ...
 
+    def shrunk(self, past: list[int]) -> None:
+        """Remember how many tokens a cache holds per row before a step, if fewer than are summarised."""
+        ...
+
     def read(self) -> Tensor:
         """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
         ...

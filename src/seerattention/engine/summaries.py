@@ -124,6 +124,10 @@ class Growing:
         self._beside = self._beside or Growing()
         return self._beside
 
+    def shrunk(self, past: list[int]) -> None:
+        """Remember how many tokens a cache holds before a step that is not followed; see `Kept.shrunk`."""
+        self.kept = self.kept and self.kept.shrunk(past)
+
     def read(self) -> Tensor:
         """Return the summaries of all blocks, the last one of the tokens it has so far."""
         assert self.kept is not None

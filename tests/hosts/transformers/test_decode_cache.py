@@ -110,6 +110,15 @@ def test_cropped(tiny, compared, removed, before):
     )
 
 
+def test_prefill_knows_of_crops_before_steps_of_other_gates(tiny):
+    """A turn whose steps follow a crop into the prompt, and then a prompt again."""
+    quest = baselines.create("quest", block_size=(16, 16))
+    case = Case(tiny, decode_gates=quest)
+    crop = lambda cache: cache.crop(-12)  # noqa: E731
+    case.assert_right(70, [(nothing, 1), (crop, 1), (nothing, 9), (nothing, 20)])
+    assert set(host.usage(case.model)) == {"sparse", SPARSE}
+
+
 def test_a_crop_of_what_is_unfinished_costs_nothing(tiny, compared):
     """As at every step of assisted decoding; and the steps are exactly those without the tokens cropped."""
     case = Case(tiny)
