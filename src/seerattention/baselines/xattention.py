@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,13 @@ class XAttention(Baseline):
         super().__post_init__()
         if self.block_size[0] % self.stride or self.block_size[1] % self.stride:
             raise ValueError(f"stride={self.stride} must divide the block sizes {self.block_size}")
+
+    def per_token(self) -> Self:
+        """Refuse single query tokens."""
+        raise ValueError(
+            "xattention ranks blocks by groups of queries and cannot choose for single tokens; decode by "
+            "gates or another baseline, given as decode_gates"
+        )
 
     @property
     def tokens_per_summary(self) -> int:

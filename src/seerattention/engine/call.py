@@ -54,6 +54,10 @@ class Summaries(Protocol):
         """Do the same for a step of decoding; return why there are none."""
         ...
 
+    def shrunk(self, past: list[int]) -> None:
+        """Remember how many tokens a cache holds per row before a step, if fewer than are summarised."""
+        ...
+
     def read(self) -> Tensor:
         """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
         ...
@@ -95,18 +99,19 @@ class Held(NamedTuple):
     Attributes:
         keys: The tensor, ``[B, Hk, Tk, D]``.
         length: The tensor that counts the tokens in it, where they do not fill it.
-        versions: How often each was written to so far; inference tensors do not count that.
+        versions: How often each was written to so far, None of inference tensors, which do not count that,
+            and how often the layer was called with this cache, which says it of them too.
     """
 
     keys: Tensor
     length: Tensor | None
-    versions: tuple[int | None, int | None]
+    versions: tuple[int | None, int | None, int]
 
     @classmethod
-    def of(cls, keys: Tensor, length: Tensor | None) -> Self:
+    def of(cls, keys: Tensor, length: Tensor | None, calls: int = 0) -> Self:
         """Look at the tensors."""
         first, second = (None if x is None or x.is_inference() else x._version for x in (keys, length))
-        return cls(keys, length, (first, second))
+        return cls(keys, length, (first, second, calls))
 
 
 class Cached(NamedTuple):

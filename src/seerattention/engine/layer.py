@@ -127,8 +127,11 @@ class SparseLayer:
         scorer, policy, given = self.decode.scorers[step.layer], self.decode.policy, step.given
         assert policy is not None, "nothing chooses for decoding"
         shared = scorer is self.prefill.scorers[step.layer]
-        summaries = step.summaries if shared else step.summaries.beside()
         why, block, known = None, scorer.block_size[1], step.lengths.known
+        if not shared and known is not None:
+            # Steps are not summarised for prefill, but a crop before them is to be known there.
+            step.summaries.shrunk([n - given.q.shape[2] for n in known])
+        summaries = step.summaries if shared else step.summaries.beside()
         if known is not None:
             why = why_dense_step(max(known), policy, block, self.min_tokens, self._crossover(given.q))
         why = summaries.step(step, scorer, self._unrotate(scorer)) or why

@@ -16,6 +16,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from seerattention.engine.call import AttentionCall, Cached, Held, Step, Unrotate
 from seerattention.engine.kept import Kept, from_columns
@@ -44,35 +45,41 @@ class _Seen(NamedTuple):
 
     keys: ReferenceType[Tensor]
     length: ReferenceType[Tensor] | None
-    versions: tuple[int | None, int | None]
+    versions: tuple[int | None, int | None, int]
+    storage: StorageWeakRef
+    layout: tuple[int, ...]
 
     @classmethod
     def of(cls, held: Held | None) -> Self | None:
         """Remember what a cache holds."""
         if held is None:
             return None
-        return cls(ref(held.keys), None if held.length is None else ref(held.length), held.versions)
+        keys, length = held.keys, None if held.length is None else ref(held.length)
+        storage = StorageWeakRef(keys.untyped_storage())
+        layout = (*keys.shape, *keys.stride(), keys.storage_offset())
+        return cls(ref(keys), length, held.versions, storage, layout)
 
     def copied(self, memo: dict[int, Any]) -> Self | None:
         """Return the same of a cache that is being copied."""
-        keys, length = (None if x is None else memo.get(id(x())) for x in self[:2])
-        return None if keys is None else self.of(Held.of(keys, length))
+        own = [None if x is None else x() for x in self[:2]]
+        keys, length = (None if x is None else memo.get(id(x)) for x in own)
+        calls = self.versions[2]
+        if own[0] is None or keys is None or Held.of(own[0], own[1], calls).versions != self.versions:
+            return None
+        return self.of(Held.of(keys, length, calls))
 
     def removed(self, now: Held | None) -> int | None:
         """Return by how many tokens a cache was cropped since, or None if anything else may have happened."""
         if now is None or now.versions != self.versions:
             return None
-        keys, length = (None if x is None else x() for x in self[:2])
-        if length is not now.length or keys is None:
+        if now.length is not (None if self.length is None else self.length()):
             return None
-        if now.keys is keys:
-            return 0
-        if now.keys.is_inference() or now.keys._base is not keys:
+        # A crop leaves a view, which in inference mode does not know of what.
+        if StorageWeakRef(now.keys.untyped_storage()) != self.storage:
             return None
-        left = now.keys.shape[2]
-        begins = keys[:, :, :left]
-        same = (now.keys.data_ptr(), now.keys.stride(), now.keys.shape)
-        return keys.shape[2] - left if same == (begins.data_ptr(), begins.stride(), begins.shape) else None
+        (batch, heads, left, dim), tokens = now.keys.shape, self.layout[2]
+        layout = (batch, heads, tokens, dim, *now.keys.stride(), now.keys.storage_offset())
+        return tokens - left if layout == self.layout and left <= tokens else None
 
 
 class Growing:
@@ -82,12 +89,14 @@ class Growing:
         kept: What was known of the cached keys when the host last looked at them.
         steps: Buffers for decoding.
         ahead: Whether these hold that and what came since.
+        calls: How often the layer was called with the cache since anything is kept.
     """
 
     def __init__(self) -> None:
         self.kept: Kept | None = None
         self.steps: Steps | None = None
         self.ahead = False
+        self.calls = 0
         self._seen: _Seen | None = None
         self._beside: Growing | None = None
 
@@ -95,7 +104,7 @@ class Growing:
         # What is kept is replaced, never written to, so a copy of a cache may share it but for what lies in
         # buffers; and the scorer must stay the one that is attached.
         made = Growing()
-        made.kept = self.kept
+        made.kept, made.calls = self.kept, self.calls
         if self.kept is not None and self.steps is not None:
             if self.ahead:
                 made.steps, made.ahead = self.steps.copied(), True
@@ -114,6 +123,10 @@ class Growing:
         """Return what is kept of the same keys for decoding, where that has gates of its own."""
         self._beside = self._beside or Growing()
         return self._beside
+
+    def shrunk(self, past: list[int]) -> None:
+        """Remember how many tokens a cache holds before a step that is not followed; see `Kept.shrunk`."""
+        self.kept = self.kept and self.kept.shrunk(past)
 
     def read(self) -> Tensor:
         """Return the summaries of all blocks, the last one of the tokens it has so far."""

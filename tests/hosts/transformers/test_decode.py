@@ -231,7 +231,7 @@ def test_policies_change_while_a_text_goes_on(tiny):
 def test_what_cannot_decode_is_refused_at_once(tiny):
     model = tiny.make()
     gates, both = tiny.gates_for(model), tiny.gates_for(model, phase="both")
-    decoding = tiny.gates_for(model, phase="decode")
+    decoding, groups = tiny.gates_for(model, phase="decode"), baselines.create("xattention")
 
     class Own:
         block_size, after_rope, tokens_per_summary = (16, 16), True, 16
@@ -262,6 +262,8 @@ def test_what_cannot_decode_is_refused_at_once(tiny):
         (ValueError, "less than a block of 16", lambda: host.attach(model, both, decode="token_budget:15")),
         (ValueError, "say how much", lambda: host.attach(model, gates, "top_k:1", decode_gates=decoding)),
         (ValueError, "without a policy; pass one", lambda: host.attach(model, both)),
+        (ValueError, "both be dense; use dense", lambda: host.attach(model, decoding, decode="dense")),
+        (ValueError, "groups of queries and cannot", lambda: host.attach(model, groups, decode=BUDGET)),
         (ValueError, "leave one of them out", lambda: host.attach(model, both, "top_k:1", prefill="top_k:1")),
         (ValueError, "Own has no per_token", lambda: host.attach(model, Own(), decode=BUDGET)),
         (
@@ -279,7 +281,7 @@ def test_what_cannot_decode_is_refused_at_once(tiny):
     for error, match, change in (
         (ValueError, "taught for prefill alone", {"decode": BUDGET}),
         (ValueError, "no policy is given", {}),
-        (ValueError, "without a policy", {"prefill": "dense"}),
+        (ValueError, "both be dense", {"prefill": "dense"}),
     ):
         with pytest.raises(error, match=match):
             host.set_policy(model, **change)

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
+from seerattention import baselines
 from seerattention.engine import steps, summaries
 from seerattention.engine.call import Held
 from seerattention.engine.kept import Kept
@@ -121,6 +122,15 @@ def test_a_static_cache_is_cropped(tiny, removed):
     Case(tiny).assert_right(70, changes, static=True)
 
 
+def test_prefill_knows_of_crops_before_steps_of_other_gates(tiny):
+    """A turn whose steps follow a crop into the prompt, and then a prompt again."""
+    quest = baselines.create("quest", block_size=(16, 16))
+    case = Case(tiny, decode_gates=quest)
+    crop = lambda cache: cache.crop(-12)  # noqa: E731
+    case.assert_right(70, [(nothing, 1), (crop, 1), (nothing, 9), (nothing, 20)])
+    assert set(host.usage(case.model)) == {"sparse", SPARSE}
+
+
 def test_a_crop_of_what_is_unfinished_costs_nothing(tiny, compared):
     """As at every step of assisted decoding; and the steps are exactly those without the tokens cropped."""
     case = Case(tiny)
@@ -196,6 +206,41 @@ def test_inference_mode_comes_and_goes(tiny, static):
                 outs[-1].append(tiny.logits(case.model, case.ids[:, token : token + 1], cache=cache).clone())
     for some in outs:
         assert all(map(torch.equal, some, plain))
+
+
+def test_inference_tensors_are_cropped(tiny, compared):
+    """As at every step of assisted decoding: a view that does not say what it is of is told by its memory."""
+    case = Case(tiny)
+    crop = lambda cache: cache.crop(-2)  # noqa: E731
+    changes = [(nothing, 1), (nothing, 3), (nothing, 1), (crop, 3), (crop, 1), (nothing, 1)]
+    plain = case.run(case.model, 70, changes)[0]
+    count = len(compared)
+    with torch.inference_mode():
+        outs = case.run(case.model, 70, changes)[0]
+    assert all(map(torch.equal, outs, plain))
+    assert len(compared) == 2 * count
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", ["dense", "policy", "copy"])
+def test_a_static_cache_goes_on_after_dense_steps(tiny, how, inference):
+    """Inside `dense`, by the policy, and in a copy made after them, whatever mode the cache was made in."""
+    quest = baselines.create("quest", block_size=(16, 16))
+    case = Case(tiny, decode="threshold:0.15", decode_gates=quest if how == "policy" else None)
+
+    def dense_step(cache):
+        part = case.ids[:, -3:]
+        if how == "policy":
+            host.set_policy(case.now, decode="dense")
+            case.tiny.logits(case.now, part, cache=cache)
+            host.set_policy(case.now, decode="threshold:0.15")
+            return cache
+        with host.dense(case.now):
+            case.tiny.logits(case.now, part, cache=cache)
+        return copy.deepcopy(cache) if how == "copy" else cache
+
+    with torch.inference_mode(inference):
+        case.assert_right(70, [(nothing, 1), (nothing, 1), (dense_step, 15), (nothing, 9)], static=True)
 
 
 class EightBits(QuantizedLayer):
@@ -302,7 +347,7 @@ def test_planted_bugs_are_noticed(tiny, monkeypatch, bug):
         case, change = Case(tiny, batch=3, decode="threshold:0.15"), swap
     elif bug == "does not count writes":
         monkeypatch.setattr(
-            Held, "of", classmethod(lambda cls, keys, length: cls(keys, length, (None, None)))
+            Held, "of", classmethod(lambda cls, keys, length, calls=0: cls(keys, length, (None, None, 0)))
         )
         change = scale
     elif bug == "keeps the tail":

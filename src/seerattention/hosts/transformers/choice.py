@@ -95,6 +95,10 @@ def set_policies(chosen: Chosen, prefill: Policy | str | None, decode: Policy | 
     policy = _policy(prefill, chosen.scorers, "prefill")
     decode_policy = _policy(decode, chosen.decoders, "decode")
     if policy is None and decode_policy is None:
+        if DENSE in (prefill, decode):
+            raise ValueError(
+                "prefill and decoding would both be dense; use dense(model) for a while, or detach(model)"
+            )
         raise ValueError(
             'these gates were saved without a policy; pass one, e.g. policy="top_k:0.1" for prefill or '
             'decode="token_budget:4096"'
@@ -123,7 +127,7 @@ def _policy(policy: Policy | str | None, scorers: Gates | Scorer, phase: str) ->
                 f"{type(scorers).__name__} has no per_token() and cannot choose for single tokens; decode by "
                 "gates or a baseline, given as decode_gates"
             )
-        block = scorers.config.block_size if isinstance(scorers, Gates) else scorers.block_size[1]
+        block = scorers.config.block_size if isinstance(scorers, Gates) else scorers.per_token().block_size[1]
         check_decodes(policy, block)
     return policy
 

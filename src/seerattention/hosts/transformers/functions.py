@@ -69,8 +69,19 @@ def held_of(cache: Any, layer: int) -> Held | None:
     keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None
     if not isinstance(keys, Tensor):
         return None
-    length = cache.get_seq_length(layer)
-    return Held.of(keys, length if isinstance(length, Tensor) else None)
+    length, kept = cache.get_seq_length(layer), summaries_of(cache).get(layer)
+    return Held.of(keys, length if isinstance(length, Tensor) else None, 0 if kept is None else kept.calls)
+
+
+def summaries_of(cache: Any) -> dict[int, Growing]:
+    """Return what is kept of a KV cache's layers: on the KV cache itself, so that copies copy it along."""
+    return {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
+
+
+def count_call(cache: Any, layer: int) -> None:
+    """Remember that a layer is called with a KV cache, whoever computes its attention."""
+    if (kept := summaries_of(cache).get(layer)) is not None:
+        kept.calls += 1
 
 
 @torch.compiler.disable(reason=FULLGRAPH)
@@ -174,14 +185,12 @@ def _attend(
     after = held_of(cache, layer)
     # Quantised and offloaded caches give other tensors than they hold.
     after = after if after is not None and after.keys is key else None
-    # Kept on the KV cache itself, so that copies of it copy them along.
-    kept = {} if cache is None else cache.__dict__.setdefault("seerattention_summaries", {})
     shared: dict[str, Any] = {
         "layer": layer,
         "scale": scale,
         "softcap": softcap,
         "sinks": s_aux,
-        "summaries": kept.setdefault(layer, Growing()),
+        "summaries": summaries_of(cache).setdefault(layer, Growing()),
         "cached": Cached(call.before, after, key.shape[2] if isinstance(held, Tensor) else None),
     }
 

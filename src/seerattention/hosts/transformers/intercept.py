@@ -26,6 +26,7 @@ from seerattention.hosts.transformers.functions import (
     attention_forward,
     by_name,
     cache_of,
+    count_call,
     held_of,
     padding_mask,
     refuse,
@@ -112,14 +113,17 @@ class Taps:
         """Forward pre-hook of the attention module: begin a call."""
         # Layers that activation checkpointing computes again come with the pass that they were part of.
         part_of: Pass = kwargs.get(KEYWORD) or Pass(self.switch)
+        given = by_name(module, args, kwargs)
+        cache = cache_of(given)
+        held = held_of(cache, self.layer)
+        count_call(cache, self.layer)
         if part_of.mode.handler is None:
             return None
         if self.switch.mode.handler is None:
             raise RuntimeError(
                 "a sparse layer is computed again inside dense(model); leave dense(model) first"
             )
-        given = by_name(module, args, kwargs)
-        call = LayerCall(self, part_of, given, held_of(cache_of(given), self.layer))
+        call = LayerCall(self, part_of, given, held)
         return args, {**kwargs, KEYWORD: call}
 
     @torch.compiler.disable(reason=FULLGRAPH)
