@@ -57,6 +57,18 @@ def test_gates_are_calibrated_where_they_are_and_used_so_by_default(gates, text,
     detach(attach(model, loaded))
 
 
+def test_gates_for_decoding_are_refused_before_anything_is_read(gates, tmp_path):
+    config = json.loads((gates / CONFIG).read_text())
+    config["gate"]["phase"] = "decode"
+    (gates / CONFIG).write_text(json.dumps(config))
+    result = invoke(gates, tmp_path / "no-text", "--density", 0.4)
+    assert result.exit_code == 2
+    assert "taught for decoding alone" in " ".join(result.output.split())
+    # So do the commands that show and evaluate gates.
+    with pytest.raises(ValueError, match="give gates taught for prefill or for both"):
+        bundled.named_gates(str(gates))
+
+
 def test_a_copy_leaves_the_gates_alone(gates, text, tmp_path):
     before = (gates / CONFIG).read_text()
     result = invoke(gates, text, "--recall", 0.9, *SMALL, "--out", tmp_path / "copy")

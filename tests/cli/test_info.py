@@ -98,7 +98,7 @@ def test_a_model_comes_first_with_what_a_new_user_asks(invoke, base):
         "heads 2 of queries, 1 of keys and values, of dimension 16",
         "longest text 256 tokens",
         f"gates {size / 1e6:.2f} M parameters, {size * 4 / 1e6:.1f} MB, in 2 layers; blocks of 64 tokens",
-        "layers 0-1: sparse prefill, dense decoding",
+        "layers 0-1: sparse prefill and decoding",
         # 4 blocks: a row reads two of them, or what it sees, whatever was asked for.
         "tokens top_k:0.2 top_k:0.1 top_k:0.05",
         "256 70.0% 70.0% 70.0%",

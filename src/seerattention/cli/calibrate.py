@@ -58,7 +58,7 @@ def run(
     target = Target(density, recall, _share(max_ppl_increase))
     if plot is not None:
         require_matplotlib(plot)
-    loaded = load_gates(gates)
+    loaded = bundled.for_prefill(load_gates(gates))
     _check_place(gates, out)
     text_files(text)
     with locked(out or gates):

@@ -174,7 +174,7 @@ def _ranges(layers: Iterable[int], full: Container[int]) -> list[tuple[str, str]
     """Return ranges of layers, and whether they are sparse with gates attached."""
     grouped: list[tuple[int, int, str]] = []
     for index in layers:
-        what = "sparse prefill, dense decoding" if index in full else "dense: sliding-window attention"
+        what = "sparse prefill and decoding" if index in full else "dense: sliding-window attention"
         if grouped and grouped[-1][2] == what and grouped[-1][1] == index - 1:
             grouped[-1] = (grouped[-1][0], index, what)
         else:

@@ -84,8 +84,22 @@ def named_model(
 
 
 def named_gates(name: str) -> Gates:
-    """Load gates from a folder or hub id; `BUNDLED` are those of the bundled teacher."""
-    return load_teacher_gates() if name == BUNDLED else load_gates(name)
+    """Load gates for prefill from a folder or hub id; `BUNDLED` are those of the bundled teacher."""
+    return for_prefill(load_teacher_gates() if name == BUNDLED else load_gates(name))
+
+
+def for_prefill(gates: Gates) -> Gates:
+    """Return gates whose choice in prefill is asked for.
+
+    Raises:
+        ValueError: If they choose in decoding alone.
+    """
+    if "prefill" not in gates.config.phases:
+        raise ValueError(
+            "these gates were taught for decoding alone, and what they choose in prefill is asked for; give "
+            "gates taught for prefill or for both"
+        )
+    return gates
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:

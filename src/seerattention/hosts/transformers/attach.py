@@ -254,7 +254,7 @@ def set_policy(
     runtime = _attached(base)
     current, prefill = runtime.owner.sets[runtime.owner.active], first_of(policy, prefill)
     if prefill is None and decode is None:
-        raise ValueError('no policy is given; pass one, e.g. policy="top_k:0.1"')
+        raise ValueError('no policy is given; pass one, e.g. policy="top_k:0.1" or decode="dense"')
     set_policies(
         current,
         current.policy if prefill is None else prefill,
