@@ -1,4 +1,4 @@
-"""Prompt and answer sparse in one model, each by its own gates.
+"""Prompt and answer sparse in one model, by one set of gates.
 
 python examples/decode.py --tokens 4096 --budget 512
 """
@@ -37,7 +37,6 @@ attach(
     load_teacher_gates(),
     prefill="top_k:0.1,sink_blocks=1,dense_last_rows=2",
     decode=f"token_budget:{args.budget},sink_blocks=1",
-    decode_gates=load_teacher_gates("decode"),
     min_tokens=0,
 )
 print("sparse:", answer())

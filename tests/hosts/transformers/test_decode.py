@@ -187,7 +187,7 @@ def test_saved_policies_are_the_default(tiny, tmp_path):
     host.add_gates(
         model, "apart", tiny.gates_for(model), "top_k:0.3", decode_gates=tiny.gates_for(model, phase="decode")
     )
-    expected = {"both": (0.2, 48), "prefill": (0.3, None), "apart": (0.3, 64), "default": (None, 64)}
+    expected = {"both": (0.2, 48), "prefill": (0.3, 64), "apart": (0.3, 64), "default": (None, 64)}
     for name, (prefill, decode) in expected.items():
         host.set_gates(model, name)
         layer = sparse_layer(model)
@@ -228,6 +228,18 @@ def test_policies_change_while_a_text_goes_on(tiny):
     assert cache.seerattention_summaries[0].kept.tokens == [120]
 
 
+def test_gates_for_prefill_decode_too(tiny):
+    """From their summaries of keys; what they were taught for changes nothing."""
+    outs, parts = [], tiny.tokens(1, 75).split((70, 5), 1)
+    for phase in ("prefill", "both"):
+        model = tiny.make()
+        cache = DynamicCache(config=model.config)
+        host.attach(model, tiny.gates_for(model, phase=phase), "top_k:0.4", decode=BUDGET, min_tokens=0)
+        outs.append([tiny.logits(model, part, cache=cache) for part in parts])
+        assert host.usage(model) == {"sparse": 2, SPARSE: 2}
+    assert all(torch.equal(*pair) for pair in zip(*outs, strict=True))
+
+
 def test_what_cannot_decode_is_refused_at_once(tiny):
     model = tiny.make()
     gates, both = tiny.gates_for(model), tiny.gates_for(model, phase="both")
@@ -240,18 +252,8 @@ def test_what_cannot_decode_is_refused_at_once(tiny):
     for error, match, call in (
         (
             ValueError,
-            "taught for prefill alone; leave decode out",
-            lambda: host.attach(model, gates, decode=BUDGET),
-        ),
-        (
-            ValueError,
             "taught for decoding alone; leave the policy",
             lambda: host.attach(model, decoding, "top_k:1"),
-        ),
-        (
-            ValueError,
-            "taught for prefill",
-            lambda: host.attach(model, both, decode=BUDGET, decode_gates=gates),
         ),
         (ValueError, "share of a whole prompt", lambda: host.attach(model, both, decode="top_k:0.1")),
         (
@@ -279,7 +281,7 @@ def test_what_cannot_decode_is_refused_at_once(tiny):
         assert not host.attached(model)
     host.attach(model, gates, "top_k:1", min_tokens=0)
     for error, match, change in (
-        (ValueError, "taught for prefill alone", {"decode": BUDGET}),
+        (ValueError, "share of a whole prompt", {"decode": "top_k:0.1"}),
         (ValueError, 'pass one, .* or decode="dense"', {}),
         (ValueError, "both be dense", {"prefill": "dense"}),
     ):

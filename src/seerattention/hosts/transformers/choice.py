@@ -15,13 +15,11 @@ from seerattention.policies import Policy, check_decodes, parse
 #: Asks for dense attention in place of a policy.
 DENSE = "dense"
 
-#: Why gates are not used in a phase.
-_OTHER_PHASE = {
-    "prefill": "these gates were taught for decoding alone; leave the policy for prefill out, or give gates "
-    "for prefill and these as decode_gates",
-    "decode": "these gates were taught for prefill alone; leave decode out, or give gates taught for "
-    "decoding, or a baseline, as decode_gates",
-}
+#: Why gates are not used for prompts.
+_DECODE_ALONE = (
+    "these gates were taught for decoding alone; leave the policy for prefill out, or give gates for prefill "
+    "and these as decode_gates"
+)
 
 
 @dataclass
@@ -107,8 +105,8 @@ def set_policies(chosen: Chosen, prefill: Policy | str | None, decode: Policy | 
 
 
 def _serves(scorers: Gates | Scorer, phase: str) -> bool:
-    """Whether scorers can choose in a phase; baselines can in both."""
-    return not isinstance(scorers, Gates) or phase in scorers.config.phases
+    """Whether scorers can choose in a phase: baselines in both, and all gates in decoding (docs/method.md)."""
+    return phase == "decode" or not isinstance(scorers, Gates) or phase in scorers.config.phases
 
 
 def _policy(policy: Policy | str | None, scorers: Gates | Scorer, phase: str) -> Policy | None:
@@ -120,7 +118,7 @@ def _policy(policy: Policy | str | None, scorers: Gates | Scorer, phase: str) ->
     if not isinstance(policy, Policy):
         raise TypeError(f'policy must be a Policy or text such as "top_k:0.1", got {policy!r}')
     if not _serves(scorers, phase):
-        raise ValueError(_OTHER_PHASE[phase])
+        raise ValueError(_DECODE_ALONE)
     if phase == "decode":
         if not isinstance(scorers, Gates) and not hasattr(scorers, "per_token"):
             raise ValueError(
