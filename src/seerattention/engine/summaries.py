@@ -47,7 +47,7 @@ class _Seen(NamedTuple):
     length: ReferenceType[Tensor] | None
     versions: tuple[int | None, int | None, int]
     storage: StorageWeakRef
-    layout: tuple[int, ...]
+    layout: tuple[Any, ...]
 
     @classmethod
     def of(cls, held: Held | None) -> Self | None:
