@@ -662,9 +662,7 @@ def yarn() -> str:
 def decode_quality() -> str:
     """Return what decoding loses by reading less."""
     made = runpy.run_path(str(ROOT / "experiments" / "decoding" / "table.py"))
-    reports = [
-        json.loads(path.read_text()) for path in sorted((RESULTS / "h200").glob("decode_quality*.json"))
-    ]
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/decode_quality*.json"))]
     return made["tables"](reports)
 
 

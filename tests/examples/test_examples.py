@@ -108,3 +108,11 @@ def test_examples_are_short_and_tested(path):
 
 def test_the_bundled_gates_are_those_of_the_bundled_model():
     assert load_gates(GATES).base.name == "seerattention/teacher"
+
+
+def test_decode(run):
+    out = run("decode.py", "--tokens", 2048, "--budget", 512)
+    number = re.search(r"the number asked for is (\d{5})", out)[1]
+    assert f"dense: {number}\n" in out
+    assert f"sparse: {number}\n" in out
+    assert re.search(r"^ +32 layers sparse: decoding step$", out, re.M)

@@ -105,7 +105,7 @@ def set_policies(chosen: Chosen, prefill: Policy | str | None, decode: Policy | 
 
 
 def _serves(scorers: Gates | Scorer, phase: str) -> bool:
-    """Whether scorers can choose in a phase: baselines in both, and all gates in decoding (docs/method.md)."""
+    """Whether scorers can choose in a phase: baselines in both, all gates in decoding (docs/method.md)."""
     return phase == "decode" or not isinstance(scorers, Gates) or phase in scorers.config.phases
 
 
