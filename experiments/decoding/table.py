@@ -173,7 +173,7 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
     with drawn(path, 1, len(panels), title=title, figsize=(5 * len(panels), 4.2), squeeze=False) as (_, axes):
         for axis, report in zip(axes[0], panels, strict=True):
             _panel(axis, report)
-        axes[0][0].legend(fontsize=8)
+            axis.legend(fontsize=8)
 
 
 def _panel(axis: Any, report: dict[str, Any]) -> None:
