@@ -135,6 +135,7 @@ def go(
     run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool, plan: Report | None
 ) -> Console | None:
     """Print the plan, with ``more`` lines after model, gates and text; None where that is all."""
+    from seerattention.hosts.transformers.hub import PHASES
     from seerattention.train.share import tokens_of
 
     trainer, base = run.trainer, run.trainer.model
@@ -144,7 +145,7 @@ def go(
     lines = {
         "base model": f"{name}: {base.num_parameters() / 1e6:.1f} M parameters, {base.dtype}, {base.device}",
         "gates": f"{gates / 1e6:.2f} M parameters in {len(trainer.gates.layers)} layers, blocks of "
-        f"{trainer.gates.config.block_size} tokens",
+        f"{trainer.gates.config.block_size} tokens, for {PHASES[trainer.gates.config.phase]}",
         "text": str(run.text),
         **more,
         "report": "none" if plan is None else str(plan),
