@@ -40,7 +40,7 @@ from seerattention import attach, baselines, detach
 from seerattention.evals import tasks
 from seerattention.evals.tasks import Source
 from seerattention.files import json_lines, write_json
-from seerattention.hosts.transformers import intercept
+from seerattention.hosts.transformers import intercept, load_gates
 from seerattention.hosts.transformers.text import encoded
 from seerattention.measure import bundled
 from seerattention.measure.decoding import Reading, answers, continued
@@ -78,7 +78,7 @@ def policy_of(method: str, budget: int, block: int = 64) -> TokenBudget:
 def scorer_of(method: str, args: Any) -> Any:
     """Return what chooses in decoding."""
     if method not in SCORERS:
-        return bundled.named_gates(args.gates)
+        return bundled.load_teacher_gates() if args.gates == bundled.BUNDLED else load_gates(args.gates)
     # With first and latest blocks nothing is left to choose, and a GPU is not waited for with this one.
     return baselines.create("meanpool" if method == "streaming" else method)
 

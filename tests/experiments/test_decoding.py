@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -164,8 +165,11 @@ def test_what_cannot_choose_in_decoding_is_refused_before_any_work(monkeypatch, 
     out = tmp_path / "found.json"
     with pytest.raises(SystemExit, match=r"error: .*token_budget:32.* is less than a block"):
         run(monkeypatch, "needles", "--gates", folder / "teacher-gates", "--budgets", 256, 32, "--out", out)
-    with pytest.raises(SystemExit, match=r"error: .*prefill"):
-        run(monkeypatch, "needles", "--methods", "gates", "--out", out)
+    # What decodes alone is taken for that, and for nothing else.
+    save_gates(new_gates(bundled.load_teacher()[0], phase="decode"), tmp_path / "decode")
+    assert experiment.scorer_of("gates", Namespace(gates=tmp_path / "decode")).config.phase == "decode"
+    with pytest.raises(SystemExit, match=r"error: .*taught for decoding alone"):
+        run(monkeypatch, "needles", "--gates", tmp_path / "decode", "--prompt", "top_k:0.2", "--out", out)
     assert not out.exists()
 
 
