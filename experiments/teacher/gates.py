@@ -107,7 +107,8 @@ def main() -> None:
         steps=settings["steps"], lr=settings["lr"], objective=settings.get("objective", "sharp_kl")
     )
     started = time.perf_counter()
-    trainer = Distiller(model, gates, batches, config, out=args.out)
+    # Without gaps in positions, as the bundled gates were taught.
+    trainer = Distiller(model, gates, batches, config, out=args.out, reach=settings["length"])
     for step in trainer.run():
         if step.step % 20 == 0 or step.step == config.steps:
             print(

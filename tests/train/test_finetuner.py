@@ -101,12 +101,14 @@ def test_gates_only_leaves_every_weight_and_lora_the_base(tiny, text):
 def test_warming_up_gates_leaves_the_model_and_its_text_is_not_read_again(tiny, model, text):
     asked = []
 
-    def batches(step):
-        asked.append(step)
-        return TextWindows(text, 96)(step)
+    class Recorded(TextWindows):
+        def __call__(self, step):
+            asked.append(step)
+            return super().__call__(step)
 
     gates, before = tiny.gates_of(model), base_checksum(model)
-    tuner = Finetuner(prepare(model), gates, batches, FinetuneConfig(steps=2, warmup_gate_steps=2))
+    config = FinetuneConfig(steps=2, warmup_gate_steps=2)
+    tuner = Finetuner(prepare(model), gates, Recorded(text, 96), config)
     start = state_of(gates)
     list(tuner.warm_up().run())
     assert base_checksum(model) == before

@@ -30,7 +30,7 @@ from seerattention.train.checkpoint import (
 )
 from seerattention.train.config import TrainConfig
 from seerattention.train.processes import like, make_accelerator, summed, whole
-from seerattention.train.share import Batch, Share, identity_of, share_of, tokens_of
+from seerattention.train.share import Batch, Share, identity_of, length_of, share_of, tokens_of
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -63,6 +63,7 @@ class Loop:
         done: Steps done.
         saved: Steps done in the last checkpoint; 0 where there is none.
         first: Batches that were read before the first step.
+        length: Tokens per sequence.
         named: The model's parameters that are trained, by name.
         named_gates: The gates'.
         optimizer: Theirs; every group has its peak learning rate as ``peak``.
@@ -89,6 +90,7 @@ class Loop:
         self.sharded = bool(self.accelerator.is_fsdp2) if shard is None else shard
         self.objective = objectives.create(config.objective)
         self.done = self.saved = self.first = 0
+        self.length = length_of(batches)
         self.named: dict[str, nn.Parameter] = {}
         gates.use_rotary_of(model)
         # Gates in use, and copies of them, ask for no gradient.
