@@ -136,11 +136,10 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
     runtime.owner.active = name
     chosen, layers = runtime.owner.sets[name], full_attention_layers(model)
     _remove_gates(layers)
-    phases: list[Phase] = []
-    both = (chosen.scorers, chosen.policy), (chosen.decoders, chosen.decode_policy)
-    for child, (scorers, policy) in zip(GATES, both, strict=True):
+    phases = []
+    for child, scorers in zip(GATES, (chosen.scorers, chosen.decoders), strict=True):
         by_layer = dict(scorers.items()) if isinstance(scorers, Gates) else dict.fromkeys(layers, scorers)
-        phases.append(Phase(by_layer, policy, scorers.reach if isinstance(scorers, Gates) else None))
+        phases.append(by_layer)
         if not isinstance(scorers, Gates) or (phases[1:] and chosen.decoders is chosen.scorers):
             continue
         for index, gate in scorers.items():
@@ -149,8 +148,16 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
             # Nothing passes a gradient to gates in use. Whoever trains the model itself, over several
             # processes too, need not know of them.
             setattr(layers[index], child, gate.requires_grad_(False))
+    prefill, decode = phases
     # Passes that began before end as they began.
-    runtime.switch.handler = replace(sparse_layer(model), prefill=phases[0], decode=phases[1])
+    first, second = (
+        one.reach if isinstance(one, Gates) else None for one in (chosen.scorers, chosen.decoders)
+    )
+    runtime.switch.handler = replace(
+        sparse_layer(model),
+        prefill=Phase(prefill, chosen.policy, first),
+        decode=Phase(decode, chosen.decode_policy, second),
+    )
 
 
 def _remove_gates(layers: dict[int, nn.Module]) -> None:
