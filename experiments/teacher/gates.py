@@ -34,6 +34,7 @@ class Batches:
     def __init__(self, mixture: Mixture, settings: dict[str, Any], seed: int) -> None:
         self.mixture = mixture
         self.lengths = settings["lengths"]
+        self.length = max(self.lengths)
         self.tokens = settings["tokens"]
         self.shares = {"needles": settings["needles"], "repeats": settings["repeats"]}
         self.seed = seed
@@ -107,8 +108,7 @@ def main() -> None:
         steps=settings["steps"], lr=settings["lr"], objective=settings.get("objective", "sharp_kl")
     )
     started = time.perf_counter()
-    # Without gaps in positions, as the bundled gates were taught.
-    trainer = Distiller(model, gates, batches, config, out=args.out, reach=settings["length"])
+    trainer = Distiller(model, gates, batches, config, out=args.out)
     for step in trainer.run():
         if step.step % 20 == 0 or step.step == config.steps:
             print(

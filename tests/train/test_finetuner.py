@@ -138,12 +138,13 @@ def test_the_saved_model_loads_in_plain_transformers_with_its_outputs_and_its_ga
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.rope_parameters["factor"] == 4
     assert loaded.config.max_position_embeddings == 1024
-    tokens = torch.from_numpy(TextWindows(text, 128)(0))
+    tokens = torch.from_numpy(TextWindows(text, 96)(0))
     with torch.no_grad():
         dense = loaded(tokens).logits
         assert torch.equal(dense, tuner.model(tokens).logits)
         saved = load_gates(tmp_path / "gates")
         assert saved.base.fingerprint not in ("", before)
+        assert saved.reach == 96
         attach(loaded, saved, min_tokens=0)
         assert not torch.equal(loaded(tokens).logits, dense)
     detach(loaded)

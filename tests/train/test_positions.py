@@ -377,3 +377,24 @@ def test_a_step_without_gaps_is_the_one_it_was(tiny, text, monkeypatch):
         assert torch.equal(positions, torch.arange(128))
         assert torch.equal(scores["prefill"], gate_scores(gate, q, k, positions)["prefill"])
     assert asked == [{"use_cache": False}]
+
+
+def test_batches_of_several_lengths_say_the_longest(tiny, text):
+    model = tiny.make(max_position_embeddings=512)
+
+    class Several:
+        length = 512
+
+        def __call__(self, step):
+            return TextWindows(text, (128, 512)[step % 2])(step)
+
+    gates = tiny.gates_of(model)
+    trainer = Distiller(model, gates, Several(), DistillConfig(steps=1))
+    assert not trainer.reach.has_gaps
+    list(trainer.run())
+    assert gates.reach == 512
+    model.config.max_position_embeddings = 2048
+    trainer = Distiller(model, tiny.gates_of(model), Several(), DistillConfig(steps=1))
+    assert trainer.reach.tokens == 2048
+    for length in (128, 512):
+        assert int(gap_step(trainer, length)[-1]) < 2048

@@ -48,7 +48,8 @@ class Loop:
         model: The model.
         gates: Its gates, trained in place.
         batches: The global batch of a step counted from 0, without padding; the same for the same step
-            on every process, so that a resumed run continues exactly.
+            on every process, so that a resumed run continues exactly. The longest sequences are of
+            ``batches.length`` tokens or, where it has none, as long as those of the first step.
         config: How to train.
         out: Folder for the checkpoint, ``metrics.jsonl``, ``run.json`` and, where tensorboard is
             installed, its logs; None keeps nothing. A checkpoint found there is continued, by any
@@ -63,7 +64,7 @@ class Loop:
         done: Steps done.
         saved: Steps done in the last checkpoint; 0 where there is none.
         first: Batches that were read before the first step.
-        length: Tokens per sequence.
+        length: Tokens of the longest sequences.
         named: The model's parameters that are trained, by name.
         named_gates: The gates'.
         optimizer: Theirs; every group has its peak learning rate as ``peak``.

@@ -59,7 +59,7 @@ class Reach:
 
     Attributes:
         tokens: All positions are below it.
-        length: Tokens per sequence; where that is the reach, positions have no gaps.
+        length: Tokens of the longest sequences; where that is the reach, positions have no gaps.
         limit: Positions that the model has, None where its configuration names none.
         why: Why positions cannot have gaps, None where they can.
     """
@@ -75,7 +75,7 @@ class Reach:
 
         Args:
             config: The model's.
-            length: Tokens per sequence.
+            length: Tokens of the longest sequences.
             asked: The reach, ``length`` for no gaps; default the model's own limit where positions can have
                 gaps.
 

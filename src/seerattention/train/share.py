@@ -53,10 +53,9 @@ def identity_of(batches: Callable[[int], Batch]) -> str:
 
 
 def length_of(batches: Callable[[int], Batch]) -> int:
-    """Return the tokens per sequence, of the first step where batches are made by an unknown function."""
-    if isinstance(batches, TextWindows | Packs):
-        return batches.length
-    return tokens_of(batches(0)).shape[1]
+    """Return the tokens of the longest sequences: ``batches.length``, else those of the first step."""
+    length = getattr(batches, "length", None)
+    return tokens_of(batches(0)).shape[1] if length is None else length
 
 
 def share_of(batch: Batch, block_size: int, world: int, rank: int, grad_accum: int) -> Share:
