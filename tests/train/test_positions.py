@@ -322,6 +322,28 @@ def test_a_stopped_run_with_gaps_continues_exactly_and_says_how_far_it_taught(ti
         run(tmp_path, reach=1024)
 
 
+def test_every_step_has_the_positions_of_its_number_and_of_the_seed(tiny, text, tmp_path):
+    model, config = tiny.make(max_position_embeddings=2048), DistillConfig(steps=8, save_every=1)
+    found = []
+
+    def run():
+        batches = TextWindows(text, 128)
+        trainer = Distiller(model, tiny.gates_of(model), batches, config, out=tmp_path, seed=7)
+        own = trainer.decoder
+        trainer.decoder = lambda *args, **more: found.append(more.get("position_ids")) or own(*args, **more)
+        yield from trainer.run()
+
+    for step in run():
+        if step.step == 4:
+            break
+    assert len(list(run())) == 4
+    expected = [gapped_positions(7, step, 128, 2048, 16) for step in range(8)]
+    assert {int(p[-1]) > 127 for p in expected} == {False, True}
+    plain = torch.arange(128)[None]
+    for asked, positions in zip(found, expected, strict=True):
+        assert torch.equal(plain if asked is None else asked, positions[None])
+
+
 def test_a_run_from_before_there_were_gaps_goes_on_without_and_not_with(tiny, text, tmp_path):
     model, config = tiny.make(max_position_embeddings=2048), DistillConfig(steps=4, save_every=1)
 

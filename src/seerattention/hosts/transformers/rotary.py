@@ -64,7 +64,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     limit, rope = getattr(config, "max_position_embeddings", None), _rope(config)
     if limit is None or rope.get("rope_type") != "yarn":
         return limit
-    return max(limit, int((rope.get("factor") or 1) * rope["original_max_position_embeddings"]))
+    return max(limit, int((rope.get("factor") or 1) * rope.get("original_max_position_embeddings", limit)))
 
 
 def why_no_gaps(config: PreTrainedConfig) -> str | None:
