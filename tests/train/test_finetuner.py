@@ -106,7 +106,10 @@ def test_warming_up_gates_leaves_the_model_and_its_text_is_not_read_again(tiny, 
         return TextWindows(text, 96)(step)
 
     gates, before = tiny.gates_of(model), base_checksum(model)
-    tuner = Finetuner(prepare(model), gates, batches, FinetuneConfig(steps=2, warmup_gate_steps=2))
+    tuner = Finetuner(
+        prepare(model), gates, batches, FinetuneConfig(steps=2, warmup_gate_steps=2, target="mass")
+    )
+    assert tuner.warm_up().config.target == "mass"
     start = state_of(gates)
     list(tuner.warm_up().run())
     assert base_checksum(model) == before

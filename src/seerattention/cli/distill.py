@@ -88,7 +88,7 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     rows = _training.report(console, run, plan, out / GATES) if plan else []
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
-        used = flat(told) | {"objective": trainer.config.objective}
+        used = flat(told) | {"objective": trainer.config.objective, "target": trainer.config.target}
         address = push(
             trainer.gates,
             push_to_hub,
