@@ -86,9 +86,11 @@ def decode_kernel(  # noqa: PLR0915
     b, which, head, token = place_of(item, num_queries, HEADS, LISTS)
     bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
     bits_row += token.to(tl.int64) * stride_bits_row
+    q_heads = q_ptr + b * q_strides[0] + head * q_strides[1] + token * q_strides[2]
     wait(PDL)
-    # Asked for before the length is there, which they do not wait for.
     word = first_words(bits_row, (columns - 1) // 32, WORDS)
+    # Compilers would wait for the length before they ask for the words; they move no load over a barrier.
+    tl.debug_barrier()
     first = 0
     if STARTS:
         first = tl.load(starts_ptr + b)
@@ -96,6 +98,7 @@ def decode_kernel(  # noqa: PLR0915
     seen = num_keys - first
     if LENGTHS:
         seen = tl.load(lengths_ptr + b)
+    q = load_tile(q_heads, q_strides[1], 0, GROUP, BLOCK_M, D, BLOCK_D)
     seen += token + 1 - num_queries
     last_block = tl.minimum(tl.where(seen > 0, (seen - 1) // BLOCK_K, -1), columns - 1)
     list_ptr = scratch_ptr + (item.to(tl.int64) * SPLITS + split) * 2 * (columns + 1)
@@ -110,8 +113,6 @@ def decode_kernel(  # noqa: PLR0915
             tl.store(page_list + start + ahead, page, mask=ahead < end - start)
         tl.debug_barrier()
 
-    q_heads = q_ptr + b * q_strides[0] + head * q_strides[1] + token * q_strides[2]
-    q = load_tile(q_heads, q_strides[1], 0, GROUP, BLOCK_M, D, BLOCK_D)
     kv_head = (which // (LISTS // KV_HEADS)).to(tl.int64)
     k_head, v_head = k_ptr + kv_head * k_strides[1], v_ptr + kv_head * v_strides[1]
     if STARTS:
@@ -189,10 +190,14 @@ def merge_kernel(
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     parts = item.to(tl.int64) * SPLITS + splits
     wait(PDL)
-    maxima = tl.load(state_ptr + parts * 2 * GROUP + row)
-    totals = tl.load(state_ptr + (parts * 2 + 1) * GROUP + row)
+    # What comes next may come now that all before this launch is written.
+    release(PDL)
     places = (parts * GROUP + row)[:, None] * D + dims[None, :]
     accs = tl.load(parts_ptr + places, mask=(dims < D)[None, :], other=0.0)
+    # Compilers would wait for the maxima before they ask for these.
+    tl.debug_barrier()
+    maxima = tl.load(state_ptr + parts * 2 * GROUP + row)
+    totals = tl.load(state_ptr + (parts * 2 + 1) * GROUP + row)
     unit = natural(scale, SOFTCAP, EXACT)
     maximum = tl.max(maxima, 0)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)
