@@ -69,7 +69,7 @@ def load_turn(
     norm_ptr, cos_ptr, sin_ptr, inside, position,
     E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Load what summaries at some positions are normalised and rotated by: own norm, the other's, cos, sin."""
+    """Load what summaries are normalised and rotated by: weights of the norm, the other halves', cos, sin."""
     e = tl.arange(0, E_PAD)[None, :]
     here = inside[:, None] & (e < E)
     norm = tl.full([1, E_PAD], 1.0, tl.float32)
@@ -81,7 +81,8 @@ def load_turn(
         norm_other = tl.load(norm_ptr + other_half(e, E), mask=e < E, other=0.0).to(tl.float32)
     if cos_ptr is not None:
         turn = position.to(tl.int64)[:, None] * E + e
-        cos, sin = tl.load(cos_ptr + turn, mask=here, other=0.0), tl.load(sin_ptr + turn, mask=here, other=0.0)
+        cos = tl.load(cos_ptr + turn, mask=here, other=0.0)
+        sin = tl.load(sin_ptr + turn, mask=here, other=0.0)
     return norm, norm_other, cos, sin
 
 
