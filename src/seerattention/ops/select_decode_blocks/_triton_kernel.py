@@ -107,8 +107,9 @@ def finish_query(
         parts = parts + (tl.load(at + e, mask=here, other=0.0),)  # noqa: RUF005, Triton has no stars
         if cos_ptr is not None:
             others = others + (tl.load(at + other_half(e, E), mask=here, other=0.0),)  # noqa: RUF005
-    # All are asked for before one is waited for.
-    tl.debug_barrier()
+    if ROWS == 1:
+        # All are asked for before one is waited for; those of several tokens would not fit the registers.
+        tl.debug_barrier()
     own = tl.zeros([ROWS, E_PAD], tl.float32)
     mixed = own
     for part in tl.static_range(GROUP):
