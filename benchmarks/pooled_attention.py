@@ -53,6 +53,12 @@ def variants(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, Callable[
         f"output and map per KV head 1 x {block}": lambda: pooled_attention(
             q, k, v, (1, block), per_kv_head=True, backend="triton"
         ),
+        f"output and map of mass {block} x {block}": lambda: pooled_attention(
+            q, k, v, (block, block), pool="mass", backend="triton"
+        ),
+        f"map of mass {block} x {block} alone": lambda: pooled_map(
+            q, k, (block, block), pool="mass", backend="triton"
+        ),
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 from seerattention.ops.block_sparse_attention import gather, reference
 from seerattention.ops.cases.block_sparse_attention import Case
 from seerattention.ops.cases.pooled_attention import PoolCase
+from seerattention.ops.options import POOLS, Pool
 from seerattention.ops.pooled_attention import reference as pooled_reference
 from seerattention.testing import conformance
 from seerattention.testing.mutants import (
@@ -17,6 +18,7 @@ from seerattention.testing.mutants import (
     column_normalised,
     last_rows_only,
     normalised_before_group,
+    other_pool,
     shifted_causal_limit,
 )
 
@@ -33,9 +35,9 @@ RED = {
 def test_what_is_right_passes() -> None:
     for backend in (reference, gather, Mutant(partial(shifted_causal_limit, shift=0), reference)):
         conformance.check_attention(backend, CASE)
-    conformance.check_pooled(
-        pooled_reference, PoolCase(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32)
-    )
+    for pool in POOLS:
+        case = PoolCase(name="", heads=4, kv_heads=2, queries=150, keys=300, head_dim=32, pool=pool)
+        conformance.check_pooled(pooled_reference, case)
 
 
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
@@ -50,8 +52,12 @@ def test_attention_checks_notice(name: str) -> None:
             run(mutant, CASE)
 
 
-@pytest.mark.parametrize("bug", [column_normalised, last_rows_only, normalised_before_group])
-def test_pooled_checks_notice(bug: Run) -> None:
-    case = PoolCase(name="", heads=4, kv_heads=2, queries=200, keys=200, head_dim=32, per_kv_head=True)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("bug", [column_normalised, last_rows_only, normalised_before_group, other_pool])
+def test_pooled_checks_notice(bug: Run, pool: Pool) -> None:
+    # Without sinks every head of a group has the same mass.
+    case = PoolCase(
+        name="", heads=4, kv_heads=2, queries=200, head_dim=32, per_kv_head=True, sinks=True, pool=pool
+    )
     with pytest.raises(AssertionError):
         conformance.check_pooled(Mutant(bug, pooled_reference), case)

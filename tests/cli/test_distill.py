@@ -96,11 +96,14 @@ def test_gates_are_saved_before_they_are_measured_and_the_report_can_be_left_out
 
 def test_a_run_is_repeated_from_the_settings_in_its_folder(distil, invoke, text, tmp_path):
     (tmp_path / "own.toml").write_text('lr = 1e-2\nobjective = "kl"\n[gate]\nk_pool = ["max", "avg"]\n')
-    more = ("--config", tmp_path / "own.toml", "--set", "objective=sharp_kl", "--steps", 2)
+    sets = ("--set", "objective=sharp_kl", "--set", "target=mass")
+    more = ("--config", tmp_path / "own.toml", *sets, "--steps", 2)
     assert distil(tmp_path / "one", *more)[0].exit_code == 0
     kept = tomllib.loads((tmp_path / "one" / "config.toml").read_text())
     assert kept["text"] == [str(text)]
     assert (kept["steps"], kept["length"], kept["lr"], kept["objective"]) == (2, 128, 1e-2, "sharp_kl")
+    assert kept["target"] == "mass"
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["config"]["target"] == "mass"
     assert (kept["gate"]["block_size"], kept["gate"]["k_pool"]) == (16, ["max", "avg"])
     result, said = invoke("distill", "--config", tmp_path / "one" / "config.toml", "--out", tmp_path / "two")
     assert result.exit_code == 0, said
@@ -165,6 +168,7 @@ def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, t
     assert "https://huggingface.co/me/gates" in said
     card = pushed["me/gates"]["README.md"].decode()
     assert "| objective | sharp_kl |" in card
+    assert "| target | max |" in card
     assert "| top_k:0.2 |" in card
     assert str(tmp_path) not in card
 

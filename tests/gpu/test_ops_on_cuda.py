@@ -1,5 +1,7 @@
 """The portable backends on a CUDA device: the CPU suite's cases, the error budget, NaN and memory."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -52,14 +54,14 @@ def test_unselected_keys_and_values_are_never_read(backend):
 @pytest.mark.parametrize("tokens", [65, 1000])
 @pytest.mark.parametrize("block", [(64, 64), (32, 128)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pooled_attention_within_the_error_budget(tokens, block, dtype):
+@pytest.mark.parametrize("pool", ["max", "mass"])
+def test_pooled_attention_within_the_error_budget(tokens, block, dtype, pool):
     case = Shape(name="", heads=4, kv_heads=2, queries=tokens, keys=tokens, head_dim=64, block_size=block)
     qkv = random_qkv(case, dtype=dtype, device="cuda")
+    run = partial(pooled.pooled_attention, block_size=block, pool=pool)
     for which in (0, 1):
-        budget = Budget.of(
-            lambda q, k, v, i=which: pooled.pooled_attention(q, k, v, block, backend="reference")[i], *qkv
-        )
-        budget.check(pooled.pooled_attention(*qkv, block, backend="chunked")[which])
+        budget = Budget.of(lambda q, k, v, i=which: run(q, k, v, backend="reference")[i], *qkv)
+        budget.check(run(*qkv, backend="chunked")[which])
 
 
 def test_pooled_attention_needs_bounded_memory_at_32k_tokens():

@@ -8,7 +8,7 @@ import torch
 from seerattention import pooled_attention
 from seerattention.ops.cases.pooled_attention import CASES, PoolCase
 from seerattention.ops.launch import Launch
-from seerattention.ops.options import PoolOptions
+from seerattention.ops.options import POOLS, PoolOptions
 from seerattention.ops.pooled_attention import BACKENDS, pooled_map
 from seerattention.ops.tma import tiles
 from seerattention.testing import conformance
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 kernel, chunked, reference = BACKENDS["triton"], BACKENDS["chunked"], BACKENDS["reference"]
 hopper = BACKENDS["hopper"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+by_pool = pytest.mark.parametrize("pool", POOLS)
 BY_NAME = {case.name: case for case in CASES}
 # The kernel has no query blocks of 8.
 SMALL = [case for case in CASES if not case.large and case.name != "small-blocks"]
@@ -63,13 +64,25 @@ def test_head_dims_and_blocks(head_dim, block_q, block_k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [(1, 16), (16, 32), (32, 64), (64, 64), (128, 16), (128, 128)])
+def test_mass(head_dim, block_size, dtype):
+    case = PoolCase(
+        name="", heads=4, kv_heads=2, queries=300, keys=500, head_dim=head_dim, block_size=block_size,
+        per_kv_head=block_size[0] in (1, 32, 128), sinks=head_dim == 128, pool="mass",
+    )  # fmt: skip
+    check(case, dtype)
+
+
+@by_pool
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 2, 15, 63, 64, 65, 127, 129, 257, 1000])
 @pytest.mark.parametrize("past", [0, 1, 100, 640])
-def test_lengths(queries, past, dtype):
+def test_lengths(queries, past, dtype, pool):
     # Few queries make few numbers, and how far a reference is off in so few is a matter of luck.
     case = PoolCase(
         name="", heads=4, kv_heads=2, queries=queries, keys=queries + past, head_dim=128,
-        batch=16 if queries < 16 else 1,
+        batch=16 if queries < 16 else 1, pool=pool,
     )  # fmt: skip
     check(case, dtype)
 
@@ -79,30 +92,34 @@ def test_lengths(queries, past, dtype):
     *(Launch(128, 128, 8, 2, 1, direct=direct) for direct in (False, True)),
     *(Launch(64, 64, 4, stages, 2, direct=direct) for stages in (2, 3) for direct in (False, True)),
 ], ids=str)  # fmt: skip
-def test_launches(monkeypatch, launch):
+@by_pool
+def test_launches(monkeypatch, launch, pool):
     # The launches that benchmarks/pooled_attention.py tries.
     monkeypatch.setitem(kernel.LAUNCHES, (2, 128), launch)
     for block_size in ((64, 64), (128, 128), (1, 16)):
         case = PoolCase(
-            name="", heads=4, kv_heads=2, queries=700, keys=1000, head_dim=128, block_size=block_size
-        )
+            name="", heads=4, kv_heads=2, queries=700, keys=1000, head_dim=128, block_size=block_size,
+            pool=pool,
+        )  # fmt: skip
         check(case, torch.bfloat16)
 
 
+@by_pool
 @pytest.mark.parametrize("per_kv_head", [False, True])
 @pytest.mark.parametrize("block_size", [(64, 64), (1, 64), (128, 32)])
-def test_many_programs_take_many_rows(block_size, per_kv_head):
-    # More rows than programs, and tiles whose scratch held another tile's maxima before.
+def test_many_programs_take_many_rows(block_size, per_kv_head, pool):
+    # More rows than programs, and tiles whose scratch held another tile's cells before.
     case = PoolCase(
         name="", heads=8, kv_heads=2, queries=6000, keys=6000, head_dim=128, block_size=block_size,
-        per_kv_head=per_kv_head,
+        per_kv_head=per_kv_head, pool=pool,
     )  # fmt: skip
     check(case, torch.bfloat16)
 
 
+@by_pool
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_sequence_reads_its_neighbours(dtype):
-    case = BY_NAME["packed"]
+def test_no_sequence_reads_its_neighbours(dtype, pool):
+    case = replace(BY_NAME["packed"], pool=pool)
     q, k, v = inputs(case, dtype)
     clean = kernel.run(q, k, v, case.block_size, case.options("cuda"))
     k[:, :, 131:324], v[:, :, 131:324] = torch.nan, torch.nan
@@ -142,7 +159,7 @@ def test_views_need_no_tma():
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["thousand", "sinks", "softcap", "decode"])
+@pytest.mark.parametrize("name", ["thousand", "sinks", "softcap", "decode", "mass-group"])
 def test_compiled_without_a_break(name):
     case = BY_NAME[name]
     q, k, v = inputs(case)
@@ -151,7 +168,7 @@ def test_compiled_without_a_break(name):
     def call(q, k, v):
         out, target, lse = pooled_attention(
             q, k, v, case.block_size, softcap=options.softcap, sinks=options.sinks,
-            per_kv_head=options.per_kv_head, return_lse=True, backend="triton",
+            per_kv_head=options.per_kv_head, pool=options.pool, return_lse=True, backend="triton",
         )  # fmt: skip
         return 2 * out, target, lse
 
@@ -159,10 +176,11 @@ def test_compiled_without_a_break(name):
         assert torch.equal(one, other)
 
 
-def test_auto_takes_it(monkeypatch):
+@by_pool
+def test_auto_takes_it(monkeypatch, pool):
     monkeypatch.setattr(chunked, "run", None)
     q, k, v = inputs(BY_NAME["thousand"])
-    pooled_attention(q, k, v, (64, 64))
+    pooled_attention(q, k, v, (64, 64), pool=pool)
 
 
 def test_nothing_waits_for_the_device():

@@ -40,11 +40,14 @@ def typed(kernel: Any, constants: dict[str, Any], types: dict[str, Any]) -> dict
 
 
 @compiles
-@pytest.mark.parametrize(("dim", "per_kv_head", "direct"), [(64, False, False), (128, True, True)])
-def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, direct: bool) -> None:
+@pytest.mark.parametrize(
+    ("dim", "per_kv_head", "direct", "mass"),
+    [(64, False, False, False), (128, True, True, False), (128, True, True, True)],
+)
+def test_the_pooled_kernel_compiles_for_hopper(dim: int, per_kv_head: bool, direct: bool, mass: bool) -> None:
     launch = pooled.launch_of(dim, 4096, 2)
     constants = {
-        "HEADS": 32, "KV_HEADS": 8, "PER_KV_HEAD": per_kv_head, "D": dim, "BLOCK_D": dim,
+        "HEADS": 32, "KV_HEADS": 8, "PER_KV_HEAD": per_kv_head, "MASS": mass, "D": dim, "BLOCK_D": dim,
         "BLOCK_Q": 1 if per_kv_head else 64, "BLOCK_K": 64, "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n, "CHUNK": 32, "DIRECT": direct, "TMA": True, "HAS_V": True,
         "SOFTCAP": False, "SINKS": False, "LSE": False, "SEQUENCES": 0, "STAGES": launch.stages,
@@ -158,7 +161,7 @@ def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
         "WORDS": 64,
     }
     constants |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages, "LENGTHS": True, "SINKS": False}
-    constants |= {"STARTS": not page}
+    constants |= {"STARTS": not page, "WARPS": launch.warps if page else 1}
     made = compiled(_decode_kernel.decode_kernel, constants, types | strides | numbers, options)
     # Three share the 227 KiB that a multiprocessor of Hopper has.
     assert 3 * made.metadata.shared <= 227 * 1024

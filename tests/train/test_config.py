@@ -19,6 +19,21 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert 0 < rates[-1] < 0.001
 
 
+@pytest.mark.parametrize("kind", [DistillConfig, FinetuneConfig])
+def test_an_unknown_target_names_the_known_ones(kind):
+    with pytest.raises(ValueError, match=r"^target must be max or mass, got 'sum'$"):
+        kind(target="sum")
+
+
+@pytest.mark.parametrize(
+    ("phase", "objective"), [("prefill", "sharp_kl"), ("decode", "kl"), ("both", "sharp_kl")]
+)
+def test_what_is_not_named_is_the_default_of_the_phase(phase, objective):
+    assert DistillConfig().taught(phase) == DistillConfig(objective=objective, target="max")
+    named = DistillConfig(objective="kl", target="mass")
+    assert named.taught(phase) == named
+
+
 @pytest.mark.parametrize(
     "wrong", [{"steps": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"save_every": 0}, {"recall_density": 0.0}]
 )

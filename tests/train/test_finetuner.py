@@ -107,8 +107,9 @@ def test_warming_up_gates_leaves_the_model_and_its_text_is_not_read_again(tiny, 
             return super().__call__(step)
 
     gates, before = tiny.gates_of(model), base_checksum(model)
-    config = FinetuneConfig(steps=2, warmup_gate_steps=2)
+    config = FinetuneConfig(steps=2, warmup_gate_steps=2, target="mass")
     tuner = Finetuner(prepare(model), gates, Recorded(text, 96), config)
+    assert tuner.warm_up().config.target == "mass"
     start = state_of(gates)
     list(tuner.warm_up().run())
     assert base_checksum(model) == before

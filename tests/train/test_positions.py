@@ -222,7 +222,7 @@ def test_model_and_gates_see_the_same_gaps(tiny, text, monkeypatch, kind):
     """Targets are those of the model's own eager attention at these positions, scores those of its gates."""
     length, model = 150, tiny.make(kind, max_position_embeddings=2048)
     gates, batches = tiny.gates_of(model, phase="both"), TextWindows(text, length, 2)
-    trainer = Distiller(model, gates, batches, DistillConfig(steps=1))
+    trainer = Distiller(model, gates, batches, DistillConfig(steps=1, target="max"))
     assert trainer.reach.tokens == 2048
     positions, states, own = gap_step(trainer, length), [], trainer.decoder
     trainer.decoder = lambda *args, **more: states.append(own(*args, **more).last_hidden_state)

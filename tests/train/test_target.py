@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from seerattention.ops.options import POOLS
 from seerattention.ops.pooled_attention import pooled_map
 from seerattention.train import target, target_recall
 from seerattention.train.objectives.kl import KL
@@ -84,8 +85,8 @@ def qk(tokens, batch=2):
     return 2 * q, k
 
 
-def slow_target(q, k, row, size, scale, softcap=None, sinks=None):
-    """The largest weight per finished block and group of one query, divided by their sum: ``[Hk, n]``."""
+def slow_target(q, k, row, size, pool, scale, softcap=None, sinks=None):
+    """What one query and the heads of a group give to a finished block, divided by the sum: ``[Hk, n]``."""
     groups, found = len(q) // len(k), []
     for g in range(len(k)):
         heads = []
@@ -96,41 +97,46 @@ def slow_target(q, k, row, size, scale, softcap=None, sinks=None):
             total = sum(map(math.exp, logits)) + (0 if sinks is None else math.exp(sinks[h]))
             heads.append([math.exp(x) / total for x in logits])
         blocks = range(0, (row + 1) // size * size, size)
-        largest = [max(max(head[start : start + size]) for head in heads) for start in blocks]
-        found.append([x / sum(largest) for x in largest])
+        given = [[x for head in heads for x in head[start : start + size]] for start in blocks]
+        merged = [sum(weights) if pool == "mass" else max(weights) for weights in given]
+        found.append([x / sum(merged) for x in merged])
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}])
-def test_a_target_of_decoding_is_the_groups_largest_weight_in_each_finished_block(more, monkeypatch):
+def test_a_target_of_decoding_is_what_the_group_gives_to_each_finished_block(more, pool, monkeypatch):
     monkeypatch.setattr(target, "WORK_BYTES", {"cpu": 1})
     (q, k), size = qk(70), 16
     rows = torch.tensor([15, 16, 30, 31, 46, 47, 69])
-    found = target.decode_target(q, k, rows, size, scale=0.3, **more)
+    found = target.decode_target(q, k, rows, size, scale=0.3, pool=pool, **more)
     assert found.shape == (2, 2, 7, 5)
     assert found.dtype == torch.float32
     for b in range(2):
         for i, row in enumerate(rows.tolist()):
             blocks = (row + 1) // size
-            expected = slow_target(q[b], k[b], row, size, 0.3, **more)
+            expected = slow_target(q[b], k[b], row, size, pool, 0.3, **more)
             torch.testing.assert_close(found[b, :, i, :blocks], expected.float())
             # The block that is being filled is always read, and is no part of it.
             assert not found[b, :, i, blocks:].any()
 
 
-def test_a_target_of_decoding_is_that_of_pooled_attention():
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 3.0, 0.0])])
+def test_a_target_of_decoding_is_that_of_pooled_attention(pool, sinks):
     q, k = qk(200, batch=1)
     rows = target.decode_rows(200)
-    whole = pooled_map(q, k, (1, 16), per_kv_head=True)[:, :, rows]
+    whole = pooled_map(q, k, (1, 16), per_kv_head=True, sinks=sinks, pool=pool)[:, :, rows]
     whole = whole.masked_fill(~target.finished(rows, 13, 16), 0)
-    found = target.decode_target(q, k, rows, 16, scale=0.25)
+    found = target.decode_target(q, k, rows, 16, scale=0.25, sinks=sinks, pool=pool)
     torch.testing.assert_close(found, whole / whole.sum(-1, keepdim=True))
 
 
-def test_a_target_of_decoding_is_finite_where_the_own_block_takes_all():
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_target_of_decoding_is_finite_where_the_own_block_takes_all(pool):
     q, k = qk(40, batch=1)
     k[:, :, 32:] *= 1e4
-    found = target.decode_target(q, k, torch.tensor([39]), 16, scale=1.0)
+    found = target.decode_target(q, k, torch.tensor([39]), 16, scale=1.0, pool=pool)
     torch.testing.assert_close(found.sum(-1), torch.ones(1, 2, 1))
 
 

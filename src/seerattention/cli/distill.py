@@ -89,7 +89,8 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     rows = _training.report(console, run, plan, out / GATES) if plan else []
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
-        used = flat(told) | {"objective": trainer.config.objective, "reach": trainer.reach.tokens}
+        c = trainer.config
+        used = flat(told) | {"objective": c.objective, "target": c.target, "reach": trainer.reach.tokens}
         address = push(
             trainer.gates,
             push_to_hub,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from seerattention.rows import Rows
+
+#: What a block's entry in a map is: its largest attention weight, or the sum of its weights.
+Pool = Literal["max", "mass"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class Asked:
@@ -113,6 +117,15 @@ class PoolOptions(Options):
     """The optional parts of one call of `pooled_attention`, whose arguments these are."""
 
     per_kv_head: bool = False
+    pool: Pool = "max"
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be {' or '.join(POOLS)}, got {self.pool!r}")
+
+    def merged(self, weights: Tensor, dim: int) -> Tensor:
+        """Return what a block, or a group of heads, has of the weights that lie along a dimension."""
+        return weights.sum(dim) if self.pool == "mass" else weights.amax(dim)
 
     def map_shape(self, q: Tensor, k: Tensor, block_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the shape of the map, ``[B, Hq or Hk, rows, columns]``."""

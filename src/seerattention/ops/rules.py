@@ -23,14 +23,14 @@ def digit_bits(blocks: int, warps: int) -> int:
 
 
 @jit
-def take(score, valid, always, value, KIND: tl.constexpr, BITS: tl.constexpr):
+def take(score, valid, always, read, value, KIND: tl.constexpr, BITS: tl.constexpr):
     """Mark the blocks of a row that a rule takes besides those always read, which it may mark too.
 
-    ``score`` is -inf where a block is not ``valid``: there it takes no part in the softmax either.
+    ``score`` is -inf where a block is not ``valid``: there it takes no part in the softmax either. ``read``
+    are how many are always read, the first of a count.
     """
     if KIND == 1:
-        # Those read anyway are the first of the count.
-        room = tl.cast(value, tl.int32) - tl.sum(always.to(tl.int32), 0)
+        room = tl.cast(value, tl.int32) - read
         taken = _best(tl.where(valid & (always == 0), _order(score), 0), score, room, True, BITS)
     else:
         # Where nothing is valid nothing has a share.
@@ -71,33 +71,79 @@ def _above(key, weight, most, COUNT: tl.constexpr):
 
 
 @jit
+def _limit(key, limit):
+    """Return the smallest key that fewer than ``limit`` are larger than, and how many are larger than it.
+
+    Or else any that exactly as many are larger than, which ends most searches early. One sum, whose digits
+    count, compares with three keys at a time, or with two in a long row.
+    """
+    LONG: tl.constexpr = key.shape[0] > 512
+    DIGIT: tl.constexpr = 16 if LONG else 10
+    MASK: tl.constexpr = (1 << DIGIT) - 1
+    low, high = tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
+    # None is left where the limit is not above 0.
+    low = tl.where(limit > 0, low, high)
+    before = tl.full([], 0, tl.int32)
+    while low < high:
+        span = high - low
+        part = span // 3 if LONG else span // 4
+        # Nothing is searched where all are taken.
+        first = tl.where(low == 0, low, low + part)
+        middle = low + span // 2
+        last = high - 1 - part
+        counts = (key > first).to(tl.int32) + ((key > last).to(tl.int32) << DIGIT)
+        if not LONG:
+            counts += (key > middle).to(tl.int32) << 20
+        counts = tl.sum(counts, 0)
+        above_first, above_last = counts & MASK, (counts >> DIGIT) & MASK
+        # The first of these that fewer are larger than, if any, is the new upper end.
+        if LONG:
+            above_middle = above_first
+            middle = first
+        else:
+            above_middle = counts >> 20
+        if above_first <= limit:
+            high, before = first, above_first
+        elif above_middle <= limit:
+            low, high, before = first + 1, middle, above_middle
+        elif above_last <= limit:
+            low, high, before = middle + 1, last, above_last
+        else:
+            low = last + 1
+        low = tl.where(before == limit, high, low)
+    return high, before
+
+
+@jit
 def _best(key, weight, limit, COUNT: tl.constexpr, BITS: tl.constexpr):
     """Take blocks from the largest key down while those before weigh less than ``limit``.
 
     Blocks whose key is 0 are not taken. Each weighs one if ``COUNT``, ``weight`` else: then the weight of
     blocks that tie is their key, as a float.
     """
-    # The smallest key such that all larger ones weigh less than the limit, by digits from the highest on;
-    # or else any such that they weigh exactly as much, which ends most searches early.
-    found = tl.full([], 0, tl.uint32)
-    shift = tl.full([], 32 - BITS, tl.int32)
-    while shift >= 0:
-        if BITS == 1:
-            before = _above(key, weight, found + ((1 << shift) - 1).to(tl.uint32, bitcast=True), COUNT)
-            digit = (before >= limit).to(tl.int32)
-            exact = before == limit
-        else:
-            digits = tl.arange(0, 1 << BITS)
-            most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
-            before = _above(key[:, None], weight[:, None], most[None, :], COUNT)
-            digit = tl.sum((before >= limit).to(tl.int32), 0)
-            exact = tl.sum((before == limit).to(tl.int32), 0) > 0
-        # All of them are left where the limit is not above 0.
-        step = tl.where(exact, (digit << shift) - 1, tl.minimum(digit, (1 << BITS) - 1) << shift)
-        found += step.to(tl.uint32, bitcast=True)
-        shift = tl.where(exact, -1, shift - BITS)
+    if COUNT and BITS > 1:
+        found, before = _limit(key, limit)
+    else:
+        # By digits from the highest on; exact ones end the search as in `_limit`.
+        found = tl.full([], 0, tl.uint32)
+        shift = tl.full([], 32 - BITS, tl.int32)
+        while shift >= 0:
+            if BITS == 1:
+                before = _above(key, weight, found + ((1 << shift) - 1).to(tl.uint32, bitcast=True), COUNT)
+                digit = (before >= limit).to(tl.int32)
+                exact = before == limit
+            else:
+                digits = tl.arange(0, 1 << BITS)
+                most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
+                before = _above(key[:, None], weight[:, None], most[None, :], COUNT)
+                digit = tl.sum((before >= limit).to(tl.int32), 0)
+                exact = tl.sum((before == limit).to(tl.int32), 0) > 0
+            # All of them are left where the limit is not above 0.
+            step = tl.where(exact, (digit << shift) - 1, tl.minimum(digit, (1 << BITS) - 1) << shift)
+            found += step.to(tl.uint32, bitcast=True)
+            shift = tl.where(exact, -1, shift - BITS)
+        before = _above(key, weight, found, COUNT)
     larger = key > found
-    before = _above(key, weight, found, COUNT)
     if before < limit:
         tie = (key == found) & (key > 0)
         earlier = tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)

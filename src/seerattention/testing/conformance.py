@@ -184,7 +184,7 @@ def check_attention(backend: Backend, case: Case, dtype: torch.dtype = torch.flo
 def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], options: PoolOptions) -> Tensor:
     """Return the target one block at a time, ``[B, Hq or Hk, rows, columns]`` in the dtype of q."""
     pooled = q.new_zeros(*q.shape[:2], *options.map_shape(q, k, block_size)[2:])
-    block_q, block_k = block_size
+    (block_q, block_k), mass = block_size, options.pool == "mass"
     row = 0
     for one in options.rows.sequences():
         share = dense_weights(
@@ -195,10 +195,11 @@ def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], options: 
         for i in range(rows):
             for j in range(columns):
                 tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
-                pooled[:, :, row + i, j] = tile.amax((2, 3))
+                pooled[:, :, row + i, j] = tile.sum((2, 3)) if mass else tile.amax((2, 3))
         row += rows
     if options.per_kv_head:
-        pooled = torch.stack([heads.amax(1) for heads in pooled.tensor_split(k.shape[1], 1)], 1)
+        groups = pooled.tensor_split(k.shape[1], 1)
+        pooled = torch.stack([heads.sum(1) if mass else heads.amax(1) for heads in groups], 1)
     return pooled / pooled.sum(-1, keepdim=True)
 
 

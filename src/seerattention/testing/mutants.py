@@ -108,12 +108,18 @@ def last_rows_only(
 
 
 def normalised_before_group(run: Run, q: Tensor, k: Tensor, *rest: Any) -> Result:
-    """Each head's rows are divided by their sums before the maximum over a group, and after it."""
+    """Each head's rows are divided by their sums before the heads of a group are merged, and after it."""
     *given, options = rest
     out, target, lse = run(q, k, *given, replace(options, per_kv_head=False))
     if options.per_kv_head:
-        target = target.unflatten(1, (k.shape[1], -1)).amax(2)
+        target = options.merged(target.unflatten(1, (k.shape[1], -1)), 2)
     return out, target / target.sum(-1, keepdim=True), lse
+
+
+def other_pool(run: Run, *call: Any) -> Result:
+    """A block gets the largest of its weights where their sum was asked for, and the other way round."""
+    *given, options = call
+    return run(*given, replace(options, pool="max" if options.pool == "mass" else "mass"))
 
 
 #: Bugs of a block-sparse attention kernel, planted into the reference.

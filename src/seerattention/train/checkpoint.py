@@ -20,6 +20,9 @@ from seerattention.train.processes import like
 #: Of the names in a checkpoint; one of another number is of another run.
 FORMAT = 3
 
+#: What runs did before there was a setting for it, which their checkpoints lack.
+BEFORE = {"target": "max"}
+
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write tensors and, as JSON types, progress and identity of a run."""
@@ -51,6 +54,7 @@ def read_checkpoint(
         if state["format"] == FORMAT:
             for name, value in progress.items():
                 typed(name, state[name], type(value))
+            state["config"] = {**BEFORE, **state["config"]}
             before = state["config"]["steps"]
             if not 0 < state["step"] <= before:
                 raise ValueError(f"step {state['step']} of {before}")

@@ -22,6 +22,8 @@ class TrainConfig:
         warmup: Share of the steps in which the rate rises linearly, in [0, 1).
         objective: What the gates minimise: ``sharp_kl``, or ``kl`` as published; default ``sharp_kl``, and
             ``kl`` for gates that choose for decoding alone (docs/method.md).
+        target: What they learn of a block: ``max``, its largest attention weight, or ``mass``, the sum of its
+            weights; default ``max``.
         save_every: Steps between checkpoints.
         grad_accum: Forward passes per optimizer step on each process; the sequences of a step are
             split over them, and the result is the same.
@@ -31,6 +33,7 @@ class TrainConfig:
     lr: float = 3e-3
     warmup: float = 0.02
     objective: str = ""
+    target: str = ""
     save_every: int = 50
     grad_accum: int = 1
 
@@ -44,14 +47,17 @@ class TrainConfig:
         self._check(self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
         # Loads torch, which the help of a command does without.
+        from seerattention.ops.options import POOLS
         from seerattention.train import objectives
 
+        self._check(self.target in ("", *POOLS), "target", " or ".join(POOLS))
         if self.objective:
             objectives.create(self.objective)
 
     def taught(self, phase: str) -> Self:
-        """Return the same with the objective that gates for this phase get by default, if none is named."""
-        return replace(self, objective=self.objective or ("kl" if phase == "decode" else "sharp_kl"))
+        """Return the same with what gates for this phase learn by default, where nothing is named."""
+        objective = self.objective or ("kl" if phase == "decode" else "sharp_kl")
+        return replace(self, objective=objective, target=self.target or "max")
 
     def _check(self, right: bool, name: str, must: str) -> None:
         if not right:

@@ -177,7 +177,8 @@ class Distiller(Loop):
                 s = slice(start, start + length)
                 q, k, v = (x[:, :, s] for x in (call.q, call.k, call.v))
                 start += length
-                out, targets = _with_targets(gate, q, k, v, call, self.phases if counts else ())
+                phases = self.phases if counts else ()
+                out, targets = _with_targets(gate, q, k, v, call, phases, self.config.target)
                 outs.append(out)
                 if not counts:
                     continue
@@ -224,7 +225,8 @@ class Distiller(Loop):
 
         def look(call: AttentionCall) -> Tensor:
             gate, length = by_layer[call.layer], call.q.shape[2]
-            out, targets = _with_targets(gate, call.q, call.k, call.v, call, self.phases)
+            qkv = call.q, call.k, call.v
+            out, targets = _with_targets(gate, *qkv, call, self.phases, self.config.target)
             scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions, self.phases)
             recalls = []
             for phase, target in targets.items():
@@ -258,18 +260,20 @@ class Distiller(Loop):
 
 
 def _with_targets(
-    gate: AttnGate, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, phases: Collection[str]
+    gate: AttnGate, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, phases: Collection[str], pool: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return attention as the model computes it, and the map that the gate should predict in each phase."""
     more: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+    of_map: dict[str, Any] = {**more, "pool": pool}
     targets = {}
     if "prefill" in phases:
         per_kv_head = gate.config.per_kv_head
         out, targets["prefill"], _ = pooled_attention(
-            q, k, v, gate.block_size, per_kv_head=per_kv_head, **more
+            q, k, v, gate.block_size, per_kv_head=per_kv_head, **of_map
         )
     else:
         out = dense_attention(q, k, v, **more)
     if "decode" in phases:
-        targets["decode"] = decode_target(q, k, decode_rows(q.shape[2], q.device), gate.block_size[1], **more)
+        rows = decode_rows(q.shape[2], q.device)
+        targets["decode"] = decode_target(q, k, rows, gate.block_size[1], **of_map)
     return out, targets

@@ -108,6 +108,7 @@ class Finetuner(Loop):
                 steps=self.config.warmup_gate_steps,
                 lr=self.config.gate_lr,
                 objective=self.config.objective,
+                target=self.config.target,
                 save_every=self.config.save_every,
                 grad_accum=self.config.grad_accum,
             )

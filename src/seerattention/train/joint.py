@@ -139,9 +139,9 @@ class JointPass:
         rows = Rows.last(length, length)
         return select(policy_of(self.density), scores, rows=rows, block_size=gate.block_size)
 
-    @staticmethod
     @torch.no_grad()
-    def _target(gate: AttnGate, q: Tensor, k: Tensor, more: dict[str, Any]) -> Tensor:
+    def _target(self, gate: AttnGate, q: Tensor, k: Tensor, more: dict[str, Any]) -> Tensor:
         sinks = None if more["sinks"] is None else more["sinks"].detach()
         options = {**more, "sinks": sinks, "per_kv_head": gate.config.per_kv_head}
+        options["pool"] = self.settings.target
         return pooled_map(q, k, gate.block_size, **options)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.attention_scores import WORK_BYTES, attention_scores, by_block
+from seerattention.ops.options import Pool
 from seerattention.policies import Rule, TopK
 from seerattention.rows import num_blocks
 from seerattention.selection import causal_blocks
@@ -80,8 +81,9 @@ def decode_target(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    pool: Pool = "max",
 ) -> Tensor:
-    """Return for some query tokens the largest attention weight in each block that is finished for them.
+    """Return for some query tokens what they give to each block that is finished for them.
 
     Equal to rows of ``pooled_attention(..., (1, size), per_kv_head=True)``, divided by the sums over the
     finished blocks. Others are not computed, and logits exist in slices.
@@ -94,14 +96,18 @@ def decode_target(
         scale: Softmax scale.
         softcap: As `pooled_attention` takes it.
         sinks: As `pooled_attention` takes them.
+        pool: As `pooled_attention` takes it.
 
     Returns:
         fp32 ``[B, Hk, R, N]``; rows sum to 1.
 
-    Source: SeerAttention-R, section 3.2 (arXiv 2506.08889); without the block that decoding always reads.
+    Source: by the maximum, SeerAttention-R, section 3.2 (arXiv 2506.08889); without the block that decoding
+        always reads.
     """
     groups, blocks = q.shape[1] // k.shape[1], num_blocks(k.shape[2], size)
     seen, parts = finished(rows, blocks, size), []
+    # Of logarithms of weights.
+    merged = torch.logsumexp if pool == "mass" else torch.amax
     step = max(
         1, WORK_BYTES["cpu" if q.device.type == "cpu" else "cuda"] // (4 * q[:, :, 0, 0].numel() * k.shape[2])
     )
@@ -110,8 +116,8 @@ def decode_target(
         total = logits.logsumexp(-1, keepdim=True)
         if sinks is not None:
             total = torch.logaddexp(total, sinks.to(total.dtype)[:, None, None])
-        largest = by_block(logits, size, fill=float("-inf")).amax(-1) - total
-        parts.append(largest.unflatten(1, (-1, groups)).amax(2))
+        heads = merged(by_block(logits, size, fill=float("-inf")), -1) - total
+        parts.append(merged(heads.unflatten(1, (-1, groups)), 2))
     return torch.cat(parts, 2).masked_fill(~seen, float("-inf")).softmax(-1).float()
 
 

@@ -13,7 +13,7 @@ from seerattention import pooled_attention
 from seerattention.ops.cases.pooled_attention import CASES, PoolCase
 from seerattention.ops.language import INTERPRETED
 from seerattention.ops.launch import Launch
-from seerattention.ops.options import PoolOptions
+from seerattention.ops.options import POOLS, Pool, PoolOptions
 from seerattention.ops.pooled_attention import reference
 from seerattention.ops.pooled_attention import triton as backend
 from seerattention.testing import conformance
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 a_nan_is_planted = pytest.mark.filterwarnings(
     "ignore:All-NaN slice encountered:RuntimeWarning", "ignore:invalid value encountered:RuntimeWarning"
 )
+
+by_pool = pytest.mark.parametrize("pool", POOLS)
 
 BY_NAME = {case.name: case for case in CASES}
 # What these are larger in, a smaller one has as well; the kernel has no query blocks of 8.
@@ -50,7 +52,7 @@ def test_conforms(case: PoolCase) -> None:
     conformance.check_pooled(backend, case)
 
 
-@pytest.mark.parametrize("name", ["below-block", "decode"])
+@pytest.mark.parametrize("name", ["below-block", "decode", "mass-decode"])
 def test_half_precision(name: str) -> None:
     conformance.check_pooled(backend, BY_NAME[name], torch.float16)
 
@@ -64,24 +66,28 @@ def test_every_size_of_blocks_is_tested() -> None:
     assert tuple(sorted({k for _, k in BLOCKS})) == tuple(sorted(backend.BLOCKS_K))
 
 
+@by_pool
 @pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
-def test_blocks(block_q: int, block_k: int) -> None:
-    case = replace(TINY, block_size=(block_q, block_k), per_kv_head=block_q in (1, 32) or block_k == 32)
+def test_blocks(block_q: int, block_k: int, pool: Pool) -> None:
+    per_kv_head = block_q in (1, 32) or block_k == 32
+    case = replace(TINY, block_size=(block_q, block_k), per_kv_head=per_kv_head, pool=pool)
     conformance.check_pooled(backend, case)
 
 
+@by_pool
 @pytest.mark.parametrize(("block_m", "block_n"), [(128, 16), (16, 128)])
-def test_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
+def test_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int, pool: Pool) -> None:
     launch = Launch(block_m, block_n, 4, 2, 1)
     monkeypatch.setattr(backend, "LAUNCHES", dict.fromkeys(backend.LAUNCHES, launch))
     for block_size, per_kv_head in (((32, 32), True), ((128, 64), False)):
-        case = replace(TINY, queries=70, block_size=block_size, per_kv_head=per_kv_head)
+        case = replace(TINY, queries=70, block_size=block_size, per_kv_head=per_kv_head, pool=pool)
         conformance.check_pooled(backend, case)
 
 
 @a_nan_is_planted
-def test_no_sequence_reads_its_neighbours() -> None:
-    case = BY_NAME["packed"]
+@by_pool
+def test_no_sequence_reads_its_neighbours(pool: Pool) -> None:
+    case = replace(BY_NAME["packed"], pool=pool)
     q, k, v = random_qkv(case)
     clean = backend.run(q, k, v, case.block_size, case.options())
     # The third sequence with tokens has 63 queries behind 131 and 193 keys.
@@ -108,13 +114,28 @@ def test_later_keys_are_not_read() -> None:
     assert torch.equal(target[:, :, :4], clean[1][:, :, :4])
 
 
+@by_pool
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_scales_that_are_not_positive(scale: float) -> None:
+def test_scales_that_are_not_positive(scale: float, pool: Pool) -> None:
     q, k, v = random_qkv(TINY)
-    out, target, _ = pooled_attention(q, k, v, (16, 16), scale=scale, backend="triton")
-    expected = reference.run(q, k, v, (16, 16), PoolOptions.of(q, k, scale=scale))
+    out, target, _ = pooled_attention(q, k, v, (16, 16), scale=scale, pool=pool, backend="triton")
+    expected = reference.run(q, k, v, (16, 16), PoolOptions.of(q, k, scale=scale, pool=pool))
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(target, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mass_of_blocks_whose_weights_are_tiny(dtype: torch.dtype) -> None:
+    # The first keys stand 30 units above the others, or below them: sums of early blocks fade, or late ones.
+    q, k, v = (x.to(dtype) for x in random_qkv(replace(TINY, pool="mass")))
+    options = PoolOptions.of(q, k, pool="mass")
+    for sign in (1, -1):
+        q[..., 0], k[..., 0] = 16, 0
+        k[:, :, :20, 0] = sign * 30 / 16 / options.scale
+        _, target, _ = backend.run(q, k, v, (16, 16), options)
+        _, expected, _ = reference.run(q.double(), k.double(), v.double(), (16, 16), options)
+        assert float(expected.masked_fill(expected == 0, 1).amin()) < 1e-9
+        torch.testing.assert_close(target, expected, rtol=1e-4, atol=0)
 
 
 def test_strides_do_not_matter() -> None:
@@ -133,14 +154,14 @@ def test_compiled_without_a_break() -> None:
     q, k, v = random_qkv(TINY)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out, target, lse = pooled_attention(q, k, v, (16, 16), return_lse=True, backend="triton")
+        out, target, lse = pooled_attention(q, k, v, (16, 16), pool="mass", return_lse=True, backend="triton")
         return 2 * out, target, lse
 
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     for one, other in zip(compiled(q, k, v), call(q, k, v), strict=True):
         assert torch.equal(one, other)
     op = torch.ops.seerattention.pooled_attention.default
-    args = q, k, v, [16, 16], [], 0.2, None, None, None, None, False, True, backend.__name__
+    args = q, k, v, [16, 16], [], 0.2, None, None, None, None, False, "mass", True, backend.__name__
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -32,12 +32,13 @@ def test_stays_within_its_budget(block_size: tuple[int, int], queries: int, kv_h
     assert 4 * 4096 * 4096 > chunked.WORK_BYTES >= largest.bytes > chunked.WORK_BYTES // 2
 
 
-@pytest.mark.parametrize("name", ["batch", "packed", "sinks"])
+@pytest.mark.parametrize("name", ["batch", "packed", "sinks", "mass-group"])
 def test_compiled_without_a_break(name: str) -> None:
     case = next(case for case in SMALL if case.name == name)
     qkv, options = random_qkv(case), case.options()
     compiled = torch.compile(pooled_attention, fullgraph=True, backend="aot_eager")
     asked = {"sinks": options.sinks, "rows": options.rows, "return_lse": True}
+    asked |= {"per_kv_head": options.per_kv_head, "pool": options.pool}
     plain = pooled_attention(*qkv, case.block_size, **asked)
     for one, other in zip(compiled(*qkv, case.block_size, **asked), plain, strict=True):
         assert torch.equal(one, other)

@@ -16,3 +16,6 @@ def test_the_hopper_backend_says_why_not() -> None:
     refused = backend.unsupported(q, k, v, (64, 32), options)
     assert "blocks must be multiples of 64 tokens, got (64, 32)" in refused
     assert "it has no softcap" in backend.unsupported(q, k, v, (64, 64), PoolOptions.of(q, k, softcap=1.0))
+    assert backend.unsupported(q, k, v, (64, 64), PoolOptions.of(q, k, pool="mass")) == [
+        "it keeps the largest weights of blocks, not their mass"
+    ]

@@ -60,6 +60,11 @@ def test_tiles_and_programs_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> N
         check(BY_NAME["several-tiles"], TokenBudget(160))
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 150, 606, 607, 2000])
+def test_any_count_of_a_long_row(blocks: int) -> None:
+    check(Case(name="long-row", keys=9700), TokenBudget(16 * blocks))
+
+
 def test_equal_scores_go_to_the_lower_block() -> None:
     args = decode_arguments(BY_NAME["finishes-a-block"])
     args["k_blocks"] = torch.zeros_like(args["k_blocks"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from seerattention.ops.cases import AttentionCase
-from seerattention.ops.options import PoolOptions
+from seerattention.ops.options import Pool, PoolOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +14,16 @@ class PoolCase(AttentionCase):
 
     Attributes:
         per_kv_head: Whether the heads of a group share one map.
+        pool: What a block pair gets of its weights.
     """
 
     per_kv_head: bool = False
+    pool: Pool = "max"
 
     def options(self, device: str = "cpu", *, return_lse: bool = False) -> PoolOptions:
         """Return the options of the case, its tensors on a device."""
-        return PoolOptions(per_kv_head=self.per_kv_head, **self.asked(device, return_lse))
+        asked = self.asked(device, return_lse)
+        return PoolOptions(per_kv_head=self.per_kv_head, pool=self.pool, **asked)
 
 
 CASES = (
@@ -56,6 +59,36 @@ CASES = (
         lengths=((100, 100), (64, 194)),
         softcap=3.0,
         sinks=True,
+    ),
+    PoolCase(name="mass", queries=150, keys=237, pool="mass"),
+    PoolCase(
+        name="mass-group",
+        heads=6,
+        queries=150,
+        keys=190,
+        block_size=(128, 32),
+        per_kv_head=True,
+        sinks=True,
+        pool="mass",
+    ),
+    PoolCase(
+        name="mass-decode",
+        heads=6,
+        queries=70,
+        keys=170,
+        block_size=(1, 32),
+        per_kv_head=True,
+        softcap=2.0,
+        pool="mass",
+    ),
+    PoolCase(
+        name="mass-packed",
+        queries=284,
+        keys=414,
+        block_size=(64, 128),
+        sinks=True,
+        lengths=((130, 130), (1, 1), (0, 0), (63, 193), (90, 90)),
+        pool="mass",
     ),
     PoolCase(name="teacher-8k", heads=6, queries=8192, large=True),
     PoolCase(name="teacher-16k", heads=6, queries=16384, large=True),

@@ -1,4 +1,4 @@
-"""Dense attention together with its block-max-pooled map: what the gates are taught to predict."""
+"""Dense attention together with its map of blocks: what the gates are taught to predict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seerattention.ops.dispatch import check_qkv, choose, load_backends, outside_autocast
 from seerattention.ops.operators import FLAT, as_told, flatten, told, unflatten
-from seerattention.ops.options import PoolOptions
+from seerattention.ops.options import Pool, PoolOptions
 from seerattention.rows import Rows
 
 BACKENDS = load_backends(__name__, __path__)
@@ -24,8 +24,8 @@ class Pooled(NamedTuple):
 
     Attributes:
         out: The exact output, ``[B, Hq, Tq, D]``.
-        target: fp32 ``[B, Hq, Nq, Nk]`` (``Hk`` maps with ``per_kv_head``), the 2-D max-pool of the causal
-            softmax map, each row divided by its sum.
+        target: fp32 ``[B, Hq, Nq, Nk]`` (``Hk`` maps with ``per_kv_head``), the causal softmax map pooled
+            over block pairs, each row divided by its sum.
         lse: fp32 ``[B, Hq, Tq]`` (fp64 for fp64 inputs), the natural logarithm of the softmax's denominator,
             sinks included; None unless asked for.
     """
@@ -45,11 +45,12 @@ def pooled_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     per_kv_head: bool = False,
+    pool: Pool = "max",
     return_lse: bool = False,
     rows: Rows | None = None,
     backend: str = "auto",
 ) -> Pooled:
-    """Compute causal attention and, for every block pair, the largest attention weight inside it.
+    """Compute causal attention and, for every block pair, the largest attention weight in it or their sum.
 
     Args:
         q: ``[B, Hq, Tq, D]``.
@@ -61,8 +62,10 @@ def pooled_attention(
         softcap: Scores become ``softcap * tanh(scores * scale / softcap)`` before the causal mask.
         sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
             only; it has no place in the map.
-        per_kv_head: Return one map per KV head: the largest weight over the heads of its group, rows
-            divided by their sums after that. The maps of single heads are not written.
+        per_kv_head: Return one map per KV head: the largest weight over the heads of its group, or the sum
+            of their mass, rows divided by their sums after that. The maps of single heads are not written.
+        pool: What a block pair gets of its weights: ``max``, the largest, as published; ``mass``, their sum,
+            in a row of the map the mean over its queries.
         return_lse: Also return the logarithm of the softmax's denominator, sinks included.
         rows: Where the queries lie among the keys; default: they are the last of them. Later keys than the
             rows see may follow and are not read. Of packed sequences B is 1, and the map's rows are every
@@ -84,7 +87,7 @@ def pooled_attention(
     """
     out, target, lse = _run(
         q, k, v, block_size, backend, rows,
-        scale=scale, softcap=softcap, sinks=sinks, per_kv_head=per_kv_head, return_lse=return_lse,
+        scale=scale, softcap=softcap, sinks=sinks, per_kv_head=per_kv_head, pool=pool, return_lse=return_lse,
     )  # fmt: skip
     assert out is not None
     return Pooled(out, target, lse)
@@ -99,12 +102,15 @@ def pooled_map(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     per_kv_head: bool = False,
+    pool: Pool = "max",
     rows: Rows | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return only the target of `pooled_attention`, fp32 ``[B, Hq or Hk, Nq, Nk]``."""
-    asked = {"scale": scale, "softcap": softcap, "sinks": sinks, "per_kv_head": per_kv_head}
-    return _run(q, k, None, block_size, backend, rows, **asked)[1]
+    return _run(
+        q, k, None, block_size, backend, rows,
+        scale=scale, softcap=softcap, sinks=sinks, per_kv_head=per_kv_head, pool=pool,
+    )[1]  # fmt: skip
 
 
 @outside_autocast
@@ -128,21 +134,22 @@ def _run(
     module = choose(BACKENDS, ORDER, backend, **args)
     if not torch.compiler.is_compiling():
         return module.run(**args)
-    rest = *flatten(options), options.per_kv_head, options.return_lse, module.__name__
+    rest = *flatten(options), options.per_kv_head, options.pool, options.return_lse, module.__name__
     out, target, lse = _operator(q, k, v, list(block_size), *rest)
     return None if v is None else out, target, lse if options.return_lse else None
 
 
 def _options(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> PoolOptions:
-    *given, per_kv_head, return_lse, _ = rest
-    return PoolOptions(per_kv_head=per_kv_head, return_lse=return_lse, **unflatten(q, k, tuple(given)))
+    *given, per_kv_head, pool, return_lse, _ = rest
+    more = unflatten(q, k, tuple(given))
+    return PoolOptions(per_kv_head=per_kv_head, pool=pool, return_lse=return_lse, **more)
 
 
 @torch.library.custom_op(
     "seerattention::pooled_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor? v, int[] block_size, {FLAT}, bool per_kv_head, bool return_lse, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor? v, int[] block_size, {FLAT}, bool per_kv_head, str pool, "
+    "bool return_lse, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _operator(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: list[int], *rest: Any

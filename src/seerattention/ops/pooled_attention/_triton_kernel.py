@@ -20,11 +20,18 @@ from seerattention.ops.language import (
 
 
 @jit
-def _keep(ptrs, values, DIRECT: tl.constexpr):
-    """Store values; ``DIRECT`` does it from the threads that have them, several the same one.
+def _keep(cells_ptr, cell, values, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, CELLS: tl.constexpr):
+    """Store what each row has in one cell, ``[BLOCK_M]``, or in ``CELLS`` from it on, ``[BLOCK_M, CELLS]``.
 
-    Triton's own store first spreads the values over all threads, through shared memory and a barrier.
+    What a cell has of the tile's rows lies together. ``DIRECT`` stores from the threads that have the values,
+    several the same one; Triton's own store first spreads them over all threads, through shared memory and a
+    barrier.
     """
+    rows = tl.arange(0, BLOCK_M)
+    if CELLS == 1:
+        ptrs = cells_ptr + cell * BLOCK_M + rows
+    else:
+        ptrs = cells_ptr + (cell + tl.arange(0, CELLS))[None, :] * BLOCK_M + rows[:, None]
     if DIRECT:
         tl.inline_asm_elementwise(
             "st.global.f32 [$1], $2; mov.b32 $0, 0;", "=r,l,f", [ptrs.to(tl.int64), values],
@@ -65,10 +72,12 @@ def _step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CELL: tl.constexpr,
+    MASS: tl.constexpr,
 ):
-    """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax and keep the maxima of their cells.
+    """Add ``BLOCK_N`` keys from ``first_key`` on to the running softmax and keep what their cells have.
 
-    ``scale`` makes logarithms to base 2 of scores, and maxima are kept as `softmax_step` keeps them.
+    ``scale`` makes logarithms to base 2 of scores, and maxima are kept as `softmax_step` keeps them; with
+    MASS the cells' sums of exponentials are, as logarithms to base 2.
     ``first_query`` is the position of the tile's first query; no query sees ``end_key`` or a later key.
     """
     CELLS: tl.constexpr = BLOCK_N // CELL
@@ -95,14 +104,19 @@ def _step(
     unit = 1.0 if exact else scale
     # A maximum of the cells' maxima would have another layout than the scores, and so would all after it.
     largest = tl.max(scores, 1) * unit
-    # Cell by cell: what a cell holds of the tile's rows lies together.
-    if CELLS == 1:
-        _keep(cells_ptr + (first_key // CELL) * BLOCK_M + rows, largest, DIRECT)
-    else:
-        by_cell = tl.max(tl.reshape(scores, [BLOCK_M, CELLS, CELL]), 2) * unit
-        places = first_key // CELL + tl.arange(0, CELLS)
-        _keep(cells_ptr + places[None, :] * BLOCK_M + rows[:, None], by_cell, DIRECT)
+    cell = first_key // CELL
+    if not MASS:
+        by_cell = largest if CELLS == 1 else tl.max(tl.reshape(scores, [BLOCK_M, CELLS, CELL]), 2) * unit
+        _keep(cells_ptr, cell, by_cell, DIRECT, BLOCK_M, CELLS)
     p, fade, maximum, total = softmax_step(scores, largest, maximum, total, scale, exact, MASKED)
+    if MASS:
+        # The logarithm of a row's sum is -inf where it sees nothing of a cell, as its maximum so far may be.
+        base = maximum * scale if exact else maximum
+        if CELLS == 1:
+            by_cell = base + tl.log2(tl.sum(p, 1))
+        else:
+            by_cell = base[:, None] + tl.log2(tl.sum(tl.reshape(p, [BLOCK_M, CELLS, CELL]), 2))
+        _keep(cells_ptr, cell, by_cell, DIRECT, BLOCK_M, CELLS)
     if HAS_V:
         if MASKED:
             v = tl.load(v_ptrs, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
@@ -134,11 +148,13 @@ def _pool(
     BLOCK_Q: tl.constexpr,
     MERGE: tl.constexpr,
     CHUNK: tl.constexpr,
+    MASS: tl.constexpr,
 ):
     """Write the largest weight of every block of a tile to the map, or raise what the map holds to it.
 
-    Returns the sums of the map's rows. ``again`` says that the rows hold weights of another head or tile;
-    ``written`` is how many cells this one has, which may be fewer than the rows see.
+    With MASS it is the sum of the weights, which is added to what the map holds. Returns the sums of the
+    map's rows. ``again`` says that the rows hold weights of another head or tile; ``written`` is how many
+    cells this one has, which may be fewer than the rows see.
     """
     IN_ROW: tl.constexpr = min(BLOCK_Q, BLOCK_M)
     ROWS: tl.constexpr = BLOCK_M // IN_ROW
@@ -154,16 +170,20 @@ def _pool(
         cells = first * MERGE + tl.arange(0, CHUNK * MERGE)
         ptrs = cells_ptr + cells[:, None] * BLOCK_M + places[None, :]
         x = tl.load(ptrs, mask=(cells < written)[:, None], other=float("-inf"))
-        weights = tl.exp2((x - finite[None, :]) * scale) * share[None, :]
+        power = x - finite[None, :] * scale if MASS else (x - finite[None, :]) * scale
+        weights = tl.exp2(power) * share[None, :]
         if MERGE > 1:
-            weights = tl.max(tl.reshape(weights, [CHUNK, MERGE, BLOCK_M]), 1)
+            parts = tl.reshape(weights, [CHUNK, MERGE, BLOCK_M])
+            weights = tl.sum(parts, 1) if MASS else tl.max(parts, 1)
         if IN_ROW > 1:
-            weights = tl.max(tl.reshape(weights, [CHUNK, ROWS, IN_ROW]), 2)
+            parts = tl.reshape(weights, [CHUNK, ROWS, IN_ROW])
+            weights = tl.sum(parts, 2) if MASS else tl.max(parts, 2)
         block = first + tl.arange(0, CHUNK)
         here = (block < seen_columns)[:, None] & (map_rows < valid_rows)[None, :]
         ptrs = map_tile + map_rows[None, :] * columns + block[:, None]
         if RAISE and again:
-            weights = tl.maximum(weights, tl.load(ptrs, mask=here, other=0.0))
+            before = tl.load(ptrs, mask=here, other=0.0)
+            weights = weights + before if MASS else tl.maximum(weights, before)
         tl.store(ptrs, weights, mask=here)
         sums += tl.sum(tl.where(here, weights, 0.0), 0)
     return sums
@@ -215,6 +235,7 @@ def pooled_kernel(  # noqa: PLR0915
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PER_KV_HEAD: tl.constexpr,
+    MASS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -290,13 +311,13 @@ def pooled_kernel(  # noqa: PLR0915
                 acc, maximum, total = _step(
                     q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, k_strides[2],
                     v_strides[2], b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
-                    False, DIRECT, TMA, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                    False, DIRECT, TMA, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL, MASS,
                 )  # fmt: skip
             for first_key in tl.range(open_keys, end_key, BLOCK_N, num_stages=1):
                 acc, maximum, total = _step(
                     q, acc, maximum, total, cells_ptr, k_desc, v_desc, k_head, v_head, k_strides[2],
                     v_strides[2], b, kv_head, start_k, first_key, first_query, end_key, log2_scale, softcap,
-                    True, DIRECT, TMA, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL,
+                    True, DIRECT, TMA, HAS_V, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, CELL, MASS,
                 )  # fmt: skip
 
             if HAS_V:
@@ -309,14 +330,14 @@ def pooled_kernel(  # noqa: PLR0915
                 natural = maximum * unit + tl.log2(total) * 0.6931471805599453
                 tl.store(lse_tile + places, natural, mask=places < end - first)
 
-            # Maxima written by other threads, and map rows of the pass before, must be visible.
+            # Cells written by other threads, and map rows of the pass before, must be visible.
             tl.debug_barrier()
             written = (end_key + CELL - 1) // CELL
             sums = _pool(
                 cells_ptr, map_tile, maximum, total, unit2, valid_rows, end - first, written,
-                seen_columns, columns, turn > 0, PASSES > 1, BLOCK_M, BLOCK_Q, MERGE, CHUNK,
+                seen_columns, columns, turn > 0, PASSES > 1, BLOCK_M, BLOCK_Q, MERGE, CHUNK, MASS,
             )  # fmt: skip
-            # Nobody may still read the maxima when the next tile writes its own.
+            # Nobody may still read the cells when the next tile writes its own.
             tl.debug_barrier()
 
         _divide(map_tile, sums, valid_rows, seen_columns, columns, MAP_ROWS, CHUNK)

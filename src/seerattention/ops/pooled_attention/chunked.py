@@ -28,7 +28,7 @@ unsupported = runs_everything
 def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
+    """Return the output (None without v), the row-normalised map of blocks, and lse (None unless asked)."""
     target = torch.zeros(options.map_shape(q, k, block_size), dtype=torch.float32, device=q.device)
     out = None if v is None else torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -64,7 +64,7 @@ def _attend(
     block_size: tuple[int, int],
     options: PoolOptions,
 ) -> None:
-    """Fill output, largest weights and lse of a group of heads ``[G, Tq, D]`` in one sequence."""
+    """Fill output, undivided map and lse of a group of heads ``[G, Tq, D]`` in one sequence."""
     past = options.rows.first
     budget = CUDA_WORK_BYTES if q.is_cuda else WORK_BYTES
     work = torch.promote_types(q.dtype, torch.float32)
@@ -88,9 +88,9 @@ def _attend(
         share = torch.softmax(scores, -1)[..., :seen]
         pooled = share
         for dim, size in ((-1, block_size[1]), (-2, block_q)):
-            pooled = by_block(pooled, size, dim).amax(dim)
+            pooled = options.merged(by_block(pooled, size, dim), dim)
         if options.per_kv_head:
-            pooled = pooled.amax(0, keepdim=True)
+            pooled = options.merged(pooled, 0)[None]
         target[:, first:until, : pooled.shape[2]] = pooled
         if out is not None and v is not None:
             out[:, rows] = (share @ v[:seen].to(work)).to(out.dtype)

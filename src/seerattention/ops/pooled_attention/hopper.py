@@ -24,13 +24,15 @@ def unsupported(
     """Return the reasons why this backend cannot run."""
     if v is None:
         return ["it computes the output, for which it needs v"]
+    if options.pool != "max":
+        return [f"it keeps the largest weights of blocks, not their {options.pool}"]
     return hopper.why_not(q, k, v, block_size, options)
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return the output, the row-normalised block-max map, and lse (None unless asked)."""
+    """Return the output, the row-normalised map of blocks, and lse (None unless asked)."""
     assert v is not None
     tiles = (num_blocks(x.shape[2], hopper.TILE) for x in (q, k))
     target = torch.zeros(*q.shape[:2], *tiles, dtype=torch.float32, device=q.device)

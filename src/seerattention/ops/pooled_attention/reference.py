@@ -1,8 +1,9 @@
 """The specification: the whole softmax map, pooled. Memory grows with the square of the length.
 
 A gate that chooses for a group of query heads learns the map of the group: the largest weight that any head
-of the group gives to anything in a block pair. Rows are divided by their sums after that, once. For decode
-gates (query blocks of one token) this is the published target (SeerAttention-R, section 3.2).
+of the group gives to anything in a block pair, or the mass that all its heads give. Rows are divided by their
+sums after that, once. For decode gates (query blocks of one token) the largest weight is the published target
+(SeerAttention-R, section 3.2).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattention.ops.attention_scores import by_block
 from seerattention.ops.block_sparse_attention.reference import shares
 from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import PoolOptions
@@ -21,7 +23,7 @@ unsupported = runs_everything
 def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
+    """Return the output (None without v), the row-normalised map of blocks, and lse (None unless asked)."""
     columns = options.map_shape(q, k, block_size)[3]
     outs, maps, lses = [], [], []
     for one in options.rows.sequences():
@@ -44,8 +46,10 @@ def _attend(
     """Return output, map and lse of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
     share, lse = shares(q, k.repeat_interleave(groups, 1), mask, options)
-    pooled = F.max_pool2d(share.float(), block_size, stride=block_size, ceil_mode=True)
+    pooled = share.to(lse.dtype)
+    for dim, size in ((-1, block_size[1]), (-2, block_size[0])):
+        pooled = options.merged(by_block(pooled, size, dim), dim)
     if options.per_kv_head:
-        pooled = pooled.unflatten(1, (k.shape[1], groups)).amax(2)
+        pooled = options.merged(pooled.unflatten(1, (k.shape[1], groups)), 2)
     out = None if v is None else share @ v.repeat_interleave(groups, 1)
-    return out, pooled / pooled.sum(-1, keepdim=True), lse
+    return out, (pooled / pooled.sum(-1, keepdim=True)).float(), lse

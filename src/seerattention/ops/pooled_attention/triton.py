@@ -3,8 +3,9 @@
 Programs are persistent. An item is the rows of the map that one tile of queries makes (a query block longer
 than a tile is several tiles; with one map per KV head, all heads of the group). A tile is the usual online
 softmax; the largest score of every row and KV block, which the softmax takes anyway, goes to a scratch
-that belongs to the program. When the softmax's denominators are known, the scratch is read back, turned
-into weights and pooled into rows of the map. Design and roofline: docs/kernels.md.
+that belongs to the program, or for mass the logarithm of the block's part of the softmax's sum. When the
+softmax's denominators are known, the scratch is read back, turned into weights and pooled into rows of the
+map. Design and roofline: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from seerattention.rows import num_blocks
 
 BLOCKS_Q = (1, 16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
-#: Maxima that one step of the epilogue holds.
+#: Cells that one step of the epilogue holds.
 CHUNK_CELLS = 8192
 
 
@@ -64,7 +65,7 @@ def unsupported(
 def run(
     q: Tensor, k: Tensor, v: Tensor | None, block_size: tuple[int, int], options: PoolOptions
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return the output (None without v), the row-normalised block-max map, and lse (None unless asked)."""
+    """Return the output (None without v), the row-normalised map of blocks, and lse (None unless asked)."""
     q, options = positive(q, options)
     values = k if v is None else v
     out = q if v is None else torch.empty_like(q)
@@ -106,6 +107,7 @@ def run(
             k.shape[2],
             *numbers(options),
             PER_KV_HEAD=options.per_kv_head,
+            MASS=options.pool == "mass",
             CHUNK=max(1, min(128, held // (launch.block_m * (block_k // cell)))),
             DIRECT=launch.direct and q.is_cuda and torch.version.hip is None,
             TMA=described is not None,

@@ -406,5 +406,6 @@ def _choose(
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
-    taken = take(score, valid, always, value, KIND, 1) | always
+    read = tl.sum(always.to(tl.int32), 0)
+    taken = take(score, valid, always, read, value, KIND, 1) | always
     store_bits(taken & valid, bits + row_of_bits * words, words)

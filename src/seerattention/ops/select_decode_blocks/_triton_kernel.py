@@ -65,31 +65,64 @@ def query_kernel(
 
 
 @jit
+def load_turn(
+    norm_ptr, cos_ptr, sin_ptr, inside, position,
+    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Load what summaries are normalised and rotated by: weights of the norm, the other halves', cos, sin."""
+    e = tl.arange(0, E_PAD)[None, :]
+    here = inside[:, None] & (e < E)
+    norm = tl.full([1, E_PAD], 1.0, tl.float32)
+    norm_other = norm
+    cos = tl.full([ROWS, E_PAD], 1.0, tl.float32)
+    sin = cos
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        norm_other = tl.load(norm_ptr + other_half(e, E), mask=e < E, other=0.0).to(tl.float32)
+    if cos_ptr is not None:
+        turn = position.to(tl.int64)[:, None] * E + e
+        cos = tl.load(cos_ptr + turn, mask=here, other=0.0)
+        sin = tl.load(sin_ptr + turn, mask=here, other=0.0)
+    return norm, norm_other, cos, sin
+
+
+@jit
+def other_half(e, E: tl.constexpr):
+    """Return the entry that a rotation mixes with each of a summary's: entry i with entry i + E / 2."""
+    return tl.where(e < E // 2, e + E // 2, e - E // 2)
+
+
+@jit
 def finish_query(
-    parts_ptr, norm_ptr, cos_ptr, sin_ptr, inside, position, eps, stride,
+    parts_ptr, norm_ptr, cos_ptr, turn, inside, eps, stride,
     GROUP: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add up a group's parts of ``ROWS`` tokens' summaries, normalise and rotate: ``[ROWS, E_PAD]``."""
+    norm, norm_other, cos, sin = turn
     e = tl.arange(0, E_PAD)[None, :]
     here = inside[:, None] & (e < E)
-    # A rotation mixes entry i with entry i + E / 2.
-    lower = e < E // 2
-    other = tl.where(lower, e + E // 2, e - E // 2)
+    parts, others = (), ()
+    for part in tl.static_range(GROUP):
+        at = parts_ptr + tl.arange(0, ROWS)[:, None] * stride + part * E
+        parts = parts + (tl.load(at + e, mask=here, other=0.0),)  # noqa: RUF005, Triton has no stars
+        if cos_ptr is not None:
+            others = others + (tl.load(at + other_half(e, E), mask=here, other=0.0),)  # noqa: RUF005
+    if ROWS == 1:
+        # All are asked for before one is waited for; those of several tokens would not fit the registers.
+        tl.debug_barrier()
     own = tl.zeros([ROWS, E_PAD], tl.float32)
     mixed = own
     for part in tl.static_range(GROUP):
-        at = parts_ptr + tl.arange(0, ROWS)[:, None] * stride + part * E
-        own += tl.load(at + e, mask=here, other=0.0)
+        own += parts[part]
         if cos_ptr is not None:
-            mixed += tl.load(at + other, mask=here, other=0.0)
+            mixed += others[part]
     if norm_ptr is not None:
         factor = (1 / tl.sqrt(tl.sum(own * own, 1) / E + eps))[:, None]
-        own *= factor * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        mixed *= factor * tl.load(norm_ptr + other, mask=e < E, other=0.0).to(tl.float32)
+        own *= factor * norm
+        mixed *= factor * norm_other
     if cos_ptr is not None:
-        turn = position.to(tl.int64)[:, None] * E + e
-        own *= tl.load(cos_ptr + turn, mask=here, other=0.0)
-        own += tl.where(lower, -mixed, mixed) * tl.load(sin_ptr + turn, mask=here, other=0.0)
+        own *= cos
+        own += tl.where(e < E // 2, -mixed, mixed) * sin
     return own
 
 
@@ -114,10 +147,12 @@ def choose_row(
     own = tl.where(position < 0, -1, position // BLOCK_K)
     block = tl.arange(0, WIDTH)
     always = ((block < sink) | (block > own - local)) & (block <= own)
+    read = tl.minimum(own + 1, sink + local)
     finished = (block + 1) * BLOCK_K <= position + 1
-    # From other programs: not what a cache of this one may hold.
-    score = tl.load(scores + block, mask=finished, other=float("-inf"), cache_modifier=".cg")
-    store_bits(take(score, finished, always, value, KIND, BITS) | always, to, words)
+    # From other programs: not what a cache of this one may hold. What is not finished may hold anything.
+    score = tl.load(scores + block, mask=block < words * 32, other=0.0, cache_modifier=".cg")
+    score = tl.where(finished, score, float("-inf"))
+    store_bits(take(score, finished, always, read, value, KIND, BITS) | always, to, words)
 
 
 @jit("tokens", "chunk", "words", "sink", "local")
@@ -168,20 +203,20 @@ def score_kernel(
     keys = keys_ptr + b * key_strides[0] + kv_head * key_strides[1]
     block = first + tl.arange(0, BLOCK_N)
     key = load_keys(keys, key_strides[2], block, end, 0, E, E_PAD, SUBS)
+    # One token fills all rows of a tile.
+    token = tl.arange(0, ROWS)
+    # A sequence shorter than its queries has some before its beginning, which read nothing.
+    position = tl.maximum(length - tokens + token, 0)
+    turn = load_turn(norm_ptr, cos_ptr, sin_ptr, token < tokens, position, E, E_PAD, ROWS)
     wait(PDL)
     if first < end:
-        # One token fills all rows of a tile.
-        token = tl.arange(0, ROWS)
-        # A sequence shorter than its queries has some before its beginning, which read nothing.
-        position = tl.maximum(length - tokens + token, 0)
         parts = parts_ptr + (b * tokens * KV_HEADS + kv_head) * GROUP * E
         query = finish_query(
-            parts, norm_ptr, cos_ptr, sin_ptr, token < tokens, position, eps, KV_HEADS * GROUP * E,
-            GROUP, E, E_PAD, ROWS,
+            parts, norm_ptr, cos_ptr, turn, token < tokens, eps, KV_HEADS * GROUP * E, GROUP, E, E_PAD, ROWS,
         ).to(keys_ptr.dtype.element_ty)  # fmt: skip
         query = tl.broadcast_to(query, [BLOCK_M, E_PAD])
-        token = tl.arange(0, BLOCK_M)
-        to = scores_ptr + (pair * tokens + token)[:, None] * words * 32
+        row = tl.arange(0, BLOCK_M)
+        to = scores_ptr + (pair * tokens + row)[:, None] * words * 32
         best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
         for i in range(0, tl.cdiv(end - first, BLOCK_N) * SUBS):
             # Summaries are read one step ahead.
@@ -190,7 +225,7 @@ def score_kernel(
             product = tl.dot(query, key, input_precision=PRECISION)
             best = tl.where(i % SUBS == 0, product, tl.maximum(best, product))
             block = first + i // SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
-            kept = (token < tokens)[:, None] & (block < end)[None, :] & (i % SUBS == SUBS - 1)
+            kept = (row < tokens)[:, None] & (block < end)[None, :] & (i % SUBS == SUBS - 1)
             tl.store(to + block[None, :], best * scale, mask=kept)
             key = ahead
     release(PDL)
