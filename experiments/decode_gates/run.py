@@ -262,7 +262,8 @@ def taught(args: argparse.Namespace, name: str, model: Any) -> Gates:
     gates = new_gates(model, **{**variant.gate, **design, **subs, "block_size": args.block})
     text = TextWindows(tokens_of(args, "text"), args.length, 1, args.seed)
     config = DistillConfig(steps=args.steps, lr=variant.lr, objective=variant.objective)
-    for step in Distiller(model, gates, text, config, out=out).run():
+    # Without gaps in positions: all is measured at this length.
+    for step in Distiller(model, gates, text, config, out=out, reach=args.length).run():
         recalls = [x for x in (step.recall, step.decode_recall) if x is not None]
         print(
             step.step, f"{step.loss:.4f}", *(f"{x:.4f}" for x in recalls), f"{step.seconds:.2f}", flush=True

@@ -34,6 +34,7 @@ class Batches:
     def __init__(self, mixture: Mixture, settings: dict[str, Any], seed: int) -> None:
         self.mixture = mixture
         self.lengths = settings["lengths"]
+        self.length = max(self.lengths)
         self.tokens = settings["tokens"]
         self.shares = {"needles": settings["needles"], "repeats": settings["repeats"]}
         self.seed = seed

@@ -16,12 +16,14 @@ def test_it_prints_its_plan_shows_progress_and_writes_gates_that_load(distil, tm
     result, said = distil(tmp_path / "out", *more)
     assert result.exit_code == 0, result.output
     assert "4 of 1 x 128 tokens read 512; the base is frozen" in said
+    assert "positions taught up to 256 of the model's 256: in 70% of the steps there are gaps" in said
     assert "held out: the end of the text, not trained on" in said
     assert "left for distilling and the report" in said
     assert "step 4/4 loss" in said
     gates = load_gates(tmp_path / "out" / "gates")
     assert gates.policy == "top_k:0.3"
     assert gates.config.block_size == 16
+    assert gates.reach == 256
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 

@@ -144,5 +144,10 @@ def test_a_folder_of_gates_says_what_they_choose_for(invoke, base, tmp_path):
     save_gates(gates, tmp_path / "gates", policy="top_k:0.1", decode_policy="token_budget:256")
     result, said = invoke("info", tmp_path / "gates")
     assert result.exit_code == 0, said
+    assert "taught for positions" not in said
+    gates.reach = 8192
+    save_gates(gates, tmp_path / "gates", policy="top_k:0.1", decode_policy="token_budget:256")
+    result, said = invoke("info", tmp_path / "gates")
+    assert "taught for positions up to 8,192" in said
     assert "gates both, one score per query head" in said
     assert "policy top_k:0.1; decoding: token_budget:256" in said

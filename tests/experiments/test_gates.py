@@ -39,7 +39,7 @@ def test_variants_trained_together_are_those_trained_alone(tokens):
         alone = new_gates(model, **variant.gate)
         start = {n: p.clone() for n, p in alone.state_dict().items()}
         config = DistillConfig(steps=3, lr=variant.lr, objective=variant.objective)
-        list(Distiller(model, alone, batches, config).run())
+        list(Distiller(model, alone, batches, config, reach=512).run())
         for name, expected in alone.state_dict().items():
             assert torch.equal(learned.state_dict()[name], expected), (variant.name, name)
             assert not torch.equal(start[name], expected), (variant.name, name)

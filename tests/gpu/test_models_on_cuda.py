@@ -1,5 +1,7 @@
 """Attaching, generating and distilling on a CUDA device."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -73,8 +75,24 @@ def test_distillation_lowers_the_loss(model):
     batches = TextWindows(rng.integers(0, 128, 20000), 1024, seed=3)
     torch.manual_seed(0)
     gates = new_gates(model, init="random")
-    steps = list(Distiller(model, gates, batches, DistillConfig(steps=40, lr=3e-3)).run())
+    # Without gaps, so that losses of different steps compare.
+    steps = list(Distiller(model, gates, batches, DistillConfig(steps=40, lr=3e-3), reach=1024).run())
     assert np.mean([s.loss for s in steps[-5:]]) < np.mean([s.loss for s in steps[:5]])
+
+
+def test_steps_with_gaps_in_positions_are_those_of_the_cpu(model):
+    batches = TextWindows(np.random.default_rng(0).integers(0, 128, 20000), 1024, 2, seed=3)
+    torch.manual_seed(0)
+    gates, found = new_gates(model, phase="both"), []
+    for one, taught in ((model, gates), (copy.deepcopy(model).cpu(), copy.deepcopy(gates).cpu())):
+        trainer = Distiller(one, taught, batches, DistillConfig(steps=1))
+        while int(trainer.reach.positions(trainer.seed, trainer.index, 1024, 64)[-1]) < 1024:
+            trainer.done += 1
+        values = trainer.accumulate(batches(trainer.index), 0.1).cpu()
+        found.append((values, torch.cat([p.grad.flatten().cpu() for p in taught.parameters()])))
+    (mine, gradient), (expected, reference) = found
+    assert torch.allclose(mine, expected, rtol=0.01)
+    assert torch.cosine_similarity(gradient, reference, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

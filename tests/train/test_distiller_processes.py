@@ -30,6 +30,7 @@ batches = Packs(documents, 256, 4, 64)
 config = DistillConfig(steps=12, save_every=3, grad_accum=2, eval_every=4)
 trainer = Distiller(model, gates, batches, config, out=Path(out), heldout=[text[-256:]],
     shard=fsdp == "True")
+assert trainer.reach.has_gaps
 main = trainer.accelerator.is_main_process
 if main:
     print("from", trainer.done, trainer.accelerator.num_processes, os.getpid(), flush=True)

@@ -19,7 +19,7 @@ from seerattention.train.target import counted, decode_rows, decode_target
 def test_objectives_get_the_target_that_is_asked_for(tiny, model, text, pool):
     tokens, gates, rows = text[:256], tiny.gates_of(model, phase="both"), decode_rows(256)
     config = DistillConfig(steps=1, target=pool)
-    trainer = Distiller(model, gates, TextWindows(text, 256), config, heldout=[tokens])
+    trainer = Distiller(model, gates, TextWindows(text, 256), config, heldout=[tokens], reach=256)
     objective, found, expected, recalls = trainer.objective, [], [], []
 
     def remember(target, scores, valid):

@@ -101,14 +101,14 @@ def test_gates_only_leaves_every_weight_and_lora_the_base(tiny, text):
 def test_warming_up_gates_leaves_the_model_and_its_text_is_not_read_again(tiny, model, text):
     asked = []
 
-    def batches(step):
-        asked.append(step)
-        return TextWindows(text, 96)(step)
+    class Recorded(TextWindows):
+        def __call__(self, step):
+            asked.append(step)
+            return super().__call__(step)
 
     gates, before = tiny.gates_of(model), base_checksum(model)
-    tuner = Finetuner(
-        prepare(model), gates, batches, FinetuneConfig(steps=2, warmup_gate_steps=2, target="mass")
-    )
+    config = FinetuneConfig(steps=2, warmup_gate_steps=2, target="mass")
+    tuner = Finetuner(prepare(model), gates, Recorded(text, 96), config)
     assert tuner.warm_up().config.target == "mass"
     start = state_of(gates)
     list(tuner.warm_up().run())
@@ -139,12 +139,13 @@ def test_the_saved_model_loads_in_plain_transformers_with_its_outputs_and_its_ga
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.rope_parameters["factor"] == 4
     assert loaded.config.max_position_embeddings == 1024
-    tokens = torch.from_numpy(TextWindows(text, 128)(0))
+    tokens = torch.from_numpy(TextWindows(text, 96)(0))
     with torch.no_grad():
         dense = loaded(tokens).logits
         assert torch.equal(dense, tuner.model(tokens).logits)
         saved = load_gates(tmp_path / "gates")
         assert saved.base.fingerprint not in ("", before)
+        assert saved.reach == 96
         attach(loaded, saved, min_tokens=0)
         assert not torch.equal(loaded(tokens).logits, dense)
     detach(loaded)

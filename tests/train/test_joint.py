@@ -72,7 +72,7 @@ def test_the_gates_loss_does_not_move_the_model_nor_the_language_loss_the_gates(
 def test_the_gates_gradient_is_that_of_distillation_times_the_weight(tiny, model, batch, target):
     gates = tiny.gates_of(model)
     config = DistillConfig(steps=1, target=target)
-    Distiller(model, gates, lambda step: batch, config).accumulate(batch, 0.1)
+    Distiller(model, gates, lambda step: batch, config, reach=batch.shape[1]).accumulate(batch, 0.1)
     distilled = gradients(gates)
     _, joint, values = accumulated(prepare(model), gates, batch, density=(1.0, 1.0), target=target)
     close(joint, {name: 10 * g for name, g in distilled.items()})

@@ -84,6 +84,30 @@ def test_what_can_be_seen_is_refused_before_the_model_is_loaded(kind, told, sett
         build(kind, {**told, "model": "nowhere", **settings}).start(None)
 
 
+@pytest.mark.parametrize(
+    ("reach", "words"),
+    [(64, "is below the length of the sequences, 128"), (512, "past the model's limit of 256")],
+)
+def test_a_reach_that_cannot_be_had_is_refused_before_weights_and_text_are_read(
+    told, monkeypatch, reach, words
+):
+    from seerattention.hosts import transformers as host
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(host, "load_base", fail)
+    with pytest.raises(ValueError, match=words):
+        build(Distillation, {**told, "reach": reach}).start(None)
+
+
+def test_gaps_are_of_the_runs_seed_and_of_its_reach(told, tmp_path):
+    run = build(Distillation, {**told, "reach": 200}).start(tmp_path / "out")
+    assert (run.trainer.reach.tokens, run.trainer.seed) == (200, 3)
+    assert read(tmp_path / "out" / "config.toml")["reach"] == 200
+    assert build(Distillation, told).start(None).trainer.reach.tokens == 256
+
+
 @pytest.mark.parametrize("name", ["gates", "model"])
 def test_what_is_in_the_way_of_results_is_refused_before_the_model_is_loaded(told, tmp_path, name):
     recipe = build(Finetuning, {**told, "model": "nowhere"})

@@ -51,6 +51,7 @@ def about_gates(gates: Gates) -> list[str]:
         f"per layer   {', '.join(f'{n} {list(v.shape)}' for n, v in first.state_dict().items())}",
         f"size        {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {parameters[0].dtype}",
         f"policy      {'; decoding: '.join(told)}",
+        *([f"taught      for positions up to {gates.reach:,}"] if gates.reach else []),
     ]
 
 

@@ -126,9 +126,9 @@ def _distil(demo: Demo, training: Any, seconds: int, console: Console) -> Gates 
         f"1. The teacher teaches gates to predict its attention, from their initialisation: {steps} steps of "
         f"{LIVE_TOKENS:,} tokens"
     )
-    done = train(
-        Distiller(demo.model, gates, batches, DistillConfig(steps=steps, lr=2e-3, objective="kl")), console
-    )
+    config = DistillConfig(steps=steps, lr=2e-3, objective="kl")
+    # Up to the length that is measured.
+    done = train(Distiller(demo.model, gates, batches, config, reach=demo.plan.tokens), console)
     few = max(1, min(8, len(done) // 4))
 
     def mean(steps: list[Any], name: str) -> float:

@@ -71,6 +71,7 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     shown = shown_density(asked, num_blocks(source.length, trainer.gates.config.block_size))
     more = {
         "steps": f"{count} of {read} read {count * source.sequences * source.length:,}; the base is frozen",
+        "positions": str(trainer.reach),
         "recall": f"shown at a density of {shown:.1%}",
     }
     if shown > 1.1 * asked:
@@ -88,7 +89,8 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     rows = _training.report(console, run, plan, out / GATES) if plan else []
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
-        used = flat(told) | {"objective": trainer.config.objective, "target": trainer.config.target}
+        c = trainer.config
+        used = flat(told) | {"objective": c.objective, "target": c.target, "reach": trainer.reach.tokens}
         address = push(
             trainer.gates,
             push_to_hub,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -49,10 +50,12 @@ class Phase:
     Attributes:
         scorers: The scorer of every layer.
         policy: How many blocks to read; None reads all, densely.
+        reach: Up to which position the scorers were taught, None where that is not known.
     """
 
     scorers: Mapping[int, Scorer]
     policy: Policy | None
+    reach: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class SparseLayer:
         observe: Called after every sparse layer.
         usage: How often a layer was sparse, or dense and why.
         short: Of every policy that could not read what it asks for, why, in the latest such prompt.
+        passed: Of scorers, how far they were taught, where a text went past it and was warned of.
         crossovers: The table's entry for every kind of device at hand.
     """
 
@@ -80,6 +84,7 @@ class SparseLayer:
     observe: Observer | None = None
     usage: Counter[str] = field(default_factory=Counter)
     short: dict[str, str] = field(default_factory=dict)
+    passed: set[int] = field(default_factory=set)
     crossovers: Mapping[str, Crossover] = field(default_factory=_crossovers)
 
     def __post_init__(self) -> None:
@@ -104,6 +109,8 @@ class SparseLayer:
             missing = summaries.follow(call, decoder, self._unrotate(decoder), compare=compare)
         if self.decode.policy is not None and call.cached.room is not None and compare and not any(missing):
             summaries.fill(call)
+            # The steps to come know how long their sequences are on the device alone.
+            self._check_reach(self.decode, [total for _, total in call.lengths])
         rows: dict[str | None, list[int]] = {}
         for row, (new, _) in enumerate(call.lengths):
             if new:
@@ -139,6 +146,7 @@ class SparseLayer:
         if why is not None:
             call = step.call()
             return call.unpacked(call.dense())
+        self._check_reach(self.decode, known or ())
         selection = select_decode_blocks(
             given.q if scorer.after_rope else given.q_nope,
             summaries.buffer(),
@@ -186,6 +194,7 @@ class SparseLayer:
         policy = self.prefill.policy
         assert policy is not None
         self._note_short(call, policy, scorer.block_size[1])
+        self._check_reach(self.prefill, [call.prompt_tokens or total for _, total in call.lengths])
         out, selection = seer_attention(
             call.q,
             call.k,
@@ -205,6 +214,22 @@ class SparseLayer:
             with _ONE_AT_A_TIME:
                 self.observe(call.layer, call, selection)
         return out
+
+    def _check_reach(self, phase: Phase, lengths: Iterable[int]) -> None:
+        """Warn, once, of texts that are longer than what the scorers of a phase were taught for."""
+        reach = phase.reach
+        if reach is None or (tokens := max(lengths, default=0)) <= reach:
+            return
+        with _ONE_AT_A_TIME:
+            if reach in self.passed:
+                return
+            self.passed.add(reach)
+        warnings.warn(
+            f"a text of {tokens:,} tokens is past the {reach:,} positions that these gates were taught for, "
+            "where they may choose worse than gates that were not taught at all: distil gates with a reach "
+            f"of {tokens:,} or more, or read such texts densely",
+            stacklevel=2,
+        )
 
     def _note_short(self, call: AttentionCall, policy: Policy, block: int) -> None:
         """Remember that a prompt is too short for the density asked for, see `Policy.short_of`."""

@@ -22,8 +22,9 @@ from seerattention.train.config import DistillConfig, Step
 from seerattention.train.data import text_identity
 from seerattention.train.layer import gate_scores, learn, rows_of
 from seerattention.train.loop import Loop
+from seerattention.train.positions import Reach
 from seerattention.train.processes import shard_layers
-from seerattention.train.share import Batch, Documents, packed_arguments
+from seerattention.train.share import Batch, Documents, decoder_arguments
 from seerattention.train.target import (
     DECODE_ROWS,
     LEAST_TAKEN,
@@ -46,12 +47,15 @@ class Distiller(Loop):
     Args: those of `Loop`, of which ``shard`` shards the frozen base, and
         heldout: Held-out sequences, int ``[T]`` each. With them the best gates by recall are kept and
             are the gates at the end.
+        reach: Up to which position the gates are taught, by gaps between the blocks of a sequence; default
+            the model's own limit where it can read them, the length of the sequences for no gaps.
+        seed: Of the gaps.
         decoder: What runs the model up to its last hidden states; default its own decoder. A model
             that is sharded already is run by the module that knows it is.
 
     Raises:
         ValueError: If the checkpoint is damaged or belongs to another run, the sequences of a step
-            cannot be split evenly, or patience is asked for without held-out text.
+            cannot be split evenly, patience is asked for without held-out text, or the reach cannot be had.
         OSError: If ``out`` cannot be written.
     """
 
@@ -66,11 +70,14 @@ class Distiller(Loop):
         heldout: Sequence[np.ndarray] = (),
         accelerator: Accelerator | None = None,
         shard: bool | None = None,
+        reach: int | None = None,
+        seed: int = 0,
         decoder: Callable[..., Any] | None = None,
     ) -> None:
         config = (config or DistillConfig()).taught(gates.config.phase)
         super().__init__(model, gates, batches, config, out, accelerator, shard)
         self.config: DistillConfig = config
+        self.reach, self.seed = Reach.of(model.config, self.length, reach), seed
         self.decoder = decoder or model.get_decoder()
         self.heldout = heldout
         self.phases = gates.config.phases
@@ -103,6 +110,7 @@ class Distiller(Loop):
         return super().finished or 0 < self.config.patience <= self.stale
 
     def _finish(self) -> None:
+        self.gates.reach = self.reach.tokens
         if self._kept:
             self.gates.load_state_dict(self._kept)
         if self.out is None:
@@ -158,11 +166,14 @@ class Distiller(Loop):
     def _forward(self, tokens: Tensor, documents: Documents, learned: int, density: float) -> Tensor:
         """Run the frozen model once, every layer learning from each document on its own."""
         by_layer = dict(self.gates.items())
+        block = self.gates.config.block_size
+        positions = [self.reach.positions(self.seed, self.index, n, block) for n, _ in documents]
+        placed = [at.to(self.device) for at in positions]
         parts: list[Tensor] = []
 
         def handler(call: AttentionCall) -> Tensor:
             gate, outs, start = by_layer[call.layer], [], 0
-            for length, counts in documents:
+            for (length, counts), at in zip(documents, placed, strict=True):
                 s = slice(start, start + length)
                 q, k, v = (x[:, :, s] for x in (call.q, call.k, call.v))
                 start += length
@@ -174,16 +185,19 @@ class Distiller(Loop):
                 weight = call.q.shape[0] * length / learned
                 q, k = call.q_nope[:, :, s], call.k_nope[:, :, s]
                 # The layers' mean is reported; gradients are those of the sum over layers.
-                values, _ = learn(gate, q, k, targets, self.objective, weight, density)
+                options = {"weight": weight, "density": density, "positions": at.to(q.device)}
+                values, _ = learn(gate, q, k, targets, self.objective, **options)
                 parts.append(values / len(by_layer))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-        self._decode(tokens, [length for length, _ in documents], handler)
+        self._decode(tokens, positions, handler)
         return torch.stack(parts).sum(0) if parts else torch.zeros(len(self.measures), device=self.device)
 
-    def _decode(self, tokens: Tensor, lengths: list[int], handler: Callable[[AttentionCall], Tensor]) -> None:
-        """Run the decoder, without the head; positions restart at each document."""
-        more = packed_arguments(self.model, lengths, self.device)
+    def _decode(
+        self, tokens: Tensor, positions: Sequence[Tensor], handler: Callable[[AttentionCall], Tensor]
+    ) -> None:
+        """Run the decoder, without the head, on rows of documents whose tokens have these positions."""
+        more = decoder_arguments(self.model, positions, len(tokens), self.device)
         with torch.no_grad(), intercept(self.model, handler):
             self.decoder(tokens.to(self.device), use_cache=False, **more)
 
@@ -223,7 +237,8 @@ class Distiller(Loop):
             return out
 
         for tokens in self.heldout:
-            self._decode(torch.from_numpy(np.asarray(tokens, np.int64))[None], [len(tokens)], look)
+            batch = torch.from_numpy(np.asarray(tokens, np.int64))[None]
+            self._decode(batch, [torch.arange(len(tokens))], look)
         mean = torch.stack(found).mean(0)
         # Every process measured the same text; one answer for all keeps them in step.
         if self.accelerator.num_processes > 1:
@@ -232,7 +247,9 @@ class Distiller(Loop):
         return dict(zip(self.phases, mean.tolist(), strict=True))
 
     def _about(self) -> dict[str, Any]:
-        return {"heldout": text_identity(*map(np.asarray, self.heldout))}
+        # None without gaps, as checkpoints from before there were any say it by not saying it.
+        reach, seed = (self.reach.tokens, self.seed) if self.reach.has_gaps else (None, None)
+        return {"heldout": text_identity(*map(np.asarray, self.heldout)), "reach": reach, "seed": seed}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"best.{name}", value) for name, value in self._kept.items())

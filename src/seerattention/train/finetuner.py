@@ -21,7 +21,7 @@ from seerattention.train.joint import JointPass
 from seerattention.train.language import IGNORED, LanguageLoss
 from seerattention.train.loop import Loop
 from seerattention.train.processes import shard_layers, whole
-from seerattention.train.share import Batch, Documents, Share, packed_arguments
+from seerattention.train.share import Batch, Documents, Share, decoder_arguments
 from seerattention.train.trained import training_backend
 
 
@@ -121,6 +121,8 @@ class Finetuner(Loop):
                 out=None if self.out is None else self.out / "warmup",
                 accelerator=self.accelerator,
                 shard=False,
+                # The joint steps have no gaps either.
+                reach=self.length,
                 decoder=self._decode,
             )
         return self._warm_up
@@ -131,6 +133,10 @@ class Finetuner(Loop):
             for _ in first.run():
                 pass
         yield from super().run()
+
+    def _finish(self) -> None:
+        if self.config.gate_weight or self.config.soft_gates:
+            self.gates.reach = self.length
 
     def memory(self, length: int) -> dict[str, int]:
         """Return what weights and optimizer take; the layers' activations come on top."""
@@ -187,8 +193,8 @@ class Finetuner(Loop):
         joint = JointPass(
             dict(self.gates.items()), documents, share, density, self.objective, self.config, self.backend
         )
-        lengths = [length for length, _ in documents]
-        more = packed_arguments(self.model, lengths, self.device)
+        positions = [torch.arange(length) for length, _ in documents]
+        more = decoder_arguments(self.model, positions, len(tokens), self.device)
         targets = _next_tokens(tokens, documents)
         learns = bool(self.named) or self.config.soft_gates
         with torch.set_grad_enabled(learns), intercept(self.model, joint):

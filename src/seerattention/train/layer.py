@@ -75,19 +75,23 @@ def learn(
     objective: Objective,
     weight: float,
     density: float,
+    *,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add the gradient of one layer's weighted loss to the gate's; wait for nothing on the device.
 
     Queries and keys are those of `gate_scores`, the targets by phase the map of `pooled_attention`, fp32
     ``[B, H, N, N]``, and that of `decode_target` in `decode_rows`; their losses are added. ``weight`` is a
-    factor of the loss, this call's share of the global batch, ``density`` that of the recall.
+    factor of the loss, this call's share of the global batch, ``density`` that of the recall. ``positions``
+    are the tokens', default 0, 1, 2, ...
 
     Returns:
         fp32 ``[1 + phases]`` on the device: ``weight`` times loss and recall in each phase; and the scores by
         phase, without a gradient.
     """
     length = q_nope.shape[2]
-    positions = torch.arange(length, device=q_nope.device)
+    if positions is None:
+        positions = torch.arange(length, device=q_nope.device)
     with torch.enable_grad():
         scores = gate_scores(gate, q_nope, k_nope, positions, targets)
         rows = [rows_of(phase, gate, target, scores[phase], length) for phase, target in targets.items()]

@@ -30,7 +30,7 @@ from seerattention.train.checkpoint import (
 )
 from seerattention.train.config import TrainConfig
 from seerattention.train.processes import like, make_accelerator, summed, whole
-from seerattention.train.share import Batch, Share, identity_of, share_of, tokens_of
+from seerattention.train.share import Batch, Share, identity_of, length_of, share_of, tokens_of
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -48,7 +48,8 @@ class Loop:
         model: The model.
         gates: Its gates, trained in place.
         batches: The global batch of a step counted from 0, without padding; the same for the same step
-            on every process, so that a resumed run continues exactly.
+            on every process, so that a resumed run continues exactly. The longest sequences are of
+            ``batches.length`` tokens or, where it has none, as long as those of the first step.
         config: How to train.
         out: Folder for the checkpoint, ``metrics.jsonl``, ``run.json`` and, where tensorboard is
             installed, its logs; None keeps nothing. A checkpoint found there is continued, by any
@@ -63,6 +64,7 @@ class Loop:
         done: Steps done.
         saved: Steps done in the last checkpoint; 0 where there is none.
         first: Batches that were read before the first step.
+        length: Tokens of the longest sequences.
         named: The model's parameters that are trained, by name.
         named_gates: The gates'.
         optimizer: Theirs; every group has its peak learning rate as ``peak``.
@@ -89,6 +91,7 @@ class Loop:
         self.sharded = bool(self.accelerator.is_fsdp2) if shard is None else shard
         self.objective = objectives.create(config.objective)
         self.done = self.saved = self.first = 0
+        self.length = length_of(batches)
         self.named: dict[str, nn.Parameter] = {}
         gates.use_rotary_of(model)
         # Gates in use, and copies of them, ask for no gradient.

@@ -160,17 +160,29 @@ class Distillation(Recipe["Distiller"]):
 
     Attributes:
         decode_policy: Policy saved with gates whose gate.phase is decode or both, used in decoding.
+        reach: Up to which position gates are taught, by gaps in the positions of a sequence; default all
+            that the model has, length for no gaps.
+        seed: Of new gates, gaps and the order of the text.
     """
 
     config: DistillConfig = field(default_factory=DistillConfig)
     policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
     decode_policy: str = "token_budget:2048,sink_blocks=1"
+    reach: int | None = None
 
     def kind(self) -> type[Distiller]:
         """Return the trainer's class."""
         from seerattention.train.distiller import Distiller
 
         return Distiller
+
+    def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
+        """Return the model, twice, once its configuration says that the reach can be had."""
+        from seerattention.hosts.transformers.load import load_config
+        from seerattention.train.positions import Reach
+
+        Reach.of(load_config(self.model), self.source.length, self.reach)
+        return super().load(device)
 
     def choose_policies(self, gates: Gates) -> None:
         """Give gates a policy for each of their phases."""
@@ -183,8 +195,8 @@ class Distillation(Recipe["Distiller"]):
         gates.decode_policy = self.decode_policy if "decode" in phases else None
 
     def more(self, text: Text) -> dict[str, Any]:
-        """Return the held-out text, on which the best gates are found."""
-        return {"heldout": text.heldout}
+        """Return the held-out text, on which the best gates are found, and how far they are taught."""
+        return {"heldout": text.heldout, "reach": self.reach, "seed": self.seed}
 
 
 @dataclass(frozen=True, kw_only=True)

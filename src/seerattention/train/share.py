@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from seerattention.hosts.transformers.family import has_windows
 from seerattention.train.data import Packed, Packs, TextWindows, text_identity
 
 #: A document of fewer blocks teaches nothing: a gate chooses among too few.
@@ -51,6 +52,12 @@ def identity_of(batches: Callable[[int], Batch]) -> str:
     return text_identity(*tokens_of(first), *map(np.array, lengths))
 
 
+def length_of(batches: Callable[[int], Batch]) -> int:
+    """Return the tokens of the longest sequences: ``batches.length``, else those of the first step."""
+    length = getattr(batches, "length", None)
+    return tokens_of(batches(0)).shape[1] if length is None else length
+
+
 def share_of(batch: Batch, block_size: int, world: int, rank: int, grad_accum: int) -> Share:
     """Return the part of a global batch of process ``rank`` of ``world``, in ``grad_accum`` passes.
 
@@ -77,26 +84,33 @@ def share_of(batch: Batch, block_size: int, world: int, rank: int, grad_accum: i
     return Share(passes, sum(lengths), sum(lengths) - len(lengths))
 
 
-def packed_arguments(
-    model: PreTrainedModel, lengths: Sequence[int], device: torch.device
+def decoder_arguments(
+    model: PreTrainedModel, positions: Sequence[Tensor], rows: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return what tells a decoder that a row holds documents of these lengths: nothing for a single one.
+    """Return what tells a decoder where tokens are: nothing where that is 0, 1, 2, ...
+
+    Args:
+        model: The decoder's model.
+        positions: Of every document of a row those of its tokens, int64 ``[T]`` on the CPU.
+        rows: Rows of the batch, all of such documents.
+        device: Where the decoder reads its tokens.
 
     Raises:
-        NotImplementedError: If the model has sliding-window layers.
+        NotImplementedError: If there are several documents and the model has sliding-window layers.
     """
-    if len(lengths) == 1:
-        return {}
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in kinds):
+    if len(positions) > 1 and has_windows(model.config.get_text_config()):
         raise NotImplementedError(
             "documents cannot be packed for a model with sliding-window layers: a window would reach into "
             "the document before; train on single windows of text instead (packing off)"
         )
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    whole = torch.cat(list(positions))[None]
+    tokens = whole.shape[1]
+    if torch.equal(whole[0], torch.arange(tokens)):
+        return {}
     return {
-        "position_ids": positions.to(device),
-        "attention_mask": torch.ones(1, len(positions[0]), dtype=torch.long, device=device),
+        "position_ids": whole.to(device),
+        # Without a mask that says it is one text, transformers takes gaps for bounds of several.
+        "attention_mask": torch.ones(rows, tokens, dtype=torch.long, device=device),
     }
 
 

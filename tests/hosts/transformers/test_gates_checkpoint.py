@@ -354,3 +354,19 @@ def test_gates_that_may_not_be_read_are_not_called_missing(saved, public, unread
     for name in ("gates.safetensors", "config.json"):
         with unreadable(public / "gates" / name), pytest.raises(PermissionError, match=rf"denied.*{name}"):
             host.load_gates(public / "gates")
+
+
+def test_how_far_gates_were_taught_is_saved_and_files_that_do_not_say_it_load(gates, saved):
+    assert host.load_gates(saved).reach is None
+    gates.reach = 4096
+    host.save_gates(gates, saved, policy="top_k:0.1")
+    assert host.load_gates(saved).reach == 4096
+    config = json.loads((saved / "config.json").read_text())
+    # The design, by which gates are told apart, has no part in it.
+    assert "reach" not in config["gate"]
+    del config["reach"]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert host.load_gates(saved).reach is None
+    (saved / "config.json").write_text(json.dumps(config | {"reach": "far"}))
+    with pytest.raises(ValueError, match=r"is damaged \(ValueError: reach must be"):
+        host.load_gates(saved)

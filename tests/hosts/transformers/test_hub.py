@@ -94,7 +94,11 @@ def test_the_card_says_what_is_known(gates):
 
 
 def test_the_card_says_what_is_not_known(tiny):
-    text = host.model_card(tiny.gates_for(tiny.make()), "me/gates")
+    gates = tiny.gates_for(tiny.make())
+    text = host.model_card(gates, "me/gates")
+    assert "taught for positions" not in text
+    gates.reach = 8192
+    assert "; taught for positions up to 8,192.\n" in host.model_card(gates, "me/gates")
     assert text.count("Not recorded.") == 2
     assert "None recorded: measure them" in text
     assert "base_model" not in text

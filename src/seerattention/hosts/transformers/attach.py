@@ -150,8 +150,13 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
             setattr(layers[index], child, gate.requires_grad_(False))
     prefill, decode = phases
     # Passes that began before end as they began.
+    first, second = (
+        one.reach if isinstance(one, Gates) else None for one in (chosen.scorers, chosen.decoders)
+    )
     runtime.switch.handler = replace(
-        sparse_layer(model), prefill=Phase(prefill, chosen.policy), decode=Phase(decode, chosen.decode_policy)
+        sparse_layer(model),
+        prefill=Phase(prefill, chosen.policy, first),
+        decode=Phase(decode, chosen.decode_policy, second),
     )
 
 

@@ -79,6 +79,7 @@ def save_gates(
         "base_model": gates.base.to_dict(),
         "policy": text,
         "decode_policy": decoding and _decoding(decoding, gates.config),
+        "reach": gates.reach,
     }
     check_replaceable(Path(folder))
     with atomic_folder(folder) as temporary:
@@ -245,6 +246,8 @@ def _read(path: Path, config: Any) -> Gates:
         layers = list(typed("layers", config["layers"], tuple[int, ...]))
         check_layers(len(layers))
         heads = gate_config.num_kv_heads if gate_config.per_kv_head else gate_config.num_heads
+        # Files of earlier versions do not say it.
+        reach = typed("reach", config.get("reach"), int | None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     calibration = _read_calibration(path, layers, heads)
@@ -264,7 +267,7 @@ def _read(path: Path, config: Any) -> Gates:
         ) from error
     # Without memory until the file is known to fit.
     with torch.device("meta"):
-        gates = Gates(gate_config, base, layers, policy, calibration, decoding)
+        gates = Gates(gate_config, base, layers, policy, calibration, decoding, reach)
     check_weights(path / WEIGHTS, weights, {key: own.shape for key, own in gates.named_weights().items()})
     dtype = next(iter(weights.values())).dtype
     for index, gate in gates.items():

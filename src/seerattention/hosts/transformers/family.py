@@ -152,6 +152,11 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return dict(sorted(layers.items()))  # type: ignore[arg-type]
 
 
+def has_windows(config: PreTrainedConfig) -> bool:
+    """Whether a text model of this configuration has sliding-window layers beside those of full attention."""
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
 def full_attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Return the self-attention modules that see the whole sequence; sliding windows stay as they are.
 

@@ -74,6 +74,7 @@ class Gates(nn.Module):
         policy: Text form of the policy they were saved with for prefill, if any.
         calibration: What the policy ``calibrated`` means for them, if they were calibrated.
         decode_policy: Text form of the policy they were saved with for decoding, if any.
+        reach: Up to which position they were taught, None where that is not known.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class Gates(nn.Module):
         policy: str | None = None,
         calibration: Calibration | None = None,
         decode_policy: str | None = None,
+        reach: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.base = base
         self.policy = policy
         self.decode_policy = decode_policy
+        self.reach = reach
         self.calibration = calibration
         self.layers = nn.ModuleDict({str(i): AttnGate(config) for i in layers})
 

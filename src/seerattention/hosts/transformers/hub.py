@@ -135,7 +135,8 @@ def model_card(
         f"attention weights: {f'`{base.fingerprint}`' if base.fingerprint else 'not known'}.",
         "Design": f"{len(gates.layers)} gates for {PHASES[c.phase]}, {parameters:,} parameters in all; "
         f"blocks of {c.block_size} tokens, queries pooled by {', '.join(c.q_pool)} over {c.q_sub} tokens, "
-        f"keys by {', '.join(c.k_pool)} over {c.k_sub}.",
+        f"keys by {', '.join(c.k_pool)} over {c.k_sub}"
+        + (f"; taught for positions up to {gates.reach:,}." if gates.reach else "."),
         "Data": data or "Not recorded.",
         "Recipe": _settings(recipe),
         "Results": _table(results),

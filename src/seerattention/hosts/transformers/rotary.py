@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.gate import LengthRotary, Rotary
 from seerattention.hosts.transformers.base import head_dim_of
-from seerattention.hosts.transformers.family import family_of
+from seerattention.hosts.transformers.family import family_of, has_windows
 from seerattention.hosts.transformers.request import LayerCall, running
 from seerattention.hosts.transformers.support import LONGROPE
 
@@ -36,10 +37,10 @@ def _rotary_module(model: PreTrainedModel) -> nn.Module:
     raise NotImplementedError(f"{type(model).__name__} has no rotary_emb; use GateConfig(rope=False)")
 
 
-def _rope_type(config: PreTrainedConfig) -> str:
-    """Return the type of RoPE of the layers with gates."""
-    settings = config.rope_parameters
-    return settings.get("full_attention", settings)["rope_type"]
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the settings of RoPE of the layers with gates, none of a model without it."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return settings.get("full_attention", settings)
 
 
 def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
@@ -49,8 +50,31 @@ def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
 
 def _by_length(config: PreTrainedConfig) -> str | None:
     """Return the kind of RoPE where its angles depend on the text's length, else None."""
-    kind = _rope_type(config)
+    kind = _rope(config).get("rope_type")
     return kind if kind in ("dynamic", "longrope") else None
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model of this configuration has, None where it does not say.
+
+    With YaRN that is the extended number also where ``max_position_embeddings`` is the one before: the
+    settings name where it starts.
+    """
+    config = config.get_text_config()
+    limit, rope = getattr(config, "max_position_embeddings", None), _rope(config)
+    if limit is None or rope.get("rope_type") != "yarn":
+        return limit
+    return max(limit, int((rope.get("factor") or 1) * rope.get("original_max_position_embeddings", limit)))
+
+
+def why_no_gaps(config: PreTrainedConfig) -> str | None:
+    """Return why a model of this configuration cannot read positions with gaps as it reads long texts."""
+    config = config.get_text_config()
+    if (kind := _by_length(config)) is not None:
+        return f"RoPE of type {kind} turns a text by its length, which gaps would pretend"
+    if has_windows(config):
+        return "sliding windows count tokens, and across a gap would see distances that they never learned"
+    return None
 
 
 def _frequencies(rotary: nn.Module) -> int:
