@@ -55,7 +55,6 @@ def test_attention_checks_notice(name: str) -> None:
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("bug", [column_normalised, last_rows_only, normalised_before_group, other_pool])
 def test_pooled_checks_notice(bug: Run, pool: Pool) -> None:
-    # Without sinks every head of a group has the same mass.
     case = PoolCase(
         name="", heads=4, kv_heads=2, queries=200, head_dim=32, per_kv_head=True, sinks=True, pool=pool
     )

@@ -3,10 +3,11 @@
     python -m experiments.decode_gates.run --model MODEL --text BOOKS --heldout BOOKS --out runs/decode_gates
     python -m experiments.decode_gates.run --model MODEL --out runs/decode_gates --only prefill both quest
 
-Every set of gates is taught by `Distiller` on the same windows, in a process of its own, and measured on
-held-out text: the share of true attention that single tokens keep at budgets of tokens, chosen as decoding
-chooses, and the perplexity of sparse prefill where the gates are taught for it. Stopped at any point, the
-same command goes on from there. Results are in OUT/results.json. Text is tokenised once, into OUT/tokens.
+Every set of gates is taught by `Distiller` on the same sequences, in a process of its own, and measured on
+held-out text, every token of a window's second half decoded: perplexity at budgets of tokens, the share of
+true attention that is kept, and numbers that are asked for behind a text, after RULER; and the perplexity of
+sparse prefill where the gates are taught for it. Stopped at any point, the same command goes on from there.
+Results are in OUT/results.json. Text is tokenised once, into OUT/tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.decoding.table import rise
 from experiments.teacher.data import read_books
-from seerattention import baselines
+from seerattention import attach, baselines, detach
+from seerattention.evals import tasks
+from seerattention.evals.tasks import Source
 from seerattention.files import read_json, write_json, write_whole
 from seerattention.gate_config import GateConfig
 from seerattention.hosts.transformers import AttentionCall, Gates, intercept, new_gates, save_gates
 from seerattention.measure import bundled
 from seerattention.measure.compare import measured
+from seerattention.measure.decoding import continued
 from seerattention.measure.versions import versions
 from seerattention.ops.attention_scores import attention_scores, by_block
 from seerattention.ops.dense_attention import dense_attention
@@ -40,6 +45,7 @@ from seerattention.policies import TokenBudget
 from seerattention.scorer import Scorer
 from seerattention.train import DistillConfig, Distiller, TextWindows
 from seerattention.train.loop import METRICS
+from seerattention.train.mixture import Mixture
 from seerattention.train.target import decode_rows
 
 #: Densities of sparse prefill; the first and the own block forced, no dense last rows.
@@ -49,6 +55,15 @@ POLICY = "top_k:{:g},sink_blocks=1"
 #: Of the rows that teach, every so many are measured.
 EVERY = 4
 
+#: Budgets in tokens at which the second half of windows is decoded, the first of them for questions too.
+DECODED = (512, 2048)
+#: Tasks whose questions are asked at half a window, and how many of each; tokens decoded before the answer.
+TASKS: dict[str, dict[str, Any]] = {"niah_single": {}, "niah_multikey": {"keys": 4}}
+QUESTIONS, ASKING = 48, 63
+
+#: Prompts with the tokens of their answers.
+Asked = list[tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -56,42 +71,52 @@ class Variant:
 
     Attributes:
         gate: Settings of `new_gates`.
-        objective: Name of an objective.
+        objective: Name of an objective; default the phase's.
+        target: What is learned of a block; default the phase's.
         lr: Peak learning rate.
+        retrieval: Share of sequences that ask for what they state.
+        repeats: Share in which passages return.
+        taught: Whether they learn at all.
     """
 
     gate: dict[str, Any] = field(default_factory=dict)
-    objective: str = "sharp_kl"
+    objective: str = ""
+    target: str = ""
     lr: float = 3e-3
+    retrieval: float = 0.25
+    repeats: float = 0.1
+    taught: bool = True
 
 
 def decode(k_sub: int | None, **settings: Any) -> dict[str, Any]:
     """Return the design of gates for decoding alone with ``k_sub`` keys per summary."""
-    own = {"q_pool": ("avg",), "q_sub_block": 1, "per_kv_head": True}
-    return {"phase": "decode", **own, "k_sub_block": k_sub, **settings}
+    pool = {"k_pool": ("avg",)} if k_sub == 1 else {}
+    return {"phase": "decode", "k_sub_block": k_sub, **pool, **settings}
 
 
 #: The design of the published decode gates, but for ``gate_dim``, which is the head's.
 PUBLISHED = {"qk_norm": True, "rope_pairs": "spread", "init": "random"}
 
 VARIANTS = {
+    "default": Variant({"phase": "decode"}),
+    "not taught": Variant({"phase": "decode"}, taught=False),
+    "k1, 32": Variant(decode(1, gate_dim=32)),
+    "k2, 16": Variant(decode(2, gate_dim=16)),
+    "k2, 32": Variant(decode(2, gate_dim=32)),
+    "k4, 32": Variant(decode(4, gate_dim=32)),
+    "k8, 32": Variant(decode(8, gate_dim=32)),
+    "k8": Variant(decode(8)),
+    "k64": Variant(decode(None)),
+    "books alone": Variant({"phase": "decode"}, retrieval=0.0, repeats=0.0),
+    "largest weight": Variant({"phase": "decode"}, target="max"),
+    "all blocks": Variant({"phase": "decode"}, "kl"),
+    "k64, as published": Variant(decode(None), "kl", "max"),
+    "published": Variant(decode(None, **PUBLISHED), "kl", "max", 1e-3),
     "prefill": Variant(),
-    "prefill-k16": Variant({"k_sub_block": 16}),
     "both": Variant({"phase": "both"}),
-    "both-k16": Variant({"phase": "both", "k_sub_block": 16}),
-    "both-k32": Variant({"phase": "both", "k_sub_block": 32}),
-    "decode-k64": Variant(decode(None)),
-    "decode-k32": Variant(decode(32)),
-    "decode-k16": Variant(decode(16)),
-    "decode-k8": Variant(decode(8)),
-    "decode-k16-query-heads": Variant(decode(16, per_kv_head=False)),
-    "decode-k16-kl": Variant(decode(16), "kl"),
-    "decode-k64-kl": Variant(decode(None), "kl"),
-    "published": Variant(decode(None, **PUBLISHED), "kl", 1e-3),
-    "published-sharp": Variant(decode(None, **PUBLISHED)),
 }
 #: Ways to choose without gates.
-SCORERS = ("oracle_mass", "quest", "meanpool", "streaming")
+SCORERS = ("dense", "oracle_mass", "quest", "meanpool", "streaming")
 
 
 def main() -> None:
@@ -133,6 +158,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024, 2048], help="in tokens")
     parser.add_argument("--block", type=int, default=64, help="tokens per block")
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *SCORERS], help="default: all")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="of each task")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=1, help="at a time, on one device")
@@ -143,7 +169,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what results of one folder share."""
-    names = ("characters", "steps", "length", "windows", "budgets", "block", "seed")
+    names = ("characters", "steps", "length", "windows", "budgets", "block", "questions", "seed")
     return {"model": Path(args.model).name, **{name: getattr(args, name) for name in names}}
 
 
@@ -225,43 +251,47 @@ def one(args: argparse.Namespace, name: str) -> None:
     """Teach one set of gates, or take a scorer without any, and measure it."""
     torch.set_float32_matmul_precision("high")
     dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    model, _ = bundled.named_model(args.model, dtype=dtype, device=args.device)
+    model, tokenizer = bundled.named_model(args.model, dtype=dtype, device=args.device)
+    samples = questions(args, tokenizer)
     windows = list(tokens_of(args, "heldout").astype(np.int64).reshape(-1, args.length))
     started, row = time.perf_counter(), {"name": name}
     if name in SCORERS:
-        scorer = baselines.create(name, block_size=[args.block, args.block])
-        layers: Mapping[int, Scorer] = dict.fromkeys(range(model.config.num_hidden_layers), scorer)
-        if name == SCORERS[0]:
-            row["dense"] = measured(model, None, windows=windows).perplexity
+        chooses = None if name == "dense" else baselines.create(name, block_size=[args.block, args.block])
+        layers = {} if chooses is None else dict.fromkeys(range(model.config.num_hidden_layers), chooses)
     else:
-        gates = taught(args, name, model)
+        gates = taught(args, name, model, tokenizer)
         # As users load them.
-        gates = gates.to(model.dtype).requires_grad_(False)
-        layers = dict(gates.items())
+        chooses = gates = gates.to(model.dtype).requires_grad_(False)
+        layers: Mapping[int, Scorer] = dict(gates.items())
         row |= {"gate": gates.config.to_dict(), "read": read_share(gates.config)}
-        row["taught"] = last_step(args, name)
+        row |= {"taught": last_step(args, name)} if VARIANTS[name].taught else {}
         if "prefill" in gates.config.phases:
             row["perplexity"] = {
                 str(density): measured(model, gates, POLICY.format(density), windows=windows).perplexity
                 for density in DENSITIES
             }
-    row["recall"] = recall(model, layers, windows, args.budgets, args.block)
+    if layers:
+        row["recall"] = recall(model, layers, windows, args.budgets, args.block)
+    row |= decoded(model, chooses, windows, samples)
     row["seconds"] = round(time.perf_counter() - started, 1)
     result_of(args, name).parent.mkdir(exist_ok=True)
     write_json(result_of(args, name), row)
 
 
-def taught(args: argparse.Namespace, name: str, model: Any) -> Gates:
+def taught(args: argparse.Namespace, name: str, model: Any, tokenizer: Any) -> Gates:
     """Teach gates to the end, from their last checkpoint on."""
     variant, out = VARIANTS[name], args.out / "gates" / name
     torch.manual_seed(args.seed)
     design = {"gate_dim": GateConfig(1, 1, head_dim(model)).head_dim} if name.startswith("published") else {}
     # Fewer tokens per block than the designs are made for: as many summaries per block.
-    subs = {key: variant.gate.get(key, 4) for key in ("q_sub_block", "k_sub_block")}
-    subs = {key: sub if sub is None or sub < args.block else None for key, sub in subs.items()}
-    gates = new_gates(model, **{**variant.gate, **design, **subs, "block_size": args.block})
+    gates = new_gates(model, **{**variant.gate, **design, "block_size": args.block})
+    if not variant.taught:
+        return gates
     text = TextWindows(tokens_of(args, "text"), args.length, 1, args.seed)
-    config = DistillConfig(steps=args.steps, lr=variant.lr, objective=variant.objective)
+    text = Mixture(text, tokenizer, variant.retrieval, variant.repeats, args.seed)
+    config = DistillConfig(
+        steps=args.steps, lr=variant.lr, objective=variant.objective, target=variant.target
+    )
     # Without gaps in positions: all is measured at this length.
     for step in Distiller(model, gates, text, config, out=out, reach=args.length).run():
         recalls = [x for x in (step.recall, step.decode_recall) if x is not None]
@@ -322,6 +352,52 @@ def recall(
     return {budget: round(float(torch.stack(parts).mean()), 5) for budget, parts in found.items()}
 
 
+def questions(args: argparse.Namespace, tokenizer: Any) -> dict[str, Asked]:
+    """Return prompts of half a window by task, each with the tokens of its answer."""
+    source = Source(tokenizer, [tokens_of(args, "heldout").astype(np.int64)], bool(tokenizer.chat_template))
+    found: dict[str, Asked] = {}
+    for name, options in TASKS.items():
+        task = tasks.create(name, **options)
+        made = [task.make(source, args.length // 2, seed) for seed in range(args.questions)]
+        found[name] = [(one.prompt, source.encode(" " + one.expected[0])) for one in made]
+    return found
+
+
+@torch.inference_mode()
+def decoded(
+    model: Any,
+    scorer: Any,
+    windows: list[np.ndarray],
+    samples: dict[str, Asked],
+) -> dict[str, Any]:
+    """Return each window's mean loss by budget, and the share of answers whose every token is foreseen."""
+    found: dict[str, Any] = {"losses": {}, "found": {}}
+    for budget in DECODED if scorer is not None else (0,):
+        if scorer is not None:
+            policy = TokenBudget(budget, sink_blocks=1)
+            attach(model, scorer, prefill="dense", decode=policy, min_tokens=0)
+        try:
+            text = np.stack(windows)
+            losses = continued(model, text, text.shape[1] // 2, step=ASKING).losses
+            found["losses"][str(budget)] = losses.double().mean(1).tolist()
+            if budget in (0, DECODED[0]):
+                found["found"] = {name: foreseen(model, some) for name, some in samples.items()}
+        finally:
+            if scorer is not None:
+                detach(model)
+    return found
+
+
+def foreseen(model: Any, some: Asked) -> float:
+    """Return the share of answers every token of which is the most likely one, the question decoded too."""
+    right = 0
+    for prompt, answer in some:
+        tokens = np.concatenate([prompt, answer])[None]
+        said = continued(model, tokens, len(prompt) - ASKING, step=ASKING).predicted[0, -len(answer) :]
+        right += bool((said.cpu().numpy() == answer).all())
+    return right / len(some)
+
+
 def is_oracle(scorer: Scorer) -> bool:
     """Whether a scorer ranks blocks by their true attention, which is measured here anyway."""
     return getattr(scorer, "pool", "") == "sum"
@@ -341,24 +417,33 @@ def collected(args: argparse.Namespace) -> dict[str, Any]:
     """Return all results there are."""
     names = (*SCORERS, *VARIANTS)
     rows = [read_json(result_of(args, name)) for name in names if result_of(args, name).exists()]
-    variants = {name: {"objective": v.objective, "lr": v.lr} for name, v in VARIANTS.items()}
+    variants = {name: asdict(variant) for name, variant in VARIANTS.items()}
     return {"versions": versions(), "settings": settings(args), "variants": variants, "rows": rows}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return one line per way of choosing: what it reads, what is kept by budget, sparse prefill."""
+    """Return one line per way of choosing: what it reads, what it loses, finds and keeps; sparse prefill."""
     budgets = list(map(str, results["settings"]["budgets"]))
-    dense = next((row["dense"] for row in results["rows"] if "dense" in row), None)
-    titles = ["reads", *budgets, *(f"ppl {density:.0%}" for density in DENSITIES)]
-    lines = [f"{'attention kept by token budget':30}" + "".join(f"{title:>9}" for title in titles)]
-    for row in results["rows"]:
+    rows = {row["name"]: row for row in results["rows"]}
+    dense = next(iter(rows["dense"]["losses"].values())) if "dense" in rows else None
+    titles = ["reads", *(f"ppl {budget}" for budget in DECODED), *TASKS, *budgets]
+    titles += [f"sparse {density:.0%}" for density in DENSITIES]
+    lines = [f"{'chosen by':20}" + "".join(f"{title[:12]:>13}" for title in titles)]
+    for name, row in rows.items():
         cells = [f"{row['read']:.1%}" if "read" in row else ""]
-        cells += [f"{row['recall'][budget]:.4f}" for budget in budgets]
+        for budget in DECODED:
+            losses = row["losses"].get(str(budget))
+            cells.append(_rise(losses, dense) if losses and dense else "")
+        cells += [f"{row['found'][task]:.0%}" for task in TASKS]
+        cells += [f"{row['recall'][budget]:.4f}" if "recall" in row else "" for budget in budgets]
         cells += [f"{value:.3f}" for value in row.get("perplexity", {}).values()]
-        lines.append(f"{row['name']:30}" + "".join(f"{cell:>9}" for cell in cells))
-    if dense is not None:
-        lines.append(f"dense perplexity {dense:.3f}")
+        lines.append(f"{name:20}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
+
+
+def _rise(losses: list[float], dense: list[float]) -> str:
+    more, half = rise({"losses": losses}, {"losses": dense})
+    return f"{more:+.2%} ± {half:.2%}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -11,9 +12,23 @@ from seerattention.settings import typed
 
 POOLS = ("max", "min", "avg")
 
-#: What new gates are by default where they choose for single queries alone: one selection per KV head, and
-#: one summary per block, since every step reads them all and more choose no better (docs/method.md).
-DECODE_DESIGN = {"q_pool": ("avg",), "q_sub_block": 1, "k_sub_block": None, "per_kv_head": True}
+#: What gates that choose for single queries alone are by default: one selection per KV head.
+DECODE_DESIGN: dict[str, Any] = {"phase": "decode", "q_pool": ("avg",), "q_sub_block": 1, "per_kv_head": True}
+
+#: And a summary of a few numbers per key: of what a step may read, that finds most (docs/method.md).
+TOKEN_KEYS: dict[str, Any] = {"k_pool": ("avg",), "k_sub_block": 1, "gate_dim": 16}
+
+
+def design_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of new gates, fields of `GateConfig`, with what gates of their phase have by default.
+
+    Gates for decoding have `TOKEN_KEYS` unless ``k_sub_block`` is given.
+    """
+    if settings.get("phase") != "decode":
+        return dict(settings)
+    keys = {} if "k_sub_block" in settings else TOKEN_KEYS
+    return {**DECODE_DESIGN, **keys, **settings}
+
 
 #: Of everything that is counted in a gate's design: what a file asks for beyond is no design.
 MOST = 1 << 16

@@ -12,6 +12,7 @@ from torch import Tensor
 from seerattention import TopK, baselines, causal_blocks, select_blocks
 from seerattention.baselines.xattention import XAttention
 from seerattention.gate import Scorer
+from seerattention.ops import attention_scores
 from seerattention.ops.options import PoolOptions
 from seerattention.ops.shapes import Shape
 from seerattention.rows import num_blocks
@@ -125,11 +126,25 @@ def test_oracle(block_size: tuple[int, int], queries: int, keys: int) -> None:
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (65, 65), (100, 100), (37, 139)])
 @pytest.mark.parametrize("block_size", [(32, 32), (16, 32), (32, 16)])
-def test_oracle_mass(block_size: tuple[int, int], queries: int, keys: int) -> None:
+def test_oracle_mass(
+    block_size: tuple[int, int], queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k = inputs(queries, keys)
-    actual = scores_of(baselines.create("oracle_mass", block_size=block_size), q, k)
-    expected = slow_pooled_map(q, k, block_size, PoolOptions.of(q, k, pool="mass"))
-    torch.testing.assert_close(actual, expected.log())
+    expected = torch.zeros(
+        q.shape[0], HEADS, num_blocks(queries, block_size[0]), num_blocks(keys, block_size[1])
+    )
+    for b in range(q.shape[0]):
+        for h in range(HEADS):
+            for r in range(queries):
+                logits = [float(q[b, h, r] @ key) / math.sqrt(DIM) for key in k[b, h // (HEADS // KV_HEADS)]]
+                weights = [math.exp(x) for x in logits[: keys - queries + r + 1]]
+                for c, weight in enumerate(weights):
+                    expected[b, h, r // block_size[0], c // block_size[1]] += weight / sum(weights)
+    scorer = baselines.create("oracle_mass", block_size=block_size)
+    for work in (attention_scores.WORK_BYTES["cpu"], 1, 4 * 2 * keys * block_size[0] * 2):
+        # One slice, one query block at a time, two at a time.
+        monkeypatch.setitem(attention_scores.WORK_BYTES, "cpu", work)
+        torch.testing.assert_close(scores_of(scorer, q, k), expected.log())
 
 
 def test_streaming_takes_the_first_and_the_latest_blocks() -> None:

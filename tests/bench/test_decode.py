@@ -74,7 +74,7 @@ def test_flashinfer_gets_every_kv_head_as_a_request(layer, monkeypatch):
 def test_a_plan_names_its_scorers_and_counts():
     made = plan(gates=("default", "sub16", "quest"))
     default, gate, quest = (made.scorer(name) for name in made.gates)
-    assert default.tokens_per_summary == 32
+    assert default.tokens_per_summary == 1
     assert (gate.block_size, gate.tokens_per_summary, gate.gate.config.per_kv_head) == ((1, 32), 16, True)
     assert (quest.block_size, quest.tokens_per_summary) == ((1, 32), 32)
     assert [made.count(tokens) for tokens in (32, 256, 4096)] == [1, 2, 38]

@@ -26,10 +26,11 @@ def test_an_unknown_target_names_the_known_ones(kind):
 
 
 @pytest.mark.parametrize(
-    ("phase", "objective"), [("prefill", "sharp_kl"), ("decode", "kl"), ("both", "sharp_kl")]
+    ("phase", "objective", "target"),
+    [("prefill", "sharp_kl", "max"), ("decode", "choice_kl", "mass"), ("both", "sharp_kl", "max")],
 )
-def test_what_is_not_named_is_the_default_of_the_phase(phase, objective):
-    assert DistillConfig().taught(phase) == DistillConfig(objective=objective, target="max")
+def test_what_is_not_named_is_the_default_of_the_phase(phase, objective, target):
+    assert DistillConfig().taught(phase) == DistillConfig(objective=objective, target=target)
     named = DistillConfig(objective="kl", target="mass")
     assert named.taught(phase) == named
 

@@ -99,7 +99,7 @@ def test_recall_on_all_rows_is_target_recall():
     gate = AttnGate(GateConfig(4, 2, 16, block_size=16))
     target = pooled_attention(q, k, torch.randn_like(k), (16, 16)).target
     scores = gate(q, k).detach()
-    found = sampled_recall(*counted(target, scores, (16, 16), 250), (0.2, 0.5))
+    found = sampled_recall(counted(target, scores, (16, 16), 250), (0.2, 0.5))
     for density, value in zip((0.2, 0.5), found.tolist(), strict=True):
         assert value == pytest.approx(target_recall(target, scores, (16, 16), 250, density), rel=1e-6)
 
@@ -116,8 +116,8 @@ def test_recall_of_a_short_sequence_is_that_of_a_choice():
     given = 8.0 * (target > 0.3)
     poor, good = (given + right * target.clamp(max=0.2) + 0.1 * scores for right in (0, 30))
     asked = [counted(target, scores, (16, 16), 512) for scores in (poor, good)]
-    assert torch.equal(*(sampled_recall(*rows, (0.1,)) for rows in asked))
-    found = [float(sampled_recall(*rows, (0.1,), least=LEAST_TAKEN)[0]) for rows in asked]
+    assert torch.equal(*(sampled_recall(rows, (0.1,)) for rows in asked))
+    found = [float(sampled_recall(rows, (0.1,), least=LEAST_TAKEN)[0]) for rows in asked]
     assert found[0] < 0.9 < found[1] == pytest.approx(1)
     valid = causal_blocks(512, 512, (16, 16))
     taken = torch.ones(32, 32, dtype=torch.bool).tril().triu(-2) & valid

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seerattention.train import objectives
-from seerattention.train.target import counted
+from seerattention.train.target import counted, decode_counted
 
 SIZE = (16, 16)
 
@@ -65,7 +65,7 @@ def test_a_divergence_is_zero_at_the_target():
 
 
 def test_an_unknown_objective_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown objective 'klx'; there are kl, sharp_kl"):
+    with pytest.raises(ValueError, match="unknown objective 'klx'; there are choice_kl, kl, sharp_kl"):
         objectives.create("klx")
 
 
@@ -74,3 +74,37 @@ def test_sharp_kl_learns_the_squared_target():
     squared = target.square()
     expected = value("kl", squared / squared.sum(-1, keepdim=True), scores)
     torch.testing.assert_close(value("sharp_kl", target, scores), expected)
+
+
+@pytest.mark.parametrize("among_all", [0.0, 0.1])
+def test_choice_kl_leaves_out_what_is_read_anyway(among_all):
+    target, scores = inputs(12)
+    choice = torch.ones(12, 12, dtype=torch.bool).tril(-1)
+    choice[:, 0] = False
+    expected = among_all * value("kl", target, scores)
+    for b in range(2):
+        for h in range(3):
+            # Of 12 rows the first three are not counted; the fourth chooses among two blocks.
+            for row in range(3, 12):
+                rest = target[b, h, row][choice[row]]
+                said = scores[b, h, row][choice[row]].log_softmax(0)
+                rest = rest / rest.sum()
+                expected = expected + (rest * (rest.log() - said)).sum() / (2 * 3 * 9)
+    found = objectives.create("choice_kl", among_all=among_all)
+    torch.testing.assert_close(found(*counted(target, scores, SIZE, 12 * SIZE[0])), expected)
+
+
+def test_choice_kl_of_rows_without_a_choice_is_nothing():
+    target, scores = inputs(2)
+    found = objectives.create("choice_kl", among_all=0.0)(*counted(target, scores, SIZE, 2 * SIZE[0]))
+    found.backward()
+    assert float(found.detach()) == 0
+    assert not scores.grad.any()
+
+
+def test_what_decoding_reads_anyway_is_the_first_and_the_own_finished_block():
+    rows = torch.tensor([16, 31, 40])
+    found = decode_counted(torch.rand(1, 1, 3, 3), torch.rand(1, 1, 3, 3), rows, 16)
+    assert found.valid.tolist() == [[True, False, False], [True, True, False], [True, True, False]]
+    # The block that position 31 finishes is its own; that of position 40 is the third, unfinished.
+    assert found.always.tolist() == [[True, False, False], [True, True, False], [True, False, False]]

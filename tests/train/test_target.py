@@ -97,8 +97,8 @@ def slow_target(q, k, row, size, pool, scale, softcap=None, sinks=None):
             total = sum(map(math.exp, logits)) + (0 if sinks is None else math.exp(sinks[h]))
             heads.append([math.exp(x) / total for x in logits])
         blocks = range(0, (row + 1) // size * size, size)
-        given = [[x for head in heads for x in head[start : start + size]] for start in blocks]
-        merged = [sum(weights) if pool == "mass" else max(weights) for weights in given]
+        merge = sum if pool == "mass" else max
+        merged = [max(merge(head[start : start + size]) for head in heads) for start in blocks]
         found.append([x / sum(merged) for x in merged])
     return torch.tensor(found, dtype=torch.float64)
 

@@ -13,4 +13,4 @@ from functools import partial
 
 from seerattention.baselines.oracle import Oracle
 
-create = partial(Oracle, pool="mass")
+create = partial(Oracle, pool="sum")

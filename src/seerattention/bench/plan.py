@@ -15,7 +15,7 @@ from seerattention import baselines
 from seerattention.bench.masks import MASKS
 from seerattention.device import capability
 from seerattention.gate import AttnGate
-from seerattention.gate_config import DECODE_DESIGN, GateConfig
+from seerattention.gate_config import GateConfig, design_of
 from seerattention.measure.versions import versions
 from seerattention.ops.shapes import Shape
 from seerattention.scorer import Scorer
@@ -230,14 +230,14 @@ class DecodePlan(Setting):
         Raises:
             ValueError: If the name is none, or blocks cannot be divided so.
         """
-        settings: dict[str, Any] = dict(DECODE_DESIGN)
+        settings: dict[str, Any] = {"phase": "decode"}
         if sub := re.fullmatch(r"sub([1-9]\d*)", name):
             settings["k_sub_block"] = int(sub[1])
         elif name != "default":
             raise ValueError(
                 f"gates must be default, sub<key tokens per summary>, e.g. sub16, or quest, got {name!r}"
             )
-        return GateConfig(self.heads, self.kv_heads, self.head_dim, self.block, **settings)
+        return GateConfig(self.heads, self.kv_heads, self.head_dim, self.block, **design_of(settings))
 
 
 #: Defaults per device type: on a GPU the shape of Llama 3.1 8B, on a CPU that of the bundled teacher.
@@ -275,7 +275,7 @@ DECODE_DEFAULTS: dict[str, dict[str, Any]] = {
         (
             "cuda",
             ((1, 32 << 10), (1, 128 << 10), (8, 128 << 10), (16, 32 << 10), (16, 128 << 10), (64, 128 << 10)),
-            ("default", "sub16", "quest"),
+            ("default", "sub64", "quest"),
             (64, 256),
         ),
     )

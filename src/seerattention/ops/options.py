@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seerattention.rows import Rows
 
-#: What a block's entry in a map is: its largest attention weight, or the sum of its weights.
+#: What a query has of a KV block: its largest attention weight, or the sum of its weights.
 Pool = Literal["max", "mass"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
 
@@ -124,7 +124,7 @@ class PoolOptions(Options):
             raise ValueError(f"pool must be {' or '.join(POOLS)}, got {self.pool!r}")
 
     def merged(self, weights: Tensor, dim: int) -> Tensor:
-        """Return what a block, or a group of heads, has of the weights that lie along a dimension."""
+        """Return what queries have of a KV block whose weights lie along a dimension."""
         return weights.sum(dim) if self.pool == "mass" else weights.amax(dim)
 
     def map_shape(self, q: Tensor, k: Tensor, block_size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -195,11 +195,10 @@ def slow_pooled_map(q: Tensor, k: Tensor, block_size: tuple[int, int], options: 
         for i in range(rows):
             for j in range(columns):
                 tile = share[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
-                pooled[:, :, row + i, j] = tile.sum((2, 3)) if mass else tile.amax((2, 3))
+                pooled[:, :, row + i, j] = tile.sum(3).amax(2) if mass else tile.amax((2, 3))
         row += rows
     if options.per_kv_head:
-        groups = pooled.tensor_split(k.shape[1], 1)
-        pooled = torch.stack([heads.sum(1) if mass else heads.amax(1) for heads in groups], 1)
+        pooled = torch.stack([heads.amax(1) for heads in pooled.tensor_split(k.shape[1], 1)], 1)
     return pooled / pooled.sum(-1, keepdim=True)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from seerattention.train.data import text_documents as text_documents
     from seerattention.train.distiller import Distiller as Distiller
     from seerattention.train.finetuner import Finetuner as Finetuner
+    from seerattention.train.mixture import Mixture as Mixture
     from seerattention.train.recipe import Distillation as Distillation
     from seerattention.train.recipe import Finetuning as Finetuning
     from seerattention.train.save import save_finetuned as save_finetuned
@@ -39,6 +40,7 @@ __getattr__, __dir__, __all__ = later(
         "data": "Packed Packs TextWindows dataset_documents read_tokens text_documents",
         "distiller": "Distiller",
         "finetuner": "Finetuner",
+        "mixture": "Mixture",
         "recipe": "Distillation Finetuning",
         "save": "save_finetuned",
         "source": "Source",

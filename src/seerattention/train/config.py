@@ -20,10 +20,10 @@ class TrainConfig:
         steps: Optimizer steps.
         lr: Peak learning rate; it follows a cosine to zero.
         warmup: Share of the steps in which the rate rises linearly, in [0, 1).
-        objective: What the gates minimise: ``sharp_kl``, or ``kl`` as published; default ``sharp_kl``, and
-            ``kl`` for gates that choose for decoding alone (docs/method.md).
-        target: What they learn of a block: ``max``, its largest attention weight, or ``mass``, the sum of its
-            weights; default ``max``.
+        objective: What the gates minimise: ``choice_kl``, ``sharp_kl``, or ``kl`` as published; default
+            ``sharp_kl``, and ``choice_kl`` for gates that choose for decoding alone (docs/method.md).
+        target: What they learn of a block: ``max``, its largest attention weight, as published, or ``mass``,
+            the sum of a query's weights in it; default ``max``, and ``mass`` for decoding alone.
         save_every: Steps between checkpoints.
         grad_accum: Forward passes per optimizer step on each process; the sequences of a step are
             split over them, and the result is the same.
@@ -56,8 +56,8 @@ class TrainConfig:
 
     def taught(self, phase: str) -> Self:
         """Return the same with what gates for this phase learn by default, where nothing is named."""
-        objective = self.objective or ("kl" if phase == "decode" else "sharp_kl")
-        return replace(self, objective=objective, target=self.target or "max")
+        objective, target = ("choice_kl", "mass") if phase == "decode" else ("sharp_kl", "max")
+        return replace(self, objective=self.objective or objective, target=self.target or target)
 
     def _check(self, right: bool, name: str, must: str) -> None:
         if not right:

@@ -231,8 +231,8 @@ class Distiller(Loop):
             recalls = []
             for phase, target in targets.items():
                 rows = rows_of(phase, gate, target, scores[phase], length)
-                finite = rows[1].masked_fill(~rows[2], 0).isfinite().all()
-                recalls.append(sampled_recall(*rows, densities, least=least).where(finite, torch.nan))
+                finite = rows.scores.masked_fill(~rows.valid, 0).isfinite().all()
+                recalls.append(sampled_recall(rows, densities, least=least).where(finite, torch.nan))
             found.append(torch.stack(recalls))
             return out
 

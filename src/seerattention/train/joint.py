@@ -126,7 +126,7 @@ class JointPass:
         target = self._target(gate, q.detach(), k.detach(), more)
         rows = counted(target, scores, gate.block_size, length)
         loss = self.objective(*rows) * weight
-        recall = sampled_recall(*rows, (self.density,), least=LEAST_TAKEN)[0]
+        recall = sampled_recall(rows, (self.density,), least=LEAST_TAKEN)[0]
         self._values.append(torch.stack((loss.detach(), recall * weight)))
         self.losses.append(self.settings.gate_weight * loss)
         if self.density >= 1:

@@ -13,7 +13,15 @@ from seerattention.ops.score_blocks import score_blocks
 from seerattention.ops.select_decode_blocks.reference import group_scores
 from seerattention.rows import Rows
 from seerattention.train.objectives import Objective
-from seerattention.train.target import LEAST_TAKEN, counted, decode_rows, finished, sampled_recall
+from seerattention.train.target import (
+    LEAST_TAKEN,
+    Counted,
+    counted,
+    decode_counted,
+    decode_rows,
+    finished,
+    sampled_recall,
+)
 
 
 def gate_scores(
@@ -57,14 +65,12 @@ def gate_scores(
     return found
 
 
-def rows_of(
-    phase: str, gate: AttnGate, target: Tensor, scores: Tensor, num_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows of a phase's target and scores that count, and the blocks that each of them sees."""
+def rows_of(phase: str, gate: AttnGate, target: Tensor, scores: Tensor, num_tokens: int) -> Counted:
+    """Return the rows of a phase's target and scores that count."""
     if phase == "prefill":
         return counted(target, scores, gate.block_size, num_tokens)
     rows = decode_rows(num_tokens, scores.device)
-    return target, scores, finished(rows, scores.shape[3], gate.config.block_size)
+    return decode_counted(target, scores, rows, gate.config.block_size)
 
 
 def learn(
@@ -98,7 +104,6 @@ def learn(
         loss = torch.stack([objective(*one) for one in rows]).sum() * weight
     loss.backward()
     values = [loss.detach()]
-    for target, found, valid in rows:
-        recall = sampled_recall(target, found, valid, (density,), least=LEAST_TAKEN)[0]
-        values.append(recall * weight)
+    for one in rows:
+        values.append(sampled_recall(one, (density,), least=LEAST_TAKEN)[0] * weight)
     return torch.stack(values), {phase: found.detach() for phase, found in scores.items()}

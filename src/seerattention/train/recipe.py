@@ -117,7 +117,7 @@ class Recipe(Generic[Trainer]):
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
         gates = given or new_gates(base, **self.gate)
         self.choose_policies(gates)
-        text = self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size)
+        text = self.mixed(self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size), tokenizer)
         trainer = self.kind()(
             wrapped, gates, text.batches, self.config, out=out, accelerator=accelerator,
             shard=self.shard or None, **self.more(text),
@@ -146,6 +146,10 @@ class Recipe(Generic[Trainer]):
         base = load_base(self.model, dtype=self.dtype, device=device)
         return base, base
 
+    def mixed(self, text: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Return the text as this training reads it."""
+        return text
+
     def choose_policies(self, gates: Gates) -> None:
         """Give gates the policies that are saved with them, or refuse these."""
 
@@ -162,13 +166,17 @@ class Distillation(Recipe["Distiller"]):
         decode_policy: Policy saved with gates whose gate.phase is decode or both, used in decoding.
         reach: Up to which position gates are taught, by gaps in the positions of a sequence; default all
             that the model has, length for no gaps.
-        seed: Of new gates, gaps and the order of the text.
+        retrieval: Share of the sequences that state things and ask for them, made from the text.
+        repeats: Share of the sequences in which passages of the text return.
+        seed: Of new gates, gaps, the order of the text and what is made of it.
     """
 
     config: DistillConfig = field(default_factory=DistillConfig)
     policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
     decode_policy: str = "token_budget:2048,sink_blocks=1"
     reach: int | None = None
+    retrieval: float = 0.25
+    repeats: float = 0.1
 
     def kind(self) -> type[Distiller]:
         """Return the trainer's class."""
@@ -183,6 +191,17 @@ class Distillation(Recipe["Distiller"]):
 
         Reach.of(load_config(self.model), self.source.length, self.reach)
         return super().load(device)
+
+    def mixed(self, text: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Return the text with sequences in which something must be looked up."""
+        from seerattention.train.mixture import Mixture
+
+        if not self.retrieval + self.repeats:
+            return text
+        assert not isinstance(text.batches, Mixture)
+        mixture = Mixture(text.batches, tokenizer, self.retrieval, self.repeats, self.seed)
+        made = f"{self.retrieval:.0%} made into questions, {self.repeats:.0%} with returning passages"
+        return replace(text, batches=mixture, size=f"{text.size}, {made}")
 
     def choose_policies(self, gates: Gates) -> None:
         """Give gates a policy for each of their phases."""

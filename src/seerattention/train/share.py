@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from seerattention.hosts.transformers.family import has_windows
-from seerattention.train.data import Packed, Packs, TextWindows, text_identity
+from seerattention.train.data import Packed, text_identity
 
 #: A document of fewer blocks teaches nothing: a gate chooses among too few.
 LEAST_BLOCKS = 4
@@ -45,8 +45,8 @@ def tokens_of(batch: Batch) -> np.ndarray:
 
 def identity_of(batches: Callable[[int], Batch]) -> str:
     """Return a fingerprint of all steps; of the first alone where batches are made by an unknown function."""
-    if isinstance(batches, TextWindows | Packs):
-        return batches.identity()
+    if (identity := getattr(batches, "identity", None)) is not None:
+        return identity()
     first = batches(0)
     lengths = first.lengths if isinstance(first, Packed) else ()
     return text_identity(*tokens_of(first), *map(np.array, lengths))

@@ -14,6 +14,8 @@ from seerattention.train.data import Packs, TextWindows, dataset_documents, read
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from seerattention.train.mixture import Mixture
+
 #: Windows of held-out text that recall and perplexity are measured on.
 HELDOUT_WINDOWS = 4
 
@@ -29,7 +31,7 @@ class Text:
         held: Where the windows come from, in words.
     """
 
-    batches: TextWindows | Packs
+    batches: TextWindows | Packs | Mixture
     heldout: list[np.ndarray]
     size: str
     held: str

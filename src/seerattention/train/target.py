@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from seerattention.ops.attention_scores import WORK_BYTES, attention_scores, by_block
 from seerattention.ops.options import Pool
 from seerattention.policies import Rule, TopK
-from seerattention.rows import num_blocks
+from seerattention.rows import Rows, num_blocks
 from seerattention.selection import causal_blocks
 
 #: Share of the rows, from the start, that objectives leave out: they see few blocks. Source: the published
@@ -27,9 +29,23 @@ RECALL_ROWS = 64
 LEAST_TAKEN = 3
 
 
-def counted(
-    target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+class Counted(NamedTuple):
+    """The rows of a phase that count; an objective's arguments.
+
+    Attributes:
+        target: fp32 ``[B, H, R, N]``; rows sum to 1.
+        scores: fp32 ``[B, H, R, N]``, before softmax.
+        valid: bool ``[R, N]``, the blocks that each row sees.
+        always: bool ``[R, N]``, those of them that are read whatever their score: the first and the own.
+    """
+
+    target: Tensor
+    scores: Tensor
+    valid: Tensor
+    always: Tensor
+
+
+def counted(target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int) -> Counted:
     """Return the rows of a prefill's map that count.
 
     Args:
@@ -39,11 +55,33 @@ def counted(
         num_tokens: Tokens of the sequence.
 
     Returns:
-        Of both the last ``R`` rows, and bool ``[R, N]``, the blocks that each of them sees.
+        The last rows.
     """
     first = int(SKIPPED_ROWS * scores.shape[2])
     valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)[first:]
-    return target[:, :, first:], scores[:, :, first:], valid
+    own = Rows.last(num_tokens, num_tokens).own(block_size, scores.device)[first:]
+    return Counted(target[:, :, first:], scores[:, :, first:], valid, valid & _always(own))
+
+
+def decode_counted(target: Tensor, scores: Tensor, rows: Tensor, size: int) -> Counted:
+    """Return the same of single query tokens.
+
+    Args:
+        target: fp32 ``[B, Hk, R, N]`` from `decode_target`.
+        scores: fp32 ``[B, Hk, R, N]``, before softmax.
+        rows: int64 ``[R]``, the queries' positions.
+        size: Keys per block.
+    """
+    valid = finished(rows, scores.shape[3], size)
+    own = torch.arange(scores.shape[3], device=rows.device) == (rows // size)[:, None]
+    return Counted(target, scores, valid, valid & _always(own))
+
+
+def _always(own: Tensor) -> Tensor:
+    """Add the first block to rows' own ones, bool ``[R, N]``."""
+    first = torch.zeros_like(own)
+    first[:, 0] = True
+    return own | first
 
 
 def decode_rows(num_tokens: int, device: torch.device | str | None = None) -> Tensor:
@@ -117,7 +155,7 @@ def decode_target(
         if sinks is not None:
             total = torch.logaddexp(total, sinks.to(total.dtype)[:, None, None])
         heads = merged(by_block(logits, size, fill=float("-inf")), -1) - total
-        parts.append(merged(heads.unflatten(1, (-1, groups)), 2))
+        parts.append(heads.unflatten(1, (-1, groups)).amax(2))
     return torch.cat(parts, 2).masked_fill(~seen, float("-inf")).softmax(-1).float()
 
 
@@ -137,28 +175,25 @@ def target_recall(
         A number in [0, 1], the mean over the rows that the loss counts.
     """
     return float(
-        sampled_recall(*counted(target, scores, block_size, num_tokens), (density,), len(scores[0, 0]))[0]
+        sampled_recall(counted(target, scores, block_size, num_tokens), (density,), len(scores[0, 0]))[0]
     )
 
 
 @torch.no_grad()
 def sampled_recall(
-    target: Tensor,
-    scores: Tensor,
-    valid: Tensor,
+    rows: Counted,
     densities: tuple[float, ...],
     most: int = RECALL_ROWS,
     least: int = 1,
 ) -> Tensor:
     """Return `target_recall` per density on at most ``most`` evenly spaced rows, on the device.
 
-    All rows given count; ``valid`` is bool ``[R, N]``, the blocks that each of them sees. Where a density
-    comes to fewer blocks of a row than ``least``, these are taken.
+    Where a density comes to fewer blocks of a row than ``least``, these are taken.
     """
-    last = len(valid) - 1
+    last = len(rows.valid) - 1
     count = min(most, last + 1)
-    rows = torch.linspace(0, last, count, device=scores.device, dtype=torch.float64).round().long()
-    target, scores, valid = target[:, :, rows], scores[:, :, rows], valid[rows]
+    some = torch.linspace(0, last, count, device=rows.valid.device, dtype=torch.float64).round().long()
+    target, scores, valid = rows.target[:, :, some], rows.scores[:, :, some], rows.valid[some]
     always = torch.zeros_like(valid)
     rules = [Rule("count", max(least, TopK(d).blocks(valid.shape[1]))) for d in densities]
     return torch.stack([(target * rule.choose(scores, valid, always)).sum(-1).mean() for rule in rules])

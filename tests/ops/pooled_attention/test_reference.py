@@ -87,26 +87,27 @@ def test_one_map_per_kv_head_is_the_largest_weight_of_its_group(backend: ModuleT
 
 @by_backend
 @pytest.mark.parametrize("block_size", [(64, 64), (8, 24), (7, 5), (1, 16), (200, 300)])
-def test_mass_is_what_the_queries_of_a_row_give_a_block_on_average(
+def test_mass_is_the_most_that_a_query_of_a_row_gives_a_block(
     backend: ModuleType, block_size: tuple[int, int]
 ) -> None:
     q, k, v = random_qkv(Shape(name="", heads=4, kv_heads=2, queries=90, keys=130, head_dim=64))
     _, target, _ = backend.run(q, k, v, block_size, PoolOptions.of(q, k, pool="mass"))
     weights = conformance.dense_weights(q.double(), k.double(), scale=0.125)
-    rows = [queries.mean(2) for queries in weights.split(block_size[0], 2)]
-    blocks = [keys.sum(-1) for keys in torch.stack(rows, 2).split(block_size[1], 3)]
-    torch.testing.assert_close(target, torch.stack(blocks, 3).float())
+    blocks = torch.stack([keys.sum(-1) for keys in weights.split(block_size[1], 3)], 3)
+    rows = torch.stack([queries.amax(2) for queries in blocks.split(block_size[0], 2)], 2)
+    torch.testing.assert_close(target, (rows / rows.sum(-1, keepdim=True)).float())
 
 
 @by_backend
-def test_the_mass_of_a_group_is_that_of_its_heads(backend: ModuleType) -> None:
+def test_the_mass_of_a_group_is_that_of_the_head_with_the_most(backend: ModuleType) -> None:
     q, k, v = random_qkv(Shape(name="", heads=6, kv_heads=2, queries=90, keys=130, head_dim=64))
     heads, group = (
-        backend.run(q, k, v, (16, 16), PoolOptions.of(q, k, pool="mass", per_kv_head=per_kv_head))[1]
+        backend.run(q, k, v, (1, 16), PoolOptions.of(q, k, pool="mass", per_kv_head=per_kv_head))[1]
         for per_kv_head in (False, True)
     )
-    # Without sinks every head gives as much.
-    torch.testing.assert_close(group, heads.unflatten(1, (2, 3)).mean(2))
+    # Rows of one query sum to 1 as they are.
+    most = heads.unflatten(1, (2, 3)).amax(2)
+    torch.testing.assert_close(group, most / most.sum(-1, keepdim=True))
 
 
 def test_an_unknown_pool_names_the_known_ones() -> None:

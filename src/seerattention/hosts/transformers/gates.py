@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.gate_config import DECODE_DESIGN
+from seerattention.gate_config import design_of
 from seerattention.hosts.transformers.base import BaseInfo, device_of, unwrapped
 from seerattention.hosts.transformers.family import family_of, full_attention_layers
 from seerattention.hosts.transformers.rotary import model_rotary, no_rotation
@@ -146,7 +146,7 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     Args:
         model: The base model.
         settings: Fields of `GateConfig` other than the model's shape; those of gates for decoding alone
-            default to `DECODE_DESIGN`.
+            have defaults of their own, `design_of`.
 
     Returns:
         Gates in fp32 on the device of the first such layer, for every layer with full attention.
@@ -161,7 +161,6 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     if given := sorted(shape.keys() & settings.keys()):
         raise ValueError(f"{', '.join(given)} of gates is their model's; leave it out")
-    design = DECODE_DESIGN if settings.get("phase") == "decode" else {}
-    gates = Gates(GateConfig.from_dict({**shape, **design, **settings}), base, list(layers))
+    gates = Gates(GateConfig.from_dict({**shape, **design_of(settings)}), base, list(layers))
     gates.use_rotary_of(model)
     return gates.to(device_of(next(iter(layers.values()))))

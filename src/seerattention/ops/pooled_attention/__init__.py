@@ -50,7 +50,7 @@ def pooled_attention(
     rows: Rows | None = None,
     backend: str = "auto",
 ) -> Pooled:
-    """Compute causal attention and, for every block pair, the largest attention weight in it or their sum.
+    """Compute causal attention and, for every block pair, the most that a query of the one gives the other.
 
     Args:
         q: ``[B, Hq, Tq, D]``.
@@ -62,10 +62,10 @@ def pooled_attention(
         softcap: Scores become ``softcap * tanh(scores * scale / softcap)`` before the causal mask.
         sinks: Floating point ``[Hq]``, a logit per head that takes part in the softmax's denominator
             only; it has no place in the map.
-        per_kv_head: Return one map per KV head: the largest weight over the heads of its group, or the sum
-            of their mass, rows divided by their sums after that. The maps of single heads are not written.
-        pool: What a block pair gets of its weights: ``max``, the largest, as published; ``mass``, their sum,
-            in a row of the map the mean over its queries.
+        per_kv_head: Return one map per KV head: the largest over the heads of its group, rows
+            divided by their sums after that. The maps of single heads are not written.
+        pool: What a query has of a KV block: ``max``, its largest weight there, as published, or ``mass``,
+            the sum of its weights there. Of a query block's queries the largest counts, in both.
         return_lse: Also return the logarithm of the softmax's denominator, sinks included.
         rows: Where the queries lie among the keys; default: they are the last of them. Later keys than the
             rows see may follow and are not read. Of packed sequences B is 1, and the map's rows are every

@@ -152,9 +152,9 @@ def _pool(
 ):
     """Write the largest weight of every block of a tile to the map, or raise what the map holds to it.
 
-    With MASS it is the sum of the weights, which is added to what the map holds. Returns the sums of the
-    map's rows. ``again`` says that the rows hold weights of another head or tile; ``written`` is how many
-    cells this one has, which may be fewer than the rows see.
+    With MASS it is the largest of the queries' sums of weights. Returns the sums of the map's rows. ``again``
+    says that the rows hold weights of another head or tile; ``written`` is how many cells this one has, which
+    may be fewer than the rows see.
     """
     IN_ROW: tl.constexpr = min(BLOCK_Q, BLOCK_M)
     ROWS: tl.constexpr = BLOCK_M // IN_ROW
@@ -176,14 +176,12 @@ def _pool(
             parts = tl.reshape(weights, [CHUNK, MERGE, BLOCK_M])
             weights = tl.sum(parts, 1) if MASS else tl.max(parts, 1)
         if IN_ROW > 1:
-            parts = tl.reshape(weights, [CHUNK, ROWS, IN_ROW])
-            weights = tl.sum(parts, 2) if MASS else tl.max(parts, 2)
+            weights = tl.max(tl.reshape(weights, [CHUNK, ROWS, IN_ROW]), 2)
         block = first + tl.arange(0, CHUNK)
         here = (block < seen_columns)[:, None] & (map_rows < valid_rows)[None, :]
         ptrs = map_tile + map_rows[None, :] * columns + block[:, None]
         if RAISE and again:
-            before = tl.load(ptrs, mask=here, other=0.0)
-            weights = weights + before if MASS else tl.maximum(weights, before)
+            weights = tl.maximum(weights, tl.load(ptrs, mask=here, other=0.0))
         tl.store(ptrs, weights, mask=here)
         sums += tl.sum(tl.where(here, weights, 0.0), 0)
     return sums

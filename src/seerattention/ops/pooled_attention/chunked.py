@@ -86,11 +86,10 @@ def _attend(
         if options.return_lse:
             lse[:, rows] = scores.logsumexp(-1)
         share = torch.softmax(scores, -1)[..., :seen]
-        pooled = share
-        for dim, size in ((-1, block_size[1]), (-2, block_q)):
-            pooled = options.merged(by_block(pooled, size, dim), dim)
+        pooled = options.merged(by_block(share, block_size[1]), -1)
+        pooled = by_block(pooled, block_q, -2).amax(-2)
         if options.per_kv_head:
-            pooled = options.merged(pooled, 0)[None]
+            pooled = pooled.amax(0, keepdim=True)
         target[:, first:until, : pooled.shape[2]] = pooled
         if out is not None and v is not None:
             out[:, rows] = (share @ v[:seen].to(work)).to(out.dtype)

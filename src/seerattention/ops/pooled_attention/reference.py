@@ -1,9 +1,9 @@
 """The specification: the whole softmax map, pooled. Memory grows with the square of the length.
 
 A gate that chooses for a group of query heads learns the map of the group: the largest weight that any head
-of the group gives to anything in a block pair, or the mass that all its heads give. Rows are divided by their
-sums after that, once. For decode gates (query blocks of one token) the largest weight is the published target
-(SeerAttention-R, section 3.2).
+of the group gives to anything in a block pair, or the largest sum of weights that any of its queries gives to
+a block. Rows are divided by their sums after that, once. For decode gates (query blocks of one token) the
+largest weight is the published target (SeerAttention-R, section 3.2).
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def _attend(
     """Return output, map and lse of sequences of one length."""
     groups = q.shape[1] // k.shape[1]
     share, lse = shares(q, k.repeat_interleave(groups, 1), mask, options)
-    pooled = share.to(lse.dtype)
-    for dim, size in ((-1, block_size[1]), (-2, block_size[0])):
-        pooled = options.merged(by_block(pooled, size, dim), dim)
+    pooled = options.merged(by_block(share.to(lse.dtype), block_size[1]), -1)
+    pooled = by_block(pooled, block_size[0], -2).amax(-2)
     if options.per_kv_head:
-        pooled = options.merged(pooled.unflatten(1, (k.shape[1], groups)), 2)
+        pooled = pooled.unflatten(1, (k.shape[1], groups)).amax(2)
     out = None if v is None else share @ v.repeat_interleave(groups, 1)
     return out, (pooled / pooled.sum(-1, keepdim=True)).float(), lse

@@ -15,13 +15,14 @@ from torch import Tensor
 class Objective(Protocol):
     """Compares a gate's scores with the attention map it should predict."""
 
-    def __call__(self, target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+    def __call__(self, target: Tensor, scores: Tensor, valid: Tensor, always: Tensor) -> Tensor:
         """Return a scalar to minimise.
 
         Args:
             target: fp32 ``[B, H, R, N]``, the rows that count of the pooled map; rows sum to 1.
             scores: fp32 ``[B, H, R, N]`` from `AttnGate`, before softmax.
-            valid: bool ``[R, N]``, the blocks that a row may choose among, some in every row.
+            valid: bool ``[R, N]``, the blocks that a row sees, some in every row.
+            always: bool ``[R, N]``, those of them that are read whatever their score.
 
         Raises:
             ValueError: If target and scores differ in shape.

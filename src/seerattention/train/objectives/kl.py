@@ -22,13 +22,8 @@ class KL:
 
     power: float = 1.0
 
-    def __call__(self, target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+    def __call__(self, target: Tensor, scores: Tensor, valid: Tensor, always: Tensor) -> Tensor:
         """Return the mean over rows; see `Objective`."""
-        if target.shape != scores.shape:
-            raise ValueError(
-                f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates "
-                "with one score per KV head learn from pooled_attention(..., per_kv_head=True)"
-            )
         if self.power != 1:
             target = target**self.power
             target = target / target.sum(-1, keepdim=True)
@@ -43,9 +38,17 @@ def divergence(target: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         scores: fp32 ``[B, H, R, N]``.
         valid: bool ``[R, N]``, some in every row.
 
+    Raises:
+        ValueError: If target and scores differ in shape.
+
     Returns:
         fp32 ``[B, H, R]``, in nats; of a target whose rows do not sum to 1, its rows' sums times as much.
     """
+    if target.shape != scores.shape:
+        raise ValueError(
+            f"target {list(target.shape)} and scores {list(scores.shape)} must have one shape; gates "
+            "with one score per KV head learn from pooled_attention(..., per_kv_head=True)"
+        )
     predicted = torch.log_softmax(scores.masked_fill(~valid, float("-inf")), dim=-1)
     # 0 * log(0) is 0 in both terms; masked places would give 0 * -inf = nan.
     return (torch.special.xlogy(target, target) - target * predicted.masked_fill(~valid, 0)).sum(-1)

@@ -1,0 +1,221 @@
+"""Text in which something must be looked up: windows that ask for what stands in them, or repeat it.
+
+Ordinary text rarely needs what stands far back, so that gates taught on it alone hardly learn to find it.
+Everything is made from the training text and the model's own tokenizer.
+
+Source: the statements and questions of one of the wordings are RULER's (arXiv 2404.06654, section 3.1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from seerattention.train.data import Packed, Packs, TextWindows, text_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Statements and the questions for them. Several, so that it is looking up that is learned, not a wording.
+WORDINGS = (
+    (
+        " One of the special magic numbers for {key} is: {value}.",
+        "\nWhat is the special magic number for {key} mentioned in the provided text?",
+        " The special magic number for {key} mentioned in the provided text is {value}",
+    ),
+    ("\nThe number of the {key} is {value}.\n", "\nWhat is the number of the {key}?", " It is {value}"),
+    (" Remember that {key} means {value}.", "\nWhat does {key} mean?", " {key} means {value}"),
+    ('\n"{key}": "{value}",\n', '\nLook up "{key}".', ' "{key}": "{value}"'),
+)
+
+#: Tokens of a sequence per statement, at the least.
+ROOM = 160
+#: The most statements in a sequence.
+MOST = 48
+#: Tokens of a passage that returns.
+PASSAGE = (16, 512)
+#: Share of the sequences with questions that are a chat, where the tokenizer has a template for one.
+CHATS = 0.5
+
+_MARK = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Windows of text, some of them made into questions about themselves, in some a passage returning.
+
+    Steps are a pure function of their number, as those of the text are.
+
+    Attributes:
+        text: The windows, or packs of documents; a pack that is changed becomes one document.
+        tokenizer: The model's.
+        retrieval: Share of the sequences that state things and ask for them.
+        repeats: Share of the sequences in which passages return, half of them of tokens in no order.
+        seed: Of what is changed, and how.
+
+    Raises:
+        ValueError: If the shares are no shares, or both together more than 1.
+    """
+
+    text: TextWindows | Packs
+    tokenizer: PreTrainedTokenizerBase
+    retrieval: float = 0.0
+    repeats: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.retrieval, self.repeats) < 0 or self.retrieval + self.repeats > 1:
+            raise ValueError(
+                "retrieval and repeats are shares of the sequences, at least 0 and together at most 1; got "
+                f"{self.retrieval} and {self.repeats}"
+            )
+
+    def __call__(self, step: int) -> np.ndarray | Packed:
+        """Return the sequences of a step."""
+        batch = self.text(step)
+        tokens = _tokens(batch)
+        made, changed = tokens.copy(), []
+        for i, row in enumerate(tokens):
+            rng = np.random.default_rng((self.seed, step, i, 1))
+            change = self._change(rng.random())
+            changed.append(change is not None)
+            if change is not None:
+                made[i] = change(row, rng)
+        if not isinstance(batch, Packed):
+            return made
+        whole = (tokens.shape[1],)
+        lengths = (whole if now else was for now, was in zip(changed, batch.lengths, strict=True))
+        return Packed(made, tuple(lengths))
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.text.length
+
+    @property
+    def dropped(self) -> int:
+        """Documents of the text that were too short."""
+        return getattr(self.text, "dropped", 0)
+
+    def identity(self) -> str:
+        """Return a fingerprint of all steps."""
+        shares = np.array([round(1e6 * share) for share in (self.retrieval, self.repeats)])
+        example = self.asking(_tokens(self.text(0))[0], np.random.default_rng(self.seed))
+        return self.text.identity() + text_identity(shares, np.array([self.seed]), example)
+
+    def _change(self, drawn: float) -> Callable[[np.ndarray, np.random.Generator], np.ndarray] | None:
+        if drawn < self.retrieval:
+            return self.asking
+        return self.repeating if drawn < self.retrieval + self.repeats else None
+
+    def asking(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a sequence of as many tokens that states things and asks for some, int64 ``[length]``.
+
+        A text with questions scattered over its second half or all behind it; or the first message of a chat
+        and its answers.
+        """
+        count = int(rng.integers(1, 1 + max(1, min(MOST, len(row) // ROOM))))
+        wording = WORDINGS[int(rng.integers(len(WORDINGS)))]
+        facts = [{"key": self._name(rng), "value": self._value(rng)} for _ in range(count)]
+        stated = [self._encode(wording[0].format(**fact)) for fact in facts]
+        asked = [tuple(text.format(**fact) for text in wording[1:]) for fact in facts]
+        chat = self._chats and rng.random() < CHATS
+        scatter = not chat and rng.random() < 0.5
+        before, behind = self._asked(asked, chat)
+        # What does not fit is not asked.
+        while sum(map(len, stated + behind)) > (len(row) - len(before)) // 2 and len(asked) > 1:
+            left = 2 * len(asked) // 3
+            asked, stated = asked[:left], stated[:left]
+            before, behind = self._asked(asked, chat)
+        room = len(row) - len(before)
+        scattered, behind = (behind, behind[:0]) if scatter else ([], behind)
+        behind = np.concatenate([np.empty(0, np.int64), *behind])
+        pieces = stated + scattered
+        text = row[: max(0, room - len(behind) - sum(map(len, pieces)))]
+        half = len(text) // 2
+        # What is asked for in the text stands in its first half.
+        places = rng.integers(0, 1 + (half if scattered else len(text)), len(stated)).tolist()
+        places += rng.integers(half, 1 + len(text), len(scattered)).tolist()
+        parts, done = [before], 0
+        for i in sorted(range(len(pieces)), key=lambda i: places[i]):
+            parts += [text[done : places[i]], pieces[i]]
+            done = places[i]
+        return np.concatenate([*parts, text[done:], behind])[: len(row)].astype(np.int64)
+
+    def repeating(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a sequence in which passages return, int64 ``[length]``."""
+        made, length = row.copy(), len(row)
+        least, most = PASSAGE[0], min(PASSAGE[1], length // 4)
+        if most < least:
+            return made
+        for _ in range(int(rng.integers(1, 9))):
+            size = int(rng.integers(least, most + 1))
+            source = int(rng.integers(0, length // 2 - size + 1))
+            target = int(rng.integers(source + size, length - size + 1))
+            if rng.random() < 0.5:
+                # Nothing but looking it up predicts tokens in no order.
+                made[source : source + size] = rng.choice(row, size)
+            made[target : target + size] = made[source : source + size]
+        return made
+
+    def _asked(self, asked: list[tuple[str, ...]], chat: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the tokens before the text, and of every question with its answer."""
+        if chat:
+            messages = []
+            for i, (question, answer) in enumerate(asked):
+                said = _MARK + (question.strip() if i else question)
+                messages.append({"role": "user", "content": said})
+                messages.append({"role": "assistant", "content": answer.strip()})
+            whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            before, *behind = whole.split(_MARK)
+            # A template that says a message twice, or not at all, is no frame for a text.
+            if len(behind) == len(asked):
+                return self._encode(before), [self._encode(part) for part in behind]
+        return self._start, [self._encode("".join(pair) + ".\n") for pair in asked]
+
+    @cached_property
+    def _chats(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def _start(self) -> np.ndarray:
+        """What the tokenizer begins texts with."""
+        bos = self.tokenizer.bos_token_id
+        adds = bos is not None and self.tokenizer.encode("a")[:1] == [bos]
+        return np.array([bos] if adds else [], dtype=np.int64)
+
+    @cached_property
+    def _words(self) -> list[str]:
+        batch = self.text(0)
+        tokens = batch.tokens if isinstance(batch, Packed) else batch
+        return sorted(
+            set(re.findall(r"\b[^\W\d_]{4,10}\b", str(self.tokenizer.decode(tokens.flatten().tolist()))))
+        )
+
+    def _name(self, rng: np.random.Generator) -> str:
+        """Return two words of the text, or made ones where it has few."""
+        return "-".join(self._word(rng) for _ in range(2))
+
+    def _word(self, rng: np.random.Generator) -> str:
+        if len(self._words) >= 200 and rng.random() < 0.8:
+            return self._words[int(rng.integers(len(self._words)))]
+        return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(4, 9))))
+
+    def _value(self, rng: np.random.Generator) -> str:
+        """Return a number, or words."""
+        if rng.random() < 0.7:
+            return "".join(map(str, rng.integers(0, 10, int(rng.integers(4, 9)))))
+        return self._name(rng)
+
+    def _encode(self, text: str) -> np.ndarray:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.array(ids, dtype=np.int64)
+
+
+def _tokens(batch: np.ndarray | Packed) -> np.ndarray:
+    return batch.tokens if isinstance(batch, Packed) else batch

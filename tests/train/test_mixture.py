@@ -1,0 +1,140 @@
+"""Sequences in which something must be looked up: what they state they ask for, as a function of the step."""
+
+import re
+
+import numpy as np
+import pytest
+
+from seerattention.train import Mixture, Packed, Packs, TextWindows
+from seerattention.train.mixture import PASSAGE, WORDINGS
+from seerattention.train.share import identity_of
+
+WORDS = [
+    a + b for a in ("bar", "cel", "dor", "fin", "gal", "hum", "lev") for b in ("ago", "ibis", "ora", "unt")
+]
+
+
+class Letters:
+    """A tokenizer whose tokens are characters; with a template it writes chats."""
+
+    bos_token_id = None
+
+    def __init__(self, chat_template=None):
+        self.chat_template = chat_template
+
+    def encode(self, text, **options):
+        return [ord(c) for c in text]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
+
+
+def mixture(length=2048, tokenizer=None, **shares):
+    words = np.random.default_rng(0).choice(WORDS, 4000)
+    tokens = np.array([ord(c) for c in " ".join(words)])
+    return Mixture(TextWindows(tokens, length, 2, 3), tokenizer or Letters(), seed=5, **shares)
+
+
+def found(text):
+    """Return what a sequence states, and what it answers behind a question, by key."""
+    stated, answered = {}, []
+    for statement, question, answer in WORDINGS:
+        form = re.escape(statement.strip()).replace(r"\{key\}", '(?P<key>[^ "]+?)')
+        for match in re.finditer(form.replace(r"\{value\}", r"(?P<value>[\w-]+)"), text):
+            stated.setdefault(match["key"], (match["value"], match.start()))
+        both = re.escape(question) + r"(?:</><assistant>)?\s?" + re.escape(answer.strip())
+        first, rest = both.replace(r"\{\}", r"\{key\}").split(r"\{key\}", 1)
+        form = first + '(?P<key>[^ "]+?)' + rest.replace(r"\{key\}", "(?P=key)")
+        for match in re.finditer(form.replace(r"\{value\}", r"(?P<value>[\w-]+)"), text):
+            answered.append((match["key"], match["value"], match.start()))
+    return stated, answered
+
+
+@pytest.mark.parametrize("chat", [None, "a template"])
+def test_what_is_asked_for_stands_before_it(chat):
+    made, asked = mixture(tokenizer=Letters(chat), retrieval=1.0), 0
+    for step in range(20):
+        for row in made(step):
+            assert row.shape == (2048,)
+            stated, answered = found(Letters().decode(row))
+            assert answered
+            for key, value, place in answered:
+                assert stated[key][0] == value
+                assert stated[key][1] < place
+            asked += len(answered)
+    assert asked > 100
+
+
+def test_chats_follow_the_tokenizers_template():
+    rows = [
+        Letters().decode(row)
+        for step in range(20)
+        for row in mixture(tokenizer=Letters("t"), retrieval=1.0)(step)
+    ]
+    chats = [row for row in rows if row.startswith("<user>")]
+    assert 10 <= len(chats) <= 30
+    assert all(row.count("<assistant>") == row.count("<user>") for row in chats)
+    assert not any("<user>" in row for row in rows if row not in chats)
+
+
+def test_passages_return():
+    made, plain = mixture(repeats=1.0), mixture()
+    for step in range(10):
+        for row, before in zip(made(step), plain(step), strict=True):
+            assert row.shape == before.shape
+            changed = np.flatnonzero(row != before)
+            assert len(changed)
+            text = Letters().decode(row)
+            windows = [text[i : i + PASSAGE[0]] for i in range(len(text) - PASSAGE[0])]
+            assert len(set(windows)) < len(windows)
+
+
+def test_shares_are_those_asked_for_and_the_rest_is_the_text():
+    made, plain = mixture(retrieval=0.3, repeats=0.2), mixture()
+    kinds = [0, 0, 0]
+    for step in range(200):
+        for row, before in zip(made(step), plain(step), strict=True):
+            same = np.array_equal(row, before)
+            kinds[0 if same else 1 if found(Letters().decode(row))[1] else 2] += 1
+    assert kinds[0] / 400 == pytest.approx(0.5, abs=0.08)
+    assert kinds[1] / 400 == pytest.approx(0.3, abs=0.08)
+
+
+def test_steps_are_a_function_of_their_number_and_runs_of_their_settings():
+    one, two = mixture(retrieval=0.5, repeats=0.5), mixture(retrieval=0.5, repeats=0.5)
+    later = one(7)
+    assert np.array_equal(two(7), later)
+    assert np.array_equal(one(7), later)
+    identities = {identity_of(mixture(retrieval=share)) for share in (0.0, 0.25, 0.5)}
+    assert len(identities) == 3
+    assert identity_of(one) == identity_of(two)
+
+
+def test_a_pack_that_is_changed_becomes_one_document():
+    documents = [np.full(300, ord("a") + i) for i in range(6)]
+    made = Mixture(Packs(documents, 1000, 2, 64), Letters(), retrieval=0.5, seed=1)
+    whole = 0
+    for step in range(20):
+        batch = made(step)
+        assert isinstance(batch, Packed)
+        for row, lengths in zip(batch.tokens, batch.lengths, strict=True):
+            asks = bool(found(Letters().decode(row))[1])
+            assert (lengths == (1000,)) == asks
+            whole += asks
+    assert 10 <= whole <= 30
+
+
+@pytest.mark.parametrize("shares", [{"retrieval": -0.1}, {"retrieval": 0.7, "repeats": 0.4}])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="are shares of the sequences, at least 0 and together at most 1"):
+        mixture(**shares)
+
+
+@pytest.mark.parametrize("length", [64, 200])
+def test_short_sequences_keep_their_length(length):
+    made = mixture(length, Letters("t"), retrieval=0.6, repeats=0.4)
+    assert {made(step).shape for step in range(30)} == {(2, length)}
