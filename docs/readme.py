@@ -603,25 +603,39 @@ def gates_final(name: str) -> str:
 
 
 def decode_gates() -> str:
-    """Return what gates and other scorers keep of the attention of single tokens."""
+    """Return what gates and other scorers lose and find where single tokens choose."""
     report = read("gates", "decode.json")
-    settings, variants = report["settings"], report["variants"]
+    settings, by_name = report["settings"], {row["name"]: row for row in report["rows"]}
+    (dense,) = by_name["dense"]["losses"].values()
+    budgets = sorted(map(int, by_name["default"]["losses"]))
+    rise = runpy.run_path(str(ROOT / "experiments" / "decoding" / "table.py"))["rise"]
+
+    def risen(row: dict[str, Any], budget: int) -> str:
+        if (losses := row["losses"].get(str(budget))) is None:
+            return ""
+        more, half = rise({"losses": losses}, {"losses": dense})
+        return f"{more:+.1%} ± {half:.1%}"
+
     rows = [
         {
             "name": row["name"],
-            "objective": variants.get(row["name"], {}).get("objective", ""),
             "read": f"{row['read']:.1%}" if "read" in row else "",
-            "kept": [row["recall"][str(n)] for n in settings["budgets"]],
+            "risen": [risen(row, budget) for budget in budgets],
+            "found": list(row["found"].values()),
+            "kept": f"{row['recall'][str(budgets[0])]:.1%}" if "recall" in row else "",
         }
-        for row in report["rows"]
+        for row in by_name.values()
     ]
     return parts(
         f"{settings['model']}, {settings['steps']} steps of {settings['length']:,} tokens of books, "
-        f"{settings['windows']} windows of as many tokens of held-out ones; {machine(report)}. The share of "
-        "true attention in what single tokens choose, by budget in tokens:",
+        f"{settings['windows']} windows of as many tokens of held-out ones, whose second halves are decoded, "
+        f"and {settings['questions']} questions of each task behind {settings['length'] // 2:,} tokens; "
+        f"{machine(report)}:",
         table(
-            "chosen by: {name} | objective: {objective} | summaries read, share of K: {read} | "
-            + " | ".join(f"{n:,}: {{kept[{i}]:.1%}}" for i, n in enumerate(settings["budgets"])),
+            "chosen by: {name} | keys' summaries, share of K: {read} | "
+            + " | ".join(f"perplexity at {n:,} tokens: {{risen[{i}]}}" for i, n in enumerate(budgets))
+            + " | one number among one: {found[0]:.0%} | among four: {found[1]:.0%} "
+            + f"| attention kept at {budgets[0]}: {{kept}}",
             rows,
         ),
     )

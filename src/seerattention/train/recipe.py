@@ -196,7 +196,7 @@ class Distillation(Recipe["Distiller"]):
         """Return the text with sequences in which something must be looked up."""
         from seerattention.train.mixture import Mixture
 
-        if not self.retrieval + self.repeats:
+        if self.retrieval == self.repeats == 0:
             return text
         assert not isinstance(text.batches, Mixture)
         mixture = Mixture(text.batches, tokenizer, self.retrieval, self.repeats, self.seed)
