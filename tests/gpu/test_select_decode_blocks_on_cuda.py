@@ -60,7 +60,7 @@ def captured(args, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("name", ["ragged", "drafted", "sub-blocks"])
+@pytest.mark.parametrize("name", ["ragged", "drafted", "sub-blocks", "each-token", "each-token-drafted"])
 def test_a_captured_step_goes_on_while_everything_changes_in_place(name, policy):
     args = decode_arguments(BY_NAME[name], torch.bfloat16, "cuda")
     args["k_blocks"].normal_()
