@@ -17,6 +17,7 @@ from seerattention.settings import build, explained, read
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedModel
 
     from seerattention.measure.compare import Row
     from seerattention.measure.needle import NeedleDocument
@@ -90,12 +91,12 @@ class Report(NamedTuple):
     def passes(self) -> int:
         """Passes over a window or a document of its length."""
         windows = len(self.windows) * (self.recall + self.prefill * (1 + len(self.policies)))
-        return windows + self.needles * (len(self.documents) + len(self.policies))
+        return windows + len(self.asked) * (len(self.documents) + len(self.policies))
 
     @property
-    def needles(self) -> int:
-        """Needle documents that each row answers."""
-        return len(next(iter(self.documents.values()), ()))
+    def asked(self) -> list[NeedleDocument]:
+        """The needle documents in the first wording."""
+        return next(iter(self.documents.values()), [])
 
     @property
     def tokens(self) -> int:
@@ -106,7 +107,7 @@ class Report(NamedTuple):
         attention = ", ".join([*["dense"] * self.prefill, *map(_name, self.policies)])
         tried = f" (dense in {len(self.documents)} wordings)" if len(self.documents) > 1 else ""
         return (
-            f"{len(self.windows)} windows and {self.needles} needle documents{tried}, {attention}: "
+            f"{len(self.windows)} windows and {len(self.asked)} needle documents{tried}, {attention}: "
             f"{self.passes} passes of {len(self.windows[0]):,} tokens; --set report=false leaves it out"
         )
 
@@ -141,7 +142,7 @@ def planned(run: Run[Any], densities: Sequence[float]) -> Report:
             task = NeedleTask(run.tokenizer, np.concatenate(windows), wording=wording)
             documents[wording.name] = [task.make(length, seed) for seed in range(NEEDLES)]
         except ValueError as error:
-            # Said of the first wording, the shortest: where that fits, the others need not.
+            # That of the first wording, the shortest.
             skipped = skipped or f"needles: {error}"
     skipped = "" if documents else skipped
     return Report(policies, short, windows, documents, skipped, recall, prefill=True)
@@ -207,13 +208,14 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
         if not trainer.accelerator.is_main_process:
             return []
         rows, plan = _measure(console, run, plan, step)
+    wording = next(iter(plan.documents), "")
     found: dict[str, Any] = {
         "text": str(run.text),
         "heldout_tokens": sum(map(len, plan.windows)),
         "steps": trainer.done,
         **{RECALLS[phase][0]: dict(zip(names, values, strict=True)) for phase, values in recall.items()},
         **({"skipped": plan.skipped} if plan.skipped else {}),
-        **{"wording": wording for wording in plan.documents},
+        **({"wording": wording} if wording else {}),
         **{row.method: row.values() for row in rows},
     }
     lines = {row.method: ["1.000"] * len(recall) for row in rows[:1]}
@@ -228,10 +230,10 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
             if value is not None and dense is not None:
                 line.append(f"{value:{form}}" + ("" if row is rows[0] else f" ({value - dense:+{form}})"))
     titles = ["attention", *(RECALLS[phase][1] for phase in recall)]
-    titles += [*(["density", "perplexity"] if rows else []), *(["needles"] if plan.documents else [])]
+    titles += [*(["density", "perplexity"] if rows else []), *(["needles"] if wording else [])]
     cells = [[name, *line] for name, line in lines.items()]
     console.print(table(titles, cells, "held-out text, no dense last rows"))
-    for wording in plan.documents:
+    if wording:
         console.print(f"needles: {wording}", markup=False)
     for why in plan.short:
         console.print(f"too short: {why}", markup=False)
@@ -246,33 +248,38 @@ def _measure(
 ) -> tuple[list[Row], Report]:
     """Return the rows, saying on the way which one is measured, and the plan with the one wording used."""
     from seerattention.measure.compare import measured
-    from seerattention.measure.retrieval import understood
 
     if not plan.prefill:
         return [], plan
     model, rows = run.trainer.model, []
     model.eval()
-
-    def add(name: str, **more: Any) -> None:
-        rows.append(measured(model, method=name, windows=plan.windows, step=step, **more))
-        if not console.is_terminal:
-            console.print(f"  measured {name}")
-
-    add("dense", scorer=None)
-    asked: list[NeedleDocument] = []
-    if plan.documents:
-        wording, found = understood(model, plan.documents, step)
-        if found >= LEAST_FOUND:
-            asked = plan.documents[wording]
-            rows[0] = replace(rows[0], needles=found)
-            plan = plan._replace(documents={wording: asked})
+    for policy in (None, *plan.policies):
+        if policy is None:
+            row = measured(model, None, windows=plan.windows, step=step)
+            row, plan = _dense_needles(model, row, plan, step)
         else:
-            step(plan.needles * len(plan.policies))
-            why = (
-                f"needles: with dense attention this model finds {found:.0%} of them at "
-                f"{rows[0].tokens:,} tokens (in {wording}), so that they say nothing about gates"
-            )
-            plan = plan._replace(documents={}, skipped=why)
-    for policy in plan.policies:
-        add(_name(policy), scorer=run.trainer.gates, policy=policy, documents=asked)
+            texts: dict[str, Any] = {"windows": plan.windows, "documents": plan.asked, "step": step}
+            row = measured(model, run.trainer.gates, policy, method=_name(policy), **texts)
+        rows.append(row)
+        if not console.is_terminal:
+            console.print(f"  measured {row.method}")
     return rows, plan
+
+
+def _dense_needles(
+    model: PreTrainedModel, row: Row, plan: Report, step: Callable[..., None]
+) -> tuple[Row, Report]:
+    """Return dense attention's row with needles, and the plan with the wording that it answers best."""
+    from seerattention.measure.retrieval import understood
+
+    if not plan.documents:
+        return row, plan
+    wording, found = understood(model, plan.documents, step)
+    if found >= LEAST_FOUND:
+        return replace(row, needles=found), plan._replace(documents={wording: plan.documents[wording]})
+    step(len(plan.asked) * len(plan.policies))
+    why = (
+        f"needles: this model does not answer such questions at {row.tokens:,} tokens even with dense "
+        f"attention (at best {found:.0%} of them, in {wording}), so that they say nothing about the gates"
+    )
+    return row, plan._replace(documents={}, skipped=why)

@@ -69,8 +69,8 @@ RULER = Wording(
     question="\nWhat is the special magic number for {key} mentioned in the provided text?",
     answer=" The special magic number for {key} mentioned in the provided text is",
     end=".\n",
-    before="A special magic number is hidden within the following text. Make sure to memorize it. I will quiz "
-    "you about the number afterwards.\n",
+    before="A special magic number is hidden within the following text. Make sure to memorize it. I will "
+    "quiz you about the number afterwards.\n",
 )
 
 

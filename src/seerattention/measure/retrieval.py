@@ -50,7 +50,7 @@ def understood(
     documents: Mapping[str, Sequence[NeedleDocument]],
     step: Callable[[], None] = lambda: None,
 ) -> tuple[str, float]:
-    """Return the wording that a model answers best, the first of equals, and the fraction that it predicts right.
+    """Return the wording that a model answers best, the first of equals, and the fraction predicted right.
 
     Args:
         model: A causal language model, nothing attached.
