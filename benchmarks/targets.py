@@ -91,7 +91,8 @@ DECODE_TARGETS = tuple(
     )
     for what, variant, bounds in (
         ("attention alone", "triton", (3.5, 6, 9, 8.5, 9.4, 9.8)),
-        ("with choosing", "with choosing, default", (2.2, 4.5, 7, 6, 7.5, 8)),
+        ("with choosing by keys' summaries", "with choosing, default", (2.2, 4.5, 7, 6, 7.5, 8)),
+        ("with choosing by blocks' summaries", "with choosing, sub64", (2.2, 4.5, 7, 6, 7.5, 8)),
     )
     for (batch, tokens), bound in zip(
         ((1, _32K), (1, _128K), (8, _128K), (16, _32K), (16, _128K), (64, _128K)), bounds, strict=True

@@ -46,5 +46,5 @@ def test_targets_of_decoding(run_script, tmp_path):
     found = {t["what"]: t for t in json.loads(path.read_text())["targets"]}
     assert len(found) == len(printed.splitlines()) == 12
     assert found["1 x 128k: attention alone"]["met"]
-    assert not found["1 x 128k: with choosing"]["met"]
-    assert found["64 x 128k: with choosing"]["met"] is None
+    assert not found["1 x 128k: with choosing by keys' summaries"]["met"]
+    assert found["64 x 128k: with choosing by keys' summaries"]["met"] is None
