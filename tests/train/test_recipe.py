@@ -130,3 +130,8 @@ def test_a_joint_runs_policy_is_at_its_least_density_and_no_folder_is_made_witho
     assert run.trainer.time_a_step() > 0
     assert list(tmp_path.iterdir()) == []
     assert sum(run.trainer.memory(128).values()) > 16 * sum(p.numel() for p in run.trainer.model.parameters())
+
+
+def test_shares_that_are_none_are_refused_before_anything_is_loaded(told):
+    with pytest.raises(ValueError, match="are shares of the sequences"):
+        build(Distillation, {**told, "retrieval": 1.5})

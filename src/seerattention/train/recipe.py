@@ -14,6 +14,7 @@ from seerattention.files import check_writable, write_whole
 from seerattention.gate_config import GateConfig
 from seerattention.settings import flat, read, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
+from seerattention.train.mixture import check_shares
 from seerattention.train.source import Source, Text
 
 if TYPE_CHECKING:
@@ -177,6 +178,9 @@ class Distillation(Recipe["Distiller"]):
     reach: int | None = None
     retrieval: float = 0.25
     repeats: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_shares(self.retrieval, self.repeats)
 
     def kind(self) -> type[Distiller]:
         """Return the trainer's class."""
