@@ -200,7 +200,9 @@ def test_what_pads_a_pack_is_no_part_of_its_document(shares):
         assert batch.tokens[:, :940].all()
 
 
-@pytest.mark.parametrize("shares", [{"retrieval": -0.1}, {"repeats": float("nan")}, {"retrieval": 0.7, "repeats": 0.4}])
+@pytest.mark.parametrize(
+    "shares", [{"retrieval": -0.1}, {"repeats": float("nan")}, {"retrieval": 0.7, "repeats": 0.4}]
+)
 def test_shares_that_are_none_are_refused(shares):
     with pytest.raises(ValueError, match="are shares of the sequences, at least 0 and together at most 1"):
         mixture(**shares)
