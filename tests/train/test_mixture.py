@@ -74,6 +74,14 @@ def test_what_is_asked_for_stands_before_it(chat):
     assert asked > 100
 
 
+def test_a_name_has_one_value(monkeypatch):
+    monkeypatch.setattr(Mixture, "_name", lambda self, rng: str(rng.choice(["some-name", "other-name"])))
+    for step in range(10):
+        for row in mixture(retrieval=1.0)(step):
+            stated, answered = found(Letters().decode(row))
+            assert sorted(key for key, _, _ in answered) == sorted(stated)
+
+
 def test_chats_follow_the_tokenizers_template():
     rows = [
         Letters().decode(row)

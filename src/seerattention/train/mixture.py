@@ -128,7 +128,9 @@ class Mixture:
         """
         count = int(rng.integers(1, 1 + max(1, min(MOST, len(row) // ROOM))))
         wording = WORDINGS[int(rng.integers(len(WORDINGS)))]
-        facts = [{"key": self._name(rng), "value": self._value(rng)} for _ in range(count)]
+        # A name that is drawn twice has one value: there must be one answer.
+        drawn = {self._name(rng): self._value(rng) for _ in range(count)}
+        facts = [{"key": key, "value": value} for key, value in drawn.items()]
         stated = [self._encode(wording[0].format(**fact)) for fact in facts]
         asked = [tuple(text.format(**fact) for text in wording[1:]) for fact in facts]
         # What a template says by itself may leave no room in a short sequence.
