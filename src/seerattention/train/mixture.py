@@ -88,7 +88,9 @@ class Mixture:
         """Return the sequences of a step."""
         batch = self.text(step)
         made = _tokens(batch).copy()
-        lengths = list(batch.lengths) if isinstance(batch, Packed) else [(self.length,)] * len(made)
+        lengths: list[tuple[int, ...]] = [(self.length,)] * len(made)
+        if isinstance(batch, Packed):
+            lengths = list(batch.lengths)
         for i, row in enumerate(made):
             rng = np.random.default_rng((self.seed, step, i, 1))
             if (change := self._change(rng.random())) is None:
