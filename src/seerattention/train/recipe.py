@@ -14,7 +14,6 @@ from seerattention.files import check_writable, write_whole
 from seerattention.gate_config import GateConfig
 from seerattention.settings import flat, read, to_toml
 from seerattention.train.config import DistillConfig, FinetuneConfig, TrainConfig
-from seerattention.train.mixture import check_shares
 from seerattention.train.source import Source, Text
 
 if TYPE_CHECKING:
@@ -180,6 +179,8 @@ class Distillation(Recipe["Distiller"]):
     repeats: float = 0.1
 
     def __post_init__(self) -> None:
+        from seerattention.train.mixture import check_shares
+
         check_shares(self.retrieval, self.repeats)
 
     def kind(self) -> type[Distiller]:
