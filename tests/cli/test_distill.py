@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file
@@ -39,35 +40,38 @@ def test_the_time_in_the_plan_has_what_is_read_besides_the_steps(distil, tmp_pat
     from seerattention.train.loop import Loop
 
     monkeypatch.setattr(Loop, "time_a_step", lambda self: 10.0)
-    # A step reads 128 tokens, so does each pass over the one held-out window: one with the steps, and the
-    # report's three.
-    _, said = distil(tmp_path / "out", "--steps", 4, "--dry-run")
+    # A step reads 120 tokens, so does each pass over the one held-out window: one with the steps, and the
+    # report's three. Needles need more tokens.
+    distil = partial(distil, tmp_path / "out", "--steps", 4, "--dry-run", "--length", 120)
+    _, said = distil()
     assert "10.00 s for one step, about 80 s in all" in said
-    _, said = distil(tmp_path / "out", "--steps", 4, "--dry-run", "--set", "report=false")
+    _, said = distil("--set", "report=false")
     assert "10.00 s for one step, about 50 s in all" in said
     assert "report none" in said
-    _, said = distil(tmp_path / "out", "--steps", 4, "--dry-run", "--set", "eval_every=1")
+    _, said = distil("--set", "eval_every=1")
     assert "about 110 s in all" in said
 
 
 def test_it_ends_with_a_report_on_heldout_text(distil, tmp_path):
     settings = ("packing=true", "grad_accum=2", "sequences=2", "eval_every=1", "patience=3")
-    result, said = distil(tmp_path / "out", "--steps", 3, *(f"--set={one}" for one in settings))
+    more = ("--length", 120, *(f"--set={one}" for one in settings))
+    result, said = distil(tmp_path / "out", "--steps", 3, *more)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "gates" / "results.json").read_text())
     # 8 blocks: all three densities read the row's own block and the first, so there is one row of them.
     assert set(report["recall"]) == {"top_k:0.2"}
-    assert report["heldout_tokens"] == 128
+    assert report["heldout_tokens"] == 120
     assert report["dense"]["perplexity"] > 1
     assert report["top_k:0.2"]["density"] == pytest.approx(15 / 36)
     assert "top_k:0.05" not in report
-    assert "report 1 windows and 0 needle documents, dense, top_k:0.2: 3 passes of 128 tokens" in said
+    assert "report 1 windows and 0 needle documents, dense, top_k:0.2: 3 passes of 120 tokens" in said
     assert "recall shown at a density of 58.3%: recall_density 0.1 is fewer than 3 blocks of a row" in said
     asked = "top_k:0.05,sink_blocks=1 asks for 5.0% of a prompt of 8 blocks and reads 41.7%"
     assert said.count(f"too short {asked}") == said.count(f"too short: {asked}") == 1
     assert said.index("measured dense") < said.index("measured top_k:0.2")
-    assert "a document of 128 is too short" in report["skipped"]
+    assert "a document of 120 is too short" in report["skipped"]
     assert "not measured: needles" in said
+    assert "perplexity needles" not in said
 
 
 def test_a_folder_with_brackets_is_named_as_it_is(distil, tmp_path):

@@ -41,7 +41,10 @@ def test_chooses_as_the_reference(case, dtype, backend):
 )
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_the_sizes_that_are_benchmarked(case, policy):
-    assert check(decode_arguments(case, torch.bfloat16, "cuda"), policy, "triton") > 0.5
+    # Maxima of many summaries lie so close together that rounding to bfloat16 decides where a share ends.
+    fine = case.gate.get("k_sub_block") == 1 and isinstance(policy, TopP)
+    dtype = torch.float16 if fine else torch.bfloat16
+    assert check(decode_arguments(case, dtype, "cuda"), policy, "triton") > 0.5
 
 
 def test_auto_takes_it(monkeypatch):
@@ -60,7 +63,7 @@ def captured(args, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("name", ["ragged", "drafted", "sub-blocks"])
+@pytest.mark.parametrize("name", ["ragged", "drafted", "sub-blocks", "each-token", "each-token-drafted"])
 def test_a_captured_step_goes_on_while_everything_changes_in_place(name, policy):
     args = decode_arguments(BY_NAME[name], torch.bfloat16, "cuda")
     args["k_blocks"].normal_()

@@ -13,10 +13,10 @@ from seerattention.hosts.transformers import attached as is_attached
 from seerattention.hosts.transformers import new_gates
 from seerattention.measure import bundled, compare
 from seerattention.measure.compare import distinct, measured
-from seerattention.measure.needle import NeedleTask
+from seerattention.measure.needle import NeedleTask, wordings
 from seerattention.measure.observe import Watch
 from seerattention.measure.perplexity import next_token_losses, perplexity
-from seerattention.measure.retrieval import retrieval
+from seerattention.measure.retrieval import retrieval, understood
 
 POLICY = "top_k:0.3,sink_blocks=1"
 
@@ -122,3 +122,14 @@ def test_the_model_is_left_as_it_was_when_measuring_fails(given, monkeypatch) ->
     with pytest.raises(ValueError, match="there is nothing to measure on"):
         measured(model, gates, POLICY)
     assert not is_attached(model)
+
+
+def test_the_bundled_teacher_is_asked_in_its_own_words() -> None:
+    model, tokenizer = bundled.load_teacher()
+    text = bundled.text_tokens(tokenizer)[1]
+    asked = {w.name: [NeedleTask(tokenizer, text, wording=w).make(1024, 0)] for w in wordings(tokenizer)}
+    assert list(asked) == ["the bundled teacher's words", "RULER's words"]
+    assert understood(model, asked) == ("the bundled teacher's words", 1)
+    np.testing.assert_array_equal(
+        asked["the bundled teacher's words"][0].tokens, NeedleTask(tokenizer, text).make(1024, 0).tokens
+    )

@@ -5,17 +5,21 @@ import re
 import numpy as np
 import pytest
 
-from seerattention.measure.needle import NeedleDocument, NeedleTask
+from seerattention.measure.needle import NeedleDocument, NeedleTask, wordings
 
 
 class Words:
     """A tokenizer of words with their leading space, single digits and signs."""
 
+    pieces = r"\d| ?[^\W\d]+|\s|[^\w\s]"
+    bos_token_id: int | None = None
+    chat_template: str | None = None
+
     def __init__(self) -> None:
         self.words: list[str] = []
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        pieces = re.findall(r"\d| ?[^\W\d]+|\s|[^\w\s]", text)
+        pieces = re.findall(self.pieces, text)
         assert "".join(pieces) == text
         for piece in pieces:
             if piece not in self.words:
@@ -128,10 +132,85 @@ def test_document_too_short_or_haystack_too_short() -> None:
         NeedleTask(TOKENIZER, HAYSTACK[:100]).make(1000, 0)
 
 
-def test_tokenizer_must_write_single_digits() -> None:
-    class Bytes(Words):
-        def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-            return [0] * (2 * len(text))
+@pytest.mark.parametrize(("digits", "tokens"), [(r" ?\d{1,3}", 2), (r" ?\d+", 1), (r"\d{1,3}| (?=\d)", 2)])
+def test_a_number_is_written_as_the_tokenizer_does(digits: str, tokens: int) -> None:
+    class Numbers(Words):
+        pieces = rf"{digits}| ?[^\W\d]+|\s|[^\w\s]"
 
-    with pytest.raises(ValueError, match="does not write single digits as single tokens"):
-        NeedleTask(Bytes(), HAYSTACK)
+    tokenizer = Numbers()
+    for wording in wordings(tokenizer):
+        document = NeedleTask(tokenizer, HAYSTACK, wording=wording).make(1000, 0)
+        text = tokenizer.encode("".join(f" {value}" for value in document.values))
+        assert len(document.answers) == 8
+        for (start, stop), value in zip(document.answers, document.values, strict=True):
+            assert stop - start == tokens
+            assert tokenizer.decode(document.tokens[start:stop]).strip() == value
+            assert set(document.tokens[start:stop]) <= set(text)
+
+
+class Chat(Words):
+    """The same, as of a model that talks and whose texts begin with a token of their own."""
+
+    pieces = r"<[a-z]+>|" + Words.pieces
+    bos_token = "<s>"
+    chat_template = "{}"
+    twice = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bos_token_id = self.encode("<s>", add_special_tokens=False)[0]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return super().encode("<s>" * add_special_tokens + text)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
+        assert not tokenize
+        turns = [f"<{m['role']}>{m['content'].strip()}<end>\n" for m in messages]
+        return "<s>{be brief}" + "".join(turns) + turns[0] * self.twice
+
+
+def test_a_document_in_each_wording_reads_as_a_model_of_it_expects() -> None:
+    tokenizer, texts = Chat(), {}
+    haystack = np.array(tokenizer.encode(" zig zag" * 500, add_special_tokens=False))
+    for wording in wordings(tokenizer):
+        document = NeedleTask(tokenizer, haystack, num_needles=2, wording=wording).make(400, 3)
+        assert document.tokens.shape == (400,)
+        text = tokenizer.decode(document.tokens)
+        for (start, stop), key, value, place in zip(
+            document.answers, document.keys, document.values, document.places, strict=True
+        ):
+            assert tokenizer.decode(document.tokens[start:stop]) == value
+            stated = tokenizer.decode(document.tokens[slice(*place)])
+            assert text.count(stated) == 1
+            assert stated == wording.needle.replace("{key}", key).replace("{value}", value)
+            text = text.replace(stated, "")
+        (one, first), (two, second) = zip(document.keys, document.values, strict=True)
+        text = text.replace(one, "ONE").replace(two, "TWO").replace(first, "1").replace(second, "2")
+        whole = re.fullmatch(r"(.*?)(?: zig| zag){99,}(.*)", text, re.DOTALL)
+        assert whole is not None
+        texts[wording.name] = (whole[1], whole[2])
+    ask = "\nWhat is the special magic number for {} mentioned in the provided text?"
+    say = "The special magic number for {} mentioned in the provided text is {}"
+    intro = (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz "
+        "you about the number afterwards.\n"
+    )
+    plain = "".join(f"{ask} {say}.\n".format(key, key, n) for key, n in (("ONE", 1), ("TWO", 2)))
+    chat = "".join(
+        f"{ask}<end>\n<assistant>{say}.<end>\n<user>".format(key, key, n)
+        for key, n in (("ONE", 1), ("TWO", 2))
+    )
+    assert texts == {
+        "the bundled teacher's words": ("", "\nThe ONE? 1\n\nThe TWO? 2\n"),
+        "RULER's words": ("<s>" + intro, plain),
+        "RULER's words, in the chat template": ("<s>{be brief}<user>" + intro, chat),
+    }
+
+
+def test_a_model_is_asked_in_its_chat_template_only_where_that_says_a_message_once() -> None:
+    tokenizer = Chat()
+    tokenizer.twice = True
+    plain = ["the bundled teacher's words", "RULER's words"]
+    assert [wording.name for wording in wordings(tokenizer)] == plain
+    assert [wording.name for wording in wordings(TOKENIZER)] == plain
+    assert not wordings(TOKENIZER)[1].before.startswith("<s>")

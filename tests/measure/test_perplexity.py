@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seerattention.measure import perplexity as perplexity_module
 from seerattention.measure.needle import NeedleDocument
 from seerattention.measure.perplexity import next_token_losses, perplexity
-from seerattention.measure.retrieval import retrieval
+from seerattention.measure.retrieval import retrieval, understood
 
 VOCABULARY = 20
 
@@ -77,3 +77,13 @@ def test_retrieval_counts_answers_over_all_documents() -> None:
     half = NeedleDocument(np.array([0, 1, 2, 3, 4, 9]), ((1, 3), (4, 6)), ("a", "b"), ("12", "49"))
     assert retrieval(model(certain=True), [right]) == 1
     assert retrieval(model(certain=True), [right, half]) == 0.75
+
+
+def test_the_wording_that_a_model_answers_best_is_the_one_it_understands() -> None:
+    right = NeedleDocument(np.array([0, 1, 2, 3, 4, 5]), ((1, 3), (4, 6)), ("a", "b"), ("12", "45"))
+    half = NeedleDocument(np.array([0, 1, 2, 3, 4, 9]), ((1, 3), (4, 6)), ("a", "b"), ("12", "49"))
+    steps: list[int] = []
+    asked = {"some": [right, half], "all": [right, right], "all again": [right, right]}
+    assert understood(model(certain=True), asked, lambda: steps.append(1)) == ("all", 1)
+    assert len(steps) == 6
+    assert understood(model(certain=True), {"some": [right, half]}) == ("some", 0.75)

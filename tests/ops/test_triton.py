@@ -12,6 +12,7 @@ import pytest
 
 from seerattention.ops.block_sparse_decode import _triton_kernel as _decode_kernel
 from seerattention.ops.block_sparse_decode import triton as decoding
+from seerattention.ops.language import padded
 from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.score_blocks import _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
@@ -161,7 +162,7 @@ def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
         "WORDS": 64,
     }
     constants |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages, "LENGTHS": True, "SINKS": False}
-    constants |= {"STARTS": not page, "WARPS": launch.warps if page else 1}
+    constants |= {"STARTS": not page}
     made = compiled(_decode_kernel.decode_kernel, constants, types | strides | numbers, options)
     # Three share the 227 KiB that a multiprocessor of Hopper has.
     assert 3 * made.metadata.shared <= 227 * 1024
@@ -173,7 +174,9 @@ def test_the_decoding_kernels_compile_for_hopper(dim: int, page: int) -> None:
 
 
 @compiles
-@pytest.mark.parametrize(("dim", "subs", "tokens"), [(96, 1, 1), (128, 4, 4)])
+@pytest.mark.parametrize(
+    ("dim", "subs", "tokens"), [(96, 1, 1), (128, 4, 4), (16, 64, 1), (16, 64, 4), (32, 16, 1)]
+)
 def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: int, tokens: int) -> None:
     pointers = ("q_ptr", "weight_ptr", "keys_ptr", "norm_ptr", "summaries", "tail", "k", "weight", "norm")
     types: dict[str, Any] = dict.fromkeys(pointers, "*bf16")
@@ -185,10 +188,13 @@ def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: i
     gate = {"KV_HEADS": 8, "GROUP": 4, "D": 128, "E": dim, "PRECISION": "tf32x3", "PDL": True}
     query = gate | {"POOLS": 3, "BLOCK_D": 128} | choosing_tokens.QUERIES.tile()
     choose = gate | {"BLOCK_K": 64, "KIND": 1, "WIDTH": 512, "BITS": 4, "num_warps": 4}
-    score = choose | {"E_PAD": 128, "SUBS": subs, "ROWS": 1 if tokens == 1 else 16, "TOGETHER": tokens == 1}
-    score |= choosing_tokens.SCORES.tile()
-    update = gate | {"GROUPS": 1, "D_PAD": 64, "E_PAD": 64, "BLOCK_K": 64, "BLOCK_T": tokens, "SUBS": subs}
-    update |= {"ROWS": 16, "UNROLL": 8, "PLACES": (0, 1, 2), "num_warps": 4}
+    rows, wide = 1 if tokens == 1 else 16, padded(dim)
+    score = choose | {"E_PAD": wide, "SUBS": subs, "ROWS": rows, "TOGETHER": tokens == 1}
+    launch, held = choosing_tokens._tile(subs, wide, rows)
+    score |= launch.tile() | held
+    half = padded(dim // 2)
+    update = gate | {"GROUPS": 1, "D_PAD": 64, "E_PAD": half, "BLOCK_K": 64, "BLOCK_T": tokens, "SUBS": subs}
+    update |= {"ROWS": max(16, subs), "UNROLL": 1 if subs == 64 else 4, "PLACES": (0, 1, 2), "num_warps": 8}
     kernels = {
         _choosing_kernel.query_kernel: query,
         _choosing_kernel.score_kernel: score,
@@ -201,6 +207,9 @@ def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: i
         own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
         made = compiled(kernel, constants, own, options)
         assert made.metadata.shared <= 99 * 1024
+        if kernel is _choosing_kernel.score_kernel and subs > 1:
+            # A thread loads 16 bytes of summaries at once.
+            assert "ld.global.v4" in made.asm["ptx"]
         assert ("griddepcontrol.wait" in made.asm["ptx"]) == ("PDL" in constants)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from seerattention.settings import build, explained, read
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedModel
 
     from seerattention.measure.compare import Row
     from seerattention.measure.needle import NeedleDocument
@@ -27,8 +29,10 @@ R = TypeVar("R", bound="Recipe[Any]")
 #: What recall is called, by phase: in the file of results, and in their table.
 RECALLS = {"prefill": ("recall", "recall"), "decode": ("decode_recall", "recall in decoding")}
 
-#: Needle documents of the report.
+#: Needle documents of the report, in each wording.
 NEEDLES = 10
+#: Needles say nothing about gates where dense attention finds a smaller share of them.
+LEAST_FOUND = 0.5
 
 Model = Annotated[str | None, typer.Argument(help="Hub id or folder of the base model; or in the file.")]
 Text = Annotated[list[str] | None, typer.Option(help="Training text: .txt, .jsonl or a folder; repeatable.")]
@@ -69,12 +73,16 @@ def alone(told: Recipe[Any], out: Path, dry_run: bool) -> AbstractContextManager
 
 
 class Report(NamedTuple):
-    """What is measured at the end: dense attention beside ``policies``, on held-out text."""
+    """What is measured at the end: dense attention beside ``policies``, on held-out text.
+
+    Needle documents are by the name of their wording. Dense attention answers all of them, the policies those
+    in the wording that it answered best.
+    """
 
     policies: list[TopK]
     short: list[str]
     windows: list[np.ndarray]
-    documents: list[NeedleDocument]
+    documents: dict[str, list[NeedleDocument]]
     skipped: str
     recall: bool
     prefill: bool
@@ -82,8 +90,13 @@ class Report(NamedTuple):
     @property
     def passes(self) -> int:
         """Passes over a window or a document of its length."""
-        texts = len(self.windows) + len(self.documents)
-        return len(self.windows) * self.recall + self.prefill * (1 + len(self.policies)) * texts
+        windows = len(self.windows) * (self.recall + self.prefill * (1 + len(self.policies)))
+        return windows + len(self.asked) * (len(self.documents) + len(self.policies))
+
+    @property
+    def asked(self) -> list[NeedleDocument]:
+        """The needle documents in the first wording."""
+        return next(iter(self.documents.values()), [])
 
     @property
     def tokens(self) -> int:
@@ -92,8 +105,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         attention = ", ".join([*["dense"] * self.prefill, *map(_name, self.policies)])
+        tried = f" (dense in {len(self.documents)} wordings)" if len(self.documents) > 1 else ""
         return (
-            f"{len(self.windows)} windows and {len(self.documents)} needle documents, {attention}: "
+            f"{len(self.windows)} windows and {len(self.asked)} needle documents{tried}, {attention}: "
             f"{self.passes} passes of {len(self.windows[0]):,} tokens; --set report=false leaves it out"
         )
 
@@ -107,7 +121,7 @@ def planned(run: Run[Any], densities: Sequence[float]) -> Report:
     import numpy as np
 
     from seerattention.measure.compare import distinct
-    from seerattention.measure.needle import NeedleTask
+    from seerattention.measure.needle import NeedleTask, wordings
     from seerattention.policies import TopK
     from seerattention.rows import num_blocks
 
@@ -115,7 +129,7 @@ def planned(run: Run[Any], densities: Sequence[float]) -> Report:
     length, block = len(windows[0]), trainer.gates.config.block_size
     blocks = num_blocks(length, block)
     asked = (TopK(density, sink_blocks=1).short_of(blocks, block) for density in densities)
-    policies, short, documents, skipped = distinct(densities, length, block), [*filter(None, asked)], [], ""
+    policies, short, documents, skipped = distinct(densities, length, block), [*filter(None, asked)], {}, ""
     recall = hasattr(trainer, "heldout_recall")
     if trainer.gates.config.phase == "decode":
         skipped = "perplexity and needles: they are of sparse prefill, and these gates choose while decoding"
@@ -123,11 +137,14 @@ def planned(run: Run[Any], densities: Sequence[float]) -> Report:
         skipped = "perplexity and needles: the model is sharded; measure them on one process"
     if skipped:
         return Report(policies, short, windows, documents, skipped, recall, prefill=False)
-    try:
-        task = NeedleTask(run.tokenizer, np.concatenate(windows))
-        documents = [task.make(length, seed) for seed in range(NEEDLES)]
-    except ValueError as error:
-        skipped = f"needles: {error}"
+    for wording in wordings(run.tokenizer):
+        try:
+            task = NeedleTask(run.tokenizer, np.concatenate(windows), wording=wording)
+            documents[wording.name] = [task.make(length, seed) for seed in range(NEEDLES)]
+        except ValueError as error:
+            # That of the first wording, the shortest.
+            skipped = skipped or f"needles: {error}"
+    skipped = "" if documents else skipped
     return Report(policies, short, windows, documents, skipped, recall, prefill=True)
 
 
@@ -190,13 +207,15 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
             step(len(plan.windows))
         if not trainer.accelerator.is_main_process:
             return []
-        rows = _measure(console, run, plan, step)
+        rows, plan = _measure(console, run, plan, step)
+    wording = next(iter(plan.documents), "")
     found: dict[str, Any] = {
         "text": str(run.text),
         "heldout_tokens": sum(map(len, plan.windows)),
         "steps": trainer.done,
         **{RECALLS[phase][0]: dict(zip(names, values, strict=True)) for phase, values in recall.items()},
         **({"skipped": plan.skipped} if plan.skipped else {}),
+        **({"wording": wording} if wording else {}),
         **{row.method: row.values() for row in rows},
     }
     lines = {row.method: ["1.000"] * len(recall) for row in rows[:1]}
@@ -208,12 +227,14 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
         for value, dense, form in (
             (row.perplexity, rows[0].perplexity, ".3f"), (row.needles, rows[0].needles, ".2f")
         ):  # fmt: skip
-            delta = "" if value is None or dense is None or row is rows[0] else f" ({value - dense:+{form}})"
-            line.append("-" if value is None else f"{value:{form}}{delta}")
+            if value is not None and dense is not None:
+                line.append(f"{value:{form}}" + ("" if row is rows[0] else f" ({value - dense:+{form}})"))
     titles = ["attention", *(RECALLS[phase][1] for phase in recall)]
-    titles += ["density", "perplexity", "needles"] if rows else []
+    titles += [*(["density", "perplexity"] if rows else []), *(["needles"] if wording else [])]
     cells = [[name, *line] for name, line in lines.items()]
     console.print(table(titles, cells, "held-out text, no dense last rows"))
+    if wording:
+        console.print(f"needles: {wording}", markup=False)
     for why in plan.short:
         console.print(f"too short: {why}", markup=False)
     if plan.skipped:
@@ -222,18 +243,43 @@ def report(console: Console, run: Run[Any], plan: Report, folder: Path) -> list[
     return rows
 
 
-def _measure(console: Console, run: Run[Any], plan: Report, step: Callable[[], None]) -> list[Row]:
-    """Return the rows, saying on the way which one is measured."""
+def _measure(
+    console: Console, run: Run[Any], plan: Report, step: Callable[..., None]
+) -> tuple[list[Row], Report]:
+    """Return the rows, saying on the way which one is measured, and the plan with the one wording used."""
     from seerattention.measure.compare import measured
 
     if not plan.prefill:
-        return []
+        return [], plan
     model, rows = run.trainer.model, []
     model.eval()
     for policy in (None, *plan.policies):
-        name, scorer = ("dense", None) if policy is None else (_name(policy), run.trainer.gates)
-        texts: dict[str, Any] = {"windows": plan.windows, "documents": plan.documents, "step": step}
-        rows.append(measured(model, scorer, policy, method=name, **texts))
+        if policy is None:
+            row = measured(model, None, windows=plan.windows, step=step)
+            row, plan = _dense_needles(model, row, plan, step)
+        else:
+            texts: dict[str, Any] = {"windows": plan.windows, "documents": plan.asked, "step": step}
+            row = measured(model, run.trainer.gates, policy, method=_name(policy), **texts)
+        rows.append(row)
         if not console.is_terminal:
-            console.print(f"  measured {name}")
-    return rows
+            console.print(f"  measured {row.method}")
+    return rows, plan
+
+
+def _dense_needles(
+    model: PreTrainedModel, row: Row, plan: Report, step: Callable[..., None]
+) -> tuple[Row, Report]:
+    """Return dense attention's row with needles, and the plan with the wording that it answers best."""
+    from seerattention.measure.retrieval import understood
+
+    if not plan.documents:
+        return row, plan
+    wording, found = understood(model, plan.documents, step)
+    if found >= LEAST_FOUND:
+        return replace(row, needles=found), plan._replace(documents={wording: plan.documents[wording]})
+    step(len(plan.asked) * len(plan.policies))
+    why = (
+        f"needles: this model does not answer such questions at {row.tokens:,} tokens even with dense "
+        f"attention (at best {found:.0%} of them, in {wording}), so that they say nothing about the gates"
+    )
+    return row, plan._replace(documents={}, skipped=why)

@@ -1,17 +1,19 @@
 """Needles in a haystack: key/number pairs hidden in a long text and asked for at its end.
 
-Documents are made of tokens from start to finish, a pure function of a seed, and cheap enough to train
-on. All questions of a document are answered in one pass: the answers stand in the text, and an answer
-counts if every digit of it would have been predicted, which is what greedy decoding would have done.
+Documents are a pure function of a seed, and cheap enough to train on. All questions of a document are
+answered in one pass: the answers stand in the text, and an answer counts if every digit of it would have been
+predicted, which is what greedy decoding would have done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+
+from seerattention.hosts.transformers.text import bos_of
 
 #: Words that names are made of.
 COLOURS = (
@@ -26,6 +28,76 @@ THINGS = (
     "needle oven paddle pillow pipe plate pocket ribbon ring rocket saddle scarf shield ship shovel "
     "spoon stove table tent tower trumpet tunnel umbrella vase violin wagon wheel whistle window"
 ).split()
+
+#: Stands for what is said while a chat template is written around it.
+_MARK = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a text states and asks about a number; ``{key}`` stands for its name, ``{value}`` for itself.
+
+    Attributes:
+        name: What the wording is called.
+        needle: The statement.
+        question: The question.
+        answer: How its answer begins; a space and the number follow.
+        end: What follows the number.
+        before: What stands before the text.
+    """
+
+    name: str
+    needle: str
+    question: str
+    answer: str
+    end: str
+    before: str = ""
+
+
+#: What the bundled teacher learned.
+TEACHERS = Wording(
+    "the bundled teacher's words",
+    needle="\nThe number of the {key} is {value}.\n",
+    question="\nThe {key}?",
+    answer="",
+    end="\n",
+)
+#: Source: RULER (arXiv 2404.06654), section 3.1 and its published code.
+RULER = Wording(
+    "RULER's words",
+    needle=" One of the special magic numbers for {key} is: {value}.",
+    question="\nWhat is the special magic number for {key} mentioned in the provided text?",
+    answer=" The special magic number for {key} mentioned in the provided text is",
+    end=".\n",
+    before="A special magic number is hidden within the following text. Make sure to memorize it. I will "
+    "quiz you about the number afterwards.\n",
+)
+
+
+def wordings(tokenizer: Any) -> list[Wording]:
+    """Return what a model may understand: `TEACHERS`, `RULER`, and the latter as a chat if it has a template.
+
+    Args:
+        tokenizer: The model's.
+    """
+    bos = str(tokenizer.bos_token) if len(bos_of(tokenizer)) else ""
+    found = [TEACHERS, replace(RULER, before=bos + RULER.before)]
+    if tokenizer.chat_template:
+        messages = [{"role": role, "content": _MARK} for role in ("user", "assistant") * 2]
+        parts = str(tokenizer.apply_chat_template(messages, tokenize=False)).split(_MARK)
+        # A template that says a message twice, or not at all, is no frame for a text.
+        if len(parts) == len(messages) + 1:
+            begin, reply, ask, *_ = parts
+            chat = replace(
+                RULER,
+                name=f"{RULER.name}, in the chat template",
+                before=begin + RULER.before,
+                question=RULER.question + reply,
+                answer=RULER.answer.strip(),
+                end=RULER.end.strip() + ask,
+            )
+            found.append(chat)
+    return found
 
 
 def insert(
@@ -87,34 +159,47 @@ class NeedleTask:
         haystack: Tokens of ordinary text, int ``[n]``; documents are windows of it.
         num_needles: Key/number pairs per document.
         digits: Digits per number.
+        wording: What states them and asks for them.
 
     Raises:
         ValueError: If there are more needles than keys, or no digits.
     """
 
-    def __init__(self, tokenizer: Any, haystack: np.ndarray, num_needles: int = 8, digits: int = 5) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        haystack: np.ndarray,
+        num_needles: int = 8,
+        digits: int = 5,
+        wording: Wording = TEACHERS,
+    ) -> None:
         names = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
         self.num_needles = num_needles
         self.digits = digits
         self.haystack = np.asarray(haystack)
-
-        def encode(text: str) -> np.ndarray:
-            return np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
-
-        self._digit = [encode(str(d)) for d in range(10)]
-        if any(len(d) != 1 for d in self._digit):
-            raise ValueError("this tokenizer does not write single digits as single tokens")
+        self.wording = wording
+        self._tokenizer = tokenizer
         # Names of few tokens, so that eight questions fit into the last two blocks of 64 tokens.
-        encoded = [(name, encode(" " + name)) for name in names]
-        shortest = min(len(tokens) for _, tokens in encoded)
-        short = [(name, tokens) for name, tokens in encoded if len(tokens) <= shortest + 1]
+        lengths = [len(self._encode(" " + name)) for name in names]
+        short = [name for name, length in zip(names, lengths, strict=True) if length <= min(lengths) + 1]
         if not 1 <= num_needles <= len(short) or digits < 1:
             raise ValueError(
                 f"needles must be 1 to {len(short)} and digits at least 1, got {num_needles}, {digits}"
             )
-        self.names, self._name = [name for name, _ in short], [tokens for _, tokens in short]
-        self._needle = encode("\nThe number of the"), encode(" is "), encode(".\n")
-        self._question = encode("\nThe"), encode("? "), encode("\n")
+        self.names = short
+        self._before, self._end = self._encode(wording.before), self._encode(wording.end)
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+    def _asked(self, key: str, value: str) -> tuple[np.ndarray, int]:
+        """Return the tokens of a question and its answer, and how many of them come before the number."""
+        # Not format: a chat template may hold braces.
+        question = (self.wording.question + self.wording.answer).replace("{key}", key) + " "
+        # The space may be a token of its own or part of the number's first one.
+        ahead, whole = self._encode(question), self._encode(question + value)
+        same = min(len(ahead), len(whole))
+        return whole, int((ahead[:same] == whole[:same]).cumprod().sum())
 
     def make(
         self,
@@ -138,18 +223,16 @@ class NeedleTask:
         """
         rng = np.random.default_rng(seed)
         count = num_needles or self.num_needles
-        picks = rng.choice(len(self.names), count, replace=False)
-        digits = rng.integers(0, 10, (count, self.digits))
-        numbers = [np.concatenate([self._digit[d] for d in row]) for row in digits]
-        before, middle, after = self._needle
+        keys = [self.names[pick] for pick in rng.choice(len(self.names), count, replace=False)]
+        values = ["".join(map(str, row)) for row in rng.integers(0, 10, (count, self.digits))]
         needles = [
-            np.concatenate([before, self._name[pick], middle, number, after])
-            for pick, number in zip(picks, numbers, strict=True)
+            self._encode(self.wording.needle.format(key=key, value=value))
+            for key, value in zip(keys, values, strict=True)
         ]
-        ask, mark, newline = self._question
         order = rng.permutation(count)
-        asked = [np.concatenate([ask, self._name[picks[i]], mark, numbers[i], newline]) for i in order]
-        room = length - sum(map(len, needles)) - sum(map(len, asked))
+        answered = [self._asked(keys[i], values[i]) for i in order]
+        asked = [np.concatenate([tokens, self._end]) for tokens, _ in answered]
+        room = length - len(self._before) - sum(map(len, needles + asked))
         if room < 4 * count:
             raise ValueError(
                 f"{count} needles and their questions take {length - room} tokens; "
@@ -164,14 +247,16 @@ class NeedleTask:
             where += [room] * count
         else:
             where += rng.integers(room // 2, room + 1, count).tolist()
-        tokens, starts = insert(text, needles + asked, where)
+        context, starts = insert(text, needles + asked, where)
+        starts = [len(self._before) + start for start in starts]
         appear = sorted(range(count), key=lambda i: starts[count + i])
-        ends = [starts[count + i] + len(asked[i]) - len(newline) for i in appear]
         asked_for = [int(order[i]) for i in appear]
         return NeedleDocument(
-            tokens=tokens,
-            answers=tuple((end - self.digits, end) for end in ends),
-            keys=tuple(self.names[picks[i]] for i in asked_for),
-            values=tuple("".join(map(str, digits[i])) for i in asked_for),
+            tokens=np.concatenate([self._before, context]),
+            answers=tuple(
+                (starts[count + i] + answered[i][1], starts[count + i] + len(answered[i][0])) for i in appear
+            ),
+            keys=tuple(keys[i] for i in asked_for),
+            values=tuple(values[i] for i in asked_for),
             places=tuple((starts[i], starts[i] + len(needles[i])) for i in asked_for),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,3 +43,20 @@ def retrieval(
         correct += document.correct(predictions(model, document))
         step()
     return correct / sum(len(d.answers) for d in documents)
+
+
+def understood(
+    model: PreTrainedModel,
+    documents: Mapping[str, Sequence[NeedleDocument]],
+    step: Callable[[], None] = lambda: None,
+) -> tuple[str, float]:
+    """Return the wording that a model answers best, the first of equals, and the fraction predicted right.
+
+    Args:
+        model: A causal language model, nothing attached.
+        documents: From `NeedleTask.make`, by the name of their wording.
+        step: Called after each document.
+    """
+    found = {name: retrieval(model, asked, step) for name, asked in documents.items()}
+    best = max(found, key=lambda name: found[name])
+    return best, found[best]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from seerattention.hosts.transformers.text import bos_of
 from seerattention.train.data import Packed, Packs, TextWindows, chat_text, text_identity
 
 if TYPE_CHECKING:
@@ -212,9 +213,7 @@ class Mixture:
     @cached_property
     def _start(self) -> np.ndarray:
         """What the tokenizer begins texts with."""
-        bos = self.tokenizer.bos_token_id
-        adds = bos is not None and self.tokenizer.encode("a")[:1] == [bos]
-        return np.array([bos] if adds else [], dtype=np.int64)
+        return bos_of(self.tokenizer)
 
     @cached_property
     def _words(self) -> list[str]:

@@ -65,7 +65,7 @@ class Recipe(Generic[Trainer]):
         dtype: Precision of the base model, and of what is saved of it: auto, float32, bfloat16, float16.
         device: cpu, cuda, cuda:1, ...; default the GPU if any, one per process.
         shard: Shard the model over the processes (FSDP2), if it fits no single GPU.
-        report: Measure the gates at the end, on held-out text.
+        report: Measure the gates at the end, on held-out text and on needles in words that the model answers.
     """
 
     model: str

@@ -7,7 +7,7 @@ import torch
 
 from seerattention.baselines import create
 from seerattention.gate import AttnGate, GateConfig, LengthRotary
-from seerattention.ops.cases.select_decode_blocks import CASES, Case
+from seerattention.ops.cases.select_decode_blocks import CASES, EACH_TOKEN, Case
 from seerattention.ops.launch import Launch
 from seerattention.ops.select_decode_blocks import select_decode_blocks
 from seerattention.ops.select_decode_blocks import triton as backend
@@ -42,12 +42,12 @@ def test_chooses_as_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("name", ["ragged", "drafted", "nothing-finished"])
+@pytest.mark.parametrize("name", ["ragged", "drafted", "nothing-finished", "each-token"])
 def test_policies_and_knobs(name: str, policy: Policy) -> None:
     check(BY_NAME[name], policy)
 
 
-@pytest.mark.parametrize("name", ["sub-blocks", "drafted"])
+@pytest.mark.parametrize("name", ["sub-blocks", "drafted", "each-token", "each-token-drafted"])
 def test_half_precision(name: str) -> None:
     check(BY_NAME[name], TokenBudget(64), torch.float16)
 
@@ -60,13 +60,27 @@ def test_tiles_and_programs_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> N
         check(BY_NAME["several-tiles"], TokenBudget(160))
 
 
+@pytest.mark.parametrize("name", ["each-token", "each-token-of-64", "each-of-20", "sub-blocks"])
+def test_tiles_of_other_sizes_where_blocks_have_several_summaries(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # Several blocks a tile, one, and several tiles a block; runs of one, two and all summaries of a block.
+    for summaries, loaded, programs in ((128, 16, 1), (64, 32, 7), (32, 1024, 3)):
+        monkeypatch.setattr(backend, "SUB_SCORES", Launch(16, summaries, 4, 1))
+        monkeypatch.setattr(backend, "LOADED", loaded)
+        monkeypatch.setattr(Launch, "most_programs", lambda launch, device, most=programs: most)
+        check(BY_NAME[name], TokenBudget(160))
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 150, 606, 607, 2000])
 def test_any_count_of_a_long_row(blocks: int) -> None:
     check(Case(name="long-row", keys=9700), TokenBudget(16 * blocks))
 
 
-def test_equal_scores_go_to_the_lower_block() -> None:
-    args = decode_arguments(BY_NAME["finishes-a-block"])
+@pytest.mark.parametrize("subs", [1, 16])
+def test_equal_scores_go_to_the_lower_block(subs: int) -> None:
+    gate = EACH_TOKEN if subs > 1 else {}
+    args = decode_arguments(Case(name="equal", keys=320, gate=gate))
     args["k_blocks"] = torch.zeros_like(args["k_blocks"])
     found = select_decode_blocks(policy=TokenBudget(64), **args, backend="triton").to_mask()[0, :, 0]
     assert [row.nonzero()[:, 0].tolist() for row in found] == [[0, 1, 2, 19]] * 2

@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from seerattention.hosts.transformers import cache_argument
-from seerattention.hosts.transformers.text import encoded
+from seerattention.hosts.transformers.text import bos_of, encoded
 
 #: Stands for the question while a chat template is written around it.
 _MARK = "\N{REPLACEMENT CHARACTER}question\N{REPLACEMENT CHARACTER}"
@@ -61,9 +61,7 @@ class Source:
     @cached_property
     def bos(self) -> np.ndarray:
         """The token that the tokenizer begins texts with, int64 ``[1]``, or ``[0]`` if it has none."""
-        bos = self.tokenizer.bos_token_id
-        adds = bos is not None and self.tokenizer.encode("a")[:1] == [bos]
-        return np.array([bos] if adds else [], dtype=np.int64)
+        return bos_of(self.tokenizer)
 
     @cached_property
     def frame(self) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of
-from seerattention.measure.needle import COLOURS, THINGS, insert
+from seerattention.measure.needle import COLOURS, RULER, THINGS, insert
 
 Haystack = Literal["text", "noise", "needles"]
 
@@ -27,18 +27,13 @@ NOISE = (
     " There and back again.",
 )
 
-_NEEDLE = "One of the special magic numbers for {key} is: {value}."
-_ONE = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
-    "about the number afterwards.\n",
-    "\nWhat is the special magic number for {} mentioned in the provided text?",
-    " The special magic number for {} mentioned in the provided text is",
-)
+_NEEDLE = RULER.needle.strip()
+_ONE = (RULER.before, RULER.question, RULER.answer)
 _MANY = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz "
     "you about the numbers afterwards.\n",
-    "\nWhat are all the special magic numbers for {} mentioned in the provided text?",
-    " The special magic numbers for {} mentioned in the provided text are",
+    "\nWhat are all the special magic numbers for {key} mentioned in the provided text?",
+    " The special magic numbers for {key} mentioned in the provided text are",
 )
 
 
@@ -86,7 +81,7 @@ class Niah(Generated):
         asked = sorted(rng.choice(self.keys, self.queries, replace=False).tolist())
         query = _listed([keys[i] for i in asked])
         single = self.queries * self.values == 1
-        before, question, prefix = (text.format(query) for text in (_ONE if single else _MANY))
+        before, question, prefix = (text.format(key=query) for text in (_ONE if single else _MANY))
         prompt = Prompt(self.name, source, length, self.new_tokens, before, question, prefix)
         join = " " if self.haystack == "text" else "\n"
         needles = [

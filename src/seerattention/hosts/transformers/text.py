@@ -53,3 +53,10 @@ def encoded(text: str, tokenizer: Any, done: Callable[[int], object] | None = No
         if done is not None:
             done(size)
     return np.concatenate(parts)
+
+
+def bos_of(tokenizer: Any) -> np.ndarray:
+    """Return the token that a tokenizer begins texts with, int64 ``[1]``, or ``[0]`` if it has none."""
+    bos = tokenizer.bos_token_id
+    adds = bos is not None and tokenizer.encode("a")[:1] == [bos]
+    return np.array([bos] if adds else [], dtype=np.int64)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from seerattention.ops.block_sparse_attention.kernels.forward import expand, first_words, step
-from seerattention.ops.language import cap, jit, load_tile, release, softmax_start, store_tile, tl, wait
+from seerattention.ops.language import jit, load_tile, release, softmax_start, store_tile, tl, wait
 
 
 @jit
@@ -29,37 +29,6 @@ NUMBERS = (
     *("stride_bits_b", "stride_bits_h", "stride_bits_row", "stride_pages"),
     *("columns", "num_queries", "num_keys"),
 )
-
-
-@jit
-def step_apart(
-    q, acc, maximum, total, k_ptr, v_ptr, stride_kt, stride_vt, first_key, seen, scale, softcap,
-    SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add ``BLOCK_N`` keys to as many running softmaxes as there are warps, each of every warp's own keys.
-
-    As `step` with one token's heads as rows, but warps wait for one another only for keys and values.
-    """
-    EACH: tl.constexpr = BLOCK_N // WARPS
-    key = tl.arange(0, WARPS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-    dims = tl.arange(0, BLOCK_D)
-    here = key < seen - first_key
-    k_at = k_ptr + first_key.to(tl.int64) * stride_kt + (key[:, None, :] * stride_kt + dims[None, :, None])
-    k = tl.load(k_at, mask=here[:, None, :] & (dims < D)[None, :, None], other=0.0)
-    v_at = v_ptr + first_key.to(tl.int64) * stride_vt + (key[:, :, None] * stride_vt + dims[None, None, :])
-    v = tl.load(v_at, mask=here[:, :, None] & (dims < D)[None, None, :], other=0.0)
-    scores = tl.dot(q, k)
-    if SOFTCAP:
-        scores = cap(scores * scale, softcap, False)
-    base2 = 1.4426950408889634 if SOFTCAP else scale
-    if first_key + BLOCK_N > seen:
-        scores = tl.where(here[:, None, :], scores, float("-inf"))
-    new = tl.maximum(maximum, tl.max(scores, 2) * base2)
-    finite = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores * base2 - finite[:, :, None])
-    fade = tl.exp2(maximum - finite)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, :, None])
-    return acc, new, total * fade + tl.sum(p, 2)
 
 
 @jit(*NUMBERS)
@@ -108,7 +77,6 @@ def decode_kernel(  # noqa: PLR0915
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
     STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend to one split's share of what a token selected from one KV head; ``PAGE`` blocks are a page."""
@@ -118,11 +86,9 @@ def decode_kernel(  # noqa: PLR0915
     b, which, head, token = place_of(item, num_queries, HEADS, LISTS)
     bits_row = bits_ptr + b * stride_bits_b + (which // (LISTS // BIT_HEADS)).to(tl.int64) * stride_bits_h
     bits_row += token.to(tl.int64) * stride_bits_row
-    q_heads = q_ptr + b * q_strides[0] + head * q_strides[1] + token * q_strides[2]
     wait(PDL)
+    # Asked for before the length is there, which they do not wait for.
     word = first_words(bits_row, (columns - 1) // 32, WORDS)
-    # Compilers would wait for the length before they ask for the words; they move no load over a barrier.
-    tl.debug_barrier()
     first = 0
     if STARTS:
         first = tl.load(starts_ptr + b)
@@ -130,7 +96,6 @@ def decode_kernel(  # noqa: PLR0915
     seen = num_keys - first
     if LENGTHS:
         seen = tl.load(lengths_ptr + b)
-    q = load_tile(q_heads, q_strides[1], 0, GROUP, BLOCK_M, D, BLOCK_D)
     seen += token + 1 - num_queries
     last_block = tl.minimum(tl.where(seen > 0, (seen - 1) // BLOCK_K, -1), columns - 1)
     list_ptr = scratch_ptr + (item.to(tl.int64) * SPLITS + split) * 2 * (columns + 1)
@@ -145,32 +110,26 @@ def decode_kernel(  # noqa: PLR0915
             tl.store(page_list + start + ahead, page, mask=ahead < end - start)
         tl.debug_barrier()
 
-    # Lists are read one step ahead, so that the loads of keys and values never wait for them.
-    block = tl.load(list_ptr + begin)
-    page = b.to(tl.int32)
-    if PAGE:
-        page = tl.load(page_list + begin)
+    q_heads = q_ptr + b * q_strides[0] + head * q_strides[1] + token * q_strides[2]
+    q = load_tile(q_heads, q_strides[1], 0, GROUP, BLOCK_M, D, BLOCK_D)
     kv_head = (which // (LISTS // KV_HEADS)).to(tl.int64)
     k_head, v_head = k_ptr + kv_head * k_strides[1], v_ptr + kv_head * v_strides[1]
     if STARTS:
         k_head += tl.cast(first, tl.int64) * k_strides[2]
         v_head += tl.cast(first, tl.int64) * v_strides[2]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     unit = natural(scale, SOFTCAP, q.dtype == tl.float32)
     rows = tl.arange(0, BLOCK_M)
     maximum, total = softmax_start(sinks_ptr, head + tl.minimum(rows, GROUP - 1), unit, BLOCK_M, SINKS)
-    if WARPS > 1:
-        acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], dtype=tl.float32)
-        warp = tl.arange(0, WARPS)[:, None]
-        # A sink is the first warp's.
-        maximum = tl.where(warp == 0, maximum[None, :], float("-inf"))
-        total = tl.where(warp == 0, total[None, :], 0.0)
-        q = tl.broadcast_to(q[None, :, :], [WARPS, BLOCK_M, BLOCK_D])
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if SINKS and SPLITS > 1:
         maximum = tl.where(split == 0, maximum, float("-inf"))
         total = tl.where(split == 0, total, 0.0)
 
+    # Lists are read one step ahead, so that the loads of keys and values never wait for them.
+    block = tl.load(list_ptr + begin)
+    page = b.to(tl.int32)
+    if PAGE:
+        page = tl.load(page_list + begin)
     log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
     for i in tl.range(0, (end - begin) * STEPS, num_stages=STAGES):
         first_key = block * BLOCK_K + i % STEPS * BLOCK_N
@@ -183,30 +142,12 @@ def decode_kernel(  # noqa: PLR0915
             v_from -= before * v_strides[2]
             page = tl.load(page_list + begin + (i + 1) // STEPS)
         block = tl.load(list_ptr + begin + (i + 1) // STEPS)
-        if WARPS > 1:
-            acc, maximum, total = step_apart(
-                q, acc, maximum, total, k_from, v_from, k_strides[2], v_strides[2], first_key, seen,
-                log2_scale, softcap, SOFTCAP, D, BLOCK_D, WARPS, BLOCK_N,
-            )  # fmt: skip
-        else:
-            acc, maximum, total = step(
-                q, acc, maximum, total, k_from, v_from, k_strides[2], v_strides[2], first_key, seen - 1, seen,
-                log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0,
-            )  # fmt: skip
+        acc, maximum, total = step(
+            q, acc, maximum, total, k_from, v_from, k_strides[2], v_strides[2], first_key, seen - 1, seen,
+            log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0,
+        )  # fmt: skip
 
     release(PDL)
-    if WARPS > 1:
-        largest = tl.max(maximum, 0)
-        fade = tl.exp2(maximum - tl.where(largest == float("-inf"), 0.0, largest)[None, :])
-        acc *= fade[:, :, None]
-        maximum, total = largest, tl.sum(total * fade, 0)
-        if GROUP <= BLOCK_M // 2:
-            # The upper half of the rows is padding.
-            acc, _ = tl.split(tl.permute(tl.reshape(acc, [WARPS, 2, BLOCK_M // 2, BLOCK_D]), (0, 2, 3, 1)))
-            maximum, _ = tl.split(tl.permute(tl.reshape(maximum, [2, BLOCK_M // 2]), (1, 0)))
-            total, _ = tl.split(tl.permute(tl.reshape(total, [2, BLOCK_M // 2]), (1, 0)))
-            rows = tl.arange(0, BLOCK_M // 2)
-        acc = tl.sum(acc, 0)
     if SPLITS == 1:
         # A query that sees nothing gets zeros.
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -248,14 +189,10 @@ def merge_kernel(
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     parts = item.to(tl.int64) * SPLITS + splits
     wait(PDL)
-    # What comes next may come now that all before this launch is written.
-    release(PDL)
-    places = (parts * GROUP + row)[:, None] * D + dims[None, :]
-    accs = tl.load(parts_ptr + places, mask=(dims < D)[None, :], other=0.0)
-    # Compilers would wait for the maxima before they ask for these.
-    tl.debug_barrier()
     maxima = tl.load(state_ptr + parts * 2 * GROUP + row)
     totals = tl.load(state_ptr + (parts * 2 + 1) * GROUP + row)
+    places = (parts * GROUP + row)[:, None] * D + dims[None, :]
+    accs = tl.load(parts_ptr + places, mask=(dims < D)[None, :], other=0.0)
     unit = natural(scale, SOFTCAP, EXACT)
     maximum = tl.max(maxima, 0)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -74,8 +74,6 @@ def run(
     splits = splits_of(items, columns, choices[0].most_programs(q.device))
     launch = choices[-1 if splits == 1 else 0]
     launch = replace(launch, block_m=max(16, power_of_two(group)), block_n=min(launch.block_n, block))
-    # A product takes 16 keys of a warp, and none of fp32.
-    apart = q.element_size() == 2 and launch.block_n >= 16 * launch.warps
     # Every program's list and its pages, and one entry more each, which are read ahead.
     scratch = torch.empty(items * splits * 2 * (columns + 1), dtype=torch.int32, device=q.device)
     parts = q.new_empty((items, splits, group, head_dim) if splits > 1 else (0,), dtype=torch.float32)
@@ -114,7 +112,6 @@ def run(
             STARTS=options.starts is not None,
             SINKS=options.sinks is not None,
             STAGES=launch.stages,
-            WARPS=launch.warps if apart else 1,
             **shape,
             **launch.tile(),
         )

@@ -34,6 +34,9 @@ class Case(Shape):
         return {**sizes, "block_size": self.block_size[1], **whole, **self.gate}
 
 
+#: A summary of 16 numbers for every key token.
+EACH_TOKEN: dict[str, Any] = {"k_sub_block": 1, "k_pool": ("avg",), "q_pool": ("avg",), "gate_dim": 16}
+
 CASES = (
     Case(name="one-token", keys=300),
     Case(name="finishes-a-block", keys=320),
@@ -49,6 +52,11 @@ CASES = (
     Case(name="big-group", heads=12, kv_heads=1, keys=200, queries=2),
     Case(name="a-head-each", heads=2, kv_heads=2, keys=200),
     Case(name="several-tiles", keys=1700, held=(1699,)),
+    Case(name="each-token", batch=3, keys=900, held=(899, 16, 5), gate=EACH_TOKEN),
+    Case(name="each-token-drafted", batch=3, queries=5, keys=400, held=(400, 67, 3), gate=EACH_TOKEN),
+    Case(name="each-token-of-64", keys=1000, head_dim=64, block_size=(1, 64), gate=EACH_TOKEN),
+    Case(name="each-of-20", queries=2, keys=420, block_size=(1, 20), gate=EACH_TOKEN | {"gate_dim": 24}),
+    Case(name="three-sub-blocks", keys=500, head_dim=128, block_size=(1, 24), gate={"k_sub_block": 8}),
 )
 
 
@@ -63,5 +71,10 @@ LARGE = (
     _llama("llama-8b-128k", 131072, held=(131000,), gate={"k_sub_block": 16}),
     _llama("llama-8b-drafted", 8192, batch=3, queries=4, held=(8192, 8000, 77), gate={"k_sub_block": 32}),
     _llama("llama-8b-batch", 4096, batch=70, gate={"gate_dim": 128}),
+    _llama("each-token-32k", 32768, gate=EACH_TOKEN),
+    _llama("each-token-128k", 131072, batch=3, held=(131072, 131000, 70), gate=EACH_TOKEN),
+    _llama("each-token-drafted", 8192, batch=3, queries=4, held=(8192, 8000, 77), gate=EACH_TOKEN),
+    _llama("each-token-drafted-64", 4096, head_dim=64, queries=40, held=(4090,), gate=EACH_TOKEN),
+    _llama("each-token-of-32-numbers", 32768, batch=5, gate=EACH_TOKEN | {"gate_dim": 32}),
     _llama("many-blocks", 65536, block_size=(1, 16), held=(65535,)),
 )

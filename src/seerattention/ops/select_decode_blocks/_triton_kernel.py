@@ -107,8 +107,8 @@ def finish_query(
         parts = parts + (tl.load(at + e, mask=here, other=0.0),)  # noqa: RUF005, Triton has no stars
         if cos_ptr is not None:
             others = others + (tl.load(at + other_half(e, E), mask=here, other=0.0),)  # noqa: RUF005
-    if ROWS == 1:
-        # All are asked for before one is waited for; those of several tokens would not fit the registers.
+    if ROWS * E_PAD <= 256:
+        # All are asked for before one is waited for; more of them would not fit the registers.
         tl.debug_barrier()
     own = tl.zeros([ROWS, E_PAD], tl.float32)
     mixed = own
@@ -128,13 +128,40 @@ def finish_query(
 
 @jit
 def load_keys(
-    keys, stride, block, end, sub,
-    E: tl.constexpr, E_PAD: tl.constexpr, SUBS: tl.constexpr,
+    keys, stride, first, end, piece,
+    E: tl.constexpr, E_PAD: tl.constexpr, SUBS: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    """Load one summary of each of some blocks, ``[E_PAD, blocks]``; zeros from block ``end`` on."""
-    e = tl.arange(0, E_PAD)[:, None]
-    at = keys + (block.to(tl.int64) * SUBS + sub)[None, :] * stride + e
-    return tl.load(at, mask=(block < end)[None, :] & (e < E), other=0.0)
+    """Load a piece of the summaries of blocks from ``first`` on, ``[E_PAD, BLOCK_N]``; zeros from ``end`` on.
+
+    Columns are ``[WAYS, blocks, RUN]``, in memory ``[blocks, WAYS, RUN]``: what a warp loads at once is a run
+    or several, so that it holds all of a block, whose maximum then needs no other warp.
+    """
+    BLOCKS: tl.constexpr = BLOCK_N // (WAYS * RUN)
+    column, e = tl.arange(0, BLOCK_N), tl.arange(0, E_PAD)[:, None]
+    block, run = column // RUN % BLOCKS, piece * WAYS + column // (RUN * BLOCKS)
+    sub = run * RUN + column % RUN
+    if SUBS % (WAYS * RUN) != 0:
+        # What a block does not have is its last one again.
+        sub = tl.minimum(sub, SUBS - 1)
+    at = keys + tl.cast(first, tl.int64) * SUBS * stride + ((block * SUBS + sub)[None, :] * stride + e)
+    return tl.load(at, mask=(block < end - first)[None, :] & (e < E), other=0.0)
+
+
+@jit
+def score_tile(query, key, ALONE: tl.constexpr, WAYS: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply queries with a tile of summaries: maxima over the ways, fp32 ``[rows, BLOCK_N // WAYS]``.
+
+    Queries are ``[rows, E_PAD]``, one ``ALONE`` is fp32 ``[E_PAD, 1]``.
+    """
+    if ALONE:
+        # No work for matrix units, whose operands would pass through shared memory.
+        product = tl.sum(key.to(tl.float32) * query, 0)[None, :]
+    else:
+        product = tl.dot(query, key, input_precision=PRECISION)
+    if WAYS > 1:
+        product = tl.max(tl.reshape(product, [product.shape[0], WAYS, product.shape[1] // WAYS]), 1)
+    return product
 
 
 @jit
@@ -184,6 +211,8 @@ def score_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WAYS: tl.constexpr,
+    RUN: tl.constexpr,
     KIND: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
@@ -201,32 +230,48 @@ def score_kernel(
     first = tl.program_id(1) * chunk
     end = tl.minimum(length // BLOCK_K, first + chunk)
     keys = keys_ptr + b * key_strides[0] + kv_head * key_strides[1]
-    block = first + tl.arange(0, BLOCK_N)
-    key = load_keys(keys, key_strides[2], block, end, 0, E, E_PAD, SUBS)
-    # One token fills all rows of a tile.
-    token = tl.arange(0, ROWS)
+    key = load_keys(keys, key_strides[2], first, end, 0, E, E_PAD, SUBS, BLOCK_N, WAYS, RUN)
+    BLOCKS: tl.constexpr = BLOCK_N // (WAYS * RUN)
+    PIECES: tl.constexpr = (SUBS + WAYS * RUN - 1) // (WAYS * RUN)
+    ALONE: tl.constexpr = ROWS == 1 and SUBS > 1
+    # So many copies of a token alone that threads hold a number each: of one row, each would load all numbers
+    # that it multiplies with.
+    COPIES: tl.constexpr = 256 // E_PAD if ALONE else ROWS
+    token, stride = tl.arange(0, COPIES), KV_HEADS * GROUP * E
+    if ALONE:
+        token, stride = token * 0, 0
     # A sequence shorter than its queries has some before its beginning, which read nothing.
     position = tl.maximum(length - tokens + token, 0)
-    turn = load_turn(norm_ptr, cos_ptr, sin_ptr, token < tokens, position, E, E_PAD, ROWS)
+    turn = load_turn(norm_ptr, cos_ptr, sin_ptr, token < tokens, position, E, E_PAD, COPIES)
     wait(PDL)
     if first < end:
         parts = parts_ptr + (b * tokens * KV_HEADS + kv_head) * GROUP * E
         query = finish_query(
-            parts, norm_ptr, cos_ptr, turn, token < tokens, eps, KV_HEADS * GROUP * E, GROUP, E, E_PAD, ROWS,
+            parts, norm_ptr, cos_ptr, turn, token < tokens, eps, stride, GROUP, E, E_PAD, COPIES,
         ).to(keys_ptr.dtype.element_ty)  # fmt: skip
-        query = tl.broadcast_to(query, [BLOCK_M, E_PAD])
-        row = tl.arange(0, BLOCK_M)
+        M: tl.constexpr = 1 if ALONE else BLOCK_M
+        row = tl.arange(0, M)
+        if ALONE:
+            query = tl.max(query.to(tl.float32), 0)[:, None]
+        else:
+            # One token fills all rows of a tile.
+            query = tl.broadcast_to(query, [BLOCK_M, E_PAD])
         to = scores_ptr + (pair * tokens + row)[:, None] * words * 32
-        best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        for i in range(0, tl.cdiv(end - first, BLOCK_N) * SUBS):
+        best = tl.full([M, BLOCKS * RUN], float("-inf"), tl.float32)
+        for i in range(0, tl.cdiv(end - first, BLOCKS) * PIECES):
             # Summaries are read one step ahead.
-            following = first + (i + 1) // SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
-            ahead = load_keys(keys, key_strides[2], following, end, (i + 1) % SUBS, E, E_PAD, SUBS)
-            product = tl.dot(query, key, input_precision=PRECISION)
-            best = tl.where(i % SUBS == 0, product, tl.maximum(best, product))
-            block = first + i // SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
-            kept = (row < tokens)[:, None] & (block < end)[None, :] & (i % SUBS == SUBS - 1)
-            tl.store(to + block[None, :], best * scale, mask=kept)
+            following = first + (i + 1) // PIECES * BLOCKS
+            ahead = load_keys(
+                keys, key_strides[2], following, end, (i + 1) % PIECES, E, E_PAD, SUBS, BLOCK_N, WAYS, RUN
+            )
+            product = score_tile(query, key, ALONE, WAYS, PRECISION)
+            best = tl.where(i % PIECES == 0, product, tl.maximum(best, product))
+            largest = best
+            if RUN > 1:
+                largest = tl.max(tl.reshape(best, [M, BLOCKS, RUN]), 2)
+            block = first + i // PIECES * BLOCKS + tl.arange(0, BLOCKS)
+            kept = (row < tokens)[:, None] & (block < end)[None, :] & (i % PIECES == PIECES - 1)
+            tl.store(to + block[None, :], largest * scale, mask=kept)
             key = ahead
     release(PDL)
     if TOGETHER:

@@ -9,6 +9,7 @@ floor: docs/kernels.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ from seerattention.selection import WORD, BlockSelection
 QUERIES = Launch(16, 32, 4, 1)
 #: Of the second one: its tokens are those of a step, 16 at least, and so many blocks are scored at a time.
 SCORES = Launch(16, 64, 8, 1, 2)
+#: The same where blocks have several summaries: so many of 16 numbers at a time, or fewer longer ones.
+SUB_SCORES = Launch(16, 512, 8, 1, 4)
+#: Products of a tile of those with the tokens of a step, at the most, and numbers that a warp loads at once.
+MOST_PRODUCTS, LOADED = 4096, 256
 #: Scores of a row that a program of the second kernel holds, at the most.
 SCORES_PER_PROGRAM = 2048
 #: Scores of a row that one warp holds where a row has a program of its own.
@@ -96,19 +101,23 @@ def run(
     bits = torch.empty((batch, kv_heads, tokens, words), dtype=torch.int32, device=q.device)
     counters = torch.empty(rows * kv_heads, dtype=torch.int32, device=q.device)
     cos, sin = options.rotary or (None, None)
-    chunk, splits = _split(batch * kv_heads, columns, q.device)
+    padded_tokens, subs = max(SCORES.block_m, power_of_two(tokens)), scorer.sub_blocks[1]
+    query_rows = 1 if tokens == 1 else padded_tokens
+    launch, held = _tile(subs, padded(dim), query_rows)
+    each = launch.block_n // (held["WAYS"] * held["RUN"])
+    chunk, splits = _split(batch * kv_heads, columns, each, launch.most_programs(q.device))
     # Programs of one tile are a launch's latency and little else.
-    pdl = overlapping(q.device) if chunk == SCORES.block_n else {"PDL": False}
+    pdl = overlapping(q.device) if chunk == each else {"PDL": False}
     # A row that fits the registers of a scoring program is chosen by the last one.
     together = tokens == 1 and wide <= SCORES_PER_PROGRAM
-    warps = SCORES.warps if together else min(16, max(1, wide // SCORES_PER_WARP))
+    warps = launch.warps if together else min(16, max(1, wide // SCORES_PER_WARP))
     few = rows * kv_heads <= SCORES.most_programs(q.device)
     knobs = float(rule.value), policy.sink_blocks, policy.local_blocks
     shape = {"KV_HEADS": kv_heads, **pdl}
     gate = shape | {"GROUP": group, "E": dim, "PRECISION": products(q)}
     shape |= {"BLOCK_K": block, "KIND": KINDS.index(rule.kind), "WIDTH": wide}
     shape |= {"BITS": digit_bits(wide, warps) if few else 1}
-    tile = SCORES.tile() | {"BLOCK_M": max(SCORES.block_m, power_of_two(tokens))}
+    tile = launch.tile() | held | {"BLOCK_M": padded_tokens}
     with torch.cuda.device_of(q):
         across = num_blocks(dim, QUERIES.block_n)
         query_kernel[(kv_heads * across, group, num_blocks(rows, QUERIES.block_m))](
@@ -118,8 +127,7 @@ def run(
         score_kernel[(batch * kv_heads, splits)](
             parts, k_blocks, scores, bits, counters, lengths, options.norm, cos, sin, k_blocks.stride()[:3],
             tokens, chunk, words, scorer.scale, options.eps, *knobs,
-            E_PAD=padded(dim), SUBS=scorer.sub_blocks[1], ROWS=1 if tokens == 1 else tile["BLOCK_M"],
-            TOGETHER=together, **gate | shape, **tile,
+            E_PAD=padded(dim), SUBS=subs, ROWS=query_rows, TOGETHER=together, **gate | shape, **tile,
         )  # fmt: skip
         if not together:
             choose_kernel[(rows * kv_heads,)](
@@ -128,8 +136,21 @@ def run(
     return BlockSelection(bits, (batch, kv_heads, tokens, columns), scorer.block_size)
 
 
-def _split(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Return how many blocks a program scores, and how many programs share the rows of a KV head."""
-    tiles = num_blocks(columns, SCORES.block_n)
-    each = num_blocks(tiles, max(1, SCORES.most_programs(device) // rows))
-    return each * SCORES.block_n, num_blocks(tiles, each)
+def _tile(subs: int, dim: int, tokens: int) -> tuple[Launch, dict[str, int]]:
+    """Return how summaries are scored, and in how many runs of how many a tile has those of a block."""
+    if subs == 1:
+        return SCORES, {"WAYS": 1, "RUN": 1}
+    width = min(SUB_SCORES.block_n * 16 // dim, MOST_PRODUCTS // tokens)
+    held = min(power_of_two(subs), width)
+    run = min(held, max(1, LOADED // dim))
+    return replace(SUB_SCORES, block_n=width), {"WAYS": held // run, "RUN": run}
+
+
+def _split(rows: int, columns: int, each: int, programs: int) -> tuple[int, int]:
+    """Return how many blocks a program scores, and how many programs share the rows of a KV head.
+
+    Tiles hold ``each`` blocks.
+    """
+    tiles = num_blocks(columns, each)
+    share = num_blocks(tiles, max(1, programs // rows))
+    return share * each, num_blocks(tiles, share)
