@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +17,6 @@ from seerattention.files import json_lines, read_text
 
 #: What files of text end in.
 TEXTS = (".txt", ".jsonl")
-
-#: Today, to chat templates that write the date: a run that goes on tomorrow must read the same text.
-TODAY = datetime(2025, 1, 1)
-_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -271,24 +265,13 @@ def row_tokens(
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    from seerattention.hosts.transformers.text import chat_text
+
     if not tokenizer.chat_template:
         raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
     if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
         raise ValueError('messages must be a list of {"role": "...", "content": "..."}')
     return chat_text(list(messages), tokenizer)
-
-
-def chat_text(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return messages as the tokenizer's chat template writes them, on any day the same.
-
-    Raises:
-        ValueError: If the template refuses them.
-    """
-    from seerattention.hosts.transformers.load import outside
-
-    with outside("the tokenizer's chat template refuses these messages"):
-        template = _DATE.sub(lambda found: repr(TODAY.strftime(found[2])), tokenizer.get_chat_template())
-        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
 
 
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

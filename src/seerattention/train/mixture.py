@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from seerattention.hosts.transformers.text import bos_of
-from seerattention.train.data import Packed, Packs, TextWindows, chat_text, text_identity
+from seerattention.hosts.transformers.text import bos_of, chat_text
+from seerattention.train.data import Packed, Packs, TextWindows, text_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
