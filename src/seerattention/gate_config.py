@@ -22,12 +22,19 @@ TOKEN_KEYS: dict[str, Any] = {"k_pool": ("avg",), "k_sub_block": 1, "gate_dim": 
 def design_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of new gates, fields of `GateConfig`, with what gates of their phase have by default.
 
-    Gates for decoding have `TOKEN_KEYS` unless ``k_sub_block`` is given.
+    Gates for decoding have `TOKEN_KEYS` unless ``k_sub_block`` is given, no wider than a head.
     """
     if settings.get("phase") != "decode":
         return dict(settings)
-    keys = {} if "k_sub_block" in settings else TOKEN_KEYS
-    return {**DECODE_DESIGN, **keys, **settings}
+    if "k_sub_block" in settings:
+        return {**DECODE_DESIGN, **settings}
+    widest = TOKEN_KEYS["gate_dim"]
+    return {
+        **DECODE_DESIGN,
+        **TOKEN_KEYS,
+        "gate_dim": min(widest, settings.get("head_dim", widest)),
+        **settings,
+    }
 
 
 #: Of everything that is counted in a gate's design: what a file asks for beyond is no design.
@@ -66,7 +73,9 @@ class GateConfig:
         init: ``identity`` starts as the plain dot product of mean-pooled q and k; ``random`` as the
             published code does, normal with standard deviation 0.02.
         phase: What the gate is taught to choose for: blocks of queries, ``prefill``; single queries,
-            ``decode``; or ``both``, from one set of key summaries.
+            ``decode``; or ``both``, from one set of key summaries. New gates for decoding alone have
+            defaults of their own: q_pool avg, q_sub_block 1 and per_kv_head; and k_pool avg, k_sub_block 1
+            and gate_dim 16 where k_sub_block is not given.
     """
 
     num_heads: int

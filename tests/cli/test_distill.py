@@ -250,6 +250,7 @@ def test_a_family_without_a_file_is_refused_by_name(invoke, text, save_tokenizer
 
 def test_the_help_lists_every_setting_with_its_default(invoke):
     result, said = invoke("distill", "--help")
+    assert "New gates for decoding alone have defaults of their own" in said
     assert result.exit_code == 0
     for words in (
         "lr 0.003 Peak learning rate",

@@ -154,7 +154,7 @@ class Chat(Words):
     pieces = r"<[a-z]+>|" + Words.pieces
     bos_token = "<s>"
     chat_template = "{}"
-    twice = False
+    twice = refuses = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,8 +163,16 @@ class Chat(Words):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return super().encode("<s>" * add_special_tokens + text)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
+    def get_chat_template(self) -> str | None:
+        return self.chat_template
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, chat_template: str, tokenize: bool
+    ) -> str:
+        assert chat_template == self.chat_template
         assert not tokenize
+        if self.refuses:
+            raise TypeError("contents must be lists")
         turns = [f"<{m['role']}>{m['content'].strip()}<end>\n" for m in messages]
         return "<s>{be brief}" + "".join(turns) + turns[0] * self.twice
 
@@ -214,3 +222,5 @@ def test_a_model_is_asked_in_its_chat_template_only_where_that_says_a_message_on
     assert [wording.name for wording in wordings(tokenizer)] == plain
     assert [wording.name for wording in wordings(TOKENIZER)] == plain
     assert not wordings(TOKENIZER)[1].before.startswith("<s>")
+    tokenizer.twice, tokenizer.refuses = False, True
+    assert [wording.name for wording in wordings(tokenizer)] == plain

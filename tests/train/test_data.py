@@ -141,7 +141,10 @@ class ChatTokenizer:
     eos_token_id = 0
     chat_template = "yes"
 
-    def apply_chat_template(self, messages, tokenize):
+    def get_chat_template(self):
+        return self.chat_template
+
+    def apply_chat_template(self, messages, chat_template, tokenize):
         assert not tokenize
         return "".join(m["content"] for m in messages)
 

@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from seerattention.train import Mixture, Packed, Packs, TextWindows
 from seerattention.train.mixture import PASSAGE, WORDINGS
@@ -28,7 +30,10 @@ class Letters:
     def decode(self, tokens):
         return "".join(map(chr, tokens))
 
-    def apply_chat_template(self, messages, tokenize):
+    def get_chat_template(self):
+        return self.chat_template
+
+    def apply_chat_template(self, messages, chat_template, tokenize):
         assert not tokenize
         return "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
 
@@ -69,6 +74,14 @@ def test_what_is_asked_for_stands_before_it(chat):
     assert asked > 100
 
 
+def test_a_name_has_one_value(monkeypatch):
+    monkeypatch.setattr(Mixture, "_name", lambda self, rng: str(rng.choice(["some-name", "other-name"])))
+    for step in range(10):
+        for row in mixture(retrieval=1.0)(step):
+            stated, answered = found(Letters().decode(row))
+            assert sorted(key for key, _, _ in answered) == sorted(stated)
+
+
 def test_chats_follow_the_tokenizers_template():
     rows = [
         Letters().decode(row)
@@ -79,6 +92,59 @@ def test_chats_follow_the_tokenizers_template():
     assert 10 <= len(chats) <= 30
     assert all(row.count("<assistant>") == row.count("<user>") for row in chats)
     assert not any("<user>" in row for row in rows if row not in chats)
+
+
+SAID = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+
+
+def tokens_of_bytes(template):
+    """A tokenizer of transformers whose tokens are bytes, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def made_by(template, steps=10, length=2048):
+    """Texts of sequences with questions, by a tokenizer with a template."""
+    tokenizer = tokens_of_bytes(template)
+    words = " ".join(np.random.default_rng(0).choice(WORDS, 4000))
+    windows = TextWindows(np.array(tokenizer.encode(words)), length, 2, 3)
+    made = Mixture(windows, tokenizer, retrieval=1.0, seed=5)
+    return [tokenizer.decode(row.tolist()) for step in range(steps) for row in made(step)]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + SAID,
+        "{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}",
+        "{% for m in messages if m['role'] == 'user' %}<user>{{ m['content'] }}</>{% endfor %}",
+        {"tool_use": SAID, "rag": SAID},
+    ],
+    ids=["other roles", "other contents", "no answers", "none by default"],
+)
+def test_a_template_that_writes_no_such_chats_leaves_texts(template):
+    for text in made_by(template):
+        assert "<user>" not in text
+        assert found(text)[1]
+
+
+def test_a_template_with_much_to_say_leaves_short_sequences_texts():
+    for length, chats in ((1024, False), (4096, True)):
+        rows = made_by("You are a model. " * 100 + SAID, length=length)
+        assert all(found(text)[1] for text in rows)
+        assert any("<user>" in text for text in rows) == chats
+
+
+@pytest.mark.parametrize("write", ["strftime_now('%d %b %f')", 'strftime_now( "%H:%M:%S.%f" )'])
+def test_the_day_does_not_change_the_text(write):
+    first, second = made_by("{{ " + write + " }}" + SAID), made_by("{{ " + write + " }}" + SAID)
+    assert any("<user>" in text for text in first)
+    assert first == second
 
 
 def test_passages_return():
@@ -128,7 +194,23 @@ def test_a_pack_that_is_changed_becomes_one_document():
     assert 10 <= whole <= 30
 
 
-@pytest.mark.parametrize("shares", [{"retrieval": -0.1}, {"retrieval": 0.7, "repeats": 0.4}])
+@pytest.mark.parametrize("shares", [{"retrieval": 1.0}, {"repeats": 1.0}])
+def test_what_pads_a_pack_is_no_part_of_its_document(shares):
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, (6, 470))
+    plain = Packs(list(letters), 1000, 2, 64)
+    made = Mixture(plain, Letters(), seed=1, **shares)
+    for step in range(10):
+        # Two documents of 470 tokens, and 60 that are too few for another.
+        assert plain(step).lengths == ((470, 470, 60),) * 2
+        batch = made(step)
+        assert batch.lengths == ((940, 60),) * 2
+        assert not batch.tokens[:, 940:].any()
+        assert batch.tokens[:, :940].all()
+
+
+@pytest.mark.parametrize(
+    "shares", [{"retrieval": -0.1}, {"repeats": float("nan")}, {"retrieval": 0.7, "repeats": 0.4}]
+)
 def test_shares_that_are_none_are_refused(shares):
     with pytest.raises(ValueError, match="are shares of the sequences, at least 0 and together at most 1"):
         mixture(**shares)

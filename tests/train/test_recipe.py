@@ -1,8 +1,12 @@
 """A run from its settings, and the settings in its folder."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -130,3 +134,32 @@ def test_a_joint_runs_policy_is_at_its_least_density_and_no_folder_is_made_witho
     assert run.trainer.time_a_step() > 0
     assert list(tmp_path.iterdir()) == []
     assert sum(run.trainer.memory(128).values()) > 16 * sum(p.numel() for p in run.trainer.model.parameters())
+
+
+def test_shares_that_are_none_are_refused_before_anything_is_loaded(told):
+    with pytest.raises(ValueError, match="are shares of the sequences"):
+        build(Distillation, {**told, "retrieval": 1.5})
+
+
+def test_a_run_of_earlier_settings_says_with_which_it_goes_on(told, tmp_path):
+    told = {**told, "gate": {**SMALL, "phase": "decode"}}
+    kept = {"retrieval": 0.0, "repeats": 0.0, "reach": 128, "objective": "kl", "target": "max"}
+    list(build(Distillation, {**told, **kept}).start(tmp_path).trainer.run())
+    path = tmp_path / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    del state["config"]["target"], state["reach"], state["seed"]
+    save_file(load_file(path), path, metadata={"state": json.dumps(state)})
+    said = "go on with objective kl, target max, retrieval 0, repeats 0, a reach of the length"
+    with pytest.raises(ValueError, match=said):
+        build(Distillation, told).start(tmp_path)
+    with pytest.raises(ValueError, match=r"go on with lr 0\.003, give another output folder"):
+        build(Distillation, {**told, **kept, "lr": 0.1}).start(tmp_path)
+    assert build(Distillation, {**told, **kept, "steps": 3}).start(tmp_path).trainer.done == 2
+
+
+def test_gates_of_one_summary_per_block_go_on_by_the_settings_in_their_folder(told, tmp_path):
+    told = {**told, "gate": {**SMALL, "k_sub_block": None}}
+    list(build(Distillation, told).start(tmp_path).trainer.run())
+    for settings in (told, read(tmp_path / "config.toml")):
+        assert build(Distillation, settings).start(tmp_path).trainer.done == 2

@@ -230,14 +230,14 @@ class DecodePlan(Setting):
         Raises:
             ValueError: If the name is none, or blocks cannot be divided so.
         """
-        settings: dict[str, Any] = {"phase": "decode"}
+        settings: dict[str, Any] = {"phase": "decode", "head_dim": self.head_dim}
         if sub := re.fullmatch(r"sub([1-9]\d*)", name):
             settings["k_sub_block"] = int(sub[1])
         elif name != "default":
             raise ValueError(
                 f"gates must be default, sub<key tokens per summary>, e.g. sub16, or quest, got {name!r}"
             )
-        return GateConfig(self.heads, self.kv_heads, self.head_dim, self.block, **design_of(settings))
+        return GateConfig(self.heads, self.kv_heads, block_size=self.block, **design_of(settings))
 
 
 #: Defaults per device type: on a GPU the shape of Llama 3.1 8B, on a CPU that of the bundled teacher.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from seerattention.hosts.transformers.text import bos_of
+from seerattention.hosts.transformers.text import bos_of, chat_text
 
 #: Words that names are made of.
 COLOURS = (
@@ -84,7 +84,11 @@ def wordings(tokenizer: Any) -> list[Wording]:
     found = [TEACHERS, replace(RULER, before=bos + RULER.before)]
     if tokenizer.chat_template:
         messages = [{"role": role, "content": _MARK} for role in ("user", "assistant") * 2]
-        parts = str(tokenizer.apply_chat_template(messages, tokenize=False)).split(_MARK)
+        try:
+            parts = chat_text(messages, tokenizer).split(_MARK)
+        except ValueError:
+            # A template that asks for other roles, or contents of other types.
+            return found
         # A template that says a message twice, or not at all, is no frame for a text.
         if len(parts) == len(messages) + 1:
             begin, reply, ask, *_ = parts

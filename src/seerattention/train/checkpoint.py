@@ -55,6 +55,7 @@ def read_checkpoint(
             for name, value in progress.items():
                 typed(name, state[name], type(value))
             state["config"] = {**BEFORE, **state["config"]}
+            mine, state = {**mine, "gate": _design(mine["gate"])}, {**state, "gate": _design(state["gate"])}
             before = state["config"]["steps"]
             if not 0 < state["step"] <= before:
                 raise ValueError(f"step {state['step']} of {before}")
@@ -64,8 +65,8 @@ def read_checkpoint(
         raise _damaged(path, str(error)) from error
     if differing := list(_differing(mine, state)):
         raise ValueError(
-            f"the checkpoint {path} is of another run, {', '.join(differing)} differ; give another "
-            "output folder, or delete it to start again"
+            f"the checkpoint {path} is of another run, {', '.join(differing)} differ; "
+            f"{_to_go_on(mine, state, differing)}give another output folder, or delete it to start again"
         )
     for name, shape in shapes.items():
         if name not in tensors or tensors[name].shape != shape:
@@ -82,6 +83,25 @@ def read_checkpoint(
 
 def _damaged(path: Path, why: str) -> ValueError:
     return ValueError(f"the checkpoint {path} is truncated or damaged ({why}); delete it to start again")
+
+
+def _design(gate: dict[str, Any]) -> dict[str, Any]:
+    """Return a design in which one summary per block is one of its own tokens, as a run's settings say it."""
+    gate = {**gate}
+    subs = {name: gate["block_size"] for name in ("q_sub_block", "k_sub_block") if gate[name] is None}
+    return {**gate, **subs}
+
+
+def _to_go_on(mine: dict[str, Any], state: dict[str, Any], differing: list[str]) -> str:
+    """Return what goes on with a checkpoint from before gates were taught by gaps and made text."""
+    if state["format"] != FORMAT or "reach" in state or "reach" not in mine:
+        return ""
+    told = [name.removeprefix("config.") for name in differing if name.startswith("config.")]
+    asked = [f"{name} {state['config'].get(name)}" for name in told]
+    asked += ["retrieval 0", "repeats 0"] * ("text" in differing)
+    asked += ["a reach of the length of its sequences"] * ("reach" in differing)
+    folder = " and the design in its config.toml" if any(n.startswith("gate.") for n in differing) else ""
+    return f"it was begun before there were these settings: go on with {', '.join(asked)}{folder}, "
 
 
 def _differing(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -265,14 +265,13 @@ def row_tokens(
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    from seerattention.hosts.transformers.load import outside
+    from seerattention.hosts.transformers.text import chat_text
 
     if not tokenizer.chat_template:
         raise ValueError("rows with messages need a tokenizer with a chat template; give text instead")
     if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
         raise ValueError('messages must be a list of {"role": "...", "content": "..."}')
-    with outside("the tokenizer's chat template refuses these messages"):
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    return chat_text(list(messages), tokenizer)
 
 
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from seerattention.hosts.transformers.text import bos_of
+from seerattention.hosts.transformers.text import bos_of, chat_text
 from seerattention.train.data import Packed, Packs, TextWindows, text_identity
 
 if TYPE_CHECKING:
@@ -40,10 +40,23 @@ ROOM = 160
 MOST = 48
 #: Tokens of a passage that returns.
 PASSAGE = (16, 512)
-#: Share of the sequences with questions that are a chat, where the tokenizer has a template for one.
+#: Share of the sequences with questions that are a chat, where the tokenizer's template writes such.
 CHATS = 0.5
 
 _MARK = "\N{REPLACEMENT CHARACTER}"
+
+
+def check_shares(retrieval: float, repeats: float) -> None:
+    """Refuse what are no shares of the sequences.
+
+    Raises:
+        ValueError: If one is negative, or both together are more than 1.
+    """
+    if not (retrieval >= 0 and repeats >= 0 and retrieval + repeats <= 1):
+        raise ValueError(
+            "retrieval and repeats are shares of the sequences, at least 0 and together at most 1; got "
+            f"{retrieval} and {repeats}"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,28 +83,24 @@ class Mixture:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.retrieval, self.repeats) < 0 or self.retrieval + self.repeats > 1:
-            raise ValueError(
-                "retrieval and repeats are shares of the sequences, at least 0 and together at most 1; got "
-                f"{self.retrieval} and {self.repeats}"
-            )
+        check_shares(self.retrieval, self.repeats)
 
     def __call__(self, step: int) -> np.ndarray | Packed:
         """Return the sequences of a step."""
         batch = self.text(step)
-        tokens = _tokens(batch)
-        made, changed = tokens.copy(), []
-        for i, row in enumerate(tokens):
+        made = _tokens(batch).copy()
+        lengths: list[tuple[int, ...]] = [(self.length,)] * len(made)
+        if isinstance(batch, Packed):
+            lengths = list(batch.lengths)
+        for i, row in enumerate(made):
             rng = np.random.default_rng((self.seed, step, i, 1))
-            change = self._change(rng.random())
-            changed.append(change is not None)
-            if change is not None:
-                made[i] = change(row, rng)
-        if not isinstance(batch, Packed):
-            return made
-        whole = (tokens.shape[1],)
-        lengths = (whole if now else was for now, was in zip(changed, batch.lengths, strict=True))
-        return Packed(made, tuple(lengths))
+            if (change := self._change(rng.random())) is None:
+                continue
+            # What pads a pack is too short for a document.
+            end = sum(n for n in lengths[i] if n >= getattr(self.text, "least", 0))
+            made[i, :end] = change(row[:end].copy(), rng)
+            lengths[i] = (end, len(row) - end) if end < len(row) else (end,)
+        return Packed(made, tuple(lengths)) if isinstance(batch, Packed) else made
 
     @property
     def length(self) -> int:
@@ -122,10 +131,13 @@ class Mixture:
         """
         count = int(rng.integers(1, 1 + max(1, min(MOST, len(row) // ROOM))))
         wording = WORDINGS[int(rng.integers(len(WORDINGS)))]
-        facts = [{"key": self._name(rng), "value": self._value(rng)} for _ in range(count)]
+        # A name that is drawn twice has one value: there must be one answer.
+        drawn = {self._name(rng): self._value(rng) for _ in range(count)}
+        facts = [{"key": key, "value": value} for key, value in drawn.items()]
         stated = [self._encode(wording[0].format(**fact)) for fact in facts]
         asked = [tuple(text.format(**fact) for text in wording[1:]) for fact in facts]
-        chat = self._chats and rng.random() < CHATS
+        # What a template says by itself may leave no room in a short sequence.
+        chat = self._preamble is not None and 2 * self._preamble <= len(row) and rng.random() < CHATS
         scatter = not chat and rng.random() < 0.5
         before, behind = self._asked(asked, chat)
         # What does not fit is not asked.
@@ -166,22 +178,37 @@ class Mixture:
 
     def _asked(self, asked: list[tuple[str, ...]], chat: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the tokens before the text, and of every question with its answer."""
-        if chat:
-            messages = []
-            for i, (question, answer) in enumerate(asked):
-                said = _MARK + (question.strip() if i else question)
-                messages.append({"role": "user", "content": said})
-                messages.append({"role": "assistant", "content": answer.strip()})
-            whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            before, *behind = whole.split(_MARK)
-            # A template that says a message twice, or not at all, is no frame for a text.
-            if len(behind) == len(asked):
-                return self._encode(before), [self._encode(part) for part in behind]
+        if chat and (frame := self._chat(asked)) is not None:
+            return self._encode(frame[0]), [self._encode(part) for part in frame[1]]
         return self._start, [self._encode("".join(pair) + ".\n") for pair in asked]
 
+    def _chat(self, asked: list[tuple[str, ...]]) -> tuple[str, list[str]] | None:
+        """Return what a chat has before the text, and of every question with its answer.
+
+        None if the template says a message twice or not at all: it is no frame for a text.
+        """
+        messages = []
+        for i, (question, answer) in enumerate(asked):
+            said = _MARK + (question.strip() if i else question)
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": answer.strip()})
+        before, *behind = chat_text(messages, self.tokenizer).split(_MARK)
+        if len(behind) != len(asked):
+            return None
+        whole = all(answer.strip() in part for part, (_, answer) in zip(behind, asked, strict=True))
+        return (before, behind) if whole else None
+
     @cached_property
-    def _chats(self) -> bool:
-        return bool(self.tokenizer.chat_template)
+    def _preamble(self) -> int | None:
+        """Tokens that a chat has before its first message, None where the tokenizer writes no such chats."""
+        if not self.tokenizer.chat_template:
+            return None
+        try:
+            frame = self._chat([(question, answer) for _, question, answer in WORDINGS])
+        except ValueError:
+            # A template that asks for other roles, or contents of other types.
+            return None
+        return None if frame is None else len(self._encode(frame[0]))
 
     @cached_property
     def _start(self) -> np.ndarray:

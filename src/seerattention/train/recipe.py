@@ -178,6 +178,11 @@ class Distillation(Recipe["Distiller"]):
     retrieval: float = 0.25
     repeats: float = 0.1
 
+    def __post_init__(self) -> None:
+        from seerattention.train.mixture import check_shares
+
+        check_shares(self.retrieval, self.repeats)
+
     def kind(self) -> type[Distiller]:
         """Return the trainer's class."""
         from seerattention.train.distiller import Distiller

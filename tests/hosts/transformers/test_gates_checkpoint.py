@@ -78,6 +78,15 @@ def test_files_of_before_phases_are_for_prefill(saved):
         host.load_gates(saved)
 
 
+def test_gates_for_decoding_are_no_wider_than_a_head(tiny):
+    gates = tiny.gates_for(tiny.make(head_dim=8), phase="decode")
+    assert (gates.config.k_sub, gates.config.dim) == (1, 8)
+    # Wider ones would turn other pairs of values than the model, and not begin as its products.
+    weight = next(gate for _, gate in gates.items()).linear_k.weight
+    torch.testing.assert_close(weight, torch.eye(8).expand_as(weight), atol=0.06, rtol=0)
+    assert tiny.gates_for(tiny.make(head_dim=8), phase="decode", gate_dim=16).config.dim == 16
+
+
 def test_gates_for_decoding_alone_have_a_design_of_their_own(tiny):
     model = tiny.make()
     config = host.new_gates(model, phase="decode").config

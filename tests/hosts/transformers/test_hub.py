@@ -57,6 +57,13 @@ def test_what_is_pushed_can_be_loaded(gates, hub):
     assert "secret" not in "".join(p.read_text() for p in hub.folder.glob("*.[mj]*"))
 
 
+def test_a_card_says_what_gates_for_decoding_keep_per_key(tiny):
+    card = host.model_card(tiny.gates_for(tiny.make(), phase="decode"), "me/gates")
+    assert "blocks of 16 tokens, queries each alone, keys each alone, 16 numbers each." in card
+    card = host.model_card(tiny.gates_for(tiny.make(), phase="decode", k_sub_block=None), "me/gates")
+    assert "queries each alone, keys pooled by max, min, avg over 16 tokens, 16 numbers each." in card
+
+
 def test_an_attached_model_pushes_what_it_uses(tiny, hub):
     model = tiny.make()
     host.attach(model, tiny.gates_for(model), "top_p:0.8")

@@ -161,6 +161,6 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     if given := sorted(shape.keys() & settings.keys()):
         raise ValueError(f"{', '.join(given)} of gates is their model's; leave it out")
-    gates = Gates(GateConfig.from_dict({**shape, **design_of(settings)}), base, list(layers))
+    gates = Gates(GateConfig.from_dict(design_of({**shape, **settings})), base, list(layers))
     gates.use_rotary_of(model)
     return gates.to(device_of(next(iter(layers.values()))))

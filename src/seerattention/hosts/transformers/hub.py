@@ -134,8 +134,8 @@ def model_card(
         f"{base.num_heads} query and {base.num_kv_heads} KV heads of {base.head_dim}); fingerprint of its "
         f"attention weights: {f'`{base.fingerprint}`' if base.fingerprint else 'not known'}.",
         "Design": f"{len(gates.layers)} gates for {PHASES[c.phase]}, {parameters:,} parameters in all; "
-        f"blocks of {c.block_size} tokens, queries pooled by {', '.join(c.q_pool)} over {c.q_sub} tokens, "
-        f"keys by {', '.join(c.k_pool)} over {c.k_sub}"
+        f"blocks of {c.block_size} tokens, {_pooled('queries', c.q_pool, c.q_sub)}, "
+        f"{_pooled('keys', c.k_pool, c.k_sub)}, {c.dim} numbers each"
         + (f"; taught for positions up to {gates.reach:,}." if gates.reach else "."),
         "Data": data or "Not recorded.",
         "Recipe": _settings(recipe),
@@ -144,6 +144,13 @@ def model_card(
     }
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n# Gates for {base.name or 'a model'}\n\n{text}\n"))
+
+
+def _pooled(what: str, pools: Sequence[str], tokens: int) -> str:
+    """Return how queries or keys are summarised, in words."""
+    if tokens == 1:
+        return f"{what} each alone"
+    return f"{what} pooled by {', '.join(pools)} over {tokens} tokens"
 
 
 def _settings(recipe: Mapping[str, Any] | str | None) -> str:

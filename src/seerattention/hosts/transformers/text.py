@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,10 @@ PIECE = 1 << 18
 
 #: Characters on both sides of a seam that must be tokenised as without it, and places tried for one.
 AROUND, PLACES = 256, 1024
+
+#: Today, to chat templates that write the date: a run that goes on tomorrow must read the same text.
+TODAY = datetime(2025, 1, 1)
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def encoded(text: str, tokenizer: Any, done: Callable[[int], object] | None = None) -> np.ndarray:
@@ -60,3 +66,16 @@ def bos_of(tokenizer: Any) -> np.ndarray:
     bos = tokenizer.bos_token_id
     adds = bos is not None and tokenizer.encode("a")[:1] == [bos]
     return np.array([bos] if adds else [], dtype=np.int64)
+
+
+def chat_text(messages: list[Any], tokenizer: Any) -> str:
+    """Return messages as the tokenizer's chat template writes them, on any day the same.
+
+    Raises:
+        ValueError: If the template refuses them.
+    """
+    from seerattention.hosts.transformers.load import outside
+
+    with outside("the tokenizer's chat template refuses these messages"):
+        template = _DATE.sub(lambda found: repr(TODAY.strftime(found[2])), tokenizer.get_chat_template())
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
