@@ -44,7 +44,7 @@ def test_targets_of_decoding(run_script, tmp_path):
     path.write_text(json.dumps({"rows": rows}))
     printed = run_script(SCRIPT, path)
     found = {t["what"]: t for t in json.loads(path.read_text())["targets"]}
-    assert len(found) == len(printed.splitlines()) == 12
+    assert len(found) == len(printed.splitlines()) == 18
     assert found["1 x 128k: attention alone"]["met"]
     assert not found["1 x 128k: with choosing by keys' summaries"]["met"]
     assert found["64 x 128k: with choosing by keys' summaries"]["met"] is None

@@ -22,6 +22,9 @@ kernel, chunked, reference = BACKENDS["triton"], BACKENDS["chunked"], BACKENDS["
 hopper = BACKENDS["hopper"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 by_pool = pytest.mark.parametrize("pool", POOLS)
+#: What the kernel takes: float32 has other backends for mass.
+TAKEN = [(pool, dtype) for pool in POOLS for dtype in DTYPES if (pool, dtype) != ("mass", torch.float32)]
+by_pool_and_dtype = pytest.mark.parametrize(("pool", "dtype"), TAKEN)
 BY_NAME = {case.name: case for case in CASES}
 # The kernel has no query blocks of 8.
 SMALL = [case for case in CASES if not case.large and case.name != "small-blocks"]
@@ -45,8 +48,11 @@ def check(case, dtype, kernel=kernel):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in SMALL for dtype in DTYPES if (case.pool, dtype) in TAKEN],
+    ids=lambda x: getattr(x, "name", None),
+)
 def test_conforms(case, dtype):
     conformance.check_pooled(kernel, case, dtype, "cuda")
 
@@ -63,7 +69,7 @@ def test_head_dims_and_blocks(head_dim, block_q, block_k, dtype):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("block_size", [(1, 16), (16, 32), (32, 64), (64, 64), (128, 16), (128, 128)])
 def test_mass(head_dim, block_size, dtype):
@@ -74,15 +80,14 @@ def test_mass(head_dim, block_size, dtype):
     check(case, dtype)
 
 
-@by_pool
-@pytest.mark.parametrize("dtype", DTYPES)
+@by_pool_and_dtype
 @pytest.mark.parametrize("queries", [1, 2, 15, 63, 64, 65, 127, 129, 257, 1000])
 @pytest.mark.parametrize("past", [0, 1, 100, 640])
 def test_lengths(queries, past, dtype, pool):
     # Few queries make few numbers, and how far a reference is off in so few is a matter of luck.
     case = PoolCase(
         name="", heads=4, kv_heads=2, queries=queries, keys=queries + past, head_dim=128,
-        batch=64 if queries < 16 else 1, pool=pool,
+        batch=16 if queries < 16 else 1, pool=pool,
     )  # fmt: skip
     check(case, dtype)
 
@@ -116,8 +121,7 @@ def test_many_programs_take_many_rows(block_size, per_kv_head, pool):
     check(case, torch.bfloat16)
 
 
-@by_pool
-@pytest.mark.parametrize("dtype", DTYPES)
+@by_pool_and_dtype
 def test_no_sequence_reads_its_neighbours(dtype, pool):
     case = replace(BY_NAME["packed"], pool=pool)
     q, k, v = inputs(case, dtype)

@@ -118,8 +118,9 @@ def test_later_keys_are_not_read() -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales_that_are_not_positive(scale: float, pool: Pool) -> None:
     q, k, v = random_qkv(TINY)
-    out, target, _ = pooled_attention(q, k, v, (16, 16), scale=scale, pool=pool, backend="triton")
-    expected = reference.run(q, k, v, (16, 16), PoolOptions.of(q, k, scale=scale, pool=pool))
+    options = PoolOptions.of(q, k, scale=scale, pool=pool)
+    out, target, _ = backend.run(q, k, v, (16, 16), options)
+    expected = reference.run(q, k, v, (16, 16), options)
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(target, expected[1])
 
@@ -151,7 +152,7 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_compiled_without_a_break() -> None:
-    q, k, v = random_qkv(TINY)
+    q, k, v = (x.half() for x in random_qkv(TINY))
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, target, lse = pooled_attention(q, k, v, (16, 16), pool="mass", return_lse=True, backend="triton")
@@ -180,6 +181,11 @@ def test_reasons_why_not() -> None:
         "query blocks must have one of 1, 16, 32, 64, 128 tokens, got 8",
         "KV blocks must have one of 16, 32, 64, 128 tokens, got 24",
     ]
+    mass = PoolOptions.of(q, k, pool="mass")
+    assert backend.unsupported(q, k, v, (16, 16), mass) == [
+        "it rounds the logarithms of sums that float32 takes for mass more than float32 would"
+    ]
+    assert backend.unsupported(q.half(), k.half(), v.half(), (16, 16), mass) == []
     across = q.mT.contiguous().mT
     assert why(across)[0] == "the last dimension of q must be contiguous, its stride is 37"
     assert why(q.to("meta")) == ["it needs a GPU"]
