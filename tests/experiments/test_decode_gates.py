@@ -21,14 +21,14 @@ def arguments(tmp_path):
             book = " ".join(np.random.default_rng(i).choice(words, 1500))
             (tmp_path / name / f"{i}.txt").write_text(book)
     return (
-        *("--out", tmp_path / "out", "--device", "cpu", "--steps", 2, "--length", 1024, "--windows", 2),
-        *("--budgets", 32, 128, "--block", 16, "--questions", 2),
+        *("--out", tmp_path / "out", "--device", "cpu", "--steps", 2, "--length", 1024, "--windows", 1),
+        *("--budgets", 32, 128, "--block", 16, "--questions", 1),
     )
 
 
 def test_gates_are_taught_and_measured_beside_others(run_script, arguments, tmp_path):
     text = ("--text", tmp_path / "text", "--heldout", tmp_path / "heldout")
-    names = ["dense", "oracle_mass", "quest", "default", "not taught", "published", "both"]
+    names = ["dense", "oracle_mass", "default", "not taught", "published", "both"]
     run_script(MODULE, *arguments, *text, "--one", names[0])
     for name in names[1:]:
         run_script(MODULE, *arguments, "--one", name)
@@ -40,7 +40,7 @@ def test_gates_are_taught_and_measured_beside_others(run_script, arguments, tmp_
     assert list(rows["dense"]["losses"]) == ["0"]
     for row in rows.values():
         assert set(row["found"]) == set(experiment.TASKS)
-        assert all(len(losses) == 2 for losses in row["losses"].values())
+        assert all(len(losses) == 1 for losses in row["losses"].values())
     del rows["dense"]
     for row in rows.values():
         assert set(row["losses"]) == {"512", "2048"}
