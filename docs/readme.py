@@ -532,8 +532,10 @@ def decoding() -> str:
             | dict.fromkeys(("peer", "alone", "blocks"), "")
         )
     return table(
-        "decoding, a tenth read: {what} | best dense kernel: {dense} | FlashInfer, the same blocks: {peer} | "
-        "this kernel: {alone} | choosing too, by 16 numbers per key: {keys} | by 96 per block: {blocks}",
+        "one H200, decoding, a tenth read, sequences x cached tokens: {what} | best dense kernel: {dense} | "
+        "FlashInfer, the same blocks: {peer} | "
+        "this kernel: {alone} | choosing too, by gates with 16 numbers per key: {keys} | "
+        "with 96 per block: {blocks}",
         rows,
     )
 
@@ -634,8 +636,9 @@ def decode_gates() -> str:
         f"{machine(report)}:",
         table(
             "chosen by: {name} | keys' summaries, share of K: {read} | "
-            + " | ".join(f"perplexity at {n:,} tokens: {{risen[{i}]}}" for i, n in enumerate(budgets))
-            + " | one number among one: {found[0]:.0%} | among four: {found[1]:.0%} "
+            + " | ".join(f"rise of perplexity at {n:,} tokens: {{risen[{i}]}}" for i, n in enumerate(budgets))
+            + f" | one number in the text, found at {budgets[0]}: {{found[0]:.0%}} "
+            + "| one of four: {found[1]:.0%} "
             + f"| attention kept at {budgets[0]}: {{kept}}",
             rows,
         ),

@@ -1,7 +1,7 @@
 """Text in which something must be looked up: windows that ask for what stands in them, or repeat it.
 
-Ordinary text rarely needs what stands far back, so that gates taught on it alone hardly learn to find it.
-Everything is made from the training text and the model's own tokenizer.
+In ordinary text little of what stands far back must be looked up. Everything is made from the training text
+and the model's own tokenizer.
 
 Source: the statements and questions of one of the wordings are RULER's (arXiv 2404.06654, section 3.1).
 """
