@@ -71,11 +71,20 @@ def test_different_shapes_are_refused_with_the_remedy():
 
 def test_recall_is_the_mass_of_the_best_blocks():
     target = target_of(8)
-    # k = floor((1 - sqrt(1 - 0.5)) * 8) = 2
-    best = [float(target[0, h, i].topk(2).values.sum()) for h in range(2) for i in range(2, 8)]
-    recall = target_recall(target, target.log(), (64, 64), 512, 0.5)
+    # k = floor((1 - sqrt(1 - 0.75)) * 8) = 4: the first, the own, and the best two of the others.
+    rows = [target[0, h, i] for h in range(2) for i in range(2, 8)]
+    ends = [i for _ in range(2) for i in range(2, 8)]
+    best = [
+        float(row[0] + row[i] + row[1:i].sort(descending=True).values[:2].sum())
+        for row, i in zip(rows, ends, strict=True)
+    ]
+    recall = target_recall(target, target.log(), (64, 64), 512, 0.75)
     assert recall == pytest.approx(sum(best) / len(best), rel=1e-6)
-    assert target_recall(target, -target.log().clamp(min=-100), (64, 64), 512, 0.5) < recall
+    assert target_recall(target, -target.log().clamp(min=-100), (64, 64), 512, 0.75) < recall
+    # What is read anyway is read whatever its score.
+    least = target.log().clone()
+    least[..., 0] = -1e9
+    assert target_recall(target, least, (64, 64), 512, 0.75) == pytest.approx(recall, rel=1e-6)
     assert target_recall(target, torch.zeros(1, 2, 8, 8), (64, 64), 512, 1.0) == pytest.approx(1)
 
 

@@ -162,7 +162,7 @@ def decode_target(
 def target_recall(
     target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int, density: float
 ) -> float:
-    """Return the share of the target's mass in the blocks that ``TopK(density)`` takes by these scores.
+    """Return the share of the target's mass in what ``TopK(density, sink_blocks=1)`` takes by these scores.
 
     Args:
         target: fp32 ``[B, H, N, N]``; rows sum to 1.
@@ -193,10 +193,11 @@ def sampled_recall(
     last = len(rows.valid) - 1
     count = min(most, last + 1)
     some = torch.linspace(0, last, count, device=rows.valid.device, dtype=torch.float64).round().long()
-    target, scores, valid = rows.target[:, :, some], rows.scores[:, :, some], rows.valid[some]
-    always = torch.zeros_like(valid)
+    target, scores = rows.target[:, :, some], rows.scores[:, :, some]
+    valid, always = rows.valid[some], rows.always[some]
     rules = [Rule("count", max(least, TopK(d).blocks(valid.shape[1]))) for d in densities]
-    return torch.stack([(target * rule.choose(scores, valid, always)).sum(-1).mean() for rule in rules])
+    taken = (rule.choose(scores, valid, always) | always for rule in rules)
+    return torch.stack([(target * mask).sum(-1).mean() for mask in taken])
 
 
 def shown_density(density: float, num_blocks: int) -> float:
