@@ -193,7 +193,8 @@ def _panel(axis: Any, report: dict[str, Any]) -> None:
     axis.minorticks_off()
     axis.set_xlabel("tokens read per token (measured)")
     axis.set_ylabel("rise of perplexity, %" if books else "needles found")
-    axis.set_title(f"{report['settings']['model']}, {report['settings']['length']:,} tokens")
+    where = f"{report['settings']['length']:,} tokens, {report['versions']['device']}"
+    axis.set_title(f"{report['settings']['model']}, {where}", fontsize=10)
     axis.grid(alpha=0.3)
 
 
