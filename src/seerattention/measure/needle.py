@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from seerattention.hosts.transformers.text import bos_of, chat_text
+from seerattention.wording import RULER, TEACHERS, Wording
 
 #: Words that names are made of.
 COLOURS = (
@@ -31,47 +32,6 @@ THINGS = (
 
 #: Stands for what is said while a chat template is written around it.
 _MARK = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Wording:
-    """What a text states and asks about a number; ``{key}`` stands for its name, ``{value}`` for itself.
-
-    Attributes:
-        name: What the wording is called.
-        needle: The statement.
-        question: The question.
-        answer: How its answer begins; a space and the number follow.
-        end: What follows the number.
-        before: What stands before the text.
-    """
-
-    name: str
-    needle: str
-    question: str
-    answer: str
-    end: str
-    before: str = ""
-
-
-#: What the bundled teacher learned.
-TEACHERS = Wording(
-    "the bundled teacher's words",
-    needle="\nThe number of the {key} is {value}.\n",
-    question="\nThe {key}?",
-    answer="",
-    end="\n",
-)
-#: Source: RULER (arXiv 2404.06654), section 3.1 and its published code.
-RULER = Wording(
-    "RULER's words",
-    needle=" One of the special magic numbers for {key} is: {value}.",
-    question="\nWhat is the special magic number for {key} mentioned in the provided text?",
-    answer=" The special magic number for {key} mentioned in the provided text is",
-    end=".\n",
-    before="A special magic number is hidden within the following text. Make sure to memorize it. I will "
-    "quiz you about the number afterwards.\n",
-)
 
 
 def wordings(tokenizer: Any) -> list[Wording]:

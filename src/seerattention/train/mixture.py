@@ -2,8 +2,6 @@
 
 In ordinary text little of what stands far back must be looked up. Everything is made from the training text
 and the model's own tokenizer.
-
-Source: the statements and questions of one of the wordings are RULER's (arXiv 2404.06654, section 3.1).
 """
 
 from __future__ import annotations
@@ -18,17 +16,14 @@ import numpy as np
 
 from seerattention.hosts.transformers.text import bos_of, chat_text
 from seerattention.train.data import Packed, Packs, TextWindows, text_identity
+from seerattention.wording import RULER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Statements and the questions for them. Several, so that it is looking up that is learned, not a wording.
 WORDINGS = (
-    (
-        " One of the special magic numbers for {key} is: {value}.",
-        "\nWhat is the special magic number for {key} mentioned in the provided text?",
-        " The special magic number for {key} mentioned in the provided text is {value}",
-    ),
+    (RULER.needle, RULER.question, RULER.answer + " {value}"),
     ("\nThe number of the {key} is {value}.\n", "\nWhat is the number of the {key}?", " It is {value}"),
     (" Remember that {key} means {value}.", "\nWhat does {key} mean?", " {key} means {value}"),
     ('\n"{key}": "{value}",\n', '\nLook up "{key}".', ' "{key}": "{value}"'),
@@ -217,11 +212,8 @@ class Mixture:
 
     @cached_property
     def _words(self) -> list[str]:
-        batch = self.text(0)
-        tokens = batch.tokens if isinstance(batch, Packed) else batch
-        return sorted(
-            set(re.findall(r"\b[^\W\d_]{4,10}\b", str(self.tokenizer.decode(tokens.flatten().tolist()))))
-        )
+        text = str(self.tokenizer.decode(_tokens(self.text(0)).flatten().tolist()))
+        return sorted(set(re.findall(r"\b[^\W\d_]{4,10}\b", text)))
 
     def _name(self, rng: np.random.Generator) -> str:
         """Return two words of the text, or made ones where it has few."""

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from seerattention.evals.tasks._base import Generated, Prompt, Sample, Source, rng_of
-from seerattention.measure.needle import COLOURS, RULER, THINGS, insert
+from seerattention.measure.needle import COLOURS, THINGS, insert
+from seerattention.wording import RULER
 
 Haystack = Literal["text", "noise", "needles"]
 
