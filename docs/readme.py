@@ -17,6 +17,7 @@ from typing import Any
 
 from seerattention.cli.info import markdown
 from seerattention.hosts.transformers import families
+from seerattention.measure.intervals import rise
 from seerattention.policies import forms
 
 ROOT = Path(__file__).parents[1]
@@ -611,12 +612,11 @@ def decode_gates() -> str:
     settings, by_name = report["settings"], {row["name"]: row for row in report["rows"]}
     (dense,) = by_name["dense"]["losses"].values()
     budgets = sorted(map(int, by_name["default"]["losses"]))
-    rise = runpy.run_path(str(ROOT / "experiments" / "decoding" / "table.py"))["rise"]
 
     def risen(row: dict[str, Any], budget: int) -> str:
         if (losses := row["losses"].get(str(budget))) is None:
             return ""
-        more, half = rise({"losses": losses}, {"losses": dense})
+        more, half = rise(losses, dense)
         return f"{more:+.1%} ± {half:.1%}"
 
     rows = [

@@ -13,44 +13,30 @@ Results are in OUT/results.json. Text is tokenised once, into OUT/tokens.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.decoding.table import rise
-from experiments.teacher.data import read_books
-from seerattention import attach, baselines, detach
-from seerattention.evals import tasks
-from seerattention.evals.tasks import Source
-from seerattention.files import read_json, write_json, write_whole
+from experiments.variants import POLICY, Experiment, Measure, Question, Variant, questions, windows_of
+from seerattention import attach, detach
 from seerattention.gate_config import GateConfig
-from seerattention.hosts.transformers import AttentionCall, Gates, intercept, new_gates, save_gates
-from seerattention.measure import bundled
+from seerattention.hosts.transformers import AttentionCall, Gates, intercept
 from seerattention.measure.compare import measured
 from seerattention.measure.decoding import continued
-from seerattention.measure.versions import versions
+from seerattention.measure.intervals import rise
 from seerattention.ops.attention_scores import attention_scores, by_block
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.ops.select_decode_blocks.reference import chosen
 from seerattention.policies import TokenBudget
 from seerattention.scorer import Scorer
-from seerattention.train import DistillConfig, Distiller, TextWindows
-from seerattention.train.loop import METRICS
-from seerattention.train.mixture import Mixture
 from seerattention.train.target import decode_rows
 
-#: Densities of sparse prefill; the first and the own block forced, no dense last rows.
+#: Densities of sparse prefill.
 DENSITIES = (0.2, 0.1)
-POLICY = "top_k:{:g},sink_blocks=1"
 
 #: Of the rows that teach, every so many are measured.
 EVERY = 4
@@ -61,31 +47,8 @@ DECODED = (512, 2048)
 TASKS: dict[str, dict[str, Any]] = {"niah_single": {}, "niah_multikey": {"keys": 4}}
 QUESTIONS, ASKING = 48, 63
 
-#: Prompts with the tokens of their answers.
-Asked = list[tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One set of gates to teach.
-
-    Attributes:
-        gate: Settings of `new_gates`.
-        objective: Name of an objective; default the phase's.
-        target: What is learned of a block; default the phase's.
-        lr: Peak learning rate.
-        retrieval: Share of sequences that ask for what they state.
-        repeats: Share in which passages return.
-        taught: Whether they learn at all.
-    """
-
-    gate: dict[str, Any] = field(default_factory=dict)
-    objective: str = ""
-    target: str = ""
-    lr: float = 3e-3
-    retrieval: float = 0.25
-    repeats: float = 0.1
-    taught: bool = True
+#: A variant with the rate that decoding's are taught at.
+Taught = partial(Variant, lr=3e-3)
 
 
 def decode(k_sub: int | None, **settings: Any) -> dict[str, Any]:
@@ -98,22 +61,22 @@ def decode(k_sub: int | None, **settings: Any) -> dict[str, Any]:
 PUBLISHED = {"qk_norm": True, "rope_pairs": "spread", "init": "random"}
 
 VARIANTS = {
-    "default": Variant({"phase": "decode"}),
-    "not taught": Variant({"phase": "decode"}, taught=False),
-    "k1, 32": Variant(decode(1, gate_dim=32)),
-    "k2, 16": Variant(decode(2, gate_dim=16)),
-    "k2, 32": Variant(decode(2, gate_dim=32)),
-    "k4, 32": Variant(decode(4, gate_dim=32)),
-    "k8, 32": Variant(decode(8, gate_dim=32)),
-    "k8": Variant(decode(8)),
-    "k64": Variant(decode(None)),
-    "books alone": Variant({"phase": "decode"}, retrieval=0.0, repeats=0.0),
-    "largest weight": Variant({"phase": "decode"}, target="max"),
-    "all blocks": Variant({"phase": "decode"}, "kl"),
-    "k64, as published": Variant(decode(None), "kl", "max"),
-    "published": Variant(decode(None, **PUBLISHED), "kl", "max", 1e-3),
-    "prefill": Variant(),
-    "both": Variant({"phase": "both"}),
+    "default": Taught({"phase": "decode"}),
+    "not taught": Taught({"phase": "decode"}, taught=False),
+    "k1, 32": Taught(decode(1, gate_dim=32)),
+    "k2, 16": Taught(decode(2, gate_dim=16)),
+    "k2, 32": Taught(decode(2, gate_dim=32)),
+    "k4, 32": Taught(decode(4, gate_dim=32)),
+    "k8, 32": Taught(decode(8, gate_dim=32)),
+    "k8": Taught(decode(8)),
+    "k64": Taught(decode(None)),
+    "books alone": Taught({"phase": "decode"}, retrieval=0.0, repeats=0.0),
+    "largest weight": Taught({"phase": "decode"}, target="max"),
+    "all blocks": Taught({"phase": "decode"}, "kl"),
+    "k64, as published": Taught(decode(None), "kl", "max"),
+    "published": Taught(decode(None, **PUBLISHED), "kl", "max", lr=1e-3),
+    "prefill": Taught(),
+    "both": Taught({"phase": "both"}),
 }
 #: Ways to choose without gates.
 SCORERS = ("dense", "oracle_mass", "quest", "meanpool", "streaming")
@@ -121,199 +84,42 @@ SCORERS = ("dense", "oracle_mass", "quest", "meanpool", "streaming")
 
 def main() -> None:
     """Read the command line and run."""
-    args = parsed()
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        same_settings(args)
-        for name in ("text", "heldout"):
-            tokens_of(args, name)
-        if args.tokens_only:
-            return
-        if args.one:
-            one(args, args.one)
-            return
-        started = time.perf_counter()
-        teach(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    results = collected(args)
-    write_json(args.out / "results.json", results)
-    print(table(results))
-    print(f"{time.perf_counter() - started:.0f} s; everything is in {args.out}")
+    EXPERIMENT.main(parsed())
 
 
 def parsed(given: list[str] | None = None) -> argparse.Namespace:
     """Return what the command line says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--model", default=bundled.BUNDLED, help="hub id or folder (default: %(default)s)")
-    parser.add_argument("--text", type=Path, nargs="+", default=[], help="books to train on, the first time")
-    parser.add_argument("--heldout", type=Path, nargs="+", default=[], help="and books to measure on")
-    parser.add_argument("--characters", type=int, default=50_000, help="of each book to train on")
-    parser.add_argument("--steps", type=int, default=300)
+    parser = EXPERIMENT.parser(__doc__)
     parser.add_argument("--length", type=int, default=8192, help="tokens per step and held-out window")
-    parser.add_argument("--windows", type=int, default=8, help="held-out windows, each of another book")
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024, 2048], help="in tokens")
-    parser.add_argument("--block", type=int, default=64, help="tokens per block")
-    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *SCORERS], help="default: all")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="of each task")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=1, help="at a time, on one device")
-    parser.add_argument("--tokens-only", action="store_true", help="stop once there are tokens")
-    parser.add_argument("--one", choices=[*VARIANTS, *SCORERS], help="one of a run's processes")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    args.window = args.length
+    return args
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what results of one folder share."""
-    names = ("characters", "steps", "length", "windows", "budgets", "block", "questions", "seed")
-    return {"model": Path(args.model).name, **{name: getattr(args, name) for name in names}}
+def prepared(args: argparse.Namespace, model: Any, tokenizer: Any) -> Measure:
+    """Return what measures gates or a scorer."""
+    windows, samples = windows_of(args), questions(args, tokenizer, TASKS, args.length // 2)
 
+    def measure(scorer: Gates | Scorer | None) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        layers: Mapping[int, Scorer] = {}
+        if isinstance(scorer, Gates):
+            layers = dict(scorer.items())
+            row["read"] = read_share(scorer.config)
+            if "prefill" in scorer.config.phases:
+                row["perplexity"] = {
+                    str(density): measured(model, scorer, POLICY.format(density), windows=windows).perplexity
+                    for density in DENSITIES
+                }
+        elif scorer is not None:
+            layers = dict.fromkeys(range(model.config.num_hidden_layers), scorer)
+        if layers:
+            row["recall"] = recall(model, layers, windows, args.budgets, args.block)
+        return row | decoded(model, scorer, windows, samples)
 
-def same_settings(args: argparse.Namespace) -> None:
-    """Refuse a folder that holds results of other settings."""
-    path, told = args.out / "settings.json", settings(args)
-    if path.exists() and read_json(path) != told:
-        raise ValueError(f"{args.out} holds a run of other settings, {path}; give another folder")
-    write_json(path, told)
-
-
-def tokens_of(args: argparse.Namespace, name: str) -> np.ndarray:
-    """Return the tokens of the text or of the held-out windows, made on the first call."""
-    path: Path = args.out / "tokens" / f"{name}.npy"
-    if not path.exists():
-        if not (sources := getattr(args, name)):
-            raise ValueError(f"{args.out} has no tokens yet; give --text and --heldout")
-        _, tokenizer = bundled.named_model(args.model, device="cpu")
-        end, parts = tokenizer.convert_tokens_to_ids(tokenizer.eos_token), []
-        for book in read_books(sources):
-            # A token is a few characters: a window of a book that has one.
-            cut = book[: args.characters if name == "text" else 16 * args.length]
-            ids = np.array([*tokenizer.backend_tokenizer.encode(cut, add_special_tokens=False).ids, end])
-            if name == "text":
-                parts.append(ids)
-            elif len(ids) > args.length and len(parts) < args.windows:
-                parts.append(ids[: args.length])
-        found = np.concatenate(parts).astype(np.uint16 if max(map(max, parts)) < 2**16 else np.uint32)
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, lambda place: np.save(place, found))
-        print(f"{name}: {len(found):,} tokens of {len(parts)} books")
-    return np.load(path)
-
-
-def teach(args: argparse.Namespace) -> None:
-    """Start a process for everything that has no result yet, a few at a time, and wait."""
-    left = [name for name in args.only or (*VARIANTS, *SCORERS) if not result_of(args, name).exists()]
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    shown, failed = "", []
-    (args.out / "logs").mkdir(exist_ok=True)
-    try:
-        while left or running:
-            while left and len(running) < args.processes:
-                name = left.pop(0)
-                command = [sys.executable, "-m", "experiments.decode_gates.run", *sys.argv[1:], "--one", name]
-                with (args.out / "logs" / f"{name}.txt").open("wb") as log:
-                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            time.sleep(1)
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    if process.returncode:
-                        failed.append(name)
-            said = "; ".join(f"{name} {steps_of(args, name)}" for name in running)
-            if said and said != shown and (not shown or not int(time.time()) % 10):
-                shown = said
-                print(f"{said}; {len(left)} to come", flush=True)
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.wait()
-    for name in failed:
-        lines = (args.out / "logs" / f"{name}.txt").read_text(errors="replace").splitlines()
-        print(f"{name} failed:", *lines[-15:], sep="\n")
-
-
-def steps_of(args: argparse.Namespace, name: str) -> int:
-    """Return how many steps gates have been taught."""
-    path = args.out / "gates" / name / METRICS
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def result_of(args: argparse.Namespace, name: str) -> Path:
-    """Return the file of one result."""
-    return args.out / "results" / f"{name}.json"
-
-
-def one(args: argparse.Namespace, name: str) -> None:
-    """Teach one set of gates, or take a scorer without any, and measure it."""
-    torch.set_float32_matmul_precision("high")
-    dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    model, tokenizer = bundled.named_model(args.model, dtype=dtype, device=args.device)
-    samples = questions(args, tokenizer)
-    windows = list(tokens_of(args, "heldout").astype(np.int64).reshape(-1, args.length))
-    started, row = time.perf_counter(), {"name": name}
-    if name in SCORERS:
-        chooses = None if name == "dense" else baselines.create(name, block_size=[args.block, args.block])
-        layers = {} if chooses is None else dict.fromkeys(range(model.config.num_hidden_layers), chooses)
-    else:
-        gates = taught(args, name, model, tokenizer)
-        # As users load them.
-        chooses = gates = gates.to(model.dtype).requires_grad_(False)
-        layers: Mapping[int, Scorer] = dict(gates.items())
-        row |= {"gate": gates.config.to_dict(), "read": read_share(gates.config)}
-        row |= {"taught": last_step(args, name)} if VARIANTS[name].taught else {}
-        if "prefill" in gates.config.phases:
-            row["perplexity"] = {
-                str(density): measured(model, gates, POLICY.format(density), windows=windows).perplexity
-                for density in DENSITIES
-            }
-    if layers:
-        row["recall"] = recall(model, layers, windows, args.budgets, args.block)
-    row |= decoded(model, chooses, windows, samples)
-    row["seconds"] = round(time.perf_counter() - started, 1)
-    result_of(args, name).parent.mkdir(exist_ok=True)
-    write_json(result_of(args, name), row)
-
-
-def taught(args: argparse.Namespace, name: str, model: Any, tokenizer: Any) -> Gates:
-    """Teach gates to the end, from their last checkpoint on."""
-    variant, out = VARIANTS[name], args.out / "gates" / name
-    torch.manual_seed(args.seed)
-    design = {"gate_dim": GateConfig(1, 1, head_dim(model)).head_dim} if name.startswith("published") else {}
-    # Fewer tokens per block than the designs are made for: as many summaries per block.
-    gates = new_gates(model, **{**variant.gate, **design, "block_size": args.block})
-    if not variant.taught:
-        return gates
-    text = TextWindows(tokens_of(args, "text"), args.length, 1, args.seed)
-    text = Mixture(text, tokenizer, variant.retrieval, variant.repeats, args.seed)
-    config = DistillConfig(
-        steps=args.steps, lr=variant.lr, objective=variant.objective, target=variant.target
-    )
-    # Without gaps in positions: all is measured at this length.
-    for step in Distiller(model, gates, text, config, out=out, reach=args.length).run():
-        recalls = [x for x in (step.recall, step.decode_recall) if x is not None]
-        print(
-            step.step, f"{step.loss:.4f}", *(f"{x:.4f}" for x in recalls), f"{step.seconds:.2f}", flush=True
-        )
-    save_gates(gates, out / "gates")
-    return gates
-
-
-def head_dim(model: Any) -> int:
-    """Return the dimension of a model's heads."""
-    c = model.config
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-
-
-def last_step(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return what the last step of teaching said, with the median time of all."""
-    rows = [json.loads(line) for line in (args.out / "gates" / name / METRICS).read_text().splitlines()]
-    keys = ("step", "loss", "recall", "decode_recall")
-    times = sorted(row["seconds"] for row in rows)
-    return {**{key: rows[-1][key] for key in keys}, "seconds_per_step": round(times[len(times) // 2], 3)}
+    return measure
 
 
 def read_share(c: GateConfig) -> float:
@@ -352,23 +158,12 @@ def recall(
     return {budget: round(float(torch.stack(parts).mean()), 5) for budget, parts in found.items()}
 
 
-def questions(args: argparse.Namespace, tokenizer: Any) -> dict[str, Asked]:
-    """Return prompts of half a window by task, each with the tokens of its answer."""
-    source = Source(tokenizer, [tokens_of(args, "heldout").astype(np.int64)], bool(tokenizer.chat_template))
-    found: dict[str, Asked] = {}
-    for name, options in TASKS.items():
-        task = tasks.create(name, **options)
-        made = [task.make(source, args.length // 2, seed) for seed in range(args.questions)]
-        found[name] = [(one.prompt, source.encode(" " + one.expected[0])) for one in made]
-    return found
-
-
 @torch.inference_mode()
 def decoded(
     model: Any,
     scorer: Any,
     windows: list[np.ndarray],
-    samples: dict[str, Asked],
+    samples: dict[str, list[Question]],
 ) -> dict[str, Any]:
     """Return each window's mean loss by budget, and the share of answers whose every token is foreseen."""
     found: dict[str, Any] = {"losses": {}, "found": {}}
@@ -388,10 +183,10 @@ def decoded(
     return found
 
 
-def foreseen(model: Any, some: Asked) -> float:
+def foreseen(model: Any, some: list[Question]) -> float:
     """Return the share of answers every token of which is the most likely one, the question decoded too."""
     right = 0
-    for prompt, answer in some:
+    for prompt, answer, _ in some:
         tokens = np.concatenate([prompt, answer])[None]
         said = continued(model, tokens, len(prompt) - ASKING, step=ASKING).predicted[0, -len(answer) :]
         right += bool((said.cpu().numpy() == answer).all())
@@ -411,14 +206,6 @@ def token_scores(scorer: Scorer, call: AttentionCall, rows: Tensor) -> Tensor:
     valid = torch.ones(len(rows), blocks, dtype=torch.bool, device=rows.device)
     keys = single.compress(k, positions=call.positions)
     return single.score(q[:, :, rows], keys, positions=rows, valid=valid)
-
-
-def collected(args: argparse.Namespace) -> dict[str, Any]:
-    """Return all results there are."""
-    names = (*SCORERS, *VARIANTS)
-    rows = [read_json(result_of(args, name)) for name in names if result_of(args, name).exists()]
-    variants = {name: asdict(variant) for name, variant in VARIANTS.items()}
-    return {"versions": versions(), "settings": settings(args), "variants": variants, "rows": rows}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -442,8 +229,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _rise(losses: list[float], dense: list[float]) -> str:
-    more, half = rise({"losses": losses}, {"losses": dense})
+    more, half = rise(losses, dense)
     return f"{more:+.2%} ± {half:.2%}"
+
+
+EXPERIMENT = Experiment("experiments.decode_gates.run", VARIANTS, SCORERS, ("budgets",), prepared, table)
 
 
 if __name__ == "__main__":

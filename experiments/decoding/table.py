@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from seerattention.measure.intervals import mean_interval, newcombe
+from seerattention.measure.intervals import mean_interval, newcombe, rise
 from seerattention.measure.plot import COLOURS, drawn
 
 NAMES = {
@@ -98,13 +97,6 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def rise(row: Row, dense: Row) -> tuple[float, float]:
-    """Return by what share perplexity is above dense attention's, and half of its interval."""
-    differences = [loss - other for loss, other in zip(row["losses"], dense["losses"], strict=True)]
-    low, high = mean_interval(differences)
-    return math.expm1(fmean(differences)), (math.exp(high) - math.exp(low)) / 2
-
-
 def _plus_minus(values: list[float], others: list[float], form: str) -> str:
     differences = [a - b for a, b in zip(values, others, strict=True)]
     low, high = mean_interval(differences)
@@ -115,7 +107,7 @@ def _perplexity(rows: list[Row]) -> list[str]:
     dense = rows[0]
 
     def cell(row: Row) -> str:
-        more, half = rise(row, dense)
+        more, half = rise(row["losses"], dense["losses"])
         return f"{more:+.2%} ± {half:.2%}"
 
     return _grid(rows[1:], f"dense: {dense['perplexity']:.3f}", cell)
@@ -150,7 +142,7 @@ def _problems(rows: list[Row]) -> list[str]:
         "|---" * 8 + "|",
     ]
     for row in rows:
-        more, half = rise(row, dense)
+        more, half = rise(row["losses"], dense["losses"])
         first = row is dense
         cells = [
             NAMES[row["method"]],
@@ -184,7 +176,7 @@ def _panel(axis: Any, report: dict[str, Any]) -> None:
     for method, (marker, colour) in DRAWN.items():
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["tokens_read"])
         if own:
-            values = [100 * rise(row, dense)[0] if books else row["share"] for row in own]
+            values = [100 * rise(row["losses"], dense["losses"])[0] if books else row["share"] for row in own]
             read = [row["tokens_read"] for row in own]
             axis.plot(read, values, f"{marker}-", label=NAMES[method], color=colour, linewidth=1)
     budgets = sorted({row["budget"] for row in rows})

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from experiments.teacher.data import Mixture, tokenise
 from experiments.teacher.gates import Batches
+from experiments.variants import cost
 from seerattention import baselines
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers import (
@@ -188,14 +189,6 @@ class Together:
             [float(torch.stack(x).mean()) for x in losses],
             [sum(x) / len(x) for x in recalls],
         )
-
-
-def cost(config: GateConfig, tokens: int = 32768) -> float:
-    """Return a gate's multiplications and additions as a share of dense causal attention's."""
-    c, heads = config, config.num_kv_heads / config.num_heads
-    scores = tokens**2 * c.dim / (c.q_sub * c.k_sub)
-    project = 2 * tokens * c.head_dim * c.dim * (len(c.q_pool) / c.q_sub + heads * len(c.k_pool) / c.k_sub)
-    return (scores + project) / (2 * tokens**2 * c.head_dim)
 
 
 def write(path: Path, value: Any) -> None:

@@ -52,6 +52,18 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values) - half, fmean(values) + half
 
 
+def rise(losses: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
+    """Return by what share a perplexity is above dense attention's, and half of its interval.
+
+    Args:
+        losses: Mean loss of every window, in nats.
+        dense: Those of dense attention on the same windows.
+    """
+    differences = [loss - other for loss, other in zip(losses, dense, strict=True)]
+    low, high = mean_interval(differences)
+    return math.expm1(fmean(differences)), (math.exp(high) - math.exp(low)) / 2
+
+
 def t_quantile(freedom: int) -> float:
     """Return the t within which a share `CONFIDENCE` of Student's distribution lies, either side of zero.
 
