@@ -260,7 +260,7 @@ def one(args: argparse.Namespace, experiment: Experiment, name: str) -> None:
     dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     model, tokenizer = bundled.named_model(args.model, dtype=dtype, device=args.device)
     measure = experiment.prepare(args, model, tokenizer)
-    started, row, scorer = time.perf_counter(), {"name": name}, None
+    started, row, scorer = time.perf_counter(), {"name": name, "variant": split_seed(name)[0]}, None
     if name not in experiment.scorers:
         gates = taught(args, experiment, name, model, tokenizer)
         # As users load them.
@@ -321,7 +321,8 @@ class Question(NamedTuple):
     Attributes:
         prompt: int64 ``[n]``.
         answer: int64 ``[m]``; several numbers in the text's order, joined by a word.
-        counts: bool ``[m]``, the tokens of numbers.
+        counts: bool ``[m]``, the tokens that must be looked up: digits, but for the first where there are
+            several numbers, of which a model may begin with any.
     """
 
     prompt: np.ndarray
@@ -351,13 +352,13 @@ def questions(
 
 
 def question(source: Source, sample: tasks.Sample) -> Question:
-    """Return a task's sample with what a model says that answers it."""
-    order = np.argsort(sample.places)
-    parts = [source.encode(f" {sample.expected[i]}") for i in order]
-    join = source.encode(" and")
-    pieces = [(parts[0], True)] + [piece for part in parts[1:] for piece in ((join, False), (part, True))]
-    answer = np.concatenate([piece for piece, _ in pieces])
-    counts = np.concatenate([np.full(len(piece), own) for piece, own in pieces])
+    """Return a sample whose answer is numbers, with what a model says that answers it."""
+    numbers = [sample.expected[i] for i in np.argsort(sample.places)]
+    answer = source.encode(" " + " and ".join(numbers))
+    pieces = [str(source.tokenizer.decode([token])) for token in answer.tolist()]
+    counts = np.array([any(map(str.isdigit, piece)) for piece in pieces])
+    if len(numbers) > 1:
+        counts[counts.argmax()] = False
     return Question(sample.prompt, answer, counts)
 
 

@@ -1,0 +1,162 @@
+"""Which gates choose best in prefill: designs, targets and objectives on one model, beside other scorers.
+
+    python -m experiments.prefill_gates.run --model MODEL --text BOOKS --heldout BOOKS --out runs/prefill
+    python -m experiments.prefill_gates.run --model MODEL --out runs/prefill --only default --seeds 3
+
+Every set of gates is taught by `Distiller` on the same sequences, in a process of its own, and measured as
+the scorers are that need no training: the perplexity of held-out text; numbers that are asked for behind a
+text, after RULER, and whether sparse prefill foresees every token of the answer; and what choosing costs.
+Of further seeds, results are called NAME-seedK. Stopped at any point, the same command goes on from there.
+Results are in OUT/results.json. Text is tokenised once, into OUT/tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.prefill_gates.table import table
+from experiments.variants import (
+    POLICY,
+    Experiment,
+    Measure,
+    Question,
+    Variant,
+    cost,
+    questions,
+    windows_of,
+)
+from seerattention.gate_config import GateConfig
+from seerattention.hosts.transformers import Gates, logits_of
+from seerattention.measure.compare import attached, measured
+from seerattention.measure.perplexity import hidden_states
+from seerattention.scorer import Scorer
+
+#: Tasks whose questions are asked at the first length.
+TASKS: dict[str, dict[str, Any]] = {
+    "niah_single": {},
+    "niah_multikey": {"keys": 4},
+    "niah_multivalue": {"values": 2},
+}
+
+#: What the model's shape says, or the run.
+_GIVEN = ("num_heads", "num_kv_heads", "head_dim", "block_size", "gate_dim", "rope_theta")
+
+#: The design of the published gates, but for ``gate_dim``, which is the head's.
+PUBLISHED = {
+    name: value
+    for name, value in GateConfig.published(num_heads=1, num_kv_heads=1, head_dim=64).to_dict().items()
+    if name not in _GIVEN
+}
+
+
+def sub_blocks(queries: int, keys: int) -> dict[str, Any]:
+    """Return the design with so many queries and keys per summary."""
+    return {"q_sub_block": queries, "k_sub_block": keys}
+
+
+VARIANTS = {
+    "default": Variant(),
+    "not taught": Variant(taught=False),
+    "published": Variant(PUBLISHED, "kl", "max", 1e-3),
+    "former default": Variant({"shares": False}, "sharp_kl", "max", 3e-3),
+    "largest weight": Variant(target="max"),
+    "all blocks": Variant(objective="kl"),
+    "largest product": Variant({"shares": False}),
+    "8x8": Variant(sub_blocks(8, 8)),
+    "8x4": Variant(sub_blocks(8, 4)),
+    "4x2": Variant(sub_blocks(4, 2)),
+    "2x2": Variant(sub_blocks(2, 2)),
+    "16x4": Variant(sub_blocks(16, 4)),
+    "narrow": Variant({"gate_dim": 32}),
+    "books alone": Variant(retrieval=0.0, repeats=0.0),
+    "three times as long": Variant(steps=3.0),
+}
+#: Ways to choose without gates.
+SCORERS = (
+    "dense", "oracle_mass", "oracle", "xattention", "quest", "meanpool", "minference", "flexprefill",
+    "streaming",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Read the command line and run."""
+    EXPERIMENT.main(parsed())
+
+
+def parsed(given: list[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = EXPERIMENT.parser(__doc__)
+    add = parser.add_argument
+    add("--length", type=int, default=8192, help="tokens per step")
+    add("--eval-lengths", type=int, nargs="+", default=[4096, 8192], help="of held-out windows, in tokens")
+    add("--densities", type=float, nargs="+", default=[0.2, 0.1, 0.05], help="of the blocks")
+    add("--questions", type=int, default=100, help="of each task, behind the first length")
+    args = parser.parse_args(given)
+    args.window = max(args.eval_lengths)
+    return args
+
+
+def prepared(args: argparse.Namespace, model: Any, tokenizer: Any) -> Measure:
+    """Return what measures gates or a scorer."""
+    windows = windows_of(args)
+    samples = questions(args, tokenizer, TASKS, args.eval_lengths[0])
+
+    def measure(scorer: Gates | Scorer | None) -> dict[str, Any]:
+        policies = {f"{density:g}": POLICY.format(density) for density in args.densities}
+        policies = {"1": None} if scorer is None else policies
+        row: dict[str, Any] = {"cost": cost(scorer.config)} if isinstance(scorer, Gates) else {}
+        row["perplexity"] = {
+            str(length): {
+                density: losses(model, scorer, policy, [window[:length] for window in windows])
+                for density, policy in policies.items()
+            }
+            for length in args.eval_lengths
+        }
+        row["found"] = {
+            task: {density: foreseen(model, scorer, policy, some) for density, policy in policies.items()}
+            for task, some in samples.items()
+        }
+        return row
+
+    return measure
+
+
+def losses(
+    model: Any, scorer: Gates | Scorer | None, policy: str | None, windows: list[np.ndarray]
+) -> dict[str, Any]:
+    """Return each window's mean loss, in nats, and the share of the blocks that was read."""
+    row = measured(model, scorer, policy, windows=windows)
+    return {"density": row.density, "losses": [float(loss.mean()) for loss in row.losses]}
+
+
+@torch.inference_mode()
+def foreseen(
+    model: Any, scorer: Gates | Scorer | None, policy: str | None, some: list[Question]
+) -> dict[str, float]:
+    """Return the share of answers whose every token is the most likely one, and their mean log-likelihood.
+
+    Of the tokens that count, prompt and answer read in one call.
+    """
+    right, likelihoods = 0, []
+    with attached(model, scorer, policy):
+        for prompt, answer, counts in some:
+            hidden = hidden_states(model, np.concatenate([prompt, answer]))[len(prompt) - 1 : -1]
+            own = torch.from_numpy(counts).to(hidden.device)
+            logits = logits_of(model, hidden[own]).float()
+            targets = torch.from_numpy(answer[counts]).to(hidden.device)
+            right += bool((logits.argmax(-1) == targets).all())
+            likelihoods.append(float(logits.log_softmax(-1).gather(1, targets[:, None]).mean()))
+    return {"share": right / len(some), "likelihood": float(np.mean(likelihoods))}
+
+
+EXPERIMENT = Experiment(
+    "experiments.prefill_gates.run", VARIANTS, SCORERS, ("eval_lengths", "densities"), prepared, table
+)
+
+
+if __name__ == "__main__":
+    main()
