@@ -92,6 +92,7 @@ class AttnGate(nn.Module):
         # What `ProductScorer` asks for.
         self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
+        self.shares = config.shares
         self.tokens_per_summary = config.k_sub
         self.reset_parameters()
 
@@ -193,8 +194,15 @@ class AttnGate(nn.Module):
         return project_blocks(summarise_blocks(x, size, pools, dtype=dtype, rows=rows), **options)
 
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Score all block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`."""
-        return self.score_summaries(self.summarise_queries(q, positions=positions), k_blocks)
+        """Score all block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`.
+
+        Shares are of what a query may see: q are taken to be the last of the keys.
+        """
+        rows = None
+        if self.shares:
+            filled, tokens = k_blocks.shape[2] * self.tokens_per_summary, q.shape[2]
+            rows = Rows.at(filled - tokens if filled - tokens >= self.tokens_per_summary else 0, tokens)
+        return self.score_summaries(self.summarise_queries(q, positions=positions), k_blocks, rows=rows)
 
     def score_summaries(self, queries: Tensor, keys: Tensor, *, rows: Rows | None = None) -> Tensor:
         """Score block pairs from the summaries of their queries and keys.
@@ -208,8 +216,8 @@ class AttnGate(nn.Module):
         Returns:
             fp32 ``[B, H, Nq, Nk]``, before softmax.
         """
-        keys, size = keys.to(queries.dtype), self.block_size
-        return score_blocks(queries, keys, self.sub_blocks, scale=self.scale, rows=rows, block_size=size)
+        options = {"scale": self.scale, "rows": rows, "block_size": self.block_size, "shares": self.shares}
+        return score_blocks(queries, keys.to(queries.dtype), self.sub_blocks, **options)
 
     def per_token(self) -> TokenGate:
         """Return this gate for single query tokens; see `Scorer.per_token`."""
@@ -252,6 +260,8 @@ class TokenGate:
     """
 
     after_rope = False
+    #: Whoever ranks blocks for one query compares shares by ranking products.
+    shares = False
 
     def __init__(self, gate: AttnGate) -> None:
         self.gate = gate

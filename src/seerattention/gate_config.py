@@ -22,10 +22,11 @@ TOKEN_KEYS: dict[str, Any] = {"k_pool": ("avg",), "k_sub_block": 1, "gate_dim": 
 def design_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of new gates, fields of `GateConfig`, with what gates of their phase have by default.
 
-    Gates for decoding have `TOKEN_KEYS` unless ``k_sub_block`` is given, no wider than a head.
+    Gates that choose for blocks of queries compare shares. Those for decoding have `TOKEN_KEYS` unless
+    ``k_sub_block`` is given, no wider than a head.
     """
     if settings.get("phase") != "decode":
-        return dict(settings)
+        return {"shares": True, **settings}
     if "k_sub_block" in settings:
         return {**DECODE_DESIGN, **settings}
     widest = TOKEN_KEYS["gate_dim"]
@@ -46,7 +47,7 @@ class GateConfig:
     """Everything that defines a gate's weights; saved beside them.
 
     The defaults are the design of docs/method.md that reads most of what matters within 3 % of dense
-    attention's products; `published` gives the one of the paper.
+    attention's products, but for what `design_of` adds to new gates; `published` gives the one of the paper.
 
     Attributes:
         num_heads: Query heads, ``Hq``.
@@ -60,6 +61,10 @@ class GateConfig:
         q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
             block pair's score is the maximum over its pairs of sub-blocks.
         k_sub_block: The same for keys.
+        shares: A pair's score is the logarithm of the largest share of attention that a summary of its
+            queries gives the KV block: of every query summary, the softmax over blocks of its largest
+            product in each. Without, it is the largest product. New gates for prefill have it; between
+            single queries there is nothing to compare.
         per_kv_head: One score per KV head, the group's queries merged by the projection, instead of
             one per query head.
         rope: Rotate the summaries to the position of their first token.
@@ -87,6 +92,7 @@ class GateConfig:
     k_pool: tuple[str, ...] = ("max", "min", "avg")
     q_sub_block: int | None = 4
     k_sub_block: int | None = 4
+    shares: bool = False
     per_kv_head: bool = False
     rope: bool = True
     rope_pairs: Literal["slowest", "spread"] = "slowest"

@@ -171,8 +171,8 @@ def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, t
     assert result.exit_code == 0, result.output
     assert "https://huggingface.co/me/gates" in said
     card = pushed["me/gates"]["README.md"].decode()
-    assert "| objective | sharp_kl |" in card
-    assert "| target | max |" in card
+    assert "| objective | choice_kl |" in card
+    assert "| target | mass |" in card
     assert "| top_k:0.2 |" in card
     assert str(tmp_path) not in card
 

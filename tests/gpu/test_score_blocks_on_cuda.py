@@ -49,9 +49,11 @@ CALLS += [
 by_call = pytest.mark.parametrize(("case", "dtype"), CALLS, ids=[f"{c.name}-{d}" for c, d in CALLS])
 
 
-def run(case: Case, backend: str, q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+def run(
+    case: Case, backend: str, q: Tensor, k: Tensor, gradient: Tensor, *, shares: bool = False
+) -> tuple[Tensor, ...]:
     q, k = (x.detach().requires_grad_() for x in (q, k))
-    options = {"scale": 0.5, "backend": backend} | case.geometry
+    options = {"scale": 0.5, "shares": shares, "backend": backend} | case.geometry
     scores = score_blocks(q, k, case.sub_blocks, **options)
     return scores.detach(), *torch.autograd.grad(scores, (q, k), gradient.to(scores.dtype))
 
@@ -70,6 +72,23 @@ def test_exact_products_give_exact_results(case: Case, dtype: torch.dtype) -> No
     for mine, wanted in zip(run(case, "triton", *given), run(case, "reference", *given), strict=True):
         assert mine.dtype == wanted.dtype
         assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["eight-64", "uneven", "four", "later-rows", "every-pair", "whole-rows"])
+def test_shares_within_the_error_budget(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several slices, each computed again in the backward pass."""
+    monkeypatch.setattr(score_op.BACKENDS["triton"], "SLICE_BYTES", 2**20)
+    case = next(c for c in MIDDLING if c.name == name)
+    q, k, gradient = case.normal(dtype, "cuda")
+    for place, mine in enumerate(run(case, "triton", q, k, gradient, shares=True)):
+
+        def reference(q: Tensor, k: Tensor, i: int = place) -> Tensor:
+            return run(case, "reference", q, k, gradient, shares=True)[i]
+
+        Budget.of(reference, q, k).check(mine)
 
 
 @by_call

@@ -79,7 +79,7 @@ def test_the_scoring_kernels_compile_for_hopper(name: str, dtype: str, dim: int)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     constants |= {"GROUP": 4, "E": dim, "E_PAD": dim, "SUBS_Q": 8, "SUBS_K": 8, "CAUSAL": True}
     constants |= {"BLOCK_Q": 64, "BLOCK_K": 64}
-    scored = {"KEEP": True, "PRECISION": "tf32x3", "RESIDENT": launch.resident}
+    scored = {"EXACT": True, "KEEP": True, "PRECISION": "tf32x3", "RESIDENT": launch.resident}
     constants |= scored if name == "score" else {"unit": None, "TO_KEYS": name == "back to keys"}
     names = kernel.arg_names
     types = {n: "*" + dtype for n in ("queries", "keys", "other", "out") if n in names}
@@ -107,12 +107,15 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, Any], opti
 
 @compiles
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("dim", [96, 128])
-def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None:
-    options = choosing.LAUNCHES["narrow"].tile() | {"RESIDENT": choosing.LAUNCHES["narrow"].resident}
+def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed: bool) -> None:
+    started = choosing.LAUNCHES["narrow shares" if shares else "narrow"]
+    options = started.tile() | {"RESIDENT": started.resident}
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
+    constants |= {"SUBS_Q": 1, "BLOCK_Q": 4, "EXACT": True} if shares else {"EXACT": False}
     constants |= choosing._widths(dim, "tf32x3")
     types = {"queries": "*bf16", "keys": "*bf16", "scores": "*fp32", "sequences": "*i32", "scale": "fp32"}
     made = compiled(choosing._score, constants, types, launch)
@@ -121,7 +124,7 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, packed: bool) -> None
     types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}
     types |= {"value": "fp32", "row_exponent": "fp32"}
     for kind in range(len(choosing.KINDS)):
-        constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512}
+        constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512, "EACH": 16 if shares else 0}
         if not packed and kind:
             constants["values"] = None
         compiled(choosing._choose, constants, types, {"num_warps": 1})

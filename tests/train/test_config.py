@@ -26,16 +26,6 @@ def test_an_unknown_target_names_the_known_ones(kind):
 
 
 @pytest.mark.parametrize(
-    ("phase", "objective", "target"),
-    [("prefill", "sharp_kl", "max"), ("decode", "choice_kl", "mass"), ("both", "sharp_kl", "max")],
-)
-def test_what_is_not_named_is_the_default_of_the_phase(phase, objective, target):
-    assert DistillConfig().taught(phase) == DistillConfig(objective=objective, target=target)
-    named = DistillConfig(objective="kl", target="mass")
-    assert named.taught(phase) == named
-
-
-@pytest.mark.parametrize(
     "wrong", [{"steps": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"save_every": 0}, {"recall_density": 0.0}]
 )
 def test_distill_settings_out_of_range_are_refused_by_name(wrong):

@@ -260,13 +260,14 @@ def sequence_of(
 def best_products(
     queries, keys, row, column, last_q, last_k, E: tl.constexpr, E_LOW: tl.constexpr, E_REST: tl.constexpr,
     SUBS_Q: tl.constexpr, SUBS_K: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    KEEP: tl.constexpr, latest, KEY_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Return block pairs' largest products over their pairs of summaries, and with KEEP the pairs' numbers.
 
     ``row`` and ``column`` are the blocks of a tile. Summaries of ``E`` numbers lie behind one another from
     ``queries`` and ``keys`` on, the last of them ``last_q`` and ``last_k``; a product takes their first
     ``E_LOW`` numbers and, if any, the ``E_REST`` after them. A query block's are held ``RESIDENT`` at a time.
+    With ``KEY_TOKENS``, how many a summary of keys is of, none counts that begins after the row's ``latest``.
     """
     e = tl.arange(0, E_LOW)
     PARTS: tl.constexpr = 2 if E_REST > 0 else 1
@@ -295,6 +296,9 @@ def best_products(
                 if E_REST > 0:
                     rest = tl.dot(parts[sub * PARTS + 1], key_rest, product, input_precision=PRECISION)
                     product = rest
+                if KEY_TOKENS > 0:
+                    begins = (column * SUBS_K + sub_k) * KEY_TOKENS
+                    product = tl.where(begins[None, :] <= latest[:, None], product, float("-inf"))
                 if KEEP:
                     pair = (held + sub) * SUBS_K + sub_k
                     better = (product > best) | ((product == best) & (winner > pair))

@@ -140,6 +140,13 @@ class ScoreOptions(Asked):
     scale: float
     rows: Rows | None = None
     block_size: tuple[int, int] = (64, 64)
+    shares: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens per summary of (queries, keys)."""
+        (block_q, block_k), (subs_q, subs_k) = self.block_size, self.sub_blocks
+        return block_q // subs_q, block_k // subs_k
 
     @property
     def past(self) -> int | None:

@@ -114,11 +114,13 @@ class Certain:
         assert rule is not None
         always = policy.always(own, valid)
         queries = scorer.summarise_queries(q, positions=rows.positions(q.device))
+        sizes = tuple(b // s for b, s in zip(scorer.block_size, scorer.sub_blocks, strict=True))
+        seen = rows.causal(sizes, q.device) if scorer.shares else None
         taken, left = [], []
         # One head at a time: fp64 scores of all of them are large.
         for h in range(queries.shape[1]):
             keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
-            scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale)
+            scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale, seen)
             sure, never = _decide(_of_head(rule, h), scores, slack, valid, always)
             taken.append(sure)
             left.append(never)
@@ -194,16 +196,31 @@ class Certain:
         assert not wrong.any(), f"{int(wrong.sum())} blocks too many, first {wrong.nonzero()[0].tolist()}"
 
 
-def _scores(q: Tensor, k: Tensor, subs: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
+def _scores(
+    q: Tensor, k: Tensor, subs: tuple[int, int], scale: float, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores ``[B, Nq, Nk]`` in fp64, and how far fp32 sums in any order may be from them.
+
+    With the summaries of keys that those of queries see, bool ``[Sq, Sk]``, scores are shares.
 
     A sum of E products is at most ``E * eps * sum |q_i k_i|`` off, whatever the order and even if
     intermediate results are cut off instead of rounded; scaling adds two more roundings. The maximum
-    of sums is no further off than the worst of them.
+    of sums is no further off than the worst of them. The logarithm of a sum of N exponentials is as far off
+    as the worst of them, and as N roundings of it and those of the exponents.
     """
-    exact = _largest(q @ k.mT, subs, float("-inf")) * scale
-    size = _largest(q.abs() @ k.abs().mT, subs, 0.0) * scale
-    return exact, (q.shape[-1] + 2) * EPS * size
+    each = subs if seen is None else (1, subs[1])
+    exact, size = (q @ k.mT) * scale, (q.abs() @ k.abs().mT) * scale
+    if seen is not None:
+        exact, size = exact.masked_fill(~seen, float("-inf")), size.masked_fill(~seen, 0)
+    exact, slack = _largest(exact, each, float("-inf")), (q.shape[-1] + 2) * EPS * _largest(size, each, 0.0)
+    if seen is None:
+        return exact, slack
+    share = exact.log_softmax(-1)
+    least = share.masked_fill(torch.isinf(share), 0)
+    rounding = (least.abs().amax(-1, keepdim=True) + share.shape[-1] + 8) * EPS
+    slack = slack + slack.amax(-1, keepdim=True) + rounding + least.abs() * EPS
+    rows = subs[0], 1
+    return _largest(share, rows, float("-inf")), _largest(slack, rows, 0.0)
 
 
 def _largest(pairs: Tensor, subs: tuple[int, int], fill: float) -> Tensor:

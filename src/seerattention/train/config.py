@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -20,10 +19,9 @@ class TrainConfig:
         steps: Optimizer steps.
         lr: Peak learning rate; it follows a cosine to zero.
         warmup: Share of the steps in which the rate rises linearly, in [0, 1).
-        objective: What the gates minimise: ``choice_kl``, ``sharp_kl``, or ``kl`` as published; default
-            ``sharp_kl``, and ``choice_kl`` for gates that choose for decoding alone (docs/method.md).
-        target: What they learn of a block: ``max``, its largest attention weight, as published, or ``mass``,
-            the sum of a query's weights in it; default ``max``, and ``mass`` for decoding alone.
+        objective: What the gates minimise: ``choice_kl``, or ``kl`` as published (docs/method.md).
+        target: What they learn of a block: ``mass``, the sum of a query's weights in it, or ``max``, its
+            largest attention weight, as published.
         save_every: Steps between checkpoints.
         grad_accum: Forward passes per optimizer step on each process; the sequences of a step are
             split over them, and the result is the same.
@@ -32,8 +30,8 @@ class TrainConfig:
     steps: int = 500
     lr: float = 3e-3
     warmup: float = 0.02
-    objective: str = ""
-    target: str = ""
+    objective: str = "choice_kl"
+    target: str = "mass"
     save_every: int = 50
     grad_accum: int = 1
 
@@ -50,14 +48,8 @@ class TrainConfig:
         from seerattention.ops.options import POOLS
         from seerattention.train import objectives
 
-        self._check(self.target in ("", *POOLS), "target", " or ".join(POOLS))
-        if self.objective:
-            objectives.create(self.objective)
-
-    def taught(self, phase: str) -> Self:
-        """Return the same with what gates for this phase learn by default, where nothing is named."""
-        objective, target = ("choice_kl", "mass") if phase == "decode" else ("sharp_kl", "max")
-        return replace(self, objective=self.objective or objective, target=self.target or target)
+        self._check(self.target in POOLS, "target", " or ".join(POOLS))
+        objectives.create(self.objective)
 
     def _check(self, right: bool, name: str, must: str) -> None:
         if not right:

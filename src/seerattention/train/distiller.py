@@ -74,7 +74,7 @@ class Distiller(Loop):
         seed: int = 0,
         decoder: Callable[..., Any] | None = None,
     ) -> None:
-        config = (config or DistillConfig()).taught(gates.config.phase)
+        config = config or DistillConfig()
         super().__init__(model, gates, batches, config, out, accelerator, shard)
         self.config: DistillConfig = config
         self.reach, self.seed = Reach.of(model.config, self.length, reach), seed

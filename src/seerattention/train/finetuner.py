@@ -58,7 +58,7 @@ class Finetuner(Loop):
         shard: bool | None = None,
         backend: str = "auto",
     ) -> None:
-        config = (config or FinetuneConfig()).taught(gates.config.phase)
+        config = config or FinetuneConfig()
         base: PreTrainedModel = unwrapped(model)
         trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
         _refuse(base, gates, config, bool(trained))

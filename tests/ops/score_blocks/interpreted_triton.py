@@ -31,10 +31,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def run(case: Case, backend: str, q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+def run(
+    case: Case, backend: str, q: Tensor, k: Tensor, gradient: Tensor, *, shares: bool = False
+) -> tuple[Tensor, ...]:
     q, k = (x.detach().requires_grad_() for x in (q, k))
-    scale = 0.5
-    scores = score_blocks(q, k, case.sub_blocks, scale=scale, **case.geometry, backend=backend)
+    options = {"scale": 0.5, "shares": shares, "backend": backend, **case.geometry}
+    scores = score_blocks(q, k, case.sub_blocks, **options)
     return scores.detach(), *torch.autograd.grad(scores, (q, k), gradient.to(scores.dtype))
 
 
@@ -65,6 +67,22 @@ def test_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
 
 def test_packed_sequences_are_those_alone() -> None:
     check_packed_scores("triton")
+
+
+@pytest.mark.parametrize("slices", [2**28, 5000], ids=["at once", "in slices"])
+@pytest.mark.parametrize("name", ["one-summary", *ROUNDED, "every-pair", "four"])
+def test_shares_within_the_error_budget(name: str, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "SLICE_BYTES", slices)
+    case = BY_NAME[name]
+    if slices == 5000 and name not in ("uneven", "later-rows"):
+        return
+    q, k, gradient = case.normal(torch.float16)
+    for place, mine in enumerate(run(case, "triton", q, k, gradient, shares=True)):
+
+        def reference(q: Tensor, k: Tensor, i: int = place) -> Tensor:
+            return run(case, "reference", q, k, gradient, shares=True)[i]
+
+        Budget.of(reference, q, k).check(mine)
 
 
 def test_gradients_below_the_range_of_fp16() -> None:

@@ -54,7 +54,7 @@ POLICIES = [
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and chunks at the sizes that an interpreter computes."""
     small = Launch(16, 16, 4, 1, resident=2)
-    monkeypatch.setattr(kernel, "LAUNCHES", {"narrow": small, "wide": small})
+    monkeypatch.setattr(kernel, "LAUNCHES", dict.fromkeys(kernel.LAUNCHES, small))
     monkeypatch.setattr(kernel, "SCORE_BYTES", 4 * 2 * 16 * 32)
     return
 

@@ -1,4 +1,4 @@
-"""Scores of block pairs: the largest product over their pairs of sub-blocks, with a gradient."""
+"""Scores of block pairs: the largest product, or share, over their pairs of sub-blocks, with a gradient."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def score_blocks(
     scale: float | None = None,
     rows: Rows | None = None,
     block_size: tuple[int, int] = (64, 64),
+    shares: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Score block pairs: ``scale`` times the largest product over their pairs of summaries.
+    """Score block pairs: ``scale`` times the largest product over their pairs of summaries, or its share.
 
-    The gradient of a score goes to the one pair that made it; among equals to the lowest sub-block of
+    The gradient of a product goes to the one pair that made it; among equals to the lowest sub-block of
     queries, then of keys. Nothing of the size of sub-block pairs is kept for the backward pass.
 
     Args:
@@ -47,6 +48,9 @@ def score_blocks(
         rows: Where the queries lie among the keys: what comes after a block's last query is 0 and passes no
             gradient. Default every pair is scored.
         block_size: Tokens per (query block, KV block), which ``rows`` is divided into.
+        shares: Compare what query summaries give blocks instead of their products: of every query summary,
+            the softmax over blocks of its largest product in each, among the summaries of keys of which it
+            sees a token; a pair's score is the logarithm of the largest share of a summary of its queries.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
@@ -58,15 +62,18 @@ def score_blocks(
         ValueError: If shapes do not fit, a number is out of range or the backend is unknown.
         NotImplementedError: If the backend cannot run this, with its reasons.
 
-    Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks are this project's (docs/method.md).
+    Source: SeerAttention, section 3.1 (arXiv 2410.13276); sub-blocks and shares are this project's
+    (docs/method.md).
     """
     factor = queries.shape[-1] ** -0.5 if scale is None else scale
-    options = ScoreOptions(sub_blocks=sub_blocks, scale=factor, rows=rows, block_size=block_size)
+    options = ScoreOptions(
+        sub_blocks=sub_blocks, scale=factor, rows=rows, block_size=block_size, shares=shares
+    )
     _check(queries, keys, options)
     run = choose(BACKENDS, ORDER, backend, queries=queries, keys=keys, options=options).run
     if rows is None or not rows.is_packed:
         return run(queries, keys, options)
-    size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
+    size_q, size_k = options.size
     places, longest = rows.places(rows.num_queries, size_q), rows.num_blocks(block_size)[1]
     parts = []
     for one in rows.sequences():
@@ -101,7 +108,7 @@ def _check(queries: Tensor, keys: Tensor, options: ScoreOptions) -> None:
         return
     if any(b % s for b, s in zip(block_size, sub_blocks, strict=True)):
         raise ValueError(f"sub_blocks={sub_blocks} must divide the blocks of {block_size} tokens")
-    size_q, size_k = (b // s for b, s in zip(block_size, sub_blocks, strict=True))
+    size_q, size_k = options.size
     down = rows.places(rows.num_queries, size_q)[-1].stop
     across = num_blocks(max(k for _, k in rows.known), size_k)
     if queries.shape[2] != down or (keys.shape[2] < across if rows.is_packed else keys.shape[2] != across):

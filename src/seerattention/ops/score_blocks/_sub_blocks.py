@@ -9,13 +9,34 @@ from seerattention.ops.attention_scores import by_block
 
 def max_over_sub_blocks(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
     """Reduce ``[..., Nq * subs_q, Nk * subs_k]`` (the last block possibly short) to ``[..., Nq, Nk]``."""
-    learns = products.requires_grad
     # Rows first is faster, as their elements lie side by side; columns first gives a gradient to the first of
     # equal pairs in memory order.
+    learns = products.requires_grad
     for dim, subs in ((-1, subs_k), (-2, subs_q)) if learns else ((-2, subs_q), (-1, subs_k)):
-        if subs == 1:
-            continue
-        products = by_block(products, subs, dim, float("-inf"))
-        # amax, faster, would share a gradient among equals; max gives it to the first of them.
-        products = products.max(dim).values if learns else products.amax(dim)
+        products = _largest(products, subs, dim)
     return products
+
+
+def shares_of_sub_blocks(products: Tensor, seen: Tensor | None, subs_q: int, subs_k: int) -> Tensor:
+    """Reduce the same to the logarithm of the largest share that a query summary gives a block.
+
+    A summary's shares are the softmax over blocks of its largest product in each, among the keys' summaries
+    that it sees: bool ``[Nq * subs_q, Nk * subs_k]``, None for all. -inf where no summary sees a block.
+    """
+    if seen is not None:
+        products = products.masked_fill(~seen, float("-inf"))
+    return largest_shares(_largest(products, subs_k, -1), subs_q)
+
+
+def largest_shares(products: Tensor, subs_q: int) -> Tensor:
+    """Reduce the largest products of query summaries in blocks, ``[..., Sq, Nk]``, to ``[..., Nq, Nk]``."""
+    return _largest(products.log_softmax(-1), subs_q, -2)
+
+
+def _largest(x: Tensor, size: int, dim: int) -> Tensor:
+    """Return the largest of every ``size`` entries along a dimension, the last ones possibly fewer."""
+    if size == 1:
+        return x
+    x = by_block(x, size, dim, float("-inf"))
+    # amax, faster, would share a gradient among equals; max gives it to the first of them.
+    return x.max(dim).values if x.requires_grad else x.amax(dim)

@@ -33,13 +33,17 @@ def score(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write a tile of block scores and, if wanted, the number of the pair that each came from."""
+    """Write a tile of block scores and, if wanted, the number of the pair that each came from.
+
+    With EXACT, of the block that a row ends in only those summaries of keys count that begin by its end.
+    """
     across = tl.cdiv(columns, BLOCK_N)
     # The last rows see the most blocks: first.
     down = tl.cdiv(rows, BLOCK_M) - 1 - tl.program_id(1) // across
@@ -49,13 +53,14 @@ def score(
     seen = tl.minimum(columns, latest // BLOCK_K + 1) if CAUSAL else columns
     if (tl.program_id(1) % across) * BLOCK_N < seen:
         head = tl.program_id(0).to(tl.int64)
+        last_query = past + row * BLOCK_Q + (BLOCK_Q - 1)
         best, winner = best_products(
             queries + head * query_subs * E, keys + (head // GROUP) * key_subs * E, row, column,
             query_subs - 1, key_subs - 1, E, E_PAD, 0, SUBS_Q, SUBS_K, RESIDENT, PRECISION, KEEP,
+            last_query, BLOCK_K // SUBS_K if EXACT else 0,
         )  # fmt: skip
         best *= scale
         if CAUSAL:
-            last_query = past + row * BLOCK_Q + (BLOCK_Q - 1)
             best = tl.where(column[None, :] * BLOCK_K <= last_query[:, None], best, 0.0)
         at = head * rows * columns + row[:, None] * columns + column[None, :]
         kept = (row < rows)[:, None] & (column < columns)[None, :]

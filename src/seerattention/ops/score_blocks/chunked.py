@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import ScoreOptions
-from seerattention.ops.score_blocks._sub_blocks import max_over_sub_blocks
+from seerattention.ops.score_blocks._sub_blocks import max_over_sub_blocks, shares_of_sub_blocks
 from seerattention.rows import num_blocks
 
 #: Products are reduced to block scores in slices of at most this many bytes.
@@ -35,13 +35,9 @@ def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
         if rows is not None:
             last_query = rows.first + min(part.stop * block_size[0], rows.num_queries) - 1
             seen = last_query // block_size[1] + 1
-        args = (
-            queries[:, :, part.start * subs_q : part.stop * subs_q],
-            keys[:, :, : seen * subs_k],
-            options.sub_blocks,
-            None if valid is None else valid[part],
-            across,
-        )
+        given = queries[:, :, part.start * subs_q : part.stop * subs_q]
+        shown = keys[:, :, : seen * subs_k]
+        args = (given, shown, options, part.start, None if valid is None else valid[part], across)
         parts.append(
             checkpoint(_slice, *args, use_reentrant=False, preserve_rng_state=False)
             if learns
@@ -51,15 +47,26 @@ def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
 
 
 def _slice(
-    queries: Tensor, keys: Tensor, sub_blocks: tuple[int, int], valid: Tensor | None, across: int
+    queries: Tensor, keys: Tensor, options: ScoreOptions, first: int, valid: Tensor | None, across: int
 ) -> Tensor:
-    """Score some rows against the blocks that they see; the columns after these are 0."""
+    """Score the rows from ``first`` on against the blocks that they see; the columns after these are 0."""
     # A head's query summaries meet the key summaries of its group.
     heads, length = queries.shape[1:3]
     queries = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     products = (queries @ keys.mT).unflatten(2, (heads // keys.shape[1], length))
-    scores = max_over_sub_blocks(products, *sub_blocks).flatten(1, 2)
+    if options.shares:
+        seen = None if options.rows is None else _seen(options, first * options.sub_blocks[0], length, keys)
+        scores = shares_of_sub_blocks(products, seen, *options.sub_blocks).flatten(1, 2)
+    else:
+        scores = max_over_sub_blocks(products, *options.sub_blocks).flatten(1, 2)
     if valid is None:
         return scores
     scores = scores.masked_fill(~valid[:, : scores.shape[3]], 0)
     return nn.functional.pad(scores, (0, across - scores.shape[3]))
+
+
+def _seen(options: ScoreOptions, first: int, count: int, keys: Tensor) -> Tensor:
+    """Return which summaries of keys some summaries of queries see, bool ``[count, Sk]``."""
+    size_q, size_k = options.size
+    ends = (options.past or 0) + size_q * torch.arange(first + 1, first + count + 1, device=keys.device)
+    return size_k * torch.arange(keys.shape[2], device=keys.device) < ends[:, None]

@@ -9,23 +9,29 @@ are the same every time. Design and floor: docs/kernels.md.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from seerattention.ops.language import padded, products, unsupported_dtype, unsupported_here
 from seerattention.ops.launch import Launch, width
 from seerattention.ops.options import ScoreOptions
+from seerattention.ops.score_blocks._sub_blocks import largest_shares
 from seerattention.ops.score_blocks._triton_kernel import back, score
-from seerattention.rows import num_blocks
+from seerattention.rows import Rows, num_blocks
 
 #: By what `width` says; of the kernel that scores, and of those that send gradients back.
 LAUNCHES = {
     "narrow": {"score": Launch(64, 64, 4, 2, resident=2), "back": Launch(64, 64, 4, 3)},
     "wide": {"score": Launch(64, 32, 8, 1), "back": Launch(32, 32, 8, 1)},
 }
+
+#: What query summaries give blocks is compared in slices of at most this many bytes.
+SLICE_BYTES = 256 * 2**20
 
 
 def unsupported(queries: Tensor, keys: Tensor, options: ScoreOptions) -> list[str]:
@@ -41,17 +47,60 @@ def unsupported(queries: Tensor, keys: Tensor, options: ScoreOptions) -> list[st
 
 
 def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
-    """Return the scores."""
+    """Return the scores. Of shares, a slice of rows is computed again in the backward pass."""
+    if not options.shares:
+        return _products(queries, keys, options)
+    subs, learns = options.sub_blocks[0], torch.is_grad_enabled()
+    down, across = num_blocks(queries.shape[2], subs), num_blocks(keys.shape[2], options.sub_blocks[1])
+    step = max(1, SLICE_BYTES // (4 * queries.shape[0] * queries.shape[1] * subs * across))
+    parts = []
+    for start in range(0, down, step):
+        part = queries[:, :, start * subs : (start + step) * subs]
+        args = part, keys, options, start
+        again = learns and step < down
+        parts.append(
+            checkpoint(_shares, *args, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else _shares(*args)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _shares(queries: Tensor, keys: Tensor, options: ScoreOptions, first: int) -> Tensor:
+    """Return the largest shares of the rows of blocks from ``first`` on, whose summaries are given."""
+    subs_q, subs_k = options.sub_blocks
+    one = replace(options, shares=False, sub_blocks=(1, subs_k))
+    if options.rows is None:
+        return largest_shares(_products(queries, keys, one), subs_q)
+    # Every query summary is a block of its own.
+    size, block_k = options.size[0], options.block_size[1]
+    past, tokens = options.rows.first + first * options.block_size[0], queries.shape[2] * size
+    one = replace(one, rows=Rows.at(past, tokens), block_size=(size, block_k))
+    products = _products(queries, keys, one, exact=True)
+    block = block_k * torch.arange(products.shape[3], device=queries.device)
+    ends = past + size * torch.arange(1, 1 + queries.shape[2], device=queries.device)
+    unseen = block >= ends[:, None]
+    shares = largest_shares(products.masked_fill(unseen, float("-inf")), subs_q)
+    return shares.masked_fill(unseen[_last_of_each(queries.shape[2], subs_q)], 0)
+
+
+def _last_of_each(count: int, size: int) -> list[int]:
+    """Return where the last of every ``size`` of so many entries is, the last ones possibly fewer."""
+    return [*range(size - 1, count, size), *([count - 1] if count % size else [])]
+
+
+def _products(queries: Tensor, keys: Tensor, options: ScoreOptions, *, exact: bool = False) -> Tensor:
+    """Return the largest products; with ``exact`` among the summaries of keys that begin by a row's end."""
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
-        return _Score.apply(queries, keys, options)  # type: ignore[no-any-return]
-    return _forward(queries.contiguous(), keys.contiguous(), options, keep=False)[0]
+        return _Score.apply(queries, keys, options, exact)  # type: ignore[no-any-return]
+    return _forward(queries.contiguous(), keys.contiguous(), options, keep=False, exact=exact)[0]
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: ScoreOptions, exact: bool) -> Tensor:
         queries, keys = queries.contiguous(), keys.contiguous()
-        scores, winners = _forward(queries, keys, options, keep=True)
+        scores, winners = _forward(queries, keys, options, keep=True, exact=exact)
         ctx.save_for_backward(queries, keys, winners)
         ctx.options = options
         return scores
@@ -61,11 +110,11 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, winners = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        return *_backward(gradient.contiguous(), queries, keys, winners, wanted, ctx.options), None
+        return *_backward(gradient.contiguous(), queries, keys, winners, wanted, ctx.options), None, None
 
 
 def _forward(
-    queries: Tensor, keys: Tensor, options: ScoreOptions, *, keep: bool
+    queries: Tensor, keys: Tensor, options: ScoreOptions, *, keep: bool, exact: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return scores and, if ``keep``, the number ``i * sub_blocks[1] + j`` of each one's winning pair."""
     subs_q, subs_k = options.sub_blocks
@@ -82,6 +131,7 @@ def _forward(
             scores,
             winners,
             *_numbers(queries, keys, scores, options),
+            EXACT=exact,
             KEEP=keep,
             RESIDENT=math.gcd(subs_q, launch.resident),
             PRECISION=products(queries),

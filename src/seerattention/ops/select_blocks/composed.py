@@ -29,7 +29,7 @@ def run(
 
 def _by_products(scorer: Any, q: Tensor, k_blocks: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     queries = scorer.summarise_queries(q, positions=positions, rows=rows)
-    options = {"scale": scorer.scale, "rows": rows, "block_size": scorer.block_size}
+    options = {"scale": scorer.scale, "rows": rows, "block_size": scorer.block_size, "shares": scorer.shares}
     return score_blocks(queries, k_blocks.to(queries.dtype), scorer.sub_blocks, **options)
 
 

@@ -38,5 +38,5 @@ def scores_of(scorer: Any, q: Tensor, keys: Tensor, rows: Rows, positions: Tenso
     if getattr(scorer, "sub_blocks", None) is None:
         return scorer.score(q, keys, positions=positions, valid=rows.causal(size, q.device))
     queries = scorer.summarise_queries(q, positions=positions)
-    options = {"scale": scorer.scale, "rows": rows, "block_size": size, "backend": "reference"}
-    return score_blocks(queries, keys.to(queries.dtype), scorer.sub_blocks, **options)
+    options = {"scale": scorer.scale, "rows": rows, "block_size": size, "shares": scorer.shares}
+    return score_blocks(queries, keys.to(queries.dtype), scorer.sub_blocks, **options, backend="reference")

@@ -3,7 +3,8 @@
 Rows of query blocks are taken in chunks, the latest and longest first. One kernel fills the chunk's block
 scores: the product of every pair of sub-blocks, its maximum taken in registers. A second one holds a row
 at a time, finds where the policy's rule ends by bisection on the bits of its floats, and packs what is
-taken.
+taken. Where shares are compared, the first one fills a row for every query summary, of which the second makes
+one by softmax and maximum.
 """
 
 # Triton reads annotations such as `tl.constexpr`, whose module may be missing.
@@ -38,7 +39,12 @@ from seerattention.scorer import Scorer
 from seerattention.selection import WORD, BlockSelection
 
 #: Launches of the score kernel, by what `width` says; either takes less than 100 KB of shared memory.
-LAUNCHES = {"narrow": Launch(64, 64, 4, 2, resident=4), "wide": Launch(64, 32, 8, 1)}
+LAUNCHES = {
+    "narrow": Launch(64, 64, 4, 2, resident=4),
+    "wide": Launch(64, 32, 8, 1),
+    "narrow shares": Launch(128, 64, 8, 2),
+    "wide shares": Launch(64, 32, 8, 1),
+}
 
 #: Scores of a row that one warp of the policy kernel holds.
 SCORES_PER_WARP = 512
@@ -103,6 +109,7 @@ def run(
             list(chain.from_iterable(lengths)),
             sequences,
             list(scorer.sub_blocks),
+            scorer.shares,
             scorer.scale,
             KINDS.index(rules[0].kind),
             float(rules[0].value),
@@ -125,6 +132,7 @@ def choose_rows(
     lengths: list[int],
     sequences: Tensor | None,
     subs: list[int],
+    shares: bool,
     scale: float,
     kind: int,
     value: float,
@@ -145,6 +153,7 @@ def choose_rows(
         lengths: Queries and keys of the sequence, or one after the other of every packed one with queries.
         sequences: Of packed sequences, what `_sequences` returns.
         subs: Summaries per query block and KV block.
+        shares: Whether shares are compared, see `score_blocks`.
         scale: Factor of the scores.
         kind: Of the rule, its place in ``KINDS``.
         value: Of the rule, where it is one for all heads and sequences.
@@ -159,7 +168,9 @@ def choose_rows(
     if sequences is not None:
         batch, down = len(sequences), max(num_blocks(n, block_q) for n in lengths[::2])
     last = first + down
-    launch = LAUNCHES[width(keys)]
+    # Rows of scores for each row of blocks.
+    each = subs[0] if shares else 1
+    launch = LAUNCHES[width(keys) + (" shares" if shares else "")]
     widths = [0] * down
     for queries_of_one, keys_of_one in zip(lengths[::2], lengths[1::2], strict=True):
         for row in range(first, min(last, num_blocks(queries_of_one, block_q))):
@@ -167,13 +178,14 @@ def choose_rows(
             widths[row - first] = max(widths[row - first], num_blocks(keys_seen, block_k))
     # A packed sequence may see more in an earlier row than the ones that have later rows.
     widths = list(accumulate(widths, max))
-    chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads), launch.block_m))
-    space = max((stop - start) * _stride(widths[stop - 1]) for start, stop in chunks)
+    whole = max(1, launch.block_m // each)
+    chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads * each), whole))
+    space = max((stop - start) * each * _stride(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             seen = widths[stop - 1]
-            tiles = num_blocks(stop - start, launch.block_m) * num_blocks(seen, launch.block_n)
+            tiles = num_blocks((stop - start) * each, launch.block_m) * num_blocks(seen, launch.block_n)
             _score[batch * heads, tiles](
                 queries,
                 keys,
@@ -181,8 +193,8 @@ def choose_rows(
                 sequences,
                 queries.shape[2],
                 keys.shape[2],
-                start,
-                stop,
+                start * each,
+                stop * each,
                 seen,
                 _stride(seen),
                 first * block_q + past,
@@ -191,11 +203,12 @@ def choose_rows(
                 GROUP=heads // keys.shape[1],
                 E=dim,
                 **_widths(dim, products(keys)),
-                SUBS_Q=subs[0],
+                SUBS_Q=subs[0] // each,
                 SUBS_K=subs[1],
-                BLOCK_Q=block_q,
+                BLOCK_Q=block_q // each,
                 BLOCK_K=block_k,
-                RESIDENT=math.gcd(subs[0], launch.resident),
+                EXACT=shares,
+                RESIDENT=math.gcd(subs[0] // each, launch.resident),
                 PRECISION=products(keys),
                 **launch.tile(),
             )
@@ -220,6 +233,7 @@ def choose_rows(
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
                 HEADS=heads,
+                EACH=each if shares else 0,
                 KIND=kind,
                 SLOPED=row_exponent != 0,
                 WIDTH=wide,
@@ -328,12 +342,16 @@ def _score(
     SUBS_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write a tile of block scores; rows count from the first query summary, at position ``past``."""
+    """Write a tile of block scores; rows count from the first query summary, at position ``past``.
+
+    With EXACT, of the block that a row ends in only those summaries of keys count that begin by its end.
+    """
     across = tl.cdiv(width, BLOCK_N)
     row = start + (tl.program_id(1) // across) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(1) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -345,16 +363,24 @@ def _score(
         batch = tl.load(entry).to(tl.int64)
         first_q = queries + ((head % HEADS) * query_subs + tl.load(entry + 1)) * E
         last_q, last_k, past = tl.load(entry + 2) - 1, tl.load(entry + 3) - 1, tl.load(entry + 5)
-    latest = past + (start + (tl.program_id(1) // across + 1) * BLOCK_M) * BLOCK_Q - 1
+    tile_first = start + (tl.program_id(1) // across) * BLOCK_M
+    latest = past + (tile_first + BLOCK_M) * BLOCK_Q - 1
     wanted = (tl.program_id(1) % across) * BLOCK_N * BLOCK_K <= latest
     if sequences is not None:
-        wanted &= (start + (tl.program_id(1) // across) * BLOCK_M) * SUBS_Q <= last_q
+        wanted &= tile_first * SUBS_Q <= last_q
     if wanted:
         first_k = keys + (batch * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
-        best, _ = best_products(
-            first_q, first_k, row, column, last_q, last_k, E, E_LOW, E_REST, SUBS_Q, SUBS_K, RESIDENT,
-            PRECISION, False,
-        )  # fmt: skip
+        ends = past + (row + 1) * BLOCK_Q - 1
+        if EXACT and (tl.program_id(1) % across + 1) * BLOCK_N * BLOCK_K > past + tile_first * BLOCK_Q:
+            best, _ = best_products(
+                first_q, first_k, row, column, last_q, last_k, E, E_LOW, E_REST, SUBS_Q, SUBS_K, RESIDENT,
+                PRECISION, False, ends, BLOCK_K // SUBS_K,
+            )  # fmt: skip
+        else:
+            best, _ = best_products(
+                first_q, first_k, row, column, last_q, last_k, E, E_LOW, E_REST, SUBS_Q, SUBS_K, RESIDENT,
+                PRECISION, False, ends, 0,
+            )  # fmt: skip
         to = scores + head * (stop - start) * stride
         kept = (row < stop)[:, None] & (column < width)[None, :]
         tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
@@ -381,11 +407,12 @@ def _choose(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEADS: tl.constexpr,
+    EACH: tl.constexpr,
     KIND: tl.constexpr,
     SLOPED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Choose the blocks of one row."""
+    """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores."""
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
     if sequences is not None:
@@ -401,8 +428,19 @@ def _choose(
     own = (row * BLOCK_Q + past) // BLOCK_K
     block = tl.arange(0, WIDTH)
     valid = block <= last
-    at = scores + (head * rows + tl.program_id(1)) * stride
-    score = tl.load(at + block, mask=valid, other=float("-inf"))
+    if EACH > 0:
+        at = scores + (head * rows + tl.program_id(1)) * EACH * stride
+        score = tl.full([WIDTH], float("-inf"), tl.float32)
+        for sub in range(EACH):
+            begins = row * BLOCK_Q + sub * (BLOCK_Q // EACH)
+            seen = block * BLOCK_K < begins + BLOCK_Q // EACH + past
+            product = tl.load(at + sub * stride + block, mask=valid & seen, other=float("-inf"))
+            product -= tl.max(product, 0)
+            share = product - tl.log(tl.sum(tl.exp(product), 0))
+            score = tl.where(begins < tokens, tl.maximum(score, share), score)
+    else:
+        at = scores + (head * rows + tl.program_id(1)) * stride
+        score = tl.load(at + block, mask=valid, other=float("-inf"))
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
