@@ -50,9 +50,9 @@ class Variant:
 
     Attributes:
         gate: Settings of `new_gates`.
-        objective: Name of an objective; default the phase's.
-        target: What is learned of a block; default the phase's.
-        lr: Peak learning rate; default that of `DistillConfig`.
+        objective: Name of an objective; default that of `DistillConfig`, as in what follows.
+        target: What is learned of a block.
+        lr: Peak learning rate.
         retrieval: Share of sequences that ask for what they state.
         repeats: Share in which passages return.
         taught: Whether they learn at all.
@@ -67,6 +67,12 @@ class Variant:
     repeats: float = 0.1
     taught: bool = True
     steps: float = 1.0
+
+    def config(self, steps: int) -> DistillConfig:
+        """Return how they are taught, where others are taught for so many steps."""
+        given = {"objective": self.objective, "target": self.target, "lr": self.lr}
+        named: dict[str, Any] = {name: value for name, value in given.items() if value}
+        return DistillConfig(steps=round(self.steps * steps), **named)
 
 
 #: Gates or a scorer, None for dense attention; and what is found of it, by name.
@@ -287,12 +293,9 @@ def taught(args: argparse.Namespace, experiment: Experiment, name: str, model: A
         return gates
     text = TextWindows(tokens_of(args, "text"), args.length, 1, seed)
     text = Mixture(text, tokenizer, variant.retrieval, variant.repeats, seed)
-    rate = {} if variant.lr is None else {"lr": variant.lr}
-    steps = round(variant.steps * args.steps)
-    config = DistillConfig(steps=steps, objective=variant.objective, target=variant.target, **rate)
     # Gaps in positions only where more is measured.
     reach = max(args.length, args.window)
-    for step in Distiller(model, gates, text, config, out=out, reach=reach).run():
+    for step in Distiller(model, gates, text, variant.config(args.steps), out=out, reach=reach).run():
         recalls = [x for x in (step.recall, step.decode_recall) if x is not None]
         print(
             step.step, f"{step.loss:.4f}", *(f"{x:.4f}" for x in recalls), f"{step.seconds:.2f}", flush=True

@@ -26,11 +26,10 @@ def test_every_name_can_be_asked_for(experiment, tmp_path):
     args = experiment.parsed(["--out", str(tmp_path), "--only", *names])
     assert own.names(args) == own.names(experiment.parsed(["--out", str(tmp_path)])) == names
     for name, variant in own.variants.items():
-        # A design of the field that says how sub-blocks' scores are joined is left to its own tests.
-        gate = {key: value for key, value in variant.gate.items() if key != "shares"}
-        config = GateConfig.from_dict(design_of({"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, **gate}))
+        shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64}
+        config = GateConfig.from_dict(design_of({**shape, **variant.gate}))
         assert 0 < variants.cost(config) < 1, name
-        DistillConfig(objective=variant.objective, target=variant.target)
+        assert variant.config(100).steps in (100, 300), name
     for name in own.scorers:
         assert name == "dense" or baselines.create(name, block_size=[16, 16])
 
@@ -86,6 +85,14 @@ def test_what_has_no_result_gets_a_process_and_what_fails_is_told(experiment, tm
     started.clear()
     variants.teach(args, experiment.EXPERIMENT)
     assert started == ["quest"]
+
+
+def test_what_a_variant_does_not_name_is_what_distill_does():
+    assert variants.Variant().config(7) == DistillConfig(steps=7)
+    config = prefill.VARIANTS["former default"].config(7)
+    assert config == DistillConfig(steps=7, objective="sharp_kl", target="max", lr=3e-3)
+    assert prefill.VARIANTS["three times as long"].config(7) == DistillConfig(steps=21)
+    assert prefill.PUBLISHED["shares"] is False
 
 
 def test_of_several_numbers_the_first_digit_is_no_part_of_what_is_foreseen():

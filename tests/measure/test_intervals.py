@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from seerattention.measure.intervals import mean_interval, newcombe, t_quantile, wilson
+from seerattention.measure.intervals import mean_interval, newcombe, rise, t_quantile, wilson
 
 
 def test_wilson_solves_its_equation() -> None:
@@ -40,3 +40,14 @@ def test_newcombe_as_published() -> None:
         pytest.approx(0.3339, abs=5e-5),
     )
     assert newcombe(1, 10, 0, 20) == (pytest.approx(0.6791, abs=5e-5), pytest.approx(1.0, abs=5e-5))
+
+
+def test_a_rise_is_that_of_windows_in_pairs() -> None:
+    dense = [2.0, 3.0, 4.0]
+    more, half = rise([loss + 0.1 for loss in dense], dense)
+    assert more == pytest.approx(math.expm1(0.1))
+    assert half == pytest.approx(0, abs=1e-9)
+    # Differences of 0, 0.1 and 0.2: Student's 4.3027 times a standard error of 0.1 / sqrt(3).
+    more, half = rise([2.0, 3.1, 4.2], dense)
+    assert more == pytest.approx(math.expm1(0.1))
+    assert half == pytest.approx(math.exp(0.1) * math.sinh(4.30265 * 0.1 / math.sqrt(3)), rel=1e-5)
