@@ -645,6 +645,22 @@ def decode_gates() -> str:
     )
 
 
+def prefill_gates() -> str:
+    """Return what gates and other scorers lose and find in prefill."""
+    report = read("gates", "prefill.json")
+    settings = report["settings"]
+    made = runpy.run_path(str(ROOT / "experiments" / "prefill_gates" / "table.py"))
+    return parts(
+        f"{settings['model']}, {settings['steps']} steps of {settings['length']:,} tokens of books; "
+        f"`{POLICY}`, no dense last rows; {settings['windows']} windows of held-out books, and "
+        f"{settings['questions']} questions of each task at {settings['eval_lengths'][0]:,} tokens; "
+        f"{machine(report)}. A cell is the rise of perplexity over dense attention with its 95 % interval, "
+        "and that as a share of XAttention's; below, the answers whose every digit is foreseen, and the "
+        "digits' mean log-likelihood. Of several seeds it is the mean, lowest and highest in brackets:",
+        made["table"](report),
+    )
+
+
 def pooled() -> str:
     """Return attention with its map beside dense attention on a GPU."""
     report = read("h200", "pooled_attention.json")
