@@ -266,7 +266,8 @@ def one(args: argparse.Namespace, experiment: Experiment, name: str) -> None:
     dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     model, tokenizer = bundled.named_model(args.model, dtype=dtype, device=args.device)
     measure = experiment.prepare(args, model, tokenizer)
-    started, row, scorer = time.perf_counter(), {"name": name, "variant": split_seed(name)[0]}, None
+    started, scorer = time.perf_counter(), None
+    row: dict[str, Any] = {"name": name, "variant": split_seed(name)[0]}
     if name not in experiment.scorers:
         gates = taught(args, experiment, name, model, tokenizer)
         # As users load them.
