@@ -116,7 +116,7 @@ class Experiment:
         add("--heldout", type=Path, nargs="+", default=[], help="and books to measure on")
         add("--characters", type=int, default=50_000, help="of each book to train on")
         add("--steps", type=int, default=300)
-        add("--windows", type=int, default=8, help="held-out windows, each of another book")
+        add("--windows", type=int, default=8, help="held-out windows, as long as there are of other books")
         add("--block", type=int, default=64, help="tokens per block")
         add("--only", nargs="+", choices=named, metavar="NAME", help=f"of {', '.join(named)}; default: all")
         add("--seed", type=int, default=1, help="of new gates and of the order of the text")
@@ -193,14 +193,19 @@ def tokens_of(args: argparse.Namespace, name: str) -> np.ndarray:
             raise ValueError(f"{args.out} has no tokens yet; give --text and --heldout")
         _, tokenizer = bundled.named_model(args.model, device="cpu")
         end, parts = tokenizer.convert_tokens_to_ids(tokenizer.eos_token), []
+        further: list[np.ndarray] = []
         for book in read_books(sources):
             # A token is a few characters: a window of a book that has one.
             cut = book[: args.characters if name == "text" else 16 * args.window]
             ids = np.array([*tokenizer.backend_tokenizer.encode(cut, add_special_tokens=False).ids, end])
             if name == "text":
                 parts.append(ids)
-            elif len(ids) > args.window and len(parts) < args.windows:
+            elif len(ids) > args.window:
                 parts.append(ids[: args.window])
+                whole = (len(ids) - 1) // args.window * args.window
+                further += np.split(ids[args.window : whole], whole // args.window - 1)
+        if name == "heldout":
+            parts = [*parts, *further][: args.windows]
         if not parts:
             raise ValueError(f"no book of --{name} has {args.window} tokens; give longer ones")
         found = np.concatenate(parts).astype(np.uint16 if max(map(max, parts)) < 2**16 else np.uint32)

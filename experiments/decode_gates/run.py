@@ -74,6 +74,7 @@ VARIANTS = {
     "largest weight": Taught({"phase": "decode"}, target="max"),
     "all blocks": Taught({"phase": "decode"}, "kl"),
     "k64, as published": Taught(decode(None), "kl", "max"),
+    "a third of the rate": Taught({"phase": "decode"}, lr=1e-3),
     "published": Taught(decode(None, **PUBLISHED), "kl", "max", lr=1e-3),
     "prefill": Taught(),
     "both": Taught({"phase": "both"}),

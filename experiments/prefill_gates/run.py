@@ -73,6 +73,7 @@ VARIANTS = {
     "16x4": Variant(sub_blocks(16, 4)),
     "narrow": Variant({"gate_dim": 32}),
     "books alone": Variant(retrieval=0.0, repeats=0.0),
+    "three times the rate": Variant(lr=3e-3),
     "three times as long": Variant(steps=3.0),
 }
 #: Ways to choose without gates.
@@ -111,7 +112,7 @@ def prepared(args: argparse.Namespace, model: Any, tokenizer: Any) -> Measure:
         row: dict[str, Any] = {"cost": cost(scorer.config)} if isinstance(scorer, Gates) else {}
         row["perplexity"] = {
             str(length): {
-                density: losses(model, scorer, policy, [window[:length] for window in windows])
+                density: losses(model, scorer, policy, in_pieces(windows, length))
                 for density, policy in policies.items()
             }
             for length in args.eval_lengths
@@ -123,6 +124,12 @@ def prepared(args: argparse.Namespace, model: Any, tokenizer: Any) -> Measure:
         return row
 
     return measure
+
+
+def in_pieces(windows: list[np.ndarray], length: int) -> list[np.ndarray]:
+    """Cut windows into as many pieces of a length as they hold."""
+    starts = range(0, len(windows[0]) - length + 1, length)
+    return [window[start : start + length] for window in windows for start in starts]
 
 
 def losses(

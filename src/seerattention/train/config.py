@@ -28,7 +28,7 @@ class TrainConfig:
     """
 
     steps: int = 500
-    lr: float = 3e-3
+    lr: float = 1e-3
     warmup: float = 0.02
     objective: str = "choice_kl"
     target: str = "mass"
