@@ -72,6 +72,7 @@ VARIANTS = {
     "2x2": Variant(sub_blocks(2, 2)),
     "16x4": Variant(sub_blocks(16, 4)),
     "narrow": Variant({"gate_dim": 32}),
+    "per KV head": Variant({"per_kv_head": True}),
     "books alone": Variant(retrieval=0.0, repeats=0.0),
     "three times the rate": Variant(lr=3e-3),
     "three times as long": Variant(steps=3.0),
