@@ -202,8 +202,8 @@ def tokens_of(args: argparse.Namespace, name: str) -> np.ndarray:
                 parts.append(ids)
             elif len(ids) > args.window:
                 parts.append(ids[: args.window])
-                whole = (len(ids) - 1) // args.window * args.window
-                further += np.split(ids[args.window : whole], whole // args.window - 1)
+                starts = range(args.window, len(ids) - args.window, args.window)
+                further += [ids[start : start + args.window] for start in starts]
         if name == "heldout":
             parts = [*parts, *further][: args.windows]
         if not parts:
@@ -387,7 +387,8 @@ def collected(args: argparse.Namespace, experiment: Experiment) -> dict[str, Any
 def cost(config: GateConfig, tokens: int = 32768) -> float:
     """Return a gate's multiplications and additions as a share of dense causal attention's."""
     c, heads = config, config.num_kv_heads / config.num_heads
-    scores = tokens**2 * c.dim / (c.q_sub * c.k_sub)
+    # Of a group's queries, merged by their projection, there is one score.
+    scores = tokens**2 * c.dim / (c.q_sub * c.k_sub) * (heads if c.per_kv_head else 1)
     # Without a projection of queries keys have one per query head.
     queries, keys = (len(c.q_pool), heads * len(c.k_pool)) if c.q_proj else (0, len(c.k_pool))
     project = 2 * tokens * c.head_dim * c.dim * (queries / c.q_sub + keys / c.k_sub)

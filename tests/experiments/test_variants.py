@@ -118,6 +118,23 @@ def test_books_that_are_shorter_than_a_window_are_refused(tmp_path):
         variants.tokens_of(args, "heldout")
 
 
+def test_further_windows_of_long_books_follow_the_first_of_all(tmp_path):
+    _, tokenizer = bundled.load_teacher()
+    text = bundled.TEXT.read_text(encoding="utf-8")
+    # Tokens for one window, for three, and for none.
+    for i, part in enumerate((text[:3000], text[50_000:57_000], text[90_000:90_500])):
+        (tmp_path / f"{i}.txt").write_text(part, encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    sources = [str(tmp_path / f"{i}.txt") for i in range(3)]
+    given = ["--out", str(tmp_path / "out"), "--eval-lengths", "512", "--heldout", *sources]
+    variants.tokens_of(prefill.parsed([*given, "--windows", "3"]), "heldout")
+    found = variants.windows_of(prefill.parsed(given))
+    books = [tokenizer.encode(part, add_special_tokens=False) for part in (text[:3000], text[50_000:57_000])]
+    assert 512 < len(books[0]) < 1024 < 1536 < len(books[1])
+    expected = [books[0][:512], books[1][:512], books[1][512:1024]]
+    assert [window.tolist() for window in found] == expected
+
+
 def test_the_cost_of_choosing_counts_projections_where_there_are_any():
     shape = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "q_sub_block": 8, "k_sub_block": 4}
     config = GateConfig(**shape, gate_dim=32)
@@ -125,6 +142,9 @@ def test_the_cost_of_choosing_counts_projections_where_there_are_any():
     products = tokens / 8 * tokens / 4 * 32 / 2
     pools = 3 * 64 * 32 * (tokens / 8 + tokens / 4 / 3)
     assert variants.cost(config, tokens) == pytest.approx((products + pools) / (tokens * tokens * 64))
+    config = GateConfig(**shape, gate_dim=32, per_kv_head=True)
+    merged = products / 3 + pools
+    assert variants.cost(config, tokens) == pytest.approx(merged / (tokens * tokens * 64))
     # Without one for queries keys are projected for every query head.
     config = GateConfig(**shape, q_pool=("avg",), q_proj=False)
     products, pools = 2 * products, 3 * 64 * 64 * tokens / 4
