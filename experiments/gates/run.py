@@ -44,6 +44,7 @@ from seerattention.measure import bundled
 from seerattention.measure.compare import measured
 from seerattention.measure.needle import NeedleTask
 from seerattention.measure.versions import versions
+from seerattention.ops.options import Pool
 from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.score_blocks import chunked
 from seerattention.train import DistillConfig, objectives, target_recall
@@ -68,6 +69,7 @@ class Variant:
         objective: Name of an objective.
         options: What the objective takes.
         lr: Peak learning rate.
+        target: What is learned of a block.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Variant:
     objective: str = "kl"
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-3
+    target: Pool = "max"
 
 
 @dataclass(frozen=True)
@@ -169,9 +172,13 @@ class Together:
 
         def learn(call: AttentionCall) -> Tensor:
             size, length = by_layer[0][call.layer].block_size, call.q.shape[2]
-            out, target, _ = pooled_attention(call.q, call.k, call.v, size, scale=call.scale)
+            out, targets = call.q, {}
+            for pool in {v.target for v in self.variants}:
+                options = {"scale": call.scale, "pool": pool}
+                out, targets[pool], _ = pooled_attention(call.q, call.k, call.v, size, **options)
             positions = torch.arange(length, device=call.q.device)
             for i, (layers, objective) in enumerate(zip(by_layer, self.objectives, strict=True)):
+                target = targets[self.variants[i].target]
                 with torch.enable_grad():
                     scores = gate_scores(layers[call.layer], call.q_nope, call.k_nope, positions)["prefill"]
                     loss = objective(*counted(target, scores, size, length))

@@ -47,6 +47,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(_line(name, price, *(_risen(ways, name, length, density) for density in asked)))
         lines.append("")
     tasks = list(next(iter(ways.values()))[0]["found"]) if ways else []
+    asked = [f"{density:g}" for density in results["settings"]["asked"]]
     lines += _head("found", *(f"{task}, {_percent(density)}" for task in tasks for density in asked))
     for name, rows in ways.items():
         lines.append(_line(name, *(_found(rows, task, density) for task in tasks for density in asked)))

@@ -54,8 +54,9 @@ class GateConfig:
         num_kv_heads: KV heads, ``Hk``.
         head_dim: Dimension of a head, ``D``.
         block_size: Tokens per block, of queries and keys.
-        gate_dim: Dimension ``E`` of the projected summaries; default three quarters of ``head_dim``, in
-            steps of 16, or ``head_dim`` where queries are not projected or summaries not rotated.
+        gate_dim: Dimension ``E`` of the projected summaries; default three quarters of ``head_dim``, half
+            of it where shares are compared, in steps of 16; or ``head_dim`` where queries are not projected
+            or summaries not rotated.
         q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
         k_pool: The same for keys.
         q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
@@ -122,7 +123,8 @@ class GateConfig:
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.gate_dim is None:
-            narrow = max(16, round(0.75 * self.head_dim / 16) * 16)
+            part = 0.5 if self.shares else 0.75
+            narrow = max(16, round(part * self.head_dim / 16) * 16)
             narrower = self.q_proj and self.rope and narrow < self.head_dim
             object.__setattr__(self, "gate_dim", narrow if narrower else self.head_dim)
         for name in ("q_pool", "k_pool"):

@@ -35,7 +35,20 @@ def arguments(tmp_path):
             (tmp_path / name / f"{j}.txt").write_text(part, encoding="utf-8")
     return (
         *("--out", tmp_path / "out", "--model", tmp_path / "model", "--device", "cpu", "--steps", 2),
-        *("--length", 512, "--eval-lengths", 640, 320, "--windows", 2, "--densities", 0.5, 0.25),
+        *(
+            "--length",
+            512,
+            "--eval-lengths",
+            640,
+            320,
+            "--windows",
+            2,
+            "--densities",
+            0.5,
+            0.25,
+            "--asked",
+            0.5,
+        ),
         *("--block", 16, "--questions", 2, "--seeds", 2),
         *("--text", tmp_path / "text", "--heldout", tmp_path / "heldout"),
     )
@@ -75,7 +88,7 @@ def test_a_run_that_was_stopped_goes_on(run_script, arguments, tmp_path, monkeyp
             )
             assert read[length]["0.25"]["density"] < read[length]["0.5"]["density"] < 0.6
         assert set(rows[name]["found"]) == set(experiment.TASKS)
-        assert set(rows[name]["found"]["niah_multivalue"]) == {"0.5", "0.25"}
+        assert set(rows[name]["found"]["niah_multivalue"]) == {"0.25"}
     assert "taught" not in rows["not taught"]
     assert rows["default"]["taught"]["recall"] > 0
     first, second = (load_gates(out / "gates" / name / "gates") for name in ("default", "default-seed2"))
@@ -135,7 +148,9 @@ def test_the_table_says_what_results_say():
         result("default", [2.0 + math.log(1.04), 3.0 + math.log(1.04)], cost=0.025),
         result("default-seed2", [2.0 + math.log(1.08), 3.0 + math.log(1.08)], cost=0.025, share=0.75),
     ]
-    made = table({"settings": {"eval_lengths": [4096], "densities": [0.1]}, "rows": rows}).splitlines()
+    made = table(
+        {"settings": {"eval_lengths": [4096], "densities": [0.1], "asked": [0.1]}, "rows": rows}
+    ).splitlines()
     mean = math.sqrt(1.04 * 1.08) - 1
     assert made == [
         "| 4,096 tokens | cost at 32k | 10% |",
@@ -152,6 +167,8 @@ def test_the_table_says_what_results_say():
     ]
     # Paired: what differs between windows, not the windows, makes the interval.
     rows[1:] = [result("quest", [2.1, 3.3])]
-    cell = table({"settings": {"eval_lengths": [4096], "densities": [0.1]}, "rows": rows}).splitlines()[3]
+    cell = table(
+        {"settings": {"eval_lengths": [4096], "densities": [0.1], "asked": [0.1]}, "rows": rows}
+    ).splitlines()[3]
     half = (math.exp(0.2 + 12.7062 * 0.1) - math.exp(0.2 - 12.7062 * 0.1)) / 2
     assert cell == f"| quest |  | {math.expm1(0.2):+.2%} ± {half:.2%} |"

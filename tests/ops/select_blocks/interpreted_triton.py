@@ -56,6 +56,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     small = Launch(16, 16, 4, 1, resident=2)
     monkeypatch.setattr(kernel, "LAUNCHES", dict.fromkeys(kernel.LAUNCHES, small))
     monkeypatch.setattr(kernel, "SCORE_BYTES", 4 * 2 * 16 * 32)
+    monkeypatch.setattr(kernel, "SHARE_BYTES", 4 * 2 * 16 * 32)
     return
 
 

@@ -42,7 +42,7 @@ from seerattention.selection import WORD, BlockSelection
 LAUNCHES = {
     "narrow": Launch(64, 64, 4, 2, resident=4),
     "wide": Launch(64, 32, 8, 1),
-    "narrow shares": Launch(128, 64, 8, 2),
+    "narrow shares": Launch(64, 64, 4, 3),
     "wide shares": Launch(64, 32, 8, 1),
 }
 
@@ -51,6 +51,9 @@ SCORES_PER_WARP = 512
 
 #: Bytes of block scores of a chunk of rows, to be read back from a GPU's L2 cache.
 SCORE_BYTES = 32 * 2**20
+
+#: The same of shares, a row for every query summary: fewer and longer chunks are faster than what is cached.
+SHARE_BYTES = 128 * 2**20
 
 #: Bytes of query summaries made at a time.
 SUMMARY_BYTES = 32 * 2**20
@@ -179,7 +182,8 @@ def choose_rows(
     # A packed sequence may see more in an earlier row than the ones that have later rows.
     widths = list(accumulate(widths, max))
     whole = max(1, launch.block_m // each)
-    chunks = list(_chunks(widths, SCORE_BYTES // (4 * batch * heads * each), whole))
+    most = (SHARE_BYTES if shares else SCORE_BYTES) // (4 * batch * heads * each)
+    chunks = list(_chunks(widths, most, whole))
     space = max((stop - start) * each * _stride(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
