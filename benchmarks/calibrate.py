@@ -127,7 +127,7 @@ def run(
         mine = entry["rows"][1]
         rows = [mine, bench.threshold(mine["density"], maps), *bench.top_k(mine["density"])]
         compared.append({"density": entry["value"], "rows": rows})
-    for exponent in (-0.25, -0.5, -1.0):
+    for exponent in (0.0, -0.25, -1.0):
         policy = calibrated(maps, Target(density=densities[0]), exponent)
         exponents.append({"row_exponent": exponent, **bench.measure("row exponent", policy, length)})
     return {

@@ -443,7 +443,7 @@ def calibrated_compared() -> str:
             rows,
         ),
         FORMER_DENSITY,
-        f"With other exponents of `n` than 0, for a density of 10 %: {', '.join(exponents)}.",
+        f"With other exponents of `n`, for a density of 10 %: {', '.join(exponents)}.",
     )
 
 

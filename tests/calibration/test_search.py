@@ -75,6 +75,19 @@ def test_the_law_carries_to_twice_the_length_where_fixed_thresholds_do_not(targe
     assert fixed > 2 * error
 
 
+def test_late_rows_where_questions_stand_read_more_at_the_same_density():
+    maps, others = synthetic(), synthetic(seed=1)
+    policy, level = (Calibrated(fit(maps, Target(density=0.3), *e), sink_blocks=1) for e in ((), (0.0,)))
+    assert chosen(policy, others, 64)[0] == pytest.approx(chosen(level, others, 64)[0], rel=0.02)
+    kept = others.rows >= 64 - 8
+    parts = {name: getattr(others, name)[:, kept] for name in ("log_share", "mass", "gain")}
+    late = replace(others, rows=others.rows[kept], **parts)
+    density, recall = chosen(policy, late, 64)
+    less, lost = chosen(level, late, 64)
+    assert (less, density) == (pytest.approx(0.18, abs=0.01), pytest.approx(0.22, abs=0.01))
+    assert recall > lost + 0.04
+
+
 def test_no_exchange_between_heads_gains():
     length = Length(synthetic(), 64)
     counts = length.spend(length.fraction, 0.2)
