@@ -160,15 +160,18 @@ def _wording(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: np.ndarray, plan: Plan, console: Console
 ) -> Wording | None:
     """Return the wording of needles that a model answers best; None where it answers none."""
+    from dataclasses import replace
+
     from seerattention.demo.run import needles
     from seerattention.measure.needle import wordings
     from seerattention.measure.retrieval import understood
 
     tried = {wording.name: wording for wording in wordings(tokenizer)}
-    asked = {name: needles(tokenizer, text, plan, wording) for name, wording in tried.items()}
+    one = replace(plan, documents=1)
+    asked = {name: needles(tokenizer, text, one, wording) for name, wording in tried.items()}
     console.print(f"Needle questions in {len(tried)} wordings, to find which of them the model understands")
     with bar(console) as progress:
-        task = progress.add_task("asking", total=len(tried) * plan.documents)
+        task = progress.add_task("asking", total=len(tried))
         name, found = understood(model, asked, lambda: progress.advance(task))
     why = not_understood(name, found, plan.tokens)
     console.print(f"   not measured: {why}\n" if why else f"   it finds most in {name}: {found:.0%}\n")

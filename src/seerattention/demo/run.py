@@ -105,10 +105,11 @@ class Method:
     @property
     def dense_last_tokens(self) -> int:
         """Tokens of the last rows that the published code computes densely; 0 where all rows are dense."""
-        if self.scorer is None:
+        scorer = self.scorer
+        if scorer is None:
             return 0
-        gates = isinstance(self.scorer, Gates)
-        return DENSE_LAST_ROWS * (self.scorer.config.block_size if gates else self.scorer.block_size[0])
+        block = scorer.config.block_size if isinstance(scorer, Gates) else scorer.block_size[0]
+        return DENSE_LAST_ROWS * block
 
 
 def methods(gates: Gates, live: Gates | None) -> list[Method]:
