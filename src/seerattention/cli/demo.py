@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Distil gates, compare dense attention and other methods, draw pictures; under 6 minutes on 2 cores.
 
-    With smollm2, of 135 M parameters, under 10 minutes; larger models take as much longer as they are larger.
+    With smollm2, of 135 M parameters, under 10 minutes; other models take more or less by their size.
     """
     from dataclasses import replace
 
