@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from seerattention import cli
 from seerattention.demo import run as module
-from seerattention.demo.run import LARGER, Plan
+from seerattention.demo.run import LARGER, Plan, methods
 from seerattention.hosts.transformers import new_gates, save_gates
 from seerattention.measure import bundled
 
@@ -90,6 +90,14 @@ def test_a_plan_within_a_models_positions():
     cut = LARGER.within(5000)
     assert (cut.tokens, cut.live_tokens, cut.lengths) == (4096, 1024, (2048, 4096))
     assert LARGER.within(4095).tokens == 2048
+
+
+def test_all_methods_have_the_blocks_of_the_gates(tmp_path):
+    gates = new_gates(saved(tmp_path / "model", positions=2048), block_size=128)
+    dense, *sparse = methods(gates, None)
+    assert dense.dense_last_tokens == 0
+    assert len(sparse) == 7
+    assert {method.dense_last_tokens for method in sparse} == {256}
 
 
 def test_a_model_of_too_few_positions_is_refused(demo, tmp_path):
