@@ -122,10 +122,9 @@ def test_a_missing_teacher_is_named(monkeypatch, tmp_path):
 def test_the_command_writes_its_report_and_pictures(monkeypatch, tmp_path):
     """The whole command on a small plan; `make demo` runs it at its real size."""
     command = importlib.import_module("seerattention.cli.demo")
-    monkeypatch.setattr(command, "LIVE_TOKENS", 512)
     monkeypatch.setattr(command, "FEWEST_STEPS", 2)
     monkeypatch.setattr(command, "MOST_STEPS", 2)
-    plan = Plan(tokens=1024, windows=1, documents=1, recall_rows=4, lengths=(256, 512, 1024))
+    plan = Plan(tokens=1024, live_tokens=512, windows=1, documents=1, recall_rows=4, lengths=(256, 512, 1024))
     monkeypatch.setattr(module, "Plan", lambda: plan)
     arguments = ["demo", "--longest", "512", "--out", str(tmp_path / "demo")]
     result = CliRunner().invoke(cli.app(), arguments)

@@ -275,11 +275,17 @@ def _dense_needles(
     if not plan.documents:
         return row, plan
     wording, found = understood(model, plan.documents, step)
-    if found >= LEAST_FOUND:
+    if not (why := not_understood(wording, found, row.tokens)):
         return replace(row, needles=found), plan._replace(documents={wording: plan.documents[wording]})
     step(len(plan.asked) * len(plan.policies))
-    why = (
-        f"needles: this model does not answer such questions at {row.tokens:,} tokens even with dense "
+    return row, plan._replace(documents={}, skipped=why)
+
+
+def not_understood(wording: str, found: float, tokens: int) -> str:
+    """Say why needles are left out where dense attention finds at best such a share; empty if enough."""
+    if found >= LEAST_FOUND:
+        return ""
+    return (
+        f"needles: this model does not answer such questions at {tokens:,} tokens even with dense "
         f"attention (at best {found:.0%} of them, in {wording}), so that they say nothing about the gates"
     )
-    return row, plan._replace(documents={}, skipped=why)

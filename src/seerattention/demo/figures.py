@@ -83,16 +83,15 @@ def draw_maps(maps: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw needle accuracy and perplexity against measured density."""
+    """Draw perplexity against measured density and, where they were asked, the needles found."""
     dense = rows[0]
     gate = sorted((r for r in rows if r["method"] == "SeerAttention"), key=lambda r: r["density"])
     others = [r for r in rows[1:] if r["method"] != "SeerAttention"]
     title = f"Quality against density, {dense['tokens']} tokens"
-    with drawn(path, 1, 2, title=title, figsize=(10, 4.2)) as (_, (left, right)):
-        for axis, key, label in (
-            (left, "needle", "needles found (no dense last rows)"),
-            (right, "perplexity", "perplexity"),
-        ):
+    labels = {"needle": "needles found (no dense last rows)"} if "needle" in dense else {}
+    labels["perplexity"] = "perplexity"
+    with drawn(path, 1, len(labels), title=title, figsize=(5 * len(labels), 4.2), squeeze=False) as (_, axes):
+        for axis, (key, label) in zip(axes[0], labels.items(), strict=True):
             axis.axhline(dense[key], color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
             points = [r["density"] for r in gate], [r[key] for r in gate]
             axis.plot(*points, "o-", color=COLOURS["gate"], label="SeerAttention")
@@ -104,10 +103,12 @@ def draw_quality(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
             axis.set_xlim(left=0)
-        left.set_ylim(-0.03, 1.05)
-        # Methods far above the others would flatten the picture.
-        right.set_ylim(top=max(r["perplexity"] for r in rows if r["method"] != "random") * 1.01)
-        left.legend(fontsize=8)
+            if key == "needle":
+                axis.set_ylim(-0.03, 1.05)
+            else:
+                # Methods far above the others would flatten the picture.
+                axis.set_ylim(top=max(r[key] for r in rows if r["method"] != "random") * 1.01)
+        axes[0, 0].legend(fontsize=8)
 
 
 def draw_time(lengths: list[dict[str, Any]], path: Path) -> None:
