@@ -196,12 +196,9 @@ class AttnGate(nn.Module):
     def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score all block pairs: fp32 ``[B, H, Nq, Nk]``, before softmax. See `Scorer.score`.
 
-        Shares are of what a query may see: q are taken to be the last of the keys.
+        Shares are of what a query may see: a query's position is then its place among the keys.
         """
-        rows = None
-        if self.shares:
-            filled, tokens = k_blocks.shape[2] * self.tokens_per_summary, q.shape[2]
-            rows = Rows.at(filled - tokens if filled - tokens >= self.tokens_per_summary else 0, tokens)
+        rows = Rows.at(int(positions[..., 0].max()), q.shape[2]) if self.shares else None
         return self.score_summaries(self.summarise_queries(q, positions=positions), k_blocks, rows=rows)
 
     def score_summaries(self, queries: Tensor, keys: Tensor, *, rows: Rows | None = None) -> Tensor:
@@ -232,8 +229,8 @@ class AttnGate(nn.Module):
             positions: int64 ``[Tk]`` or ``[B, Tk]``; default 0, 1, 2, ...
 
         Returns:
-            fp32 ``[B, H, Nq, Nk]``, before softmax; acausal pairs are not masked. ``H`` is ``Hq``,
-            or ``Hk`` with ``per_kv_head``.
+            fp32 ``[B, H, Nq, Nk]``, before softmax; acausal pairs are not masked, or with shares 0. ``H`` is
+            ``Hq``, or ``Hk`` with ``per_kv_head``.
 
         Raises:
             ValueError: If q or k do not have the heads and the dimension of the configuration, or there are
@@ -246,8 +243,10 @@ class AttnGate(nn.Module):
         rows = Rows.last(q_nope.shape[2], k_nope.shape[2])
         if positions is None:
             positions = torch.arange(rows.num_keys, device=k_nope.device)
-        k_blocks = self.compress(k_nope, positions=positions)
-        return self.score(q_nope, k_blocks, positions=positions[..., rows.first :])
+        k_blocks, own = self.compress(k_nope, positions=positions), positions[..., rows.first :]
+        if self.shares:
+            return self.score_summaries(self.summarise_queries(q_nope, positions=own), k_blocks, rows=rows)
+        return self.score(q_nope, k_blocks, positions=own)
 
 
 class TokenGate:
@@ -260,8 +259,6 @@ class TokenGate:
     """
 
     after_rope = False
-    #: Whoever ranks blocks for one query compares shares by ranking products.
-    shares = False
 
     def __init__(self, gate: AttnGate) -> None:
         self.gate = gate

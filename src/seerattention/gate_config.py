@@ -60,12 +60,12 @@ class GateConfig:
         q_pool: How a block of queries is summarised: any of max, min, avg, concatenated in order.
         k_pool: The same for keys.
         q_sub_block: Tokens per summary of queries; default one summary per block. With several, a
-            block pair's score is the maximum over its pairs of sub-blocks.
+            block pair's score is the largest of its summaries.
         k_sub_block: The same for keys.
         shares: A pair's score is the logarithm of the largest share of attention that a summary of its
             queries gives the KV block: of every query summary, the softmax over blocks of its largest
-            product in each. Without, it is the largest product. New gates for prefill have it; between
-            single queries there is nothing to compare.
+            product in each. Without, it is the largest product. New gates for prefill and both have it; for
+            single queries both rank alike.
         per_kv_head: One score per KV head, the group's queries merged by the projection, instead of
             one per query head.
         rope: Rotate the summaries to the position of their first token.

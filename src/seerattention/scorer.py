@@ -54,18 +54,16 @@ class ProductScorer(Scorer, Protocol):
     """A scorer that says how its scores come about, so that a fused kernel can compute them.
 
     The score of a block pair is the largest ``scale * (query summary . key summary)`` over the pair's
-    sub-blocks, or with ``shares`` the largest share, as `score_blocks` says. Whoever changes ``score`` to
-    anything else sets ``sub_blocks`` to None.
+    sub-blocks; of a scorer whose ``shares`` is true it is the largest share, as `score_blocks` says. Whoever
+    changes ``score`` to anything else sets ``sub_blocks`` to None.
 
     Attributes:
         sub_blocks: Summaries per (query block, KV block), or None.
         scale: Factor of every inner product, positive.
-        shares: Whether shares are compared.
     """
 
     sub_blocks: tuple[int, int] | None
     scale: float
-    shares: bool
 
     def compress(self, k: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise keys as `Scorer.compress` does; those of packed sequences one behind the other.
@@ -80,3 +78,8 @@ class ProductScorer(Scorer, Protocol):
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``; packed as `compress`."""
         ...
+
+
+def compares_shares(scorer: Scorer) -> bool:
+    """Whether a `ProductScorer` compares shares."""
+    return bool(getattr(scorer, "shares", False))

@@ -186,7 +186,7 @@ def test_pushed_gates_have_a_card_and_no_login_is_told_before_any_work(distil, t
         (["--set", "gate.blocksize=16"], ["unknown gate settings ['blocksize']", "block_size"]),
         (["--set", "sequence=2"], ["unknown 'sequence' (did you mean sequences?)", "patience"]),
         (["--set", "lr"], ["a setting must be key=value", "'lr'"]),
-        (["--set", "lr=fast"], ["lr must be of type float, got 'fast'"]),
+        (["--set", "lr=fast"], ["lr must be of type float | None, got 'fast'"]),
         (["--config", "no.toml"], ["there is no file no.toml"]),
         (["--steps", "0"], ["steps must be a whole number >= 1, got 0"]),
         (["--length", "99999"], ["the text has", "fewer than one sequence of 99999"]),
@@ -253,7 +253,7 @@ def test_the_help_lists_every_setting_with_its_default(invoke):
     assert "New gates for decoding alone have defaults of their own" in said
     assert result.exit_code == 0
     for words in (
-        "lr 0.003 Peak learning rate",
+        "lr Peak learning rate, it follows a cosine to zero; default 1e-3, and 3e-3",
         "patience 0 Measurements",
         "gate.block_size 64 Tokens per block",
     ):

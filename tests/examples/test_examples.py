@@ -53,10 +53,10 @@ def test_published_gates(run, tmp_path):
 
 
 def test_own_gates(run, tmp_path):
-    out = run("own_gates.py", "--steps", 16, "--length", 512, "--out", tmp_path / "gates")
+    out = run("own_gates.py", "--steps", 40, "--length", 512, "--out", tmp_path / "gates")
     losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+)", out, re.M)]
-    assert len(losses) == 16
-    assert sum(losses[-4:]) < sum(losses[:4])
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < sum(losses[:10])
     dense, sparse = map(float, re.search(r"dense ([\d.]+), .* ([\d.]+)$", out, re.M).groups())
     assert 20 < dense < sparse < 100
     assert load_gates(tmp_path / "gates").policy == "top_k:0.1,sink_blocks=1"

@@ -47,7 +47,7 @@ def arguments(tmp_path):
             0.5,
             0.25,
             "--asked",
-            0.5,
+            0.25,
         ),
         *("--block", 16, "--questions", 2, "--seeds", 2),
         *("--text", tmp_path / "text", "--heldout", tmp_path / "heldout"),
@@ -63,7 +63,7 @@ def test_a_run_that_was_stopped_goes_on(run_script, arguments, tmp_path, monkeyp
             run_script(MODULE, *arguments, "--one", "default")
     taught = (out / "gates" / "default" / variants.METRICS).read_text()
     assert len(taught.splitlines()) == 2
-    names = ["dense", "xattention", "default", "default-seed2", "not taught", "published"]
+    names = ["dense", "xattention", "default", "default-seed2", "wide, not taught", "published"]
     for name in names[2:]:
         run_script(MODULE, *arguments, "--one", name)
     for name in names[:2]:
@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_goes_on(run_script, arguments, tmp_path, monkeyp
             assert read[length]["0.25"]["density"] < read[length]["0.5"]["density"] < 0.6
         assert set(rows[name]["found"]) == set(experiment.TASKS)
         assert set(rows[name]["found"]["niah_multivalue"]) == {"0.25"}
-    assert "taught" not in rows["not taught"]
+    assert "taught" not in rows["wide, not taught"]
     assert rows["default"]["taught"]["recall"] > 0
     first, second = (load_gates(out / "gates" / name / "gates") for name in ("default", "default-seed2"))
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -63,3 +63,26 @@ def test_checkpoints_from_before_there_were_other_targets_go_on_with_the_largest
     assert start(target="max").done == 1
     with pytest.raises(ValueError, match=r"another run, config\.target differ"):
         start()
+
+
+def test_checkpoints_from_before_there_were_shares_go_on_with_products(tiny, model, text, tmp_path):
+    def start(**gate):
+        config = DistillConfig(steps=2, save_every=1)
+        return Distiller(model, tiny.gates_of(model, **gate), TextWindows(text, 128), config, out=tmp_path)
+
+    next(start(shares=False).run())
+    path = tmp_path / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    del state["gate"]["shares"]
+    save_file(load_file(path), path, metadata={"state": json.dumps(state)})
+    assert start(shares=False).done == 1
+    with pytest.raises(ValueError, match=r"go on with gate\.shares false and the design in its config\.toml"):
+        start()
+
+
+def test_the_rate_is_that_of_the_phase():
+    assert [DistillConfig().peak(phase) for phase in ("prefill", "both", "decode")] == [1e-3, 1e-3, 3e-3]
+    assert DistillConfig(lr=0.1).peak("decode") == 0.1
+    with pytest.raises(ValueError, match="a file that leaves them empty meant sharp_kl and max"):
+        DistillConfig(objective="", target="")

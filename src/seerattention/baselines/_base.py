@@ -20,7 +20,6 @@ class Baseline:
 
     block_size: tuple[int, int] = (64, 64)
     after_rope = True
-    shares = False
 
     def __post_init__(self) -> None:
         sizes = typed("block_size", self.block_size, tuple[int, int])

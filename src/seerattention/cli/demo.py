@@ -68,7 +68,7 @@ def run(
         int,
         typer.Option(
             help="Tokens up to which prefill is timed; the longest take most of the time. Other models than "
-            "the bundled one are timed up to 8,192."
+            "the bundled one are timed up to 4,096."
         ),
     ] = 32768,
 ) -> None:
@@ -119,7 +119,7 @@ def run(
     wording = TEACHERS if teacher else _wording(base, tokenizer, text, plan, console)
     demo = Demo(base, tokenizer, text, plan, wording)
     live = _distil(demo, training, distil_seconds, scorer.config.block_size, console)
-    rows = _compare(demo, methods(scorer, live), console)
+    rows = _compare(demo, methods(scorer, live, demo.plan.density), console)
     curve = _curve(demo, scorer, console)
     _write(out, model, demo, scorer, rows, curve)
     console.print(
@@ -231,7 +231,7 @@ def _compare(demo: Demo, methods: list[Method], console: Console) -> list[dict[s
         )
     console.print(
         f"2. Dense attention and what reads less, at {demo.plan.tokens:,} tokens: perplexity over "
-        f"{demo.plan.windows} windows{asked}"
+        f"{demo.plan.windows} {'window' if demo.plan.windows == 1 else 'windows'}{asked}"
     )
     rows: list[dict[str, Any]] = []
     with bar(console) as progress:

@@ -90,7 +90,7 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     if push_to_hub and main:
         here = ("model", "text", "heldout", "device")
         c = trainer.config
-        used = flat(told) | {"objective": c.objective, "target": c.target, "reach": trainer.reach.tokens}
+        used = flat(told) | {"lr": c.lr, "reach": trainer.reach.tokens}
         address = push(
             trainer.gates,
             push_to_hub,

@@ -12,8 +12,8 @@ from seerattention.policies.base import Policy, Rule
 class Threshold(Policy):
     """Take blocks whose softmaxed score is above ``value``; density then adapts to row and head.
 
-    Published values are 5e-4 (RULER) to 5e-3, for gates trained by ``kl``. Those trained by ``sharp_kl``, the
-    default, predict squared shares, so that the same value reads less: calibrate them (docs/method.md).
+    Published values are 5e-4 (RULER) to 5e-3, for gates taught the published target by ``kl``. Others predict
+    something else, so that the same value reads more or less: calibrate them (docs/method.md).
 
     Source: SeerAttention, section 4 (arXiv 2410.13276).
 

@@ -20,6 +20,7 @@ from seerattention.ops.cases.select_blocks import Case
 from seerattention.ops.cases.select_decode_blocks import Case as DecodeCase
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import OneSequence, Rows, num_blocks
+from seerattention.scorer import compares_shares
 from seerattention.selection import BlockSelection
 from seerattention.testing.inputs import random_qkv
 
@@ -115,7 +116,7 @@ class Certain:
         always = policy.always(own, valid)
         queries = scorer.summarise_queries(q, positions=rows.positions(q.device))
         sizes = tuple(b // s for b, s in zip(scorer.block_size, scorer.sub_blocks, strict=True))
-        seen = rows.causal(sizes, q.device) if scorer.shares else None
+        seen = rows.causal(sizes, q.device) if compares_shares(scorer) else None
         taken, left = [], []
         # One head at a time: fp64 scores of all of them are large.
         for h in range(queries.shape[1]):

@@ -86,20 +86,25 @@ def _damaged(path: Path, why: str) -> ValueError:
 
 
 def _design(gate: dict[str, Any]) -> dict[str, Any]:
-    """Return a design in which one summary per block is one of its own tokens, as a run's settings say it."""
+    """Return a design in which one summary per block is one of its own tokens, as a run's settings say it.
+
+    Before gates could compare shares they compared products.
+    """
     gate = {**gate}
     subs = {name: gate["block_size"] for name in ("q_sub_block", "k_sub_block") if gate[name] is None}
-    return {**gate, **subs}
+    return {"shares": False, **gate, **subs}
 
 
 def _to_go_on(mine: dict[str, Any], state: dict[str, Any], differing: list[str]) -> str:
-    """Return what goes on with a checkpoint from before gates were taught by gaps and made text."""
-    if state["format"] != FORMAT or "reach" in state or "reach" not in mine:
+    """Return what goes on with a checkpoint from before gates were taught by gaps, made text or shares."""
+    products = "gate.shares" in differing
+    if state["format"] != FORMAT or (("reach" in state or "reach" not in mine) and not products):
         return ""
     told = [name.removeprefix("config.") for name in differing if name.startswith("config.")]
     asked = [f"{name} {state['config'].get(name)}" for name in told]
     asked += ["retrieval 0", "repeats 0"] * ("text" in differing)
     asked += ["a reach of the length of its sequences"] * ("reach" in differing)
+    asked += ["gate.shares false"] * products
     folder = " and the design in its config.toml" if any(n.startswith("gate.") for n in differing) else ""
     return f"it was begun before there were these settings: go on with {', '.join(asked)}{folder}, "
 

@@ -17,7 +17,8 @@ class TrainConfig:
 
     Attributes:
         steps: Optimizer steps.
-        lr: Peak learning rate; it follows a cosine to zero.
+        lr: Peak learning rate, it follows a cosine to zero; default 1e-3, and 3e-3 for gates that choose for
+            decoding alone.
         warmup: Share of the steps in which the rate rises linearly, in [0, 1).
         objective: What the gates minimise: ``choice_kl``, or ``kl`` as published (docs/method.md).
         target: What they learn of a block: ``mass``, the sum of a query's weights in it, or ``max``, its
@@ -27,8 +28,8 @@ class TrainConfig:
             split over them, and the result is the same.
     """
 
-    steps: int = 500
-    lr: float = 1e-3
+    steps: int = 200
+    lr: float | None = None
     warmup: float = 0.02
     objective: str = "choice_kl"
     target: str = "mass"
@@ -42,12 +43,17 @@ class TrainConfig:
             fits = not isinstance(value, float) or -LARGEST < value < LARGEST
             self._check(fits, field.name, f"finite and below {LARGEST:g}")
         self._check_whole(1, "steps", "save_every", "grad_accum")
-        self._check(self.lr > 0, "lr", "above 0")
+        self._check(self.lr is None or self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
         # Loads torch, which the help of a command does without.
         from seerattention.ops.options import POOLS
         from seerattention.train import objectives
 
+        if "" in (self.objective, self.target):
+            raise ValueError(
+                "objective and target must be named; a file that leaves them empty meant sharp_kl and max, "
+                "or for decoding alone choice_kl and mass"
+            )
         self._check(self.target in POOLS, "target", " or ".join(POOLS))
         objectives.create(self.objective)
 
@@ -96,6 +102,10 @@ class DistillConfig(TrainConfig):
         self._check_whole(1, "eval_every")
         self._check_whole(0, "patience")
         self._check(0 < self.recall_density <= 1, "recall_density", "in (0, 1]")
+
+    def peak(self, phase: str) -> float:
+        """Return the peak learning rate of gates for a phase."""
+        return self.lr or (3e-3 if phase == "decode" else 1e-3)
 
     def density_at(self, step: int) -> float:
         """Return the density at which recall is measured."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from seerattention.train.target import (
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
+
+#: Slices of what query summaries give blocks, at most so many bytes, and how many there are with gradients.
+SHARES, COPIES = 256 << 20, 6
 
 
 class Distiller(Loop):
@@ -75,6 +79,7 @@ class Distiller(Loop):
         decoder: Callable[..., Any] | None = None,
     ) -> None:
         config = config or DistillConfig()
+        config = replace(config, lr=config.peak(gates.config.phase))
         super().__init__(model, gates, batches, config, out, accelerator, shard)
         self.config: DistillConfig = config
         self.reach, self.seed = Reach.of(model.config, self.length, reach), seed
@@ -151,6 +156,9 @@ class Distiller(Loop):
         summaries = c.num_heads / c.q_sub + c.num_kv_heads / c.k_sub
         rows = blocks * ("prefill" in self.phases) + min(DECODE_ROWS, length) * ("decode" in self.phases)
         maps = 8 * 4 * c.num_heads * blocks * rows + SLICES
+        if c.shares and "prefill" in self.phases:
+            given = 4 * c.num_heads * blocks * length // c.q_sub
+            maps += COPIES * min(SHARES, given)
         return {
             "base": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "gates and optimizer": 16 * self.learned_parameters,

@@ -25,7 +25,7 @@ def test_scores_by_a_formula(tiny, name):
     length, block = 80, tiny.block
     model = tiny.make(name)
     gates = tiny.gates_for(
-        model, q_pool=("avg",), k_pool=("max", "avg"), q_sub_block=block, k_sub_block=block
+        model, q_pool=("avg",), k_pool=("max", "avg"), q_sub_block=block, k_sub_block=block, shares=False
     )
     order = torch.tensor(tiny.order(model))
     seen = []

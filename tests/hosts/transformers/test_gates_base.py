@@ -195,7 +195,7 @@ def test_new_gates_fit_the_model(tiny, kind):
 
 def test_gates_rotate_like_the_model(tiny, kind):
     model = tiny.make(kind)
-    gate = dict(tiny.gates_for(model).items())[0]
+    gate = dict(tiny.gates_for(model, gate_dim=model.model.layers[0].self_attn.head_dim).items())[0]
     positions = torch.tensor([0, 16, 48, 400])
     x = torch.randn(2, 4, 4, gate.config.dim)
     expected = tiny.rotated(model, 0, x, positions[None])

@@ -107,6 +107,12 @@ def test_it_is_the_gates_score(tokens: int) -> None:
         assert torch.equal(gate(q, k), whole)
         # The last block's rows do not depend on what came before in the call.
         first = (tokens - 1) // 64 * 64
-        last = gate.score(q[:, :, first:], keys, positions=positions[first:])
-    if tokens % 4 == 0:
-        torch.testing.assert_close(last, whole[:, :, first // 64 :])
+        torch.testing.assert_close(
+            gate.score(q[:, :, first:], keys, positions=positions[first:]), whole[:, :, first // 64 :]
+        )
+        for first in (1, 3, 5):
+            own = gate.summarise_queries(q[:, :, first:], positions=positions[first:])
+            rows = Rows.last(tokens - first, tokens)
+            expected = gate.score_summaries(own, keys, rows=rows)
+            assert torch.equal(gate(q[:, :, first:], k), expected)
+            assert torch.equal(gate.score(q[:, :, first:], keys, positions=positions[first:]), expected)

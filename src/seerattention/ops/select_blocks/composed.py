@@ -12,7 +12,7 @@ from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.policies import Policy, select
 from seerattention.rows import Rows, num_blocks
-from seerattention.scorer import Scorer
+from seerattention.scorer import Scorer, compares_shares
 from seerattention.selection import BlockSelection
 
 unsupported = runs_everything
@@ -29,7 +29,8 @@ def run(
 
 def _by_products(scorer: Any, q: Tensor, k_blocks: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     queries = scorer.summarise_queries(q, positions=positions, rows=rows)
-    options = {"scale": scorer.scale, "rows": rows, "block_size": scorer.block_size, "shares": scorer.shares}
+    options = {"scale": scorer.scale, "rows": rows, "block_size": scorer.block_size}
+    options["shares"] = compares_shares(scorer)
     return score_blocks(queries, k_blocks.to(queries.dtype), scorer.sub_blocks, **options)
 
 

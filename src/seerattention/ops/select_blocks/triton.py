@@ -35,7 +35,7 @@ from seerattention.ops.launch import Launch, width
 from seerattention.ops.rules import KINDS, MAX_BLOCKS, store_bits, take
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
-from seerattention.scorer import Scorer
+from seerattention.scorer import Scorer, compares_shares
 from seerattention.selection import WORD, BlockSelection
 
 #: Launches of the score kernel, by what `width` says; either takes less than 100 KB of shared memory.
@@ -112,7 +112,7 @@ def run(
             list(chain.from_iterable(lengths)),
             sequences,
             list(scorer.sub_blocks),
-            scorer.shares,
+            compares_shares(scorer),
             scorer.scale,
             KINDS.index(rules[0].kind),
             float(rules[0].value),
