@@ -1,6 +1,6 @@
 """Gates for a model of your own: distil, save, load, use. By default a minute on the bundled model.
 
-python examples/own_gates.py --model Qwen/Qwen3-0.6B --text book.txt --steps 500 --length 8192
+python examples/own_gates.py --model Qwen/Qwen3-0.6B --text book.txt --steps 200 --length 8192
 """
 
 import argparse

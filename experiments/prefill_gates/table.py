@@ -26,9 +26,7 @@ def table(results: dict[str, Any]) -> str:
     rise as a share of XAttention's; or the share of answers foreseen and the mean logarithm of their
     tokens' likelihood. Of several seeds it is the mean, with the seeds' lowest and highest in brackets.
     """
-    ways: dict[str, list[Row]] = {}
-    for row in results["rows"]:
-        ways.setdefault(row["variant"], []).append(row)
+    ways = ways_of(results)
     sparse = {name: rows for name, rows in ways.items() if name != "dense"}
     asked = [f"{density:g}" for density in results["settings"]["densities"]]
     lines = []
@@ -52,6 +50,14 @@ def table(results: dict[str, Any]) -> str:
     for name, rows in ways.items():
         lines.append(_line(name, *(_found(rows, task, density) for task in tasks for density in asked)))
     return "\n".join(lines)
+
+
+def ways_of(results: dict[str, Any]) -> dict[str, list[Row]]:
+    """Return the rows of every way to choose, a row per seed."""
+    ways: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        ways.setdefault(row["variant"], []).append(row)
+    return ways
 
 
 def risen(ways: dict[str, list[Row]], name: str, length: str, density: str) -> tuple[float, float]:
