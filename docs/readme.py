@@ -28,6 +28,17 @@ POLICY = "top_k:{density},sink_blocks=1"
 FORMER = "Measured at commit f9ee062 or before, where a row's own block came on top of the count."
 FORMER_DENSITY = f"{FORMER[:-1]}; the densities shown are as measured."
 #: The methods of the README's table, under the names they have there.
+REAL = {
+    "dense": "dense attention",
+    "default": "**SeerAttention gates**",
+    "xattention": "XAttention",
+    "meanpool": "mean-pool (MoBA)",
+    "flexprefill": "FlexPrefill",
+    "minference": "MInference",
+    "quest": "Quest",
+    "streaming": "first and latest blocks (StreamingLLM)",
+    "oracle_mass": "*oracle, by the true map*",
+}
 HEADLINE = {
     "dense": "dense attention",
     "gates": "**SeerAttention gates**",
@@ -101,13 +112,52 @@ def model_of(report: Report) -> str:
     )
 
 
+def real() -> str:
+    """Return the README's table of a real model: what reading less of a prompt costs, by method."""
+    report = read("gates", "prefill.json")
+    made = runpy.run_path(str(ROOT / "experiments" / "prefill_gates" / "table.py"))
+    ways = made["ways_of"](report)
+    tokens = report["settings"]["eval_lengths"][-1]
+    (seeds,) = {len(rows) for name, rows in ways.items() if name == "default"}
+
+    def cells(name: str) -> dict[str, str]:
+        row = {"name": REAL[name]}
+        for share in ("0.2", "0.1"):
+            if name != "dense":
+                more, half = made["risen"](ways, name, str(tokens), share)
+                row[f"at {share}"] = f"{more:+.1%} ± {half:.1%}"
+            else:
+                row[f"at {share}"] = ""
+            found = [one["found"]["niah_single"] for one in ways[name]]
+            row[f"found {share}"] = (
+                f"{sum((f.get(share) or f['1'])['share'] for f in found) / len(found):.0%}"
+            )
+        return row
+
+    settings = report["settings"]
+    said = (
+        f"SmolLM2-135M-Instruct, {settings['windows']} x {tokens:,} tokens of held-out books, every way at "
+        f"the same number of blocks, on an H200. *Found*: a number hidden in 4,096 tokens, "
+        f"{settings['questions']} questions, the last rows as sparse as all. The gates were taught "
+        f"{settings['steps']} steps; means of {seeds} seeds:"
+    )
+    return parts(
+        textwrap.fill(said, 118),
+        table(
+            "method: {name} | perplexity, 20 % of the blocks: {row[at 0.2]} | 10 %: {row[at 0.1]} | "
+            "found, 20 %: {row[found 0.2]} | 10 %: {row[found 0.1]}",
+            (cells(name) for name in REAL),
+        ),
+    )
+
+
 def headline() -> str:
     """Return the README's sentence and its table: methods at 10 % of 32k tokens, and what that saves."""
     by = {r["method"]: r for r in read("teacher-gates", "results.json", base=DATA) if r["tokens"] == 32768}
     cpu = read("cpu", "demo.json")["lengths"][-1]
     asked = {"backend": "hopper", "tokens": 32768, "block": 64, "mask": "gate", "asked": 0.1}
     (gpu,) = (r for r in read("h200", "prefill.json")["rows"] if asked.items() <= r.items())
-    default = {"case": "default-32k", "part": "total top_k:0.1"}
+    default = {"case": "products-32k", "part": "total top_k:0.1"}
     (selecting,) = (r for r in read("h200", "select_blocks.json")["rows"] if default.items() <= r.items())
     with_selecting = gpu["ms"] * gpu["speedup"] / (gpu["ms"] + selecting["ms"])
     found, dense = (f"{by[method]['needle'] * 100:.0f} %" for method in ("gates", "dense"))
@@ -702,7 +752,7 @@ def decode_quality() -> str:
 
 #: The generated parts of every page.
 PAGES = {
-    "README.md": {"headline": headline, "decoding": decoding, "supported": supported},
+    "README.md": {"real": real, "headline": headline, "decoding": decoding, "supported": supported},
     "docs/results.md": {
         "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
         "decode-quality": decode_quality,
@@ -717,7 +767,7 @@ PAGES = {
         "gates-path": lambda: gates("path"), "gates-objectives": lambda: gates("objectives"),
         "gates-narrow": lambda: gates("narrow"), "gates-final": lambda: gates_final("llama"),
         "gates-second": lambda: gates_final("qwen3"), "calibrated-targets": calibrated_targets,
-        "decode-gates": decode_gates,
+        "decode-gates": decode_gates, "prefill-gates": prefill_gates,
         "calibrated-compared": calibrated_compared, "yarn": yarn,
     },
 }  # fmt: skip
