@@ -180,9 +180,10 @@ def test_a_gate_learns_by_the_kernels(settings: dict, monkeypatch: pytest.Monkey
     assert (mine - gold).norm() <= 2 * (plain - gold).norm()
 
 
-def test_learning_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_learning_does_not_wait_for_the_device(shares: bool) -> None:
     q, k = (torch.randn(1, heads, 2048, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
-    gate = AttnGate(GateConfig(4, 2, 64)).cuda()
+    gate = AttnGate(GateConfig(4, 2, 64, shares=shares)).cuda()
     prefill, rows = torch.eye(32, device="cuda").expand(1, 4, 32, 32), decode_rows(2048, "cuda")
 
     def learn() -> None:

@@ -76,17 +76,13 @@ def _shares(queries: Tensor, keys: Tensor, options: ScoreOptions, first: int) ->
     size, block_k = options.size[0], options.block_size[1]
     past, tokens = options.rows.first + first * options.block_size[0], queries.shape[2] * size
     one = replace(one, rows=Rows.at(past, tokens), block_size=(size, block_k))
-    products = _products(queries, keys, one, exact=True)
+    products, count = _products(queries, keys, one, exact=True), queries.shape[2]
     block = block_k * torch.arange(products.shape[3], device=queries.device)
-    ends = past + size * torch.arange(1, 1 + queries.shape[2], device=queries.device)
-    unseen = block >= ends[:, None]
-    shares = largest_shares(products.masked_fill(unseen, float("-inf")), subs_q)
-    return shares.masked_fill(unseen[_last_of_each(queries.shape[2], subs_q)], 0)
-
-
-def _last_of_each(count: int, size: int) -> list[int]:
-    """Return where the last of every ``size`` of so many entries is, the last ones possibly fewer."""
-    return [*range(size - 1, count, size), *([count - 1] if count % size else [])]
+    # Where summaries end, and where blocks of them do.
+    ends = past + size * torch.arange(1, count + 1, device=queries.device)
+    last = past + size * torch.arange(subs_q, count + subs_q, subs_q, device=queries.device).clamp(max=count)
+    shares = largest_shares(products.masked_fill(block >= ends[:, None], float("-inf")), subs_q)
+    return shares.masked_fill(block >= last[:, None], 0)
 
 
 def _products(queries: Tensor, keys: Tensor, options: ScoreOptions, *, exact: bool = False) -> Tensor:
