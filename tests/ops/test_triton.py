@@ -14,7 +14,7 @@ from seerattention.ops.block_sparse_decode import _triton_kernel as _decode_kern
 from seerattention.ops.block_sparse_decode import triton as decoding
 from seerattention.ops.language import padded
 from seerattention.ops.pooled_attention import triton as pooled
-from seerattention.ops.score_blocks import _triton_kernel
+from seerattention.ops.score_blocks import _shares_kernel, _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
 from seerattention.ops.select_blocks import triton as choosing
 from seerattention.ops.select_decode_blocks import _triton_kernel as _choosing_kernel
@@ -103,6 +103,19 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, Any], opti
     aligned = {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(kernel, **typed(kernel, constants, types), attrs=aligned)
     return triton.compile(source, target=HOPPER, options=options)
+
+
+@compiles
+@pytest.mark.parametrize("kernel", [_shares_kernel.share, _shares_kernel.unshare], ids=["share", "unshare"])
+def test_the_kernels_of_shares_compile_for_hopper(kernel: Any) -> None:
+    constants = {"SUBS": 16, "SUBS_PAD": 16, "SIZE": 4, "BLOCK_K": 64, "CAUSAL": True, "CHUNK": 512}
+    constants |= {"KEEP": True} if "KEEP" in kernel.arg_names else {}
+    types = dict.fromkeys(("products", "scores", "gradient", "sums"), "*fp32") | {"winners": "*u8"}
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    made = compiled(kernel, constants, types, {})
+    # Products pass through registers, none of them twice.
+    assert made.metadata.shared <= 16 * 1024
+    assert "st.local" not in made.asm["ptx"]
 
 
 @compiles

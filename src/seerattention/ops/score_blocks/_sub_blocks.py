@@ -25,12 +25,7 @@ def shares_of_sub_blocks(products: Tensor, seen: Tensor | None, subs_q: int, sub
     """
     if seen is not None:
         products = products.masked_fill(~seen, float("-inf"))
-    return largest_shares(_largest(products, subs_k, -1), subs_q)
-
-
-def largest_shares(products: Tensor, subs_q: int) -> Tensor:
-    """Reduce the largest products of query summaries in blocks, ``[..., Sq, Nk]``, to ``[..., Nq, Nk]``."""
-    return _largest(products.log_softmax(-1), subs_q, -2)
+    return _largest(_largest(products, subs_k, -1).log_softmax(-1), subs_q, -2)
 
 
 def _largest(x: Tensor, size: int, dim: int) -> Tensor:

@@ -9,18 +9,24 @@ are the same every time. Design and floor: docs/kernels.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from seerattention.ops.language import padded, products, unsupported_dtype, unsupported_here
+from seerattention.ops.language import (
+    padded,
+    power_of_two,
+    products,
+    unsupported_dtype,
+    unsupported_here,
+)
 from seerattention.ops.launch import Launch, width
 from seerattention.ops.options import ScoreOptions
-from seerattention.ops.score_blocks._sub_blocks import largest_shares
+from seerattention.ops.score_blocks._shares_kernel import share, unshare
 from seerattention.ops.score_blocks._triton_kernel import back, score
 from seerattention.rows import Rows, num_blocks
 
@@ -32,6 +38,9 @@ LAUNCHES = {
 
 #: What query summaries give blocks is compared in slices of at most this many bytes.
 SLICE_BYTES = 256 * 2**20
+
+#: Products that a program which compares them holds at a time.
+CHUNK_CELLS = 8192
 
 
 def unsupported(queries: Tensor, keys: Tensor, options: ScoreOptions) -> list[str]:
@@ -47,56 +56,20 @@ def unsupported(queries: Tensor, keys: Tensor, options: ScoreOptions) -> list[st
 
 
 def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
-    """Return the scores. Of shares, a slice of rows is computed again in the backward pass."""
-    if not options.shares:
-        return _products(queries, keys, options)
-    subs, learns = options.sub_blocks[0], torch.is_grad_enabled()
-    down, across = num_blocks(queries.shape[2], subs), num_blocks(keys.shape[2], options.sub_blocks[1])
-    step = max(1, SLICE_BYTES // (4 * queries.shape[0] * queries.shape[1] * subs * across))
-    parts = []
-    for start in range(0, down, step):
-        part = queries[:, :, start * subs : (start + step) * subs]
-        args = part, keys, options, start
-        again = learns and step < down
-        parts.append(
-            checkpoint(_shares, *args, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else _shares(*args)
-        )
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _shares(queries: Tensor, keys: Tensor, options: ScoreOptions, first: int) -> Tensor:
-    """Return the largest shares of the rows of blocks from ``first`` on, whose summaries are given."""
-    subs_q, subs_k = options.sub_blocks
-    one = replace(options, shares=False, sub_blocks=(1, subs_k))
-    if options.rows is None:
-        return largest_shares(_products(queries, keys, one), subs_q)
-    # Every query summary is a block of its own.
-    size, block_k = options.size[0], options.block_size[1]
-    past, tokens = options.rows.first + first * options.block_size[0], queries.shape[2] * size
-    one = replace(one, rows=Rows.at(past, tokens), block_size=(size, block_k))
-    products, count = _products(queries, keys, one, exact=True), queries.shape[2]
-    block = block_k * torch.arange(products.shape[3], device=queries.device)
-    # Where summaries end, and where blocks of them do.
-    ends = past + size * torch.arange(1, count + 1, device=queries.device)
-    last = past + size * torch.arange(subs_q, count + subs_q, subs_q, device=queries.device).clamp(max=count)
-    shares = largest_shares(products.masked_fill(block >= ends[:, None], float("-inf")), subs_q)
-    return shares.masked_fill(block >= last[:, None], 0)
-
-
-def _products(queries: Tensor, keys: Tensor, options: ScoreOptions, *, exact: bool = False) -> Tensor:
-    """Return the largest products; with ``exact`` among the summaries of keys that begin by a row's end."""
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
-        return _Score.apply(queries, keys, options, exact)  # type: ignore[no-any-return]
-    return _forward(queries.contiguous(), keys.contiguous(), options, keep=False, exact=exact)[0]
+    """Return the scores."""
+    learns = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+    if learns:
+        kind = _Shares if options.shares else _Score
+        return kind.apply(queries, keys, options)  # type: ignore[no-any-return]
+    forward = _shares if options.shares else _forward
+    return forward(queries.contiguous(), keys.contiguous(), options, keep=False)[0]
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: ScoreOptions, exact: bool) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
         queries, keys = queries.contiguous(), keys.contiguous()
-        scores, winners = _forward(queries, keys, options, keep=True, exact=exact)
+        scores, winners = _forward(queries, keys, options, keep=True)
         ctx.save_for_backward(queries, keys, winners)
         ctx.options = options
         return scores
@@ -106,13 +79,115 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, winners = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        return *_backward(gradient.contiguous(), queries, keys, winners, wanted, ctx.options), None, None
+        return *_backward(gradient.contiguous(), queries, keys, winners, wanted, ctx.options), None
+
+
+class _Shares(torch.autograd.Function):
+    """Shares of slices of rows; the products of a slice are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
+        queries, keys = queries.contiguous(), keys.contiguous()
+        scores, winners, sums = _shares(queries, keys, options, keep=True)
+        ctx.save_for_backward(queries, keys, winners, sums)
+        ctx.options = options
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, winners, sums = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        # Those of keys are sums over slices.
+        found = torch.zeros_like(queries), torch.zeros_like(keys, dtype=torch.float32)
+        for rows, subs, one in _slices(queries, keys, ctx.options):
+            part = queries[:, :, subs].contiguous()
+            largest, pairs = _forward(part, keys, one, keep=True)
+            given = (x.contiguous() for x in (gradient[:, :, rows], winners[:, :, rows], sums[:, :, subs]))
+            _over_rows(unshare, largest, ctx.options, one, *given)
+            of_queries, of_keys = _backward(largest, part, keys, pairs, wanted, one, torch.float32)
+            if of_queries is not None:
+                found[0][:, :, subs] = of_queries
+            if of_keys is not None:
+                found[1].add_(of_keys)
+        return *(x.to(keys.dtype) if asked else None for x, asked in zip(found, wanted, strict=True)), None
+
+
+def _slices(
+    queries: Tensor, keys: Tensor, options: ScoreOptions
+) -> Iterator[tuple[slice, slice, ScoreOptions]]:
+    """Return slices of rows of blocks and of their summaries, and how summaries are scored as rows."""
+    (subs_q, subs_k), count = options.sub_blocks, queries.shape[2]
+    row_bytes = 4 * queries.shape[0] * queries.shape[1] * subs_q * num_blocks(keys.shape[2], subs_k)
+    step, down = max(1, SLICE_BYTES // row_bytes), num_blocks(count, subs_q)
+    for start in range(0, down, step):
+        rows = slice(start, min(start + step, down))
+        subs = slice(rows.start * subs_q, min(rows.stop * subs_q, count))
+        one = replace(options, sub_blocks=(1, subs_k))
+        if options.rows is not None:
+            # Every query summary is a block of its own.
+            size, past = options.size[0], options.rows.first + start * options.block_size[0]
+            place = Rows.at(past, (subs.stop - subs.start) * size)
+            one = replace(one, rows=place, block_size=(size, options.block_size[1]))
+        yield rows, subs, one
+
+
+def _shares(
+    queries: Tensor, keys: Tensor, options: ScoreOptions, *, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return scores and, if ``keep``, the number of the query summary of each, and summaries' log-sums."""
+    subs_q, subs_k = options.sub_blocks
+    down, across = num_blocks(queries.shape[2], subs_q), num_blocks(keys.shape[2], subs_k)
+    shape = *queries.shape[:2], down, across
+    found: list[tuple[Tensor | None, ...]] = []
+    for rows, subs, one in _slices(queries, keys, options):
+        largest = _forward(queries[:, :, subs].contiguous(), keys, one, keep=False)[0]
+        part = (*shape[:2], rows.stop - rows.start, across)
+        scores = torch.zeros(part, dtype=torch.float32, device=queries.device)
+        kind = torch.uint8 if subs_q <= 256 else torch.int16
+        winners = scores.new_zeros(part, dtype=kind) if keep else None
+        sums = scores.new_empty(largest.shape[:3]) if keep else None
+        _over_rows(share, largest, options, one, scores, winners, sums, KEEP=keep)
+        found.append((scores, winners, sums))
+    scores, winners, sums = (
+        parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, 2)
+        for parts in zip(*found, strict=True)
+    )
+    assert scores is not None
+    return scores, winners, sums
+
+
+def _over_rows(
+    kernel: Any, largest: Tensor, options: ScoreOptions, one: ScoreOptions, *given: Any, **constants: Any
+) -> None:
+    """Run a kernel of `_shares_kernel` on every row of blocks of a slice."""
+    subs_q, (batch, heads, count, across) = options.sub_blocks[0], largest.shape
+    down, held = num_blocks(count, subs_q), power_of_two(subs_q)
+    with torch.cuda.device_of(largest):
+        kernel[down, batch * heads](
+            largest,
+            *given,
+            count,
+            down,
+            across,
+            one.past or 0,
+            SUBS=subs_q,
+            SUBS_PAD=held,
+            SIZE=one.block_size[0],
+            BLOCK_K=one.block_size[1],
+            CAUSAL=one.past is not None,
+            CHUNK=min(power_of_two(across), max(16, CHUNK_CELLS // held)),
+            **constants,
+        )
 
 
 def _forward(
-    queries: Tensor, keys: Tensor, options: ScoreOptions, *, keep: bool, exact: bool
+    queries: Tensor, keys: Tensor, options: ScoreOptions, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scores and, if ``keep``, the number ``i * sub_blocks[1] + j`` of each one's winning pair."""
+    """Return products and, if ``keep``, the number ``i * sub_blocks[1] + j`` of each one's winning pair.
+
+    Where they are to be shares, of the block that a row ends in only summaries that begin by its end count.
+    """
     subs_q, subs_k = options.sub_blocks
     shape = *queries.shape[:2], num_blocks(queries.shape[2], subs_q), num_blocks(keys.shape[2], subs_k)
     scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
@@ -127,7 +202,7 @@ def _forward(
             scores,
             winners,
             *_numbers(queries, keys, scores, options),
-            EXACT=exact,
+            EXACT=options.shares and options.rows is not None,
             KEEP=keep,
             RESIDENT=math.gcd(subs_q, launch.resident),
             PRECISION=products(queries),
@@ -140,10 +215,12 @@ def _backward(
     gradient: Tensor,
     queries: Tensor,
     keys: Tensor,
-    winners: Tensor,
+    winners: Tensor | None,
     wanted: tuple[bool, bool],
     options: ScoreOptions,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor | None]:
+    """Return the gradients that are wanted, in ``dtype`` or that of what they are of."""
     launch = LAUNCHES[width(queries)]["back"]
     unit = None
     if queries.dtype == torch.float16:
@@ -156,7 +233,7 @@ def _backward(
     for place, (other, mine, blocks) in enumerate(sides):
         if not wanted[place]:
             continue
-        out = torch.empty_like(mine)
+        out = torch.empty_like(mine, dtype=dtype)
         tiles = num_blocks(gradient.shape[2 + place], blocks) * options.sub_blocks[place]
         with torch.cuda.device_of(queries):
             back[mine.shape[0] * mine.shape[1], tiles](
