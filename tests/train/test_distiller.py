@@ -81,6 +81,42 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
         assert float((parameter.grad - mine[name]).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
 
 
+@pytest.mark.parametrize("gate", [{}, {"per_kv_head": True}, {"phase": "both"}])
+def test_a_long_sequence_teaches_by_a_run_of_rows(model, text, monkeypatch, gate):
+    """Every layer by its own, at other places in every step; the model attends as it always does."""
+    from seerattention.train import distiller, target
+
+    monkeypatch.setattr(target, "PREFILL_ROWS", 4)
+    taught, maps = [], []
+    learn = distiller.learn
+
+    def watched(gate, q, k, targets, *args, **kwargs):
+        taught.append((kwargs["taught"].first, kwargs["taught"].num_queries))
+        maps.append(targets["prefill"].shape[2:])
+        whole = distiller.pooled_map(*qk.pop(), gate.block_size, **of_map)
+        row = kwargs["taught"].first // 16
+        assert torch.allclose(targets["prefill"], whole[:, :, row : row + 4, : row + 4], rtol=1e-4, atol=1e-6)
+        return learn(gate, q, k, targets, *args, **kwargs)
+
+    qk, made = [], distiller._with_targets
+    of_map = {"pool": "mass", "per_kv_head": gate.get("per_kv_head", False)}
+
+    def targets(gate, q, k, v, call, *args):
+        qk.append((q, k))
+        of_map["scale"] = call.scale
+        return made(gate, q, k, v, call, *args)
+
+    monkeypatch.setattr(distiller, "learn", watched)
+    monkeypatch.setattr(distiller, "_with_targets", targets)
+    gates = gates_of(model, **gate)
+    steps = list(Distiller(model, gates, TextWindows(text, 256), DistillConfig(steps=3)).run())
+    layers = len(dict(gates.items()))
+    assert len(taught) == 3 * layers
+    assert len(set(taught)) > 3
+    assert all(queries == 64 and 64 <= first <= 192 for first, queries in taught)
+    assert all(0 < step.recall <= 1 for step in steps)
+
+
 def test_gates_with_one_score_per_kv_head_learn_too(model, text):
     gates = gates_of(model, per_kv_head=True)
     steps = list(Distiller(model, gates, TextWindows(text, 256), DistillConfig(steps=30, lr=5e-3)).run())

@@ -9,6 +9,7 @@ from seerattention.ops.score_blocks import chunked
 from seerattention.ops.select_decode_blocks.reference import group_scores
 from seerattention.ops.summarise_blocks import reference as summarise
 from seerattention.policies import TopK
+from seerattention.rows import Rows
 from seerattention.selection import causal_blocks
 from seerattention.testing.memory import LargestTensor
 from seerattention.train import layer, objectives, target_recall
@@ -57,6 +58,22 @@ def test_sliced_scores_and_gradients_equal_the_gates_own(tokens, settings, monke
         found.append([p.grad.clone() for p in gate.parameters()])
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= eps * a.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [250, 256])
+@pytest.mark.parametrize("settings", [{}, {"per_kv_head": True, "phase": "both"}, {"shares": True}])
+def test_scores_of_a_run_of_rows_are_those_among_all(tokens, settings):
+    q, k = inputs(tokens)
+    gate = AttnGate(GateConfig(4, 2, 16, block_size=16, q_sub_block=8, k_sub_block=4, **settings))
+    run, positions = Rows.at(64, min(128, tokens - 64)), torch.arange(tokens)
+    whole = layer.gate_scores(gate, q, k, positions, gate.config.phases)
+    found = layer.gate_scores(gate, q, k, positions, gate.config.phases, run)
+    causal = run.causal((16, 16))
+    expected = whole["prefill"][:, :, 4:12, :12].masked_fill(~causal, 0)
+    assert torch.allclose(found["prefill"].masked_fill(~causal, 0), expected, rtol=1e-5, atol=1e-6)
+    assert set(found) == set(whole)
+    if "decode" in whole:
+        assert torch.equal(found["decode"], whole["decode"])
 
 
 def test_pools_are_the_largest_that_is_kept(monkeypatch):

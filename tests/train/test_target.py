@@ -1,13 +1,15 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from seerattention.ops.options import POOLS
 from seerattention.ops.pooled_attention import pooled_map
+from seerattention.rows import Rows
 from seerattention.train import target, target_recall
 from seerattention.train.objectives.kl import KL
-from seerattention.train.target import counted
+from seerattention.train.target import PREFILL_ROWS, counted, taught_rows
 
 
 def slow_loss(target, scores):
@@ -165,3 +167,27 @@ def test_rows_of_decoding_are_spread_over_the_text_and_over_the_places_in_a_bloc
 def test_learned_rows_of_decoding_are_distinct_where_nearly_all_are_taken(monkeypatch):
     monkeypatch.setattr(target, "DECODE_ROWS", 700)
     assert len(set(target.decode_rows(1000).tolist())) == 700
+
+
+def test_a_long_sequence_teaches_by_a_run_of_its_later_rows():
+    # 170 blocks have 128 rows that count.
+    for tokens in (1, 640, 170 * 64):
+        rows = taught_rows(tokens, 64, 0.9)
+        assert (rows.first, rows.num_queries) == (0, tokens)
+    tokens, found = 400 * 64 - 5, set()
+    for place in np.linspace(0, 1, 500, endpoint=False):
+        rows = taught_rows(tokens, 64, place)
+        assert rows.first % 64 == 0
+        assert rows.num_queries in (PREFILL_ROWS * 64, PREFILL_ROWS * 64 - 5)
+        found |= set(range(rows.first // 64, -(-rows.num_keys // 64)))
+    assert found == set(range(100, 400))
+
+
+@pytest.mark.parametrize("tokens", [1000, 1024])
+def test_rows_of_a_run_count_as_they_do_among_all(tokens):
+    target, scores = target_of(16), torch.randn(1, 2, 16, 16)
+    whole, first = counted(target, scores, (64, 64), tokens), 4
+    run = Rows.at(6 * 64, min(5 * 64, tokens - 6 * 64))
+    part = counted(target[:, :, 6:11, :11], scores[:, :, 6:11, :11], (64, 64), tokens, taught=run)
+    for mine, all_rows in zip(part, whole, strict=True):
+        assert torch.equal(mine, all_rows[..., 6 - first : 11 - first, :11])

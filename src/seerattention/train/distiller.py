@@ -18,7 +18,8 @@ from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
 from seerattention.hosts.transformers.gates import check_weights
 from seerattention.ops.dense_attention import dense_attention
-from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.pooled_attention import pooled_attention, pooled_map
+from seerattention.rows import Rows
 from seerattention.train.config import DistillConfig, Step
 from seerattention.train.data import text_identity
 from seerattention.train.layer import gate_scores, learn, rows_of
@@ -29,16 +30,18 @@ from seerattention.train.share import Batch, Documents, decoder_arguments
 from seerattention.train.target import (
     DECODE_ROWS,
     LEAST_TAKEN,
+    PREFILL_ROWS,
     decode_rows,
     decode_target,
     sampled_recall,
+    taught_rows,
 )
 
 #: Slices of sub-block scores on their way through a layer, with their gradients, in bytes.
 SLICES = 80 << 20
 
 #: Slices of what query summaries give blocks, at most so many bytes, and how many there are with gradients.
-SHARES, COPIES = 256 << 20, 6
+SHARES, COPIES = 256 << 20, 2
 
 
 class Distiller(Loop):
@@ -154,10 +157,11 @@ class Distiller(Loop):
         # fp32, rotated and not, with gradients.
         pooled = c.num_heads * len(c.q_pool) / c.q_sub + c.num_kv_heads * len(c.k_pool) / c.k_sub
         summaries = c.num_heads / c.q_sub + c.num_kv_heads / c.k_sub
-        rows = blocks * ("prefill" in self.phases) + min(DECODE_ROWS, length) * ("decode" in self.phases)
+        taught = min(blocks, PREFILL_ROWS) if "prefill" in self.phases else 0
+        rows = taught + min(DECODE_ROWS, length) * ("decode" in self.phases)
         maps = 8 * 4 * c.num_heads * blocks * rows + SLICES
-        if c.shares and "prefill" in self.phases:
-            given = 4 * c.num_heads * blocks * length // c.q_sub
+        if c.shares:
+            given = 4 * c.num_heads * blocks * taught * (c.block_size // c.q_sub)
             maps += COPIES * min(SHARES, given)
         return {
             "base": sum(p.numel() * p.element_size() for p in self.model.parameters()),
@@ -186,7 +190,9 @@ class Distiller(Loop):
                 q, k, v = (x[:, :, s] for x in (call.q, call.k, call.v))
                 start += length
                 phases = self.phases if counts else ()
-                out, targets = _with_targets(gate, q, k, v, call, phases, self.config.target)
+                place = np.random.default_rng((self.seed, self.index, call.layer)).random()
+                taught = taught_rows(length, block, place)
+                out, targets = _with_targets(gate, q, k, v, call, phases, self.config.target, taught)
                 outs.append(out)
                 if not counts:
                     continue
@@ -194,7 +200,7 @@ class Distiller(Loop):
                 q, k = call.q_nope[:, :, s], call.k_nope[:, :, s]
                 # The layers' mean is reported; gradients are those of the sum over layers.
                 options = {"weight": weight, "density": density, "positions": at.to(q.device)}
-                values, _ = learn(gate, q, k, targets, self.objective, **options)
+                values, _ = learn(gate, q, k, targets, self.objective, **options, taught=taught)
                 parts.append(values / len(by_layer))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
@@ -268,19 +274,34 @@ class Distiller(Loop):
 
 
 def _with_targets(
-    gate: AttnGate, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, phases: Collection[str], pool: str
+    gate: AttnGate,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    phases: Collection[str],
+    pool: str,
+    taught: Rows | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return attention as the model computes it, and the map that the gate should predict in each phase."""
+    """Return attention as the model computes it, and the map that the gate should predict in each phase.
+
+    That of prefill is of the queries in ``taught``, by default of all.
+    """
     more: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
     of_map: dict[str, Any] = {**more, "pool": pool}
-    targets = {}
-    if "prefill" in phases:
-        per_kv_head = gate.config.per_kv_head
+    targets, per_kv_head = {}, gate.config.per_kv_head
+    taught = taught or Rows.last(q.shape[2], q.shape[2])
+    if "prefill" in phases and taught.num_queries == q.shape[2]:
         out, targets["prefill"], _ = pooled_attention(
             q, k, v, gate.block_size, per_kv_head=per_kv_head, **of_map
         )
     else:
         out = dense_attention(q, k, v, **more)
+        if "prefill" in phases:
+            part = q[:, :, taught.first : taught.num_keys]
+            targets["prefill"] = pooled_map(
+                part, k, gate.block_size, per_kv_head=per_kv_head, rows=taught, **of_map
+            )
     if "decode" in phases:
         rows = decode_rows(q.shape[2], q.device)
         targets["decode"] = decode_target(q, k, rows, gate.block_size[1], **of_map)

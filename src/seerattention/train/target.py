@@ -11,11 +11,13 @@ from seerattention.ops.attention_scores import WORK_BYTES, attention_scores, by_
 from seerattention.ops.options import Pool
 from seerattention.policies import Rule, TopK
 from seerattention.rows import Rows, num_blocks
-from seerattention.selection import causal_blocks
 
 #: Share of the rows, from the start, that objectives leave out: they see few blocks. Source: the published
 #: code.
 SKIPPED_ROWS = 0.25
+
+#: Rows of query blocks of a sequence that teach a gate in a step, at most: a run of them, see `taught_rows`.
+PREFILL_ROWS = 128
 
 #: Query tokens of a sequence that teach a gate to choose while decoding. On the bundled teacher, at 4,096
 #: tokens, their gradient has a cosine of 0.996 to that of all tokens (256 of them: 0.976); the gradients of
@@ -45,21 +47,50 @@ class Counted(NamedTuple):
     always: Tensor
 
 
-def counted(target: Tensor, scores: Tensor, block_size: tuple[int, int], num_tokens: int) -> Counted:
+def taught_rows(num_tokens: int, block: int, place: float) -> Rows:
+    """Return the queries of a sequence that teach: all, or of a long one a run of `PREFILL_ROWS` blocks.
+
+    A step then costs little more than the model's forward pass, however long the sequence is.
+
+    Args:
+        num_tokens: Tokens of the sequence.
+        block: Queries per row of blocks.
+        place: Where the run lies among the rows that count, in [0, 1): another place in every step and layer.
+    """
+    blocks = num_blocks(num_tokens, block)
+    first = int(SKIPPED_ROWS * blocks)
+    if blocks - first <= PREFILL_ROWS:
+        return Rows.last(num_tokens, num_tokens)
+    first += int(place * (blocks - first - PREFILL_ROWS + 1))
+    end = min((first + PREFILL_ROWS) * block, num_tokens)
+    return Rows.at(first * block, end - first * block)
+
+
+def counted(
+    target: Tensor,
+    scores: Tensor,
+    block_size: tuple[int, int],
+    num_tokens: int,
+    *,
+    taught: Rows | None = None,
+) -> Counted:
     """Return the rows of a prefill's map that count.
 
     Args:
-        target: fp32 ``[B, H, N, N]`` from `pooled_attention`; rows sum to 1.
-        scores: fp32 ``[B, H, N, N]``, before softmax.
+        target: fp32 ``[B, H, N, N]`` from `pooled_attention`, or ``[B, H, n, N']`` of ``taught``; rows sum
+            to 1.
+        scores: fp32, of the same shape, before softmax.
         block_size: Tokens per (query block, KV block).
         num_tokens: Tokens of the sequence.
+        taught: Of which queries the map is, from `taught_rows`; default all.
 
     Returns:
         The last rows.
     """
-    first = int(SKIPPED_ROWS * scores.shape[2])
-    valid = causal_blocks(num_tokens, num_tokens, block_size, scores.device)[first:]
-    own = Rows.last(num_tokens, num_tokens).own(block_size, scores.device)[first:]
+    rows = taught or Rows.last(num_tokens, num_tokens)
+    # A run of rows begins behind those that do not count.
+    first = max(0, int(SKIPPED_ROWS * num_blocks(num_tokens, block_size[0])) - rows.first // block_size[0])
+    valid, own = (mask(block_size, scores.device)[first:] for mask in (rows.causal, rows.own))
     return Counted(target[:, :, first:], scores[:, :, first:], valid, valid & _always(own))
 
 
