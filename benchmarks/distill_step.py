@@ -41,8 +41,8 @@ def forward(model: Any, ids: torch.Tensor) -> None:
 def watched(parts: Parts, training: Distiller) -> Iterator[None]:
     """Count the parts of every step inside this context."""
     replaced = (
-        (distiller, "pooled_attention", "pooled attention"),
-        (distiller, "learn", "gate"),
+        (distiller, "_with_targets", "pooled attention"),
+        (training, "_learn", "gate"),
         (training.optimizer, "step", "optimizer"),
     )
     with ExitStack() as stack:

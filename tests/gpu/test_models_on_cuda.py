@@ -20,6 +20,7 @@ from seerattention.hosts.transformers import (
 )
 from seerattention.testing.budget import Budget
 from seerattention.train import DistillConfig, Distiller, TextWindows
+from seerattention.train.replay import Replay
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +94,28 @@ def test_steps_with_gaps_in_positions_are_those_of_the_cpu(model):
     (mine, gradient), (expected, reference) = found
     assert torch.allclose(mine, expected, rtol=0.01)
     assert torch.cosine_similarity(gradient, reference, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("phase", ["prefill", "both"])
+def test_steps_that_are_replayed_are_those_run_kernel_by_kernel(model, phase, monkeypatch):
+    batches = TextWindows(np.random.default_rng(0).integers(0, 128, 20000), 1024, 2, seed=3)
+    config, found = DistillConfig(steps=5, lr=3e-3, grad_accum=2), []
+    for replayed in (True, False):
+        torch.manual_seed(0)
+        gates = new_gates(model, phase=phase)
+        start = torch.cat([p.detach().flatten() for p in gates.parameters()])
+        if not replayed:
+            monkeypatch.setattr(Replay, "__call__", lambda self, name, run, given, learning: run(*given))
+        trainer = Distiller(model, gates, batches, config, reach=2048)
+        losses = [step.loss for step in trainer.run()]
+        assert len(trainer._replay._graphs) == (len(gates.layers) if replayed else 0)
+        assert all(trainer._replay._graphs.values())
+        learned = torch.cat([p.detach().flatten() for p in gates.parameters()])
+        found.append((losses, learned - start))
+    (losses, moved), (expected, reference) = found
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert len(set(losses)) == 5
+    assert torch.cosine_similarity(moved, reference, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -26,6 +26,7 @@ from seerattention.train.layer import gate_scores, learn, rows_of
 from seerattention.train.loop import Loop
 from seerattention.train.positions import Reach
 from seerattention.train.processes import shard_layers
+from seerattention.train.replay import Replay
 from seerattention.train.share import Batch, Documents, decoder_arguments
 from seerattention.train.target import (
     DECODE_ROWS,
@@ -93,6 +94,11 @@ class Distiller(Loop):
         self.best = -1.0
         self.stale = 0
         self._kept: dict[str, Tensor] = {}
+        self._replay = Replay()
+        # Others read the text's length back.
+        self._turn_by_position = all(
+            not gate.config.rope or gate.angles(1, self.device) is not None for _, gate in gates.items()
+        )
         if config.patience and not len(heldout):
             raise ValueError("patience stops on held-out recall; give held-out text or patience=0")
         # One tensor at a time, without fusing: the same result on every run.
@@ -196,16 +202,42 @@ class Distiller(Loop):
                 outs.append(out)
                 if not counts:
                     continue
-                weight = call.q.shape[0] * length / learned
-                q, k = call.q_nope[:, :, s], call.k_nope[:, :, s]
                 # The layers' mean is reported; gradients are those of the sum over layers.
-                options = {"weight": weight, "density": density, "positions": at.to(q.device)}
-                values, _ = learn(gate, q, k, targets, self.objective, **options, taught=taught)
+                values = self._learn(
+                    call.layer, gate, (call.q_nope[:, :, s], call.k_nope[:, :, s], at.to(q.device)), targets,
+                    weight=call.q.shape[0] * length / learned, density=density, taught=taught,
+                )  # fmt: skip
                 parts.append(values / len(by_layer))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
         self._decode(tokens, positions, handler)
         return torch.stack(parts).sum(0) if parts else torch.zeros(len(self.measures), device=self.device)
+
+    def _learn(
+        self,
+        layer: int,
+        gate: AttnGate,
+        given: tuple[Tensor, Tensor, Tensor],
+        targets: dict[str, Tensor],
+        **how: Any,
+    ) -> Tensor:
+        """Call `learn` with queries, keys and their positions; return its values.
+
+        Where it does the same in every step, as a graph: it is hundreds of small kernels.
+        """
+        phases = tuple(targets)
+
+        def run(q: Tensor, k: Tensor, positions: Tensor, *maps: Tensor) -> Tensor:
+            named = dict(zip(phases, maps, strict=True))
+            return learn(gate, q, k, named, self.objective, positions=positions, **how)[0]
+
+        tensors = *given, *targets.values()
+        taught, length = how["taught"], given[0].shape[2]
+        # Runs of rows lie elsewhere in every step, and documents of a pack have lengths of their own.
+        if taught.num_queries < length or length != self.length or not self._turn_by_position:
+            return run(*tensors)
+        name = layer, phases, how["weight"], how["density"], *(x.shape for x in tensors)
+        return self._replay(name, run, tensors, list(gate.parameters()))
 
     def _decode(
         self, tokens: Tensor, positions: Sequence[Tensor], handler: Callable[[AttentionCall], Tensor]
