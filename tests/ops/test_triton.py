@@ -108,9 +108,13 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, Any], opti
 @compiles
 @pytest.mark.parametrize("kernel", [_shares_kernel.share, _shares_kernel.unshare], ids=["share", "unshare"])
 def test_the_kernels_of_shares_compile_for_hopper(kernel: Any) -> None:
-    constants = {"SUBS": 16, "SUBS_PAD": 16, "SIZE": 4, "BLOCK_K": 64, "CAUSAL": True, "CHUNK": 512}
-    constants |= {"KEEP": True} if "KEEP" in kernel.arg_names else {}
-    types = dict.fromkeys(("products", "scores", "gradient", "sums"), "*fp32") | {"winners": "*u8"}
+    constants: dict[str, Any] = {"SUBS": 16, "SUBS_PAD": 16, "SIZE": 4, "BLOCK_K": 64, "CAUSAL": True}
+    share = "KEEP" in kernel.arg_names
+    constants |= (
+        {"KEEP": True, "CHUNK": 512} if share else {"SUBS_K": 16, "SUBS_K_PAD": 16, "unit": None, "CHUNK": 32}
+    )
+    types = dict.fromkeys(("products", "scores", "gradient", "sums"), "*fp32")
+    types |= {"winners": "*u8", "pairs": "*u8", "out": "*bf16"}
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
     made = compiled(kernel, constants, types, {})
     # Products pass through registers, none of them twice.

@@ -69,14 +69,19 @@ def test_packed_sequences_are_those_alone() -> None:
     check_packed_scores("triton")
 
 
-@pytest.mark.parametrize("slices", [2**28, 5000], ids=["at once", "in slices"])
-@pytest.mark.parametrize("name", ["one-summary", *ROUNDED, "every-pair", "four"])
-def test_shares_within_the_error_budget(name: str, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "slices"),
+    [(name, torch.float16, 2**28) for name in ("one-summary", *ROUNDED, "every-pair", "four")]
+    + [(name, dtype, 5000) for name in ("uneven", "later-rows") for dtype in (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_shares_within_the_error_budget(
+    name: str, dtype: torch.dtype, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and in slices."""
     monkeypatch.setattr(kernel, "SLICE_BYTES", slices)
     case = BY_NAME[name]
-    if slices == 5000 and name not in ("uneven", "later-rows"):
-        return
-    q, k, gradient = case.normal(torch.float16)
+    q, k, gradient = case.normal(dtype)
     for place, mine in enumerate(run(case, "triton", q, k, gradient, shares=True)):
 
         def reference(q: Tensor, k: Tensor, i: int = place) -> Tensor:

@@ -40,7 +40,7 @@ def share(
     CHUNK: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Write a row of scores and, with KEEP, the summary of each and all summaries' logarithms of sums."""
+    """Write a row of scores and, with KEEP, the summary of each and what makes shares of its products."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     products += head * subs * columns
     place = tl.arange(0, SUBS_PAD)
@@ -59,13 +59,15 @@ def share(
         safe = tl.where(mine, most, 0.0)
         total = total * tl.exp(largest - safe) + tl.sum(tl.exp(part - safe[:, None]), 1)
         largest = most
-    level = tl.where(mine, largest + tl.log(tl.where(mine, total, 1.0)), 0.0)
+    largest, level = tl.where(mine, largest, 0.0), tl.log(tl.where(mine, total, 1.0))
     if KEEP:
-        tl.store(sums + head * subs + sub, level, mask=mine)
+        # Both, as their sum would round away what small shares are made of.
+        tl.store(sums + 2 * (head * subs + sub), largest, mask=mine)
+        tl.store(sums + 2 * (head * subs + sub) + 1, level, mask=mine)
     for start in range(0, end, CHUNK):
         column = start + tl.arange(0, CHUNK)
         part, _ = seen_products(products, sub, column, ends, columns, mine, BLOCK_K, CAUSAL)
-        best, winner = tl.max(part - level[:, None], 0, return_indices=True)
+        best, winner = tl.max(part - largest[:, None] - level[:, None], 0, return_indices=True)
         given = column < end
         at = (head * rows + row) * columns + column
         tl.store(scores + at, best, mask=given)
@@ -73,26 +75,34 @@ def share(
             tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=given)
 
 
-@jit("subs", "rows", "columns", "past")
+@jit("subs", "rows", "columns", "key_subs", "past")
 def unshare(
     products,
+    pairs,
     gradient,
     winners,
     sums,
+    unit,
+    out,
     subs,
     rows,
     columns,
     past,
+    key_subs,
     SUBS: tl.constexpr,
     SUBS_PAD: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
     CHUNK: tl.constexpr,
+    SUBS_K: tl.constexpr,
+    SUBS_K_PAD: tl.constexpr,
 ):
-    """Write products' gradients over the products that are seen."""
+    """Write gradients of the products of all summaries where they are seen, those that lost in a block 0."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     products += head * subs * columns
+    pairs += head * subs * columns
+    out += head * subs * key_subs
     place = tl.arange(0, SUBS_PAD)
     sub = row * SUBS + place
     mine = (place < SUBS) & (sub < subs)
@@ -100,7 +110,11 @@ def unshare(
     last = tl.max(tl.where(mine, ends, 0))
     end = tl.minimum(columns, tl.cdiv(last, BLOCK_K)) if CAUSAL else columns
     at_row = (head * rows + row) * columns
-    level = tl.load(sums + head * subs + sub, mask=mine, other=0.0)
+    largest = tl.load(sums + 2 * (head * subs + sub), mask=mine, other=0.0)
+    level = tl.load(sums + 2 * (head * subs + sub) + 1, mask=mine, other=0.0)
+    factor = 1.0
+    if unit is not None:
+        factor = 1 / tl.load(unit)
     # What a summary's shares pass on in all, taken from each in proportion.
     total = tl.zeros([SUBS_PAD], tl.float32)
     for start in range(0, end, CHUNK):
@@ -109,6 +123,7 @@ def unshare(
         weight = tl.load(gradient + at_row + column, mask=given, other=0.0)
         winner = tl.load(winners + at_row + column, mask=given, other=0).to(tl.int32)
         total += tl.sum(tl.where(winner[None, :] == place[:, None], weight[None, :], 0.0), 1)
+    which = tl.arange(0, SUBS_K_PAD)
     for start in range(0, end, CHUNK):
         column = start + tl.arange(0, CHUNK)
         given = column < end
@@ -116,5 +131,12 @@ def unshare(
         winner = tl.load(winners + at_row + column, mask=given, other=0).to(tl.int32)
         part, seen = seen_products(products, sub, column, ends, columns, mine, BLOCK_K, CAUSAL)
         own = tl.where(winner[None, :] == place[:, None], weight[None, :], 0.0)
-        at = sub.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(products + at, own - tl.exp(part - level[:, None]) * total[:, None], mask=seen)
+        found = own - tl.exp(part - largest[:, None] - level[:, None]) * total[:, None]
+        found *= factor
+        cell = sub.to(tl.int64)[:, None] * columns + column[None, :]
+        pair = tl.load(pairs + cell, mask=seen, other=0).to(tl.int32)
+        spread = tl.where(pair[:, :, None] == which[None, None, :], found[:, :, None], 0.0)
+        key = column[:, None] * SUBS_K + which[None, :]
+        kept = seen[:, :, None] & ((which < SUBS_K)[None, :] & (key < key_subs))[None, :, :]
+        at = sub.to(tl.int64)[:, None, None] * key_subs + key[None, :, :]
+        tl.store(out + at, spread.to(out.dtype.element_ty), mask=kept)

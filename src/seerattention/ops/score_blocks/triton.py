@@ -36,10 +36,10 @@ LAUNCHES = {
     "wide": {"score": Launch(64, 32, 8, 1), "back": Launch(32, 32, 8, 1)},
 }
 
-#: What query summaries give blocks is compared in slices of at most this many bytes.
+#: Shares are compared in slices whose products of all summaries would have at most this many bytes.
 SLICE_BYTES = 256 * 2**20
 
-#: Products that a program which compares them holds at a time.
+#: Numbers that a program which compares products holds at a time.
 CHUNK_CELLS = 8192
 
 
@@ -97,28 +97,44 @@ class _Shares(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, winners, sums = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        # Those of keys are sums over slices.
-        found = torch.zeros_like(queries), torch.zeros_like(keys, dtype=torch.float32)
-        for rows, subs, one in _slices(queries, keys, ctx.options):
+        options, wanted, unit = ctx.options, ctx.needs_input_grad[:2], _unit(gradient, queries.dtype)
+        scale = options.scale if unit is None else options.scale * unit
+        of_queries, of_keys = (torch.zeros_like(x, dtype=torch.float32) for x in (queries, keys))
+        subs_k, group = options.sub_blocks[1], queries.shape[1] // keys.shape[1]
+        for rows, subs, one in _slices(queries, keys, options):
             part = queries[:, :, subs].contiguous()
             largest, pairs = _forward(part, keys, one, keep=True)
             given = (x.contiguous() for x in (gradient[:, :, rows], winners[:, :, rows], sums[:, :, subs]))
-            _over_rows(unshare, largest, ctx.options, one, *given)
-            of_queries, of_keys = _backward(largest, part, keys, pairs, wanted, one, torch.float32)
-            if of_queries is not None:
-                found[0][:, :, subs] = of_queries
-            if of_keys is not None:
-                found[1].add_(of_keys)
-        return *(x.to(keys.dtype) if asked else None for x, asked in zip(found, wanted, strict=True)), None
+            spread = part.new_zeros(*part.shape[:3], keys.shape[2])
+            more = {"SUBS_K": subs_k, "SUBS_K_PAD": power_of_two(subs_k)}
+            _over_rows(
+                unshare, largest, options, one, pairs, *given, unit, spread, key_subs=keys.shape[2], **more
+            )
+            # The heads of a group behind one another.
+            spread, part = (x.view(-1, group * x.shape[2], x.shape[3]) for x in (spread, part))
+            if wanted[0]:
+                of_queries[:, :, subs] = _product(spread, keys.flatten(0, 1)).view(
+                    of_queries[:, :, subs].shape
+                )
+            if wanted[1]:
+                of_keys += _product(spread.mT, part).view_as(keys)
+        scaled = ((x * scale).to(keys.dtype) for x in (of_queries, of_keys))
+        return *(x if asked else None for x, asked in zip(scaled, wanted, strict=True)), None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return products of matrices in fp32, ``[n, i, j] @ [n, j, k]``."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def _slices(
     queries: Tensor, keys: Tensor, options: ScoreOptions
 ) -> Iterator[tuple[slice, slice, ScoreOptions]]:
     """Return slices of rows of blocks and of their summaries, and how summaries are scored as rows."""
-    (subs_q, subs_k), count = options.sub_blocks, queries.shape[2]
-    row_bytes = 4 * queries.shape[0] * queries.shape[1] * subs_q * num_blocks(keys.shape[2], subs_k)
+    (subs_q, subs_k), (batch, heads, count) = options.sub_blocks, queries.shape[:3]
+    row_bytes = queries.element_size() * batch * heads * subs_q * keys.shape[2]
     step, down = max(1, SLICE_BYTES // row_bytes), num_blocks(count, subs_q)
     for start in range(0, down, step):
         rows = slice(start, min(start + step, down))
@@ -135,34 +151,41 @@ def _slices(
 def _shares(
     queries: Tensor, keys: Tensor, options: ScoreOptions, *, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return scores and, if ``keep``, the number of the query summary of each, and summaries' log-sums."""
+    """Return scores and, if ``keep``, the number of the query summary of each and what makes its share.
+
+    That is of every summary the largest product and the logarithm of the sum of all relative to it, fp32
+    ``[B, H, Sq, 2]``.
+    """
     subs_q, subs_k = options.sub_blocks
-    down, across = num_blocks(queries.shape[2], subs_q), num_blocks(keys.shape[2], subs_k)
-    shape = *queries.shape[:2], down, across
-    found: list[tuple[Tensor | None, ...]] = []
+    across = num_blocks(keys.shape[2], subs_k)
+    kind = torch.uint8 if subs_q <= 256 else torch.int16
+    found: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for rows, subs, one in _slices(queries, keys, options):
         largest = _forward(queries[:, :, subs].contiguous(), keys, one, keep=False)[0]
-        part = (*shape[:2], rows.stop - rows.start, across)
-        scores = torch.zeros(part, dtype=torch.float32, device=queries.device)
-        kind = torch.uint8 if subs_q <= 256 else torch.int16
-        winners = scores.new_zeros(part, dtype=kind) if keep else None
-        sums = scores.new_empty(largest.shape[:3]) if keep else None
+        scores = largest.new_zeros(*largest.shape[:2], rows.stop - rows.start, across)
+        winners = torch.zeros_like(scores, dtype=kind) if keep else None
+        sums = largest.new_empty(*largest.shape[:3], 2) if keep else None
         _over_rows(share, largest, options, one, scores, winners, sums, KEEP=keep)
         found.append((scores, winners, sums))
-    scores, winners, sums = (
-        parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, 2)
-        for parts in zip(*found, strict=True)
-    )
-    assert scores is not None
-    return scores, winners, sums
+    if len(found) == 1:
+        return found[0]
+    scores, *others = zip(*found, strict=True)
+    winners, sums = (torch.cat(parts, 2) if keep else None for parts in others)
+    return torch.cat(scores, 2), winners, sums
 
 
 def _over_rows(
-    kernel: Any, largest: Tensor, options: ScoreOptions, one: ScoreOptions, *given: Any, **constants: Any
+    kernel: Any,
+    largest: Tensor,
+    options: ScoreOptions,
+    one: ScoreOptions,
+    *given: Any,
+    **constants: Any,
 ) -> None:
     """Run a kernel of `_shares_kernel` on every row of blocks of a slice."""
     subs_q, (batch, heads, count, across) = options.sub_blocks[0], largest.shape
     down, held = num_blocks(count, subs_q), power_of_two(subs_q)
+    cells = CHUNK_CELLS // (held * constants.get("SUBS_K_PAD", 1))
     with torch.cuda.device_of(largest):
         kernel[down, batch * heads](
             largest,
@@ -176,7 +199,7 @@ def _over_rows(
             SIZE=one.block_size[0],
             BLOCK_K=one.block_size[1],
             CAUSAL=one.past is not None,
-            CHUNK=min(power_of_two(across), max(16, CHUNK_CELLS // held)),
+            CHUNK=min(power_of_two(across), max(16, cells)),
             **constants,
         )
 
@@ -215,25 +238,17 @@ def _backward(
     gradient: Tensor,
     queries: Tensor,
     keys: Tensor,
-    winners: Tensor | None,
+    winners: Tensor,
     wanted: tuple[bool, bool],
     options: ScoreOptions,
-    dtype: torch.dtype | None = None,
 ) -> list[Tensor | None]:
-    """Return the gradients that are wanted, in ``dtype`` or that of what they are of."""
-    launch = LAUNCHES[width(queries)]["back"]
-    unit = None
-    if queries.dtype == torch.float16:
-        # Gradients of a mean over rows lie below fp16's range: they are multiplied as shares of the
-        # largest, rounded to a power of two, so that dividing by it is exact.
-        largest = torch.linalg.vector_norm(gradient, float("inf"))
-        unit = torch.exp2(torch.frexp(largest).exponent.float()).clamp(min=2.0**-120)
+    launch, unit = LAUNCHES[width(queries)]["back"], _unit(gradient, queries.dtype)
     found: list[Tensor | None] = [None, None]
     sides = (keys, queries, launch.block_m), (queries, keys, launch.block_n)
     for place, (other, mine, blocks) in enumerate(sides):
         if not wanted[place]:
             continue
-        out = torch.empty_like(mine, dtype=dtype)
+        out = torch.empty_like(mine)
         tiles = num_blocks(gradient.shape[2 + place], blocks) * options.sub_blocks[place]
         with torch.cuda.device_of(queries):
             back[mine.shape[0] * mine.shape[1], tiles](
@@ -248,6 +263,18 @@ def _backward(
             )
         found[place] = out
     return found
+
+
+def _unit(gradient: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return what gradients are divided by before they are multiplied in fp16, None in other dtypes.
+
+    Those of a mean over rows lie below its range: they are multiplied as shares of the largest, rounded to
+    a power of two, so that dividing by it is exact.
+    """
+    if dtype != torch.float16:
+        return None
+    largest = torch.linalg.vector_norm(gradient, float("inf"))
+    return torch.exp2(torch.frexp(largest).exponent.float()).clamp(min=2.0**-120)
 
 
 def _numbers(queries: Tensor, keys: Tensor, scores: Tensor, options: ScoreOptions) -> tuple[float, ...]:
