@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seerattention.calibration import search as calibration
-from seerattention.calibration.fit import Length, Target, fit
+from seerattention.calibration.fit import Length, Target, fit, slopes
 from seerattention.calibration.gains import Maps
 from seerattention.calibration.search import Outcome, calibrate
 from seerattention.hosts import transformers as host
@@ -103,6 +103,41 @@ def test_no_exchange_between_heads_gains():
                 moved[take] += many
                 if give != take and moved.min() >= 0:
                     assert length.gained[index, moved].sum() <= best + 1e-9
+
+
+@pytest.mark.parametrize("gain", [lambda mass: mass.pow(2), lambda mass: (8 * mass).round() / 8 - 0.01])
+@pytest.mark.parametrize("name", ["fraction", "recall"])
+def test_each_head_takes_as_many_as_are_worth_the_price_most(gain, name):
+    maps = synthetic()
+    noise = torch.randn(maps.gain.shape, generator=torch.Generator().manual_seed(2))
+    # Some blocks gain nothing, some the same, some less than nothing.
+    length = Length(replace(maps, gain=gain(maps.mass * (1 + noise))), 64)
+    measure, index = getattr(length, name), torch.arange(length.gained.shape[1]).double()
+    for wanted in (0.0, 0.3, 0.6, 0.8, 0.95, 1.0):
+        low, high = math.log(1e-16), math.log(1e4)
+        best = torch.full((3,), length.gained.shape[1] - 1)
+        for _ in range(48):
+            price = (low + high) / 2
+            taken = (length.gained - math.exp(price) * index).argmax(1)
+            if measure(taken) >= wanted:
+                low, best = price, taken
+            else:
+                high = price
+        assert length.spend(measure, wanted).equal(best)
+
+
+@pytest.mark.parametrize(
+    ("gained", "expected"),
+    [
+        ([0, 3, 4, 4.5], [3, 1, 0.5]),
+        ([0, 1, 3, 3, 2], [1.5, 1.5, 0, -1]),
+        ([0, 1, 2, 3], [1, 1, 1]),
+        ([0, 2, 3, 3.5, 9], [2.25, 2.25, 2.25, 2.25]),
+        ([0, -1], [-1]),
+    ],
+)
+def test_slopes_are_those_of_the_least_concave_curve_above(gained, expected):
+    assert slopes(np.array(gained, dtype=float)).tolist() == expected
 
 
 def test_limits_and_counts_are_inverse():

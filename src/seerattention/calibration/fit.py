@@ -85,13 +85,16 @@ class Length:
         rows = maps.rows[chosen]
         free = (valid & ~always)[rows]
         level = maps.log_share[:, chosen, :blocks] - row_exponent * (rows + 1.0).log()[:, None]
-        self.level, order = level[:, free].sort(-1, descending=True)
+        level, order = level[:, free].sort(-1, descending=True)
         gain, mass = (m[:, chosen, :blocks] for m in (maps.gain, maps.mass))
         self.gained = _running_sum(gain[:, free].gather(1, order))
         self.found = _running_sum(mass[:, free].gather(1, order))
         self.rows = mass.shape[0] * mass.shape[1]
         self.kept = float((mass * always[rows]).sum())
-        self.free = self.level.numel()
+        self.free = level.numel()
+        # Both negated, in the rising order that they are searched in.
+        self.below = -torch.cat([level[:, :1] + 0.1, level, level[:, -1:] - 0.1], 1).double()
+        self.costs = -torch.from_numpy(np.stack([slopes(gained) for gained in self.gained.numpy()]))
         self.always = int(always.sum()) / int(valid.sum())
 
     def fraction(self, counts: Tensor) -> float:
@@ -111,12 +114,13 @@ class Length:
 
         The heads' marginal gains per block are equal, and as high as they may be.
         """
-        index = torch.arange(self.gained.shape[1], dtype=self.gained.dtype)
+        heads, free = self.costs.shape
         low, high = math.log(1e-16), math.log(1e4)
-        counts = torch.full((self.gained.shape[0],), self.gained.shape[1] - 1)
+        counts = torch.full((heads,), free)
         for _ in range(48):
             price = (low + high) / 2
-            taken = (self.gained - math.exp(price) * index).argmax(1)
+            prices = torch.full((heads, 1), -math.exp(price), dtype=self.costs.dtype)
+            taken = torch.searchsorted(self.costs, prices)[:, 0]
             if measure(taken) >= wanted:
                 low, counts = price, taken
             else:
@@ -125,16 +129,34 @@ class Length:
 
     def limits(self, counts: Tensor) -> Tensor:
         """Return the level between the last block taken and the first one left, fp64 ``[A]``."""
-        padded = torch.cat([self.level[:, :1] + 0.1, self.level, self.level[:, -1:] - 0.1], 1).double()
-        return (padded.gather(1, counts[:, None]) + padded.gather(1, counts[:, None] + 1))[:, 0] / 2
+        return -(self.below.gather(1, counts[:, None]) + self.below.gather(1, counts[:, None] + 1))[:, 0] / 2
 
     def counts(self, limits: Tensor) -> Tensor:
         """Return how many free blocks of each head are above its limit, int64 ``[A]``."""
-        return torch.searchsorted(-self.level.double(), -limits[:, None])[:, 0]
+        return (torch.searchsorted(self.below, -limits[:, None])[:, 0] - 1).clamp(0, self.costs.shape[1])
 
 
 def _running_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
+
+
+def slopes(gained: np.ndarray) -> np.ndarray:
+    """Return what each block adds to the least concave curve above a running sum, falling, fp64 ``[n]``.
+
+    At a price per block the sum less the price is largest where the slopes come down to the price.
+
+    Args:
+        gained: fp64 ``[n + 1]``, from 0.
+    """
+    at = np.arange(len(gained))
+    while True:
+        width = np.diff(at)
+        slope = np.diff(gained[at]) / width
+        # A point not above the line between its neighbours is not on the curve.
+        keep = slope[:-1] > slope[1:]
+        if keep.all():
+            return slope.repeat(width)
+        at = at[np.concatenate([[True], keep, [True]])]
 
 
 def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calibration:
@@ -187,7 +209,7 @@ def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calib
 def _reachable(lengths: list[Length], target: Target, block: int) -> list[Length]:
     """Return the lengths at which the target leaves something to choose."""
     longest, tokens = lengths[-1], lengths[-1].blocks * block
-    nothing = torch.zeros(longest.level.shape[0], dtype=torch.long)
+    nothing = torch.zeros(longest.costs.shape[0], dtype=torch.long)
     if target.density is not None:
         if target.density <= NEAREST * longest.always:
             raise too_sparse(target.density, longest.always, tokens)
