@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from seerattention.baselines.oracle import Oracle
+from seerattention.calibration import gains
 from seerattention.calibration.gains import record
-from seerattention.hosts.transformers import intercept
+from seerattention.hosts.transformers import Gates, intercept
 from seerattention.measure import bundled
 from seerattention.measure import maps as maps_module
+from seerattention.ops.attention_scores import WORK_BYTES
 from seerattention.policies import TopK
 
 KNOBS = TopK(1.0, sink_blocks=1)
@@ -57,10 +59,14 @@ def test_recorded_rows_are_the_gates_and_the_true_ones(teacher):
         torch.testing.assert_close(maps.mass[part], per_query, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-def test_gain_is_how_much_nearer_the_output_comes(teacher, sinks, monkeypatch):
+@pytest.mark.parametrize(("sinks", "group"), [(False, 1), (True, 1), (False, 3)])
+def test_gain_is_how_much_nearer_the_output_comes(teacher, sinks, group, monkeypatch):
     model, gates, text = teacher
     tokens = text[:640]
+    if group > 1:
+        # Gates with one score per KV head, which choose for the heads of a group.
+        design = replace(gates.config, per_kv_head=True, rope=False)
+        gates = Gates(design, gates.base, list(dict(gates.items())))
     gates.use_rotary_of(model)
     if sinks:
         # As a model whose heads have a learnt sink each would call it.
@@ -79,21 +85,37 @@ def test_gain_is_how_much_nearer_the_output_comes(teacher, sinks, monkeypatch):
         return part @ v[:, columns] / total
 
     norm = output(slice(0, 640), range(10)).pow(2).sum(-1).mean(1).sum()
-    for h, row in ((12, 9), (14, 6), (17, 3)):
-        rows, head = slice(64 * row, 64 * (row + 1)), h - 12
+    for head, row in ((0, 9), (2, 6), (5, 3)):
+        rows, h = slice(64 * row, 64 * (row + 1)), (12 + head) // group
+        heads = slice(head // group * group, head // group * group + group)
         read = [0, row - 1, row]
         assert maps.gain[h, row, read].eq(0).all()
         free = [j for j in maps.log_share[h, row].argsort(descending=True).tolist() if 0 < j < row - 1]
         whole = output(rows, range(row + 1))
-        error = (output(rows, read) - whole)[head].pow(2).sum(-1).mean()
+        error = (output(rows, read) - whole)[heads].pow(2).sum(-1).mean(1).sum()
         for j in free:
             read.append(j)
-            less = (output(rows, read) - whole)[head].pow(2).sum(-1).mean()
+            less = (output(rows, read) - whole)[heads].pow(2).sum(-1).mean(1).sum()
             assert float(maps.gain[h, row, j]) == pytest.approx(
                 float((error - less) / norm), rel=1e-3, abs=1e-8
             )
             error = less
         assert float(error / norm) < 1e-12
+
+
+def test_rows_are_looked_at_together_as_memory_allows(teacher, monkeypatch):
+    model, gates, text = teacher
+    slices, scores, found = [], gains.attention_scores, []
+    monkeypatch.setattr(gains, "attention_scores", lambda *a, **b: slices.append(a) or scores(*a, **b))
+    for budget in (1, 2**40):
+        monkeypatch.setitem(WORK_BYTES, "cpu", budget)
+        found.append(record(model, gates, [text[:1000]], replace(KNOBS, local_blocks=2)))
+        found.append(len(slices))
+    alone, one_by_one, together, both = found
+    # 8 layers of 2 KV heads, of 16 rows.
+    assert (one_by_one, both - one_by_one) == (8 * 2 * 16, 8 * 2)
+    torch.testing.assert_close(together.mass, alone.mass)
+    torch.testing.assert_close(together.gain, alone.gain, rtol=1e-3, atol=1e-7)
 
 
 SINKS = torch.linspace(-1, 2, 6)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates
 from seerattention.measure.maps import check_finite, record_layers
-from seerattention.ops.attention_scores import attention_scores, by_block
+from seerattention.ops.attention_scores import WORK_BYTES, attention_scores, by_block
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
 
@@ -97,37 +97,50 @@ def _true_rows(
     call: AttentionCall, rows: Tensor, block: int, share: Tensor, always: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return mass and gain of the blocks of some rows, fp32 ``[H, S, N]``, as they are read by ``share``."""
-    heads, tokens = share.shape[0], call.k.shape[2]
-    groups = call.q.shape[1] // call.k.shape[1]
-    mass = torch.zeros(call.q.shape[1], *share.shape[1:], device=call.q.device)
-    gain, output = torch.zeros_like(mass), torch.zeros((), device=call.q.device)
-    orders = share.masked_fill(always, math.inf).repeat_interleave(call.q.shape[1] // heads, 0)
-    for at, row in enumerate(rows.tolist()):
-        first, end = row * block, min((row + 1) * block, tokens)
-        position = torch.arange(first, end, device=call.q.device)
-        for h in range(call.k.shape[1]):
-            part = slice(h * groups, (h + 1) * groups)
-            q, k = call.q[0, part, first:end], call.k[0, h : h + 1, :end]
-            scores = attention_scores(q, k, position, scale=call.scale, softcap=call.softcap)
+    heads, (kv_heads, tokens), device = share.shape[0], call.k.shape[1:3], call.q.device
+    groups = call.q.shape[1] // kv_heads
+    mass = torch.zeros(call.q.shape[1], *share.shape[1:], device=device)
+    gain, output = torch.zeros_like(mass), torch.zeros((), device=device)
+    # Stable: a row's acausal blocks come last, first of them those that a later row beside it sees.
+    orders = share.masked_fill(always, math.inf).argsort(dim=-1, descending=True, stable=True)
+    orders = orders.repeat_interleave(call.q.shape[1] // heads, 0)
+    ends, rows = (rows + 1).tolist(), rows.to(device)
+    place = torch.arange(share.shape[2], device=device)
+    taken = (place >= always.sum(-1, keepdim=True)) & (place <= rows[:, None])
+    position = rows[:, None] * block + torch.arange(block, device=device)
+    # A short last block has queries of its own alone; what fills it counts nothing in a mean.
+    real = position < tokens
+    mean, position = real / real.sum(-1, keepdim=True), position.clamp_max(tokens - 1)
+    budget = WORK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    step = max(1, budget // (4 * groups * block * (tokens + share.shape[2] * call.v.shape[3])))
+    for h in range(kv_heads):
+        group = slice(h * groups, (h + 1) * groups)
+        for first in range(0, len(ends), step):
+            part = slice(first, first + step)
+            blocks, at = ends[part][-1], position[part].flatten()
+            q, k = call.q[0, group][:, at], call.k[0, h : h + 1, : blocks * block]
+            scores = attention_scores(q, k, at, scale=call.scale, softcap=call.softcap)
+            scores = scores.unflatten(1, (-1, block))
             weights = by_block(scores.softmax(-1), block)
-            values = by_block(call.v[0, h, :end].float(), block, 0)
+            values = by_block(call.v[0, h, : blocks * block].float(), block, 0)
             in_block = weights.sum(-1)
-            mass[part, at, : row + 1] = in_block.mean(1)
-            order = orders[part, at, : row + 1].argsort(-1, descending=True)
-            places = order[:, None].expand_as(in_block)
-            parts = torch.einsum("gqjt,jtd->gqjd", weights, values)
-            parts = parts.gather(2, places[..., None].expand_as(parts)).cumsum(2)
-            read = in_block.gather(2, places).cumsum(2)[..., None]
+            mass[group, part, :blocks] = (in_block * mean[part, :, None]).sum(2)
+            order = orders[group, part, :blocks]
+            places = order[:, :, None].expand_as(in_block)
+            parts = torch.einsum("grqjt,jtd->grqjd", weights, values)
+            parts = parts.gather(3, places[..., None].expand_as(parts)).cumsum(3)
+            read = in_block.gather(3, places).cumsum(3)[..., None]
             if call.sinks is not None:
                 # A sink takes part of the weights that all keys share.
-                keys = torch.sigmoid(scores.logsumexp(-1) - call.sinks[part, None].float())[..., None, None]
+                sinks = call.sinks[group, None, None].float()
+                keys = torch.sigmoid(scores.logsumexp(-1) - sinks)[..., None, None]
                 parts, read = parts * keys, read * keys + 1 - keys
             # The output with the first, the first two, ... and all blocks in this order.
             outs = parts / read.clamp_min(torch.finfo(read.dtype).tiny)
-            error = (outs - outs[:, :, -1:]).pow(2).sum(-1).mean(1)
-            start = int(always[at].sum())
-            gain[part, at].scatter_(1, order[:, start:], error[:, start - 1 : -1] - error[:, start:])
-            output += outs[:, :, -1].pow(2).sum(-1).mean(1).sum() / len(rows)
+            error = ((outs - outs[..., -1:, :]).pow(2).sum(-1) * mean[part, :, None]).sum(2)
+            less = -error.diff(dim=-1, prepend=error[..., :1])
+            gain[group, part].scatter_(2, order, less.masked_fill(~taken[part, :blocks], 0))
+            output += (outs[..., -1, :].pow(2).sum(-1) * mean[part]).sum() / len(ends)
     gain /= output.clamp_min(torch.finfo(gain.dtype).tiny)
     # Gates with one score per KV head choose for all heads of a group.
     return mass.unflatten(0, (heads, -1)).mean(1), gain.unflatten(0, (heads, -1)).sum(1)

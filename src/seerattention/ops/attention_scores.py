@@ -9,7 +9,7 @@ from torch import Tensor
 from seerattention.ops.dispatch import outside_autocast
 from seerattention.rows import Rows
 
-#: Bytes of scores that `block_mass` holds at a time (fp32): what a CPU's cache takes, and what fills a GPU.
+#: Bytes of scores held at a time (fp32): what a CPU's cache takes, and what fills a GPU.
 WORK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 
 
