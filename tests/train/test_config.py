@@ -21,7 +21,7 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 @pytest.mark.parametrize("kind", [DistillConfig, FinetuneConfig])
 def test_an_unknown_target_names_the_known_ones(kind):
-    with pytest.raises(ValueError, match=r"^target must be max or mass, got 'sum'$"):
+    with pytest.raises(ValueError, match=r"^target must be one of max, mass, both, got 'sum'$"):
         kind(target="sum")
 
 

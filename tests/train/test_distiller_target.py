@@ -86,3 +86,29 @@ def test_the_rate_is_that_of_the_phase():
     assert DistillConfig(lr=0.1).peak("decode") == 0.1
     with pytest.raises(ValueError, match="a file that leaves them empty meant sharp_kl and max"):
         DistillConfig(objective="", target="")
+
+
+@pytest.mark.parametrize("rows", [128, 4])
+def test_both_is_the_mean_of_two_maps(tiny, model, text, monkeypatch, rows):
+    from seerattention.train import distiller, target
+
+    monkeypatch.setattr(target, "PREFILL_ROWS", rows)
+    found, learn = {}, distiller.learn
+    for name in ("mass", "max", "both"):
+        gates = tiny.gates_of(model, phase="both")
+        seen = found.setdefault(name, [])
+        monkeypatch.setattr(
+            distiller,
+            "learn",
+            lambda g, q, k, targets, *a, seen=seen, **b: (
+                seen.append(targets) or learn(g, q, k, targets, *a, **b)
+            ),
+        )
+        config = DistillConfig(steps=1, target=name)
+        assert all(
+            0 < step.recall <= 1 for step in Distiller(model, gates, TextWindows(text, 256), config).run()
+        )
+    for mass, largest, both in zip(found["mass"], found["max"], found["both"], strict=True):
+        for phase in ("prefill", "decode"):
+            assert torch.allclose(both[phase], (mass[phase] + largest[phase]) / 2, atol=1e-6)
+            assert not torch.allclose(mass[phase], largest[phase], atol=1e-3)

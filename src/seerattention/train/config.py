@@ -21,8 +21,8 @@ class TrainConfig:
             decoding alone.
         warmup: Share of the steps in which the rate rises linearly, in [0, 1).
         objective: What the gates minimise: ``choice_kl``, or ``kl`` as published (docs/method.md).
-        target: What they learn of a block: ``mass``, the sum of a query's weights in it, or ``max``, its
-            largest attention weight, as published.
+        target: What they learn of a block: ``mass``, the sum of a query's weights in it, ``max``, its
+            largest attention weight, as published, or ``both``, the mean of these two maps.
         save_every: Steps between checkpoints.
         grad_accum: Forward passes per optimizer step on each process; the sequences of a step are
             split over them, and the result is the same.
@@ -46,15 +46,15 @@ class TrainConfig:
         self._check(self.lr is None or self.lr > 0, "lr", "above 0")
         self._check(0 <= self.warmup < 1, "warmup", "in [0, 1)")
         # Loads torch, which the help of a command does without.
-        from seerattention.ops.options import POOLS
         from seerattention.train import objectives
+        from seerattention.train.target import TARGETS
 
         if "" in (self.objective, self.target):
             raise ValueError(
                 "objective and target must be named; a file that leaves them empty meant sharp_kl and max, "
                 "or for decoding alone choice_kl and mass"
             )
-        self._check(self.target in POOLS, "target", " or ".join(POOLS))
+        self._check(self.target in TARGETS, "target", f"one of {', '.join(TARGETS)}")
         objectives.create(self.objective)
 
     def _check(self, right: bool, name: str, must: str) -> None:

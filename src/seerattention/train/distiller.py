@@ -18,6 +18,7 @@ from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
 from seerattention.hosts.transformers.gates import check_weights
 from seerattention.ops.dense_attention import dense_attention
+from seerattention.ops.options import Pool
 from seerattention.ops.pooled_attention import pooled_attention, pooled_map
 from seerattention.rows import Rows
 from seerattention.train.config import DistillConfig, Step
@@ -34,6 +35,7 @@ from seerattention.train.target import (
     PREFILL_ROWS,
     decode_rows,
     decode_target,
+    mean_map,
     sampled_recall,
     taught_rows,
 )
@@ -312,7 +314,7 @@ def _with_targets(
     v: Tensor,
     call: AttentionCall,
     phases: Collection[str],
-    pool: str,
+    target: str,
     taught: Rows | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return attention as the model computes it, and the map that the gate should predict in each phase.
@@ -320,21 +322,22 @@ def _with_targets(
     That of prefill is of the queries in ``taught``, by default of all.
     """
     more: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
-    of_map: dict[str, Any] = {**more, "pool": pool}
-    targets, per_kv_head = {}, gate.config.per_kv_head
+    of_map: dict[str, Any] = {**more, "per_kv_head": gate.config.per_kv_head}
+    targets, outs, size = {}, [], gate.block_size
     taught = taught or Rows.last(q.shape[2], q.shape[2])
-    if "prefill" in phases and taught.num_queries == q.shape[2]:
-        out, targets["prefill"], _ = pooled_attention(
-            q, k, v, gate.block_size, per_kv_head=per_kv_head, **of_map
-        )
-    else:
-        out = dense_attention(q, k, v, **more)
-        if "prefill" in phases:
-            part = q[:, :, taught.first : taught.num_keys]
-            targets["prefill"] = pooled_map(
-                part, k, gate.block_size, per_kv_head=per_kv_head, rows=taught, **of_map
-            )
+
+    def prefill(pool: Pool) -> Tensor:
+        if taught.num_queries == q.shape[2] and not outs:
+            found = pooled_attention(q, k, v, size, pool=pool, **of_map)
+            outs.append(found.out)
+            return found.target
+        return pooled_map(q[:, :, taught.first : taught.num_keys], k, size, pool=pool, rows=taught, **of_map)
+
+    if "prefill" in phases:
+        targets["prefill"] = mean_map(target, prefill)
     if "decode" in phases:
         rows = decode_rows(q.shape[2], q.device)
-        targets["decode"] = decode_target(q, k, rows, gate.block_size[1], **of_map)
-    return out, targets
+        targets["decode"] = mean_map(
+            target, lambda pool: decode_target(q, k, rows, size[1], pool=pool, **more)
+        )
+    return outs[0] if outs else dense_attention(q, k, v, **more), targets

@@ -21,7 +21,7 @@ from seerattention.train.layer import gate_scores, learn
 from seerattention.train.objectives import Objective
 from seerattention.train.share import Documents, Share
 from seerattention.train.soft import log_gates, soft_attention
-from seerattention.train.target import LEAST_TAKEN, counted, sampled_recall
+from seerattention.train.target import LEAST_TAKEN, counted, mean_map, sampled_recall
 
 #: q and k before the rotary embedding, without a gradient.
 Nope = tuple[Tensor, Tensor]
@@ -143,5 +143,6 @@ class JointPass:
     def _target(self, gate: AttnGate, q: Tensor, k: Tensor, more: dict[str, Any]) -> Tensor:
         sinks = None if more["sinks"] is None else more["sinks"].detach()
         options = {**more, "sinks": sinks, "per_kv_head": gate.config.per_kv_head}
-        options["pool"] = self.settings.target
-        return pooled_map(q, k, gate.block_size, **options)
+        return mean_map(
+            self.settings.target, lambda pool: pooled_map(q, k, gate.block_size, pool=pool, **options)
+        )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seerattention.ops.attention_scores import WORK_BYTES, attention_scores, by_block
-from seerattention.ops.options import Pool
+from seerattention.ops.options import POOLS, Pool
 from seerattention.policies import Rule, TopK
 from seerattention.rows import Rows, num_blocks
 
@@ -29,6 +30,16 @@ RECALL_ROWS = 64
 
 #: Fewest blocks of a row whose recall is shown while training: any gate finds the row's own and the first.
 LEAST_TAKEN = 3
+
+
+#: What gates may learn of a block, `TrainConfig.target`, and the maps whose mean it is.
+TARGETS: dict[str, tuple[Pool, ...]] = {**{pool: (pool,) for pool in POOLS}, "both": POOLS}
+
+
+def mean_map(target: str, made: Callable[[Pool], Tensor]) -> Tensor:
+    """Return the map to learn, rows of which sum to 1, from what makes the map of a pool."""
+    maps = [made(pool) for pool in TARGETS[target]]
+    return maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)
 
 
 class Counted(NamedTuple):
