@@ -240,6 +240,26 @@ def test_the_least_density_within_a_perplexity_is_found(teacher, monkeypatch):
     assert (found.policy.calibration.target, found.policy.calibration.value) == ("ppl_increase", 0.01)
 
 
+def test_windows_to_fit_to_are_changed_and_those_to_measure_on_are_not(teacher, monkeypatch):
+    model, gates, text = teacher
+    fitted, measured_on, record = [], [], calibration.record
+
+    def measures(*given, windows, **more):
+        measured_on.extend(windows)
+        return measured(*given, windows=windows, **more)
+
+    def records(model, gates, windows, *more):
+        fitted.extend(windows)
+        return record(model, gates, windows, *more)
+
+    monkeypatch.setattr(calibration, "record", records)
+    monkeypatch.setattr(calibration, "measured", measures)
+    settings = {"length": 1024, "windows": 2}
+    calibrate(model, gates, text, Target(density=0.4), mix=lambda w: [x[::-1].copy() for x in w], **settings)
+    assert np.array_equal(fitted, [text[1023::-1]])
+    assert {window.tobytes() for window in measured_on} == {text[1024:n].tobytes() for n in (1536, 2048)}
+
+
 @pytest.mark.parametrize(
     ("target", "found", "said"),
     [

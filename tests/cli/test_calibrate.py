@@ -4,11 +4,14 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from seerattention import cli
+from seerattention.calibration import search
 from seerattention.hosts.transformers import attach, detach, load_gates
 from seerattention.hosts.transformers.checkpoint import CALIBRATION, CONFIG
 from seerattention.measure import bundled
@@ -57,6 +60,18 @@ def test_gates_are_calibrated_where_they_are_and_used_so_by_default(gates, text,
     detach(attach(model, loaded))
 
 
+@pytest.mark.parametrize(("options", "asking"), [((), 1), (("--retrieval", 0, "--repeats", 0), 0)])
+def test_a_quarter_of_the_windows_fitted_to_asks_for_what_stands_in_it(
+    gates, text, options, asking, monkeypatch
+):
+    seen, tokenizer = [], bundled.load_teacher()[1]
+    monkeypatch.setattr(search, "calibrate", lambda *_, mix, **more: seen.append(mix) or sys.exit(3))
+    assert invoke(gates, text, "--density", 0.4, *SMALL, *options).exit_code == 3
+    windows = list(bundled.text_tokens(tokenizer)[1][:4096].reshape(4, 1024))
+    changed = [not np.array_equal(*pair) for pair in zip(seen[0](windows), windows, strict=True)]
+    assert changed == [True] * asking + [False] * (4 - asking)
+
+
 def test_gates_for_decoding_are_refused_before_anything_is_read(gates, tmp_path):
     config = json.loads((gates / CONFIG).read_text())
     config["gate"]["phase"] = "decode"
@@ -83,6 +98,7 @@ def test_a_copy_leaves_the_gates_alone(gates, text, tmp_path):
     [
         ((), "give exactly one of density, recall and ppl_increase, got none"),
         (("--density", 0.1, "--recall", 0.9), "give exactly one of .*, got density, recall"),
+        (("--density", 0.4, "--retrieval", 1), "shares of the sequences, .* at most 1; got 1.0 and 0.1"),
         (("--density", 1.5), "density must be between 0 and 1, got 1.5"),
         (("--max-ppl-increase", "much"), "--max-ppl-increase must be like 1% or 0.01, got 'much'"),
         (("--max-ppl-increase", "0%"), "ppl_increase must be between 0 and 1, got 0.0"),

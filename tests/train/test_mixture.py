@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from seerattention.train import Mixture, Packed, Packs, TextWindows
-from seerattention.train.mixture import PASSAGE, WORDINGS
+from seerattention.train.mixture import PASSAGE, WORDINGS, mixed
 from seerattention.train.share import identity_of
 
 WORDS = [
@@ -220,3 +220,21 @@ def test_shares_that_are_none_are_refused(shares):
 def test_short_sequences_keep_their_length(length):
     made = mixture(length, Letters("t"), retrieval=0.6, repeats=0.4)
     assert {made(step).shape for step in range(30)} == {(2, length)}
+
+
+def test_of_windows_the_nearest_whole_numbers_are_changed():
+    words = " ".join(np.random.default_rng(0).choice(WORDS, 8000))
+    windows = list(np.array([ord(c) for c in words])[: 12 * 2048].reshape(12, 2048))
+    before = [window.copy() for window in windows]
+    made = mixed(windows, Letters(), retrieval=0.25, repeats=0.1)
+    assert all(np.array_equal(a, b) for a, b in zip(windows, before, strict=True))
+    assert [len(row) for row in made] == [2048] * 12
+    assert [bool(found(Letters().decode(row))[1]) for row in made] == [True] * 3 + [False] * 9
+    assert [np.array_equal(a, b) for a, b in zip(made, windows, strict=True)] == [False] * 4 + [True] * 8
+    again = mixed(windows, Letters(), retrieval=0.25, repeats=0.1)
+    assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
+    # Of three windows one asks; a quarter of one window is none.
+    assert sum(bool(found(Letters().decode(row))[1]) for row in mixed(windows[:3], Letters(), 0.25, 0.1)) == 1
+    assert np.array_equal(mixed(windows[:1], Letters(), 0.25, 0.1)[0], windows[0])
+    with pytest.raises(ValueError, match="shares of the sequences, at least 0 and together at most 1"):
+        mixed(windows, Letters(), 0.95, 0.1)

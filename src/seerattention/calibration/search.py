@@ -93,6 +93,7 @@ def calibrate(
     length: int = 8192,
     windows: int = 4,
     knobs: Policy | None = None,
+    mix: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None,
     progress: Callable[[str, int], Callable[[], None]] | None = None,
 ) -> Outcome:
     """Find thresholds that meet a target, and measure them on windows that nothing was fitted to.
@@ -106,6 +107,8 @@ def calibrate(
         length: Tokens per window.
         windows: How many, at least 2.
         knobs: A policy with the sink and local blocks and dense last rows to use; default one sink block.
+        mix: Changes the windows that are fitted to, such as `seerattention.train.mixture.mixed`; those for
+            measuring stay as they are.
         progress: Called with a phase and its number of steps; returns what is called after each.
 
     Raises:
@@ -122,6 +125,8 @@ def calibrate(
     texts = [tokens[i * length : (i + 1) * length] for i in range(windows)]
     held = max(1, windows // 4)
     texts, held_texts = texts[:-held], texts[-held:]
+    if mix is not None:
+        texts = mix(texts)
     say = progress or (lambda phase, steps: lambda: None)
     maps = record(model, gates, texts, knobs, say("true maps", len(texts) * len(gates.layers)))
     dense = measured(model, None, windows=held_texts).values()["perplexity"]

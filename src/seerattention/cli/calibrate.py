@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,10 @@ from seerattention.files import locked, write_whole
 
 if TYPE_CHECKING:
     from seerattention.policies import Policy
+
+#: Shares of the windows fitted to that ask for what stands in them, and in which passages return.
+RETRIEVAL = 0.25
+REPEATS = 0.1
 
 
 def run(
@@ -32,6 +37,15 @@ def run(
     windows: Annotated[
         int, typer.Option(help="Windows of text; the last quarter, one at least, is for measuring.")
     ] = 4,
+    retrieval: Annotated[
+        float,
+        typer.Option(
+            help="Share of the windows fitted to that state things and ask for them, made from the text."
+        ),
+    ] = RETRIEVAL,
+    repeats: Annotated[
+        float, typer.Option(help="Share of the windows fitted to in which passages of the text return.")
+    ] = REPEATS,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a copy of the gates; default the gates' own folder.")
     ] = None,
@@ -43,8 +57,9 @@ def run(
 ) -> None:
     """Find a threshold for every head that meets a target at any length; give exactly one target.
 
-    Saves it with the gates as their default policy, calibrated; sink_blocks, local_blocks and
-    dense_last_rows stay those of the policy the gates were saved with.
+    Fits to a mixture of windows as distill teaches on, to the nearest whole window of a share, and measures
+    on the text as it is. Saves the thresholds with the gates as their default policy, calibrated;
+    sink_blocks, local_blocks and dense_last_rows stay those of the policy the gates were saved with.
     """
     from seerattention.calibration.figure import draw_calibration
     from seerattention.calibration.fit import Target
@@ -54,8 +69,10 @@ def run(
     from seerattention.measure.plot import require_matplotlib
     from seerattention.train import read_tokens
     from seerattention.train.data import text_files
+    from seerattention.train.mixture import check_shares, mixed
 
     target = Target(density, recall, _share(max_ppl_increase))
+    check_shares(retrieval, repeats)
     if plot is not None:
         require_matplotlib(plot)
     loaded = bundled.for_prefill(load_gates(gates))
@@ -74,6 +91,7 @@ def run(
                 length=length,
                 windows=windows,
                 knobs=knobs,
+                mix=partial(mixed, tokenizer=tokenizer, retrieval=retrieval, repeats=repeats),
                 progress=_phases(progress, console),
             )
         if out is None:

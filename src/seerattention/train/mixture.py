@@ -7,7 +7,7 @@ and the model's own tokenizer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -89,7 +89,7 @@ class Mixture:
             lengths = list(batch.lengths)
         for i, row in enumerate(made):
             rng = np.random.default_rng((self.seed, step, i, 1))
-            if (change := self._change(rng.random())) is None:
+            if (change := self.change(rng.random())) is None:
                 continue
             # What pads a pack is too short for a document.
             end = sum(n for n in lengths[i] if n >= getattr(self.text, "least", 0))
@@ -113,7 +113,8 @@ class Mixture:
         example = self.asking(_tokens(self.text(0))[0], np.random.default_rng(self.seed))
         return self.text.identity() + text_identity(shares, np.array([self.seed]), example)
 
-    def _change(self, drawn: float) -> Callable[[np.ndarray, np.random.Generator], np.ndarray] | None:
+    def change(self, drawn: float) -> Callable[[np.ndarray, np.random.Generator], np.ndarray] | None:
+        """Return what makes a sequence, by a number drawn from [0, 1); None leaves it as it is."""
         if drawn < self.retrieval:
             return self.asking
         return self.repeating if drawn < self.retrieval + self.repeats else None
@@ -233,6 +234,31 @@ class Mixture:
     def _encode(self, text: str) -> np.ndarray:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return np.array(ids, dtype=np.int64)
+
+
+def mixed(
+    windows: Sequence[np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    retrieval: float,
+    repeats: float,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Return windows of which shares are changed as `Mixture` does, as near as whole windows come to them.
+
+    Args:
+        windows: int ``[T]`` each, all of one length.
+        tokenizer: The model's.
+        retrieval: Share of the windows that state things and ask for them.
+        repeats: Share of the windows in which passages return.
+        seed: Of what is changed.
+
+    Raises:
+        ValueError: If the shares are no shares, or both together more than 1.
+    """
+    text = TextWindows(np.concatenate(windows), len(windows[0]))
+    mixture, rng = Mixture(text, tokenizer, retrieval, repeats, seed), np.random.default_rng(seed)
+    changes = [mixture.change((i + 0.5) / len(windows)) for i in range(len(windows))]
+    return [change(row, rng) if change else row for change, row in zip(changes, windows, strict=True)]
 
 
 def _tokens(batch: np.ndarray | Packed) -> np.ndarray:
