@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seerattention.calibration import search as calibration
-from seerattention.calibration.fit import Length, Target, fit, slopes
+from seerattention.calibration.fit import Length, Target, fit, pieces
 from seerattention.calibration.gains import Maps
 from seerattention.calibration.search import Outcome, calibrate
 from seerattention.hosts import transformers as host
@@ -105,7 +105,7 @@ def test_no_exchange_between_heads_gains():
                     assert length.gained[index, moved].sum() <= best + 1e-9
 
 
-@pytest.mark.parametrize("gain", [lambda mass: mass.pow(2), lambda mass: (8 * mass).round() / 8 - 0.01])
+@pytest.mark.parametrize("gain", [lambda mass: mass.pow(2), lambda mass: ((32 * mass).round() - 1) / 32])
 @pytest.mark.parametrize("name", ["fraction", "recall"])
 def test_each_head_takes_as_many_as_are_worth_the_price_most(gain, name):
     maps = synthetic()
@@ -129,15 +129,17 @@ def test_each_head_takes_as_many_as_are_worth_the_price_most(gain, name):
 @pytest.mark.parametrize(
     ("gained", "expected"),
     [
-        ([0, 3, 4, 4.5], [3, 1, 0.5]),
-        ([0, 1, 3, 3, 2], [1.5, 1.5, 0, -1]),
-        ([0, 1, 2, 3], [1, 1, 1]),
-        ([0, 2, 3, 3.5, 9], [2.25, 2.25, 2.25, 2.25]),
-        ([0, -1], [-1]),
+        ([0, 3, 4, 4.5], [(3, 1), (1, 1), (0.5, 1)]),
+        ([0, 1, 3, 3, 2], [(1.5, 2), (0, 1), (-1, 1)]),
+        ([0, 1, 2, 3], [(1, 3)]),
+        ([0, 2, 3, 3.5, 9], [(2.25, 4)]),
+        ([0, -1], [(-1, 1)]),
+        ([0], []),
     ],
 )
-def test_slopes_are_those_of_the_least_concave_curve_above(gained, expected):
-    assert slopes(np.array(gained, dtype=float)).tolist() == expected
+def test_pieces_are_those_of_the_least_concave_curve_above(gained, expected):
+    slope, width = pieces(np.array(gained, dtype=float))
+    assert list(zip(slope.tolist(), width.tolist(), strict=True)) == expected
 
 
 def test_limits_and_counts_are_inverse():

@@ -9,6 +9,7 @@ shorter texts, and the law in the length is fitted to several of them.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ FRACTIONS = 5
 #: which questions about a text stand, read least of what they see: the more blocks share a softmax, the fewer
 #: reach a share that is the same for all rows.
 ROW_EXPONENT = -0.5
+
+#: Gain of a block that is none.
+NOTHING = 1e-16
 
 #: How near a density may be to that of the blocks always read; closer, limits depend on a few blocks.
 NEAREST = 1.25
@@ -92,9 +96,16 @@ class Length:
         self.rows = mass.shape[0] * mass.shape[1]
         self.kept = float((mass * always[rows]).sum())
         self.free = level.numel()
-        # Both negated, in the rising order that they are searched in.
+        # Negated, in the rising order that it is searched in.
         self.below = -torch.cat([level[:, :1] + 0.1, level, level[:, -1:] - 0.1], 1).double()
-        self.costs = -torch.from_numpy(np.stack([slopes(gained) for gained in self.gained.numpy()]))
+        slopes, widths = zip(*map(pieces, self.gained.numpy()), strict=True)
+        slope, width = np.concatenate(slopes), np.concatenate(widths)
+        dearest = (-slope).argsort(kind="stable")
+        slope, self.width = slope[dearest], width[dearest]
+        self.head = np.arange(len(slopes)).repeat(list(map(len, slopes)))[dearest]
+        # Numbers of pieces that one price parts from the others; all that gain nothing come together.
+        worth = slope[slope > NOTHING]
+        self.cuts = [0, *(np.flatnonzero(np.diff(worth)) + 1).tolist(), len(worth), len(slope)]
         self.always = int(always.sum()) / int(valid.sum())
 
     def fraction(self, counts: Tensor) -> float:
@@ -114,18 +125,13 @@ class Length:
 
         The heads' marginal gains per block are equal, and as high as they may be.
         """
-        heads, free = self.costs.shape
-        low, high = math.log(1e-16), math.log(1e4)
-        counts = torch.full((heads,), free)
-        for _ in range(48):
-            price = (low + high) / 2
-            prices = torch.full((heads, 1), -math.exp(price), dtype=self.costs.dtype)
-            taken = torch.searchsorted(self.costs, prices)[:, 0]
-            if measure(taken) >= wanted:
-                low, counts = price, taken
-            else:
-                high = price
-        return counts
+        place = bisect_left(self.cuts[:-1], wanted, key=lambda cut: measure(self._bought(cut)))
+        return self._bought(self.cuts[place])
+
+    def _bought(self, cut: int) -> Tensor:
+        """Return how many free blocks each head takes with the dearest pieces, int64 ``[A]``."""
+        heads = np.bincount(self.head[:cut], self.width[:cut], minlength=len(self.gained))
+        return torch.from_numpy(heads).long()
 
     def limits(self, counts: Tensor) -> Tensor:
         """Return the level between the last block taken and the first one left, fp64 ``[A]``."""
@@ -133,17 +139,17 @@ class Length:
 
     def counts(self, limits: Tensor) -> Tensor:
         """Return how many free blocks of each head are above its limit, int64 ``[A]``."""
-        return (torch.searchsorted(self.below, -limits[:, None])[:, 0] - 1).clamp(0, self.costs.shape[1])
+        return (torch.searchsorted(self.below, -limits[:, None])[:, 0] - 1).clamp(0, self.gained.shape[1] - 1)
 
 
 def _running_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.double().cumsum(1), (1, 0))
 
 
-def slopes(gained: np.ndarray) -> np.ndarray:
-    """Return what each block adds to the least concave curve above a running sum, falling, fp64 ``[n]``.
+def pieces(gained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the straight pieces of the least concave curve above a running sum: slopes and blocks of each.
 
-    At a price per block the sum less the price is largest where the slopes come down to the price.
+    At a price per block the sum less the price is largest behind the last piece steeper than the price.
 
     Args:
         gained: fp64 ``[n + 1]``, from 0.
@@ -155,7 +161,7 @@ def slopes(gained: np.ndarray) -> np.ndarray:
         # A point not above the line between its neighbours is not on the curve.
         keep = slope[:-1] > slope[1:]
         if keep.all():
-            return slope.repeat(width)
+            return slope, width
         at = at[np.concatenate([[True], keep, [True]])]
 
 
@@ -209,7 +215,7 @@ def fit(maps: Maps, target: Target, row_exponent: float = ROW_EXPONENT) -> Calib
 def _reachable(lengths: list[Length], target: Target, block: int) -> list[Length]:
     """Return the lengths at which the target leaves something to choose."""
     longest, tokens = lengths[-1], lengths[-1].blocks * block
-    nothing = torch.zeros(longest.costs.shape[0], dtype=torch.long)
+    nothing = torch.zeros(len(longest.gained), dtype=torch.long)
     if target.density is not None:
         if target.density <= NEAREST * longest.always:
             raise too_sparse(target.density, longest.always, tokens)

@@ -228,6 +228,6 @@ def trade_off(maps: Maps, policy: Calibrated) -> tuple[list[dict[str, float]], l
     # No row exponent: what rows see is in the levels already.
     rules = [policy.at(layer).rule(length.blocks, maps.block_size[1]) for layer in maps.layers]
     limits = torch.tensor([limit for rule in rules for limit in rule.per_head], dtype=torch.float64).log()
-    taken = length.counts(limits) / length.costs.shape[1]
+    taken = length.counts(limits) / (length.gained.shape[1] - 1)
     heads = length.always + (1 - length.always) * taken
     return curve, heads.unflatten(0, (len(maps.layers), -1)).tolist()
