@@ -31,7 +31,7 @@ from experiments.teacher.data import Mixture, tokenise
 from experiments.teacher.gates import Batches
 from experiments.variants import cost
 from seerattention import baselines
-from seerattention.gate import GateConfig
+from seerattention.gate_config import GateConfig, design_of
 from seerattention.hosts.transformers import (
     AttentionCall,
     base_checksum,
@@ -342,7 +342,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             "group": name,
             "shares": g.shares,
             "seed": args.seed if g.seed is None else g.seed,
-            "cost_32k": round(cost(GateConfig.from_dict({**shape, **v.gate})), 5),
+            "cost_32k": round(cost(GateConfig.from_dict(design_of({**shape, **v.gate}))), 5),
         }
         for name, g in chosen(args).items()
         for v in g.variants
