@@ -711,6 +711,22 @@ def prefill_gates() -> str:
     )
 
 
+def longer() -> str:
+    """Return what gates lose and find at lengths that they were not taught at."""
+    report = read("gates", "lengths.json")
+    made = runpy.run_path(str(ROOT / "experiments" / "prefill_gates" / "table.py"))
+    found = []
+    for model in report["models"]:
+        s = model["settings"]
+        asked = f"{s['questions']} questions of each task at {s['eval_lengths'][0]:,} tokens"
+        if s["documents"]:
+            asked = f"{8 * s['documents']} questions at each length, the last number of a cell"
+        told = f"{s['model']}, {s['windows']} windows of held-out books and {asked}:"
+        found += [told, made["table"](model)]
+    said = f"`{POLICY}`, no dense last rows; gates after 200 steps; {machine(report)}. Cells as above."
+    return parts(said, *found)
+
+
 def pooled() -> str:
     """Return attention with its map beside dense attention on a GPU."""
     report = read("h200", "pooled_attention.json")
@@ -767,7 +783,7 @@ PAGES = {
         "gates-path": lambda: gates("path"), "gates-objectives": lambda: gates("objectives"),
         "gates-narrow": lambda: gates("narrow"), "gates-final": lambda: gates_final("llama"),
         "gates-second": lambda: gates_final("qwen3"), "calibrated-targets": calibrated_targets,
-        "decode-gates": decode_gates, "prefill-gates": prefill_gates,
+        "decode-gates": decode_gates, "prefill-gates": prefill_gates, "longer": longer,
         "calibrated-compared": calibrated_compared, "yarn": yarn,
     },
 }  # fmt: skip

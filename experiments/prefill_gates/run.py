@@ -13,6 +13,8 @@ Results are in OUT/results.json. Text is tokenised once, into OUT/tokens.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,19 +29,39 @@ from experiments.variants import (
     Variant,
     cost,
     questions,
+    tokens_of,
     windows_of,
 )
+from seerattention.baselines.flexprefill import FlexPrefill
+from seerattention.baselines.xattention import XAttention
+from seerattention.calibration.fit import NEAREST, Target
+from seerattention.calibration.search import calibrate
+from seerattention.cli.calibrate import REPEATS, RETRIEVAL
 from seerattention.gate_config import GateConfig
 from seerattention.hosts.transformers import Gates, logits_of
 from seerattention.measure.compare import attached, measured
+from seerattention.measure.needle import NeedleDocument, NeedleTask
 from seerattention.measure.perplexity import hidden_states
+from seerattention.policies import Policy, TopP, parse
+from seerattention.rows import num_blocks
 from seerattention.scorer import Scorer
+from seerattention.train import TextWindows
+from seerattention.train.mixture import mixed
 
 #: Tasks whose questions are asked at the first length.
 TASKS: dict[str, dict[str, Any]] = {
     "niah_single": {},
     "niah_multivalue": {"values": 2},
 }
+
+#: Methods that take the best blocks which hold a share of a row's attention, by their own account.
+BY_SHARE = (XAttention, FlexPrefill)
+
+#: Windows that a method's own way to spend blocks is fitted on, and how often its value is halved.
+FITTED, HALVINGS = 4, 12
+
+#: Ways to spend blocks, by length and by the density they are to read.
+Policies = Mapping[int, Mapping[str, Policy | str | None]]
 
 #: What the model's shape says, or the run.
 _GIVEN = ("num_heads", "num_kv_heads", "head_dim", "block_size", "gate_dim", "rope_theta")
@@ -62,6 +84,8 @@ WIDE = {"gate_dim": 48}
 
 VARIANTS = {
     "default": Variant(),
+    "mass and maximum": Variant(target="both"),
+    "half of the sequences ask": Variant(retrieval=0.5),
     "for 500 steps": Variant(steps=2.5),
     "8x4": Variant(sub_blocks(8, 4)),
     "16 numbers": Variant({"gate_dim": 16}),
@@ -99,7 +123,13 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     add("--eval-lengths", type=int, nargs="+", default=[4096, 8192], help="of held-out windows, in tokens")
     add("--densities", type=float, nargs="+", default=[0.2, 0.1, 0.05], help="of the blocks")
     add("--asked", type=float, nargs="+", default=[0.2, 0.1], help="densities at which questions are asked")
-    add("--questions", type=int, default=100, help="of each task, behind the first length")
+    add("--questions", type=int, default=100, help="of each task, behind the first length; 0 for no task")
+    add(
+        "--documents",
+        type=int,
+        default=0,
+        help="of 8 numbers each in the bundled teacher's words, at every length; other models know no such",
+    )
     args = parser.parse_args(given)
     args.window = max(args.eval_lengths)
     return args
@@ -108,30 +138,81 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
 def prepared(args: argparse.Namespace, model: Any, tokenizer: Any) -> Measure:
     """Return what measures gates or a scorer."""
     windows = windows_of(args)
-    samples = questions(args, tokenizer, TASKS, args.eval_lengths[0])
+    samples = questions(args, tokenizer, TASKS, args.eval_lengths[0]) if args.questions else {}
+    numbers = NeedleTask(tokenizer, np.concatenate(windows)) if args.documents else None
+    hidden = {n: [numbers.make(n, i) for i in range(args.documents)] for n in args.eval_lengths if numbers}
+
+    def found(scorer: Gates | Scorer | None, policies: Policies) -> dict[str, Any]:
+        return {
+            "perplexity": {
+                str(length): {
+                    density: losses(model, scorer, policy, in_pieces(windows, length), hidden.get(length, ()))
+                    for density, policy in named.items()
+                }
+                for length, named in policies.items()
+            },
+            "found": {
+                task: {
+                    density: foreseen(model, scorer, policy, some)
+                    for density, policy in policies[args.eval_lengths[0]].items()
+                    if density == "1" or float(density) in args.asked
+                }
+                for task, some in samples.items()
+            },
+        }
 
     def measure(scorer: Gates | Scorer | None) -> dict[str, Any]:
-        policies = {f"{density:g}": POLICY.format(density) for density in args.densities}
-        policies = {"1": None} if scorer is None else policies
         row: dict[str, Any] = {"cost": cost(scorer.config)} if isinstance(scorer, Gates) else {}
-        row["perplexity"] = {
-            str(length): {
-                density: losses(model, scorer, policy, in_pieces(windows, length))
-                for density, policy in policies.items()
-            }
-            for length in args.eval_lengths
-        }
-        row["found"] = {
-            task: {
-                density: foreseen(model, scorer, policy, some)
-                for density, policy in policies.items()
-                if density == "1" or float(density) in args.asked
-            }
-            for task, some in samples.items()
-        }
-        return row
+        if scorer is None:
+            return row | found(scorer, {length: {"1": None} for length in args.eval_lengths})
+        rows = {f"{density:g}": POLICY.format(density) for density in args.densities}
+        row |= found(scorer, dict.fromkeys(args.eval_lengths, rows))
+        own: dict[int, dict[str, Policy]] = {}
+        for length in args.eval_lengths:
+            read = {at: cell["density"] for at, cell in row["perplexity"][str(length)].items()}
+            windows = TextWindows(tokens_of(args, "text"), length, FITTED, args.seed)(0)
+            own[length] = own_ways(model, tokenizer, scorer, windows, read)
+        if not any(own.values()):
+            return row
+        way = "calibrated" if isinstance(scorer, Gates) else "by share"
+        return row | {"own": {"way": way, **found(scorer, own)}}
 
     return measure
+
+
+def own_ways(
+    model: Any, tokenizer: Any, scorer: Gates | Scorer, windows: np.ndarray, densities: Mapping[str, float]
+) -> dict[str, Policy]:
+    """Return a method's own ways to spend blocks, fitted to read as many of some windows.
+
+    Gates have thresholds per head, as `seerattention calibrate` fits them by default; XAttention and
+    FlexPrefill cover a share of the attention that they foresee. None of others, and where hardly more can
+    be read than what is read anyway.
+    """
+    length = windows.shape[1]
+    block = scorer.config.block_size if isinstance(scorer, Gates) else scorer.block_size[1]
+    least = NEAREST * parse(POLICY.format(1)).always_density(num_blocks(length, block))
+    asked = {at: density for at, density in densities.items() if density > least}
+    if isinstance(scorer, Gates):
+        mix = partial(mixed, tokenizer=tokenizer, retrieval=RETRIEVAL, repeats=REPEATS)
+        given = {"length": length, "windows": len(windows), "mix": mix}
+        text = windows.flatten()
+        return {at: calibrate(model, scorer, text, Target(x), **given).policy for at, x in asked.items()}
+    if not isinstance(scorer, BY_SHARE):
+        return {}
+    return {at: covering(model, scorer, list(windows), density) for at, density in asked.items()}
+
+
+def covering(model: Any, scorer: Scorer, windows: list[np.ndarray], density: float) -> TopP:
+    """Return the share of attention to cover for a density to be read, found by halving."""
+    low, high, way = 0.0, 1.0, TopP(1.0, sink_blocks=1)
+    for _ in range(HALVINGS):
+        way = TopP((low + high) / 2, sink_blocks=1)
+        if losses(model, scorer, way, windows)["density"] < density:
+            low = way.mass
+        else:
+            high = way.mass
+    return way
 
 
 def in_pieces(windows: list[np.ndarray], length: int) -> list[np.ndarray]:
@@ -141,16 +222,21 @@ def in_pieces(windows: list[np.ndarray], length: int) -> list[np.ndarray]:
 
 
 def losses(
-    model: Any, scorer: Gates | Scorer | None, policy: str | None, windows: list[np.ndarray]
+    model: Any,
+    scorer: Gates | Scorer | None,
+    policy: Policy | str | None,
+    windows: list[np.ndarray],
+    documents: Sequence[NeedleDocument] = (),
 ) -> dict[str, Any]:
-    """Return each window's mean loss, in nats, and the share of the blocks that was read."""
-    row = measured(model, scorer, policy, windows=windows)
-    return {"density": row.density, "losses": [float(loss.mean()) for loss in row.losses]}
+    """Return each window's mean loss, in nats, the share of the blocks read, and of the numbers found."""
+    row = measured(model, scorer, policy, windows=windows, documents=documents)
+    found = {"density": row.density, "losses": [float(loss.mean()) for loss in row.losses]}
+    return found | ({} if row.needles is None else {"needles": row.needles})
 
 
 @torch.inference_mode()
 def foreseen(
-    model: Any, scorer: Gates | Scorer | None, policy: str | None, some: list[Question]
+    model: Any, scorer: Gates | Scorer | None, policy: Policy | str | None, some: list[Question]
 ) -> dict[str, float]:
     """Return the share of answers whose every token is the most likely one, and their mean log-likelihood.
 
@@ -172,7 +258,7 @@ EXPERIMENT = Experiment(
     "experiments.prefill_gates.run",
     VARIANTS,
     SCORERS,
-    ("eval_lengths", "densities", "asked"),
+    ("eval_lengths", "densities", "asked", "documents"),
     prepared,
     table,
 )

@@ -89,6 +89,16 @@ def test_a_run_that_was_stopped_goes_on(run_script, arguments, tmp_path, monkeyp
             assert read[length]["0.25"]["density"] < read[length]["0.5"]["density"] < 0.6
         assert set(rows[name]["found"]) == set(experiment.TASKS)
         assert set(rows[name]["found"]["niah_multivalue"]) == {"0.25"}
+    for name, way in (("xattention", "by share"), ("default", "calibrated"), ("published", "calibrated")):
+        own = rows[name]["own"]
+        assert own["way"] == way
+        assert set(own["perplexity"]) == {"640", "320"}
+        cell = own["perplexity"]["640"]["0.5"]
+        assert cell["density"] == pytest.approx(0.5, rel=0.2)
+        assert cell["losses"] != rows[name]["perplexity"]["640"]["0.5"]["losses"]
+        assert set(own["found"]["niah_single"]) == {"0.25"}
+        assert f"| {name}, {way} |" in shown or name == "published"
+    assert "own" not in rows["dense"]
     assert "taught" not in rows["wide, not taught"]
     assert rows["default"]["taught"]["recall"] > 0
     first, second = (load_gates(out / "gates" / name / "gates") for name in ("default", "default-seed2"))
@@ -128,6 +138,26 @@ def test_losses_and_answers_are_those_of_a_sparse_prefill(arguments, tmp_path):
     assert experiment.foreseen(model, quest, policy, [said, some[1]])["share"] == 0.5
 
 
+def test_numbers_are_asked_for_in_the_teachers_words(arguments, tmp_path):
+    args = experiment.parsed([*map(str, arguments), "--documents", "1", "--questions", "0"])
+    (tmp_path / "out").mkdir()
+    for name in ("text", "heldout"):
+        variants.tokens_of(args, name)
+    model, tokenizer = bundled.named_model(str(tmp_path / "model"), dtype="float32", device="cpu")
+    row = {"name": "dense", "variant": "dense", **experiment.prepared(args, model, tokenizer)(None)}
+    assert row["found"] == {}
+    assert all(0 <= row["perplexity"][length]["1"]["needles"] <= 1 for length in ("640", "320"))
+    other = {**row, "name": "quest", "variant": "quest", "perplexity": {}}
+    cell = {"density": 0.25, "losses": row["perplexity"]["640"]["1"]["losses"], "needles": 0.25}
+    other["perplexity"] = {length: {"0.5": cell, "0.25": cell} for length in ("640", "320")}
+    other["perplexity"]["320"] = {at: {**cell, "losses": [3.0] * 4} for at in ("0.5", "0.25")}
+    row["perplexity"]["320"]["1"]["losses"] = [3.0] * 4
+    settings = {"eval_lengths": [640, 320], "densities": [0.5, 0.25], "asked": [0.25]}
+    made = table({"settings": settings, "rows": [row, other]}).splitlines()
+    assert made[3] == made[8] == "| quest |  | +0.00% ± 0.00%, 25% | +0.00% ± 0.00%, 25% |"
+    assert len(made) == 9
+
+
 def result(name, losses, **more):
     """Return a row with two windows' losses at one length and density, and the answers of one task."""
     at = "1" if name == "dense" else "0.1"
@@ -165,6 +195,13 @@ def test_the_table_says_what_results_say():
         "| xattention | 50%, -1.25 |",
         "| default | 62% (50% to 75%), -1.25 |",
     ]
+    # What a method reads in its own way is said, where it was measured.
+    rows[1]["own"] = {"way": "by share", **result("", [2.0, 3.0]), "found": {"niah_single": {}}}
+    rows[1]["own"]["perplexity"]["4096"]["0.1"]["density"] = 0.126
+    made = table({"settings": {"eval_lengths": [4096], "densities": [0.1], "asked": [0.1]}, "rows": rows})
+    assert "| xattention, by share |  | +0.00% ± 0.00%, 0.00, of 12.6% |" in made
+    assert "| *blocks read, as measured* |  | 12.5% |" in made
+    assert "| xattention, by share |  |" in made
     # Paired: what differs between windows, not the windows, makes the interval.
     rows[1:] = [result("quest", [2.1, 3.3])]
     cell = table(
