@@ -47,6 +47,19 @@ def test_reads_text_json_lines_and_folders_with_an_end_token_behind_each(tmp_pat
     assert read_tokens([tmp_path / "a.txt", tmp_path / "b.jsonl"], Bytes()).tolist() == expected
 
 
+def test_folders_are_read_with_theirs_and_code_is_text(tmp_path):
+    (tmp_path / "src" / "deep").mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "src" / "deep" / "b.py").write_text("p")
+    (tmp_path / "src" / "a.cu").write_text("c")
+    (tmp_path / "z.txt").write_text("t")
+    for name in (".git/x.py", "src/.hidden.txt", "src/picture.png"):
+        (tmp_path / name).write_text("no")
+    (tmp_path / "src" / "again").symlink_to(tmp_path)
+    assert read_tokens([tmp_path], Bytes()).tolist() == [99, 0, 112, 0, 116, 0]
+    assert read_tokens([tmp_path / "src" / "deep" / "b.py"], Bytes()).tolist() == [112, 0]
+
+
 def test_unreadable_text_is_refused_by_name(tmp_path):
     (tmp_path / "a.md").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"txt": 1}\n')

@@ -35,7 +35,9 @@ NEEDLES = 10
 LEAST_FOUND = 0.5
 
 Model = Annotated[str | None, typer.Argument(help="Hub id or folder of the base model; or in the file.")]
-Text = Annotated[list[str] | None, typer.Option(help="Training text: .txt, .jsonl or a folder; repeatable.")]
+Text = Annotated[
+    list[str] | None, typer.Option(help="Training text: .txt, .jsonl, code or a folder; repeatable.")
+]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if any.")]

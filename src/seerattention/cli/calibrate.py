@@ -26,7 +26,7 @@ REPEATS = 0.1
 def run(
     gates: Annotated[Path, typer.Argument(help="Folder of gates, as distill or convert writes it.")],
     text: Annotated[
-        list[Path], typer.Option(help="Text to calibrate on: .txt, .jsonl or a folder; may be repeated.")
+        list[Path], typer.Option(help="Text to calibrate on: .txt, .jsonl, code or a folder; repeatable.")
     ],
     density: Annotated[float | None, typer.Option(help="Fraction of blocks to read, e.g. 0.1.")] = None,
     recall: Annotated[float | None, typer.Option(help="Share of attention to keep, e.g. 0.95.")] = None,

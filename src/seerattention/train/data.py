@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 from seerattention.files import json_lines, read_text
 
+#: What files of code end in, each of which is a text.
+CODE = (
+    ".c", ".cc", ".cpp", ".cs", ".cu", ".go", ".h", ".hpp", ".java", ".jl", ".js", ".kt", ".lua", ".php",
+    ".py", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".ts",
+)  # fmt: skip
+
 #: What files of text end in.
-TEXTS = (".txt", ".jsonl")
+TEXTS = (".txt", ".jsonl", *CODE)
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ def dataset_documents(
 
 
 def text_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the files of text, folders by what they hold; nothing is read.
+    """Return the files of text, folders by what they and theirs hold, hidden ones left out; nothing is read.
 
     Raises:
         FileNotFoundError: If a path does not exist, or a folder has no such file.
@@ -206,15 +212,26 @@ def text_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     found = []
     for path in map(Path, paths):
-        files = [f for f in sorted(path.iterdir()) if f.suffix in TEXTS] if path.is_dir() else [path]
+        files = sorted(_inside(path)) if path.is_dir() else [path]
         if not files:
-            raise FileNotFoundError(f"{path} holds no .txt and no .jsonl file")
+            raise FileNotFoundError(f"{path} holds no .txt, no .jsonl and no file of code")
         if not path.exists():
             raise FileNotFoundError(f"there is no file {path}")
         if files[0].suffix not in TEXTS:
-            raise ValueError(f"{path} is neither .txt nor .jsonl")
+            raise ValueError(f"{path} is neither .txt nor .jsonl, nor code that is known by its name")
         found += files
     return found
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield the files of text in a folder and its folders."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _inside(path)
+        elif path.suffix in TEXTS:
+            yield path
 
 
 def text_documents(
@@ -279,7 +296,7 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> np
 
     Args:
         paths: ``.txt`` files, ``.jsonl`` files whose lines hold ``{"text": ...}`` or
-            ``{"messages": [...]}``, or folders of them.
+            ``{"messages": [...]}``, files of ``CODE``, or folders of them.
         tokenizer: The model's.
 
     Returns:

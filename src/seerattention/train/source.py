@@ -45,7 +45,7 @@ class Source:
     """Where text comes from, and how it is cut.
 
     Attributes:
-        text: Training text: .txt, .jsonl or folders of them.
+        text: Training text: .txt, .jsonl, code or folders of them.
         dataset: Instead of text: a Hugging Face dataset, id or id:configuration, streamed.
         split: Split of the dataset.
         packing: Whether whole documents are packed, attention restarting at each, instead of random windows
