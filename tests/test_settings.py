@@ -121,3 +121,4 @@ def test_every_setting_is_explained_once_by_the_outermost_docstring():
     assert lines["a.seed"] == ("0", "Of everything.")
     assert lines["a.name"] == ("", "What it is called.")
     assert "a.table" not in lines
+    assert next(explained(Outer, defaults={"name": "x"}))[:2] == ("name", '"x"')

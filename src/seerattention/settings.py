@@ -99,10 +99,16 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def explained(kind: type, prefix: str = "", without: Sequence[str] = ()) -> Iterator[tuple[str, str, str]]:
-    """Yield every setting's name, default, empty where there is none, and what its docstring says it is."""
+def explained(
+    kind: type, prefix: str = "", without: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """Yield every setting's name, default, empty where there is none, and what its docstring says it is.
+
+    ``defaults`` go before those of the class.
+    """
     for name, (field, about) in _leaves(kind).items():
         default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = (defaults or {}).get(name, default)
         shown = "" if default in (MISSING, None, "", (), {}) else _literal(default)
         if name not in without:
             yield prefix + name, shown, about

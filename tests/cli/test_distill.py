@@ -256,6 +256,7 @@ def test_the_help_lists_every_setting_with_its_default(invoke):
         "lr Peak learning rate, it follows a cosine to zero; default 1e-3, and 3e-3",
         "patience 0 Measurements",
         "gate.block_size 64 Tokens per block",
+        "gate.shares true A pair's score",
     ):
         assert words in said
 

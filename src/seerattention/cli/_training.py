@@ -54,10 +54,11 @@ DryRun = Annotated[bool, typer.Option(help="Print the plan, with one step timed,
 def keys(recipe: str) -> list[tuple[str, str, str]]:
     """Return every setting of a recipe, its default and what it is, for the help."""
     from seerattention import train
-    from seerattention.gate_config import GateConfig
+    from seerattention.gate_config import GateConfig, design_of
     from seerattention.train.recipe import SHAPE
 
-    return [*explained(getattr(train, recipe), without=("gate",)), *explained(GateConfig, "gate.", SHAPE)]
+    gate = explained(GateConfig, "gate.", SHAPE, design_of({}))
+    return [*explained(getattr(train, recipe), without=("gate",)), *gate]
 
 
 def recipe(kind: type[R], config: Path | None, overrides: list[str] | None, **options: Any) -> R:
