@@ -72,7 +72,7 @@ def test_a_piece_chooses_as_the_whole_prompt_does():
     piece = scores[:, :, 4:8, :8]
     valid = causal_blocks(64, 128, size)
     untold = policy.at(3)
-    told = untold.for_prompt(blocks, 16, last_piece=False)
+    told = untold.for_prompt(blocks, 16, rows_after=2)
     told, untold = (x.choose(piece, valid, 16) for x in (told, untold))
     assert (told & valid).equal(whole[:, :, 4:8, :8] & valid)
     assert not untold.equal(told), "the length makes no difference here, so the test shows nothing"

@@ -129,7 +129,7 @@ class Worst(TopK):
 
 def test_who_chooses_in_code_inherits_no_rule() -> None:
     assert rule_of(TopK(0.1), 40, 64) == Rule("count", 2)
-    for policy in (Worst(0.1), Worst(0.1).for_prompt(40, 64, last_piece=True), Lazy(0)):
+    for policy in (Worst(0.1), Worst(0.1).for_prompt(40, 64, rows_after=0), Lazy(0)):
         assert rule_of(policy, 40, 64) is None
         assert policy.expected_density(40, 64) is None
     scores = torch.arange(6.0).expand(1, 1, 6, 6)
@@ -141,10 +141,10 @@ def test_who_chooses_in_code_inherits_no_rule() -> None:
 
 def test_a_piece_goes_by_the_rule_of_the_whole_prompt() -> None:
     policy = TopK(0.3, sink_blocks=1, dense_last_rows=2)
-    piece = policy.for_prompt(100, 64, last_piece=False)
+    piece = policy.for_prompt(100, 64, rows_after=2)
     assert rule_of(piece, 10, 64) == policy.rule(100, 64)
     assert (piece.sink_blocks, piece.dense_last_rows) == (1, 0)
-    assert policy.for_prompt(100, 64, last_piece=True).dense_last_rows == 2
+    assert policy.for_prompt(100, 64, rows_after=0).dense_last_rows == 2
     assert str(piece) == "top_k:0.3,sink_blocks=1"
 
 

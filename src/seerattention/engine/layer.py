@@ -125,6 +125,11 @@ class SparseLayer:
             outs |= zip(some, out.split([new for new, _ in part.lengths], 2), strict=True)
         return torch.cat([outs[row] for row in sorted(outs)], 2)
 
+    @property
+    def row_tokens(self) -> int:
+        """Query tokens that choose together in prefill; the most of any layer."""
+        return max(scorer.block_size[0] for scorer in self.prefill.scorers.values())
+
     def steps(self, layer: int, new: int) -> bool:
         """Whether so many new tokens after earlier ones are a step of decoding, which `step` computes."""
         return self.decode.policy is not None and new < self.decode.scorers[layer].block_size[1]
@@ -241,11 +246,11 @@ class SparseLayer:
 
 def _policy_of(call: AttentionCall, policy: Policy, scorer: Scorer) -> Policy:
     """Return a layer's policy, for a piece of a prompt of known length as it is for the whole prompt."""
-    policy, block, tokens = policy.at(call.layer), scorer.block_size[1], call.prompt_tokens
+    policy, block, tokens = policy.at(call.layer), scorer.block_size, call.prompt_tokens
     if tokens is None:
         return policy
-    last = call.rows.num_keys == tokens
-    return policy.for_prompt(num_blocks(tokens, block), block, last_piece=last)
+    after = num_blocks(tokens, block[0]) - num_blocks(call.rows.num_keys, block[0])
+    return policy.for_prompt(num_blocks(tokens, block[1]), block[1], rows_after=after)
 
 
 def _packed(selection: BlockSelection) -> BlockSelection:

@@ -15,9 +15,16 @@ DECODING = "dense: decoding step"
 PREFILL = "dense: no policy for prefill"
 
 
-def decodes(new: int, total: int, scorer: Scorer) -> bool:
-    """Whether fewer tokens than a block come after earlier ones, as when a guess is verified."""
-    return total > new and new < scorer.block_size[0]
+def decodes(new: int, total: int, scorer: Scorer, prompt_tokens: int | None = None) -> bool:
+    """Whether new tokens after earlier ones are a step of decoding, or are computed like one.
+
+    Those are fewer tokens than a block, as when a guess is verified; where a prompt's length is known, what
+    comes after the prompt, and what completes a block of it that the piece before began.
+    """
+    past, block = total - new, scorer.block_size[0]
+    if prompt_tokens is None:
+        return past > 0 and new < block
+    return past >= prompt_tokens or (past % block > 0 and new < block)
 
 
 def why_dense(
@@ -34,7 +41,7 @@ def why_dense(
     """
 
     def reason(new: int, total: int) -> str | None:
-        if decodes(new, total, scorer):
+        if decodes(new, total, scorer, call.prompt_tokens):
             return DECODING
         if policy is None:
             return PREFILL

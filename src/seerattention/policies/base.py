@@ -113,15 +113,15 @@ class Policy:
         """Return the policy as it is in a layer, where layers differ."""
         return self
 
-    def for_prompt(self, num_blocks: int, block_tokens: int, *, last_piece: bool) -> Policy:
+    def for_prompt(self, num_blocks: int, block_tokens: int, *, rows_after: int) -> Policy:
         """Return the policy for a piece of a prompt, which chooses as it does for the whole prompt at once.
 
         Args:
             num_blocks: KV blocks of the whole prompt.
             block_tokens: Key tokens per KV block.
-            last_piece: Whether the prompt ends with this piece; only then are its last rows dense.
+            rows_after: Rows of query blocks that the prompt has after this piece.
         """
-        last_rows = self.dense_last_rows if last_piece else 0
+        last_rows = max(0, self.dense_last_rows - rows_after)
         return replace(self, whole=rule_of(self, num_blocks, block_tokens), dense_last_rows=last_rows)
 
     def rule(self, num_blocks: int, block_tokens: int) -> Rule | None:

@@ -46,7 +46,7 @@ POLICIES = [
         Calibration("recall", 0.9, 1000, (64, 64), 0.0, None, {0: ((-3.0, 0.0, 0.0), (-2.0, 0.0, 0.0))})
     )
     .at(0)
-    .for_prompt(40, 64, last_piece=True),
+    .for_prompt(40, 64, rows_after=0),
 ]
 
 

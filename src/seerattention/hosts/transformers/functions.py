@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import __version__ as host_version
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,6 +20,7 @@ from seerattention.engine.layer import SparseLayer
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.config import NAME
+from seerattention.hosts.transformers.continuous import BATCH, attend_requests, gathered, lengths_of
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
 from seerattention.hosts.transformers.support import (
     CACHE,
@@ -61,6 +63,11 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def cache_of(given: dict[str, Any]) -> Any:
     """Return the KV cache among a module's keywords, or None."""
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def paged(given: dict[str, Any]) -> bool:
+    """Whether a module is called for a batch of continuous batching."""
+    return isinstance(cache_of(given), PagedAttentionCache)
 
 
 def held_of(cache: Any, layer: int) -> Held | None:
@@ -131,12 +138,16 @@ def _attend(
         raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
     if not (is_causal or (is_causal is None and call.taps.attention.is_causal)):
         raise NotImplementedError(f"is_causal=False is not supported; {CAUSAL}")
-    if unknown := sorted(n for n, value in others.items() if value is not None and n not in _NOT_ATTENTION):
+    in_batch = call.part_of.mode.prompts is not None
+    known = _NOT_ATTENTION | BATCH if in_batch else _NOT_ATTENTION
+    if unknown := sorted(n for n, value in others.items() if value is not None and n not in known):
         raise NotImplementedError(f"attention is asked for {', '.join(unknown)}; {UNKNOWN}")
     layer, handler = call.taps.layer, call.part_of.mode.handler
     assert handler is not None
     assert call.q is not None, "the family's taps did not run"
     assert call.k is not None, "the family's taps did not run"
+    if in_batch:
+        key, value = gathered(others.get("cache"), layer, key, value, others)
     tensors = Given(query, key, value, call.q, call.k)
     if call.q.shape != query.shape or call.k.shape[1::2] != key.shape[1::2]:
         raise RuntimeError(
@@ -159,6 +170,12 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Handlers and their ops choose their own precision.
     without_autocast = torch.autocast(query.device.type, enabled=False) if mixed else nullcontext()
+    if in_batch:
+        lengths = lengths_of(call, others["cu_seq_lens_q"], others["cu_seq_lens_k"], sliding_window)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+        with without_autocast:
+            out = attend_requests(call, tensors, lengths, window=sliding_window, **options)
+        return out.transpose(1, 2)
     # Of a static cache, which hands over its whole buffer, only the device knows how much is in use.
     held: Any = key.shape[2] if cache is None else cache.get_seq_length(layer)
 
@@ -236,6 +253,8 @@ def padding_mask(*, config: Any, attention_mask: Tensor | None, kv_length: int, 
     now = running()
     begun, switch = now.part_of if isinstance(now, LayerCall) else now, config.seerattention_switch
     if begun is not None and begun.switch is switch and begun.mode.handler is not None:
+        if begun.mode.prompts is not None:
+            return None
         # What transformers says of any mask that is more, or less, than causal; one token sees all keys.
         if not inputs["allow_is_causal_skip"] and inputs["q_length"] > 1:
             raise NotImplementedError(f"the model asks for {inputs['mask_function'].__qualname__}; {CAUSAL}")
@@ -262,6 +281,8 @@ def refuse(decoder: Any, given: dict[str, Any]) -> None:
             raise ValueError(f"empty prompt: {name} is {list(tokens.shape)}; give at least one token")
     positions = given.get("position_ids")
     if positions is None or given.get("attention_mask") is not None or capturing(positions.device):
+        return
+    if paged(given):
         return
     # Nothing jumps in a single token, and a step of decoding does not wait for the device.
     if positions.shape[-1] > 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from transformers.masking_utils import create_masks_for_generate
 from seerattention.engine.call import Handler
 from seerattention.hosts.transformers.base import head_dim_of, unwrapped
 from seerattention.hosts.transformers.config import NAME, view
+from seerattention.hosts.transformers.continuous import forget_manager, manager_of
 from seerattention.hosts.transformers.family import Tap, attention_layers, family_of
 from seerattention.hosts.transformers.functions import (
     CACHE_NAMES,
@@ -29,11 +28,12 @@ from seerattention.hosts.transformers.functions import (
     count_call,
     held_of,
     padding_mask,
+    paged,
     refuse,
 )
-from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Pass, Switch, running
+from seerattention.hosts.transformers.request import KEYWORD, LayerCall, Mode, Pass, Switch, running
 from seerattention.hosts.transformers.rotary import head_order
-from seerattention.hosts.transformers.support import CACHE, CONTINUOUS, FULLGRAPH
+from seerattention.hosts.transformers.support import CACHE, FULLGRAPH
 
 # Several threads may intercept one model; the last to leave takes the hooks off.
 _INSTALLING = threading.Lock()
@@ -194,6 +194,7 @@ class Runtime:
         for module in self._attending():
             if getattr(module.config, "seerattention_switch", None) is self.switch:
                 module.config = module.config.seerattention_own
+        forget_manager(self.model, self.switch)
         for name in ("create_masks_for_generate", "init_continuous_batching"):
             del self.model.__dict__[name]
 
@@ -213,10 +214,13 @@ class Runtime:
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the decoder: begin a pass."""
-        begun = Pass(self.switch)
+        begun, given = Pass(self.switch), by_name(decoder, args, kwargs)
+        if begun.mode.prompts is None and paged(given):
+            # Managers that were made before anything was attached go on as they began.
+            begun.mode = Mode(None)
         if begun.mode.handler is not None:
             self.show()
-            refuse(decoder, by_name(decoder, args, kwargs))
+            refuse(decoder, given)
             for taps in self.taps:
                 taps.follow()
         return args, {**kwargs, KEYWORD: begun}
@@ -231,13 +235,10 @@ class Runtime:
     def continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for a method of the model; on a GPU it would quietly take another attention function."""
         if self.switch.mode.handler is not None:
-            raise NotImplementedError(CONTINUOUS)
-        kind: Any = type(self.model)
-        manager = kind.init_continuous_batching(self.model, *args, **kwargs)
-        # It computes in a thread of its own, which is to be dense as well.
-        loop = manager._run_generation_loop
-        manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
-        return manager
+            refuse_stand_in(self.switch)
+        return manager_of(
+            self.model, self.switch, lambda: runtime_of(self.model) is self, args, kwargs
+        )
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
@@ -261,8 +262,8 @@ def idle_runtime(model: nn.Module) -> Runtime | None:
     refuse_stand_in(runtime.switch)
     if runtime.switch.guests:
         raise ValueError(
-            "a request of this model is inside dense, intercept or prefill; let it end before you change "
-            "what is attached"
+            "a request of this model is inside dense, intercept or prefill, or a manager of continuous batching "
+            "runs; let it end, or stop() it, before you change what is attached"
         )
     return runtime
 

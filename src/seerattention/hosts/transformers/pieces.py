@@ -42,7 +42,7 @@ def prefill(
     sparse = sparse_layer(model)
     if inputs.get("attention_mask") is not None:
         raise ValueError("prefill takes prompts without padding; give prompts of other lengths one by one")
-    block = max(scorer.block_size[0] for scorer in sparse.prefill.scorers.values())
+    block = sparse.row_tokens
     if piece_tokens < block:
         raise ValueError(f"piece_tokens must be at least a block, {block} tokens, got {piece_tokens}")
     past, tokens = int(past_key_values.get_seq_length()), input_ids.shape[1]

@@ -30,11 +30,13 @@ class Mode:
         handler: Computes the layers with full attention; None leaves the model as it is without us.
         stands_in: Whether it is another one than is attached: inside ``dense`` or ``intercept``.
         prompt_tokens: See `AttentionCall`.
+        prompts: In continuous batching, the tokens of every request's prompt, in the order of the batch.
     """
 
     handler: Handler | None
     stands_in: bool = False
     prompt_tokens: int | None = None
+    prompts: tuple[int, ...] | None = None
 
 
 class Switch:
@@ -82,6 +84,9 @@ class Pass:
 
     Args:
         switch: The model's.
+
+    Attributes:
+        requests: In continuous batching, (new tokens, keys) of every request, by the kind of layer.
     """
 
     def __init__(self, switch: Switch) -> None:
@@ -89,6 +94,7 @@ class Pass:
         self.mode = switch.mode
         self.paddings: list[tuple[Tensor, int | None, Padding | None]] = []
         self.known_lengths: list[tuple[Tensor | None, torch.device, Lengths | None]] = []
+        self.requests: dict[str, list[tuple[int, int]]] = {}
         _running.set(weakref.ref(self))
 
     def lengths(

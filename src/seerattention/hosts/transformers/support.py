@@ -26,9 +26,18 @@ FULLGRAPH = "choosing blocks depends on the data, so attached attention stays ou
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
 PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
 LONGROPE = "its angles depend on how long the text was when a key was rotated"
-CONTINUOUS = (
-    "continuous batching pages the KV cache and takes kernels made for that; detach(model) "
-    "or do it inside dense(model)"
+STEPS = (
+    "continuous batching decodes densely, since it keeps no summaries from one step to the next; "
+    'set_policy(model, decode="dense") first'
+)
+PAGES = "continuous batching takes earlier keys from its pages, and they cannot be rotated back"
+GRAPHS = (
+    "in continuous batching an attached model's requests are told apart on the host, which a graph would not "
+    "do again; leave these options out, or do it inside dense(model)"
+)
+KEPT = (
+    "a manager of continuous batching was kept that serves otherwise, with other gates or without; call "
+    "model.destroy_cached_continuous_batching_manager() first"
 )
 CAPTURE = (
     "a graph can hold sparse steps of decoding, and sliding windows once they are full; for other calls the "
@@ -74,7 +83,14 @@ def features() -> tuple[Feature, ...]:
             note="guesses are verified as they are decoded, densely or each by its own choice",
         ),
         Feature("generate", "pipeline"),
-        Feature("generate", "continuous batching", CONTINUOUS),
+        Feature(
+            "generate",
+            "continuous batching",
+            note="`generate_batch`, `init_continuous_batching`; sparse prefill, dense decoding",
+        ),
+        Feature("generate", "continuous batching in CUDA graphs, compiled or asynchronous", GRAPHS),
+        Feature("generate", "continuous batching with a policy for decoding", STEPS),
+        Feature("generate", "continuous batching with RoPE of type dynamic or longrope", PAGES),
         Feature("generate", "output_attentions", MAPS),
         Feature("decoding", "static caches in CUDA graphs", note="a graph serves every length"),
         Feature("decoding", "left padding", note="in one call"),

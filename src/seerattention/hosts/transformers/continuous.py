@@ -1,0 +1,321 @@
+"""Continuous batching: a manager that serves an attached model, and the attention of a batch of its requests.
+
+A batch is one row in which requests lie behind one another, each with tokens of its prompt or one that is
+decoded; transformers pages their keys and values and gives those of all requests back, gathered. Nothing is
+kept between two batches: summaries of earlier keys are made again from what the pages hold.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
+
+from seerattention.engine.call import AttentionCall, Given
+from seerattention.engine.layer import SparseLayer
+from seerattention.hosts.transformers.config import NAME
+from seerattention.hosts.transformers.request import LayerCall, Switch
+from seerattention.hosts.transformers.support import GRAPHS, KEPT, PAGES, STEPS
+from seerattention.ops.dense_attention import dense_attention
+from seerattention.rows import Rows
+
+#: Keywords by which a batch reaches attention.
+BATCH = {
+    "block_table",
+    "cache",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "logits_indices",
+    "logits_processor_args",
+    "max_length_k",
+    "max_length_q",
+    "max_seqlen_k",
+    "max_seqlen_q",
+    "read_index",
+    "write_index",
+}
+
+#: An attention function by whose name managers leave out what needs kernels of their own: graphs, block tables.
+_PLAIN = "paged|eager"
+
+
+def manager_of(
+    model: PreTrainedModel, switch: Switch, attached: Callable[[], bool], args: Any, kwargs: dict[str, Any]
+) -> ContinuousBatchingManager:
+    """Return what a model's ``init_continuous_batching`` does, made to serve what is attached.
+
+    Args:
+        model: The model.
+        switch: Says what computes its attention.
+        attached: Whether the same is still attached.
+        args: For ``init_continuous_batching``.
+        kwargs: For the same.
+
+    Raises:
+        NotImplementedError: If a decode policy is in use, cached keys cannot be rotated back, or graphs,
+            compilation or batches that overlap are asked for.
+        ValueError: If there is a manager kept from before that serves otherwise.
+    """
+    kind: Any = type(model)
+    kept, dense = _kept(model), switch.mode.handler is None
+    if kept is not None and getattr(kept, "seerattention", None) is not (None if dense else switch):
+        raise ValueError(KEPT)
+    if dense:
+        manager = kind.init_continuous_batching(model, *args, **kwargs)
+        # It computes in a thread of its own, which is to be dense as well.
+        loop = manager._run_generation_loop
+        manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
+        return manager
+    _refuse_layer(switch.handler)
+    given = inspect.signature(kind.init_continuous_batching).bind(model, *args, **kwargs).arguments
+    _refuse_options(given.get("continuous_batching_config"))
+    with _named(model, _PLAIN):
+        manager = kind.init_continuous_batching(model, *args, **kwargs)
+    if manager is kept:
+        return manager
+    _refuse_options(manager.continuous_batching_config)
+    manager.seerattention = switch
+    loop, step, processor = (
+        manager._run_generation_loop,
+        manager._generation_step,
+        manager._create_batch_processor,
+    )
+
+    def run(**options: Any) -> None:
+        # While it runs nobody may detach.
+        with switch.within():
+            loop(**options)
+
+    def one_step() -> None:
+        if not attached():
+            raise RuntimeError("what this manager serves was detached; make a new one")
+        _refuse_layer(switch.handler)
+        prompts = tuple(_prompt_tokens(one.state) for one in requests_of(manager))
+        with switch.within(handler=switch.handler, prompts=prompts):
+            step()
+
+    def create() -> Any:
+        # By a name that it does not know it makes no mask: `[tokens of a batch, tokens of the cache]`.
+        with _named(model, NAME):
+            made = processor()
+        scheduler = made.scheduler
+        # One that is kept comes again.
+        if "_schedule_request" not in scheduler.__dict__:
+            scheduler._schedule_request = functools.partial(
+                _schedule, scheduler._schedule_request, made.cache.max_batch_tokens, switch
+            )
+        return made
+
+    manager._run_generation_loop, manager._generation_step = run, one_step
+    manager._create_batch_processor = create
+    return manager
+
+
+def _schedule(own: Any, most: int, switch: Switch, state: Any, tokens: list[int], budget: int, *more: Any) -> None:
+    """Schedule a request, a piece of its prompt ending where a block does.
+
+    What is left of a batch may be too little for that: then the request waits for the next one, holding the
+    place that the scheduler has given it, unless the batch is empty.
+
+    Args:
+        own: The scheduler's method.
+        most: Tokens of a batch.
+        switch: Says what is attached.
+        state: The request.
+        tokens: Those that it still has to give.
+        budget: How many of them fit.
+        more: What else the scheduler's method takes.
+    """
+    if budget < len(tokens):
+        layer = switch.handler
+        assert isinstance(layer, SparseLayer)
+        block, past = layer.row_tokens, state.position_offset
+        whole = (past + budget) // block * block - past
+        if whole > 0 or budget < most:
+            budget = max(whole, 0)
+    own(state, tokens, budget, *more)
+
+
+def forget_manager(model: PreTrainedModel, switch: Switch) -> None:
+    """Destroy a manager that was kept for the next session if it serves what is being detached."""
+    if getattr(_kept(model), "seerattention", None) is switch:
+        model.destroy_cached_continuous_batching_manager()
+
+
+def _kept(model: PreTrainedModel) -> Any:
+    return model.__dict__.get("_cached_continuous_batching_manager")
+
+
+def requests_of(manager: Any) -> Any:
+    """Return the requests of the batch that a manager computes, in the order in which they lie."""
+    return manager.batch_processor.inputs_and_outputs.requests_in_batch
+
+
+def _prompt_tokens(state: Any) -> int:
+    """Return the length of a request's prompt, without tokens generated before it had to begin again."""
+    return state._true_initial_tokens or len(state.initial_tokens)
+
+
+@contextmanager
+def _named(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a manager believe that a model attends by the function of this name."""
+    # Not by `set_attn_implementation`, which goes through all modules and looks for kernels.
+    configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
+    own = [one._attn_implementation_internal for one in configs]
+    for one in configs:
+        one._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for one, before in zip(configs, own, strict=True):
+            one._attn_implementation_internal = before
+
+
+def _refuse_layer(layer: Any) -> None:
+    """Refuse what is attached where batches cannot be computed with it."""
+    assert isinstance(layer, SparseLayer)
+    if layer.decode.policy is not None:
+        raise NotImplementedError(STEPS)
+    reads = any(not scorer.after_rope for scorer in layer.prefill.scorers.values())
+    if layer.prefill.policy is not None and reads and layer.unrotate.why_not is not None:
+        raise NotImplementedError(f"{PAGES}: {layer.unrotate.why_not}")
+
+
+def _refuse_options(config: Any) -> None:
+    """Refuse options of continuous batching that need whole graphs, or several batches at once."""
+    if config is None:
+        return
+    graphs = config.use_cuda_graph
+    asked = {
+        "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "use_async_batching": config.use_async_batching,
+    }
+    if named := [name for name, value in asked.items() if value]:
+        raise NotImplementedError(f"{', '.join(named)}: {GRAPHS}")
+
+
+def gathered(cache: Any, layer: int, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Give a paged cache a batch's new keys and values, and return those of all requests.
+
+    Args:
+        cache: The cache; None where the module gave it them, as from transformers 5.24 on.
+        layer: Layer index.
+        k: ``[1, Hk, T, D]``.
+        v: ``[1, Hk, T, D]``.
+        kwargs: What attention was called with; the cache may change it.
+
+    Returns:
+        Keys and values, ``[1, Hk, Tk, D]`` each.
+    """
+    if cache is None:
+        return k, v
+    if _takes_kwargs(type(cache)):
+        return cache.update(k, v, layer, kwargs=kwargs)
+    # Before 5.19 by token, not by head.
+    k, v = cache.update(k, v, layer, read_index=kwargs["read_index"], write_index=kwargs["write_index"])
+    return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+
+
+@functools.cache
+def _takes_kwargs(kind: type[PagedAttentionCache]) -> bool:
+    return "kwargs" in inspect.signature(kind.update).parameters
+
+
+def lengths_of(call: LayerCall, starts_q: Tensor, starts_k: Any, window: int | None) -> list[tuple[int, int]]:
+    """Return (new tokens, keys) of every request in a layer; waits for the device once per pass and kind."""
+    kind = "full_attention" if window is None else "sliding_attention"
+    if kind not in (known := call.part_of.requests):
+        if isinstance(starts_k, dict):
+            starts_k = starts_k[kind]
+        ends = torch.stack((starts_q.int(), starts_k.int())).diff(dim=1).T.tolist()
+        known[kind] = [(new, keys) for new, keys in ends]
+    return known[kind]
+
+
+def attend_requests(
+    call: LayerCall,
+    given: Given,
+    lengths: list[tuple[int, int]],
+    *,
+    window: int | None,
+    **options: Any,
+) -> Tensor:
+    """Compute a layer for the requests of a batch, one after the other.
+
+    A prompt's blocks are counted from its first token, and its budget is that of the whole prompt, also where
+    a manager gives it in pieces. These may end anywhere: of a block that is cut, the first part chooses by
+    the tokens it has and the rest is dense. What comes after the prompt is decoded, densely.
+
+    Args:
+        call: The layer's call.
+        given: Tensors of one batch entry, requests behind one another.
+        lengths: (new tokens, keys) of every request.
+        window: Keys that a query sees in a layer with a sliding window, where ``lengths`` has no others.
+        options: For every request, e.g. ``scale``.
+
+    Returns:
+        The output, of ``given.q``'s shape.
+    """
+    layer, part_of = call.taps.layer, call.part_of
+    handler, prompts = part_of.mode.handler, part_of.mode.prompts
+    assert isinstance(handler, SparseLayer)
+    assert prompts is not None
+    if len(prompts) != len(lengths) or sum(new for new, _ in lengths) != given.q.shape[2]:
+        raise RuntimeError(
+            f"a batch of {len(prompts)} requests has {len(lengths)} lengths and {given.q.shape[2]} tokens, "
+            f"of which they are {sum(new for new, _ in lengths)}"
+        )
+    q_at = accumulate((new for new, _ in lengths), initial=0)
+    k_at = accumulate((keys for _, keys in lengths), initial=0)
+    outs = []
+    for (new, keys), prompt, first_q, first_k in zip(lengths, prompts, q_at, k_at, strict=False):
+        ours = [x[:, :, first_q : first_q + new] for x in (given.q, given.q_nope, given.k_nope)]
+        k, v = (x[:, :, first_k : first_k + keys] for x in (given.k, given.v))
+        if window is not None:
+            outs.append(dense_attention(ours[0], k, v, window=window, **options))
+            continue
+        positions = call.given["position_ids"][:, first_q : first_q + new]
+        past, block = keys - new, handler.prefill.scorers[layer].block_size[0]
+        for begin, end in parts(past, new, prompt, block):
+            now = slice(begin - past, end - past)
+            q, q_nope, k_nope = (x[:, :, now] for x in ours)
+            outs.append(
+                handler(
+                    AttentionCall(
+                        layer=layer,
+                        given=Given(q, k[:, :, :end], v[:, :, :end], q_nope, k_nope),
+                        rows=Rows.last(end - begin, end),
+                        position_ids=positions[:, now],
+                        prompt_tokens=prompt,
+                        **options,
+                    )
+                )
+            )
+    return torch.cat(outs, 2)
+
+
+def parts(past: int, new: int, prompt: int, block: int) -> list[tuple[int, int]]:
+    """Cut a request's new tokens where its prompt ends, and where the block ends that earlier ones began.
+
+    Args:
+        past: Tokens before them.
+        new: Their number.
+        prompt: Tokens of the whole prompt.
+        block: Query tokens per block.
+
+    Returns:
+        Where each part begins and ends, as positions in the request.
+    """
+    cuts = {cut for cut in (prompt, -(-past // block) * block) if past < cut < past + new}
+    return list(pairwise(sorted({past, past + new, *cuts})))
