@@ -144,7 +144,7 @@ def test_a_piece_goes_by_the_rule_of_the_whole_prompt() -> None:
     piece = policy.for_prompt(100, 64, rows_after=2)
     assert rule_of(piece, 10, 64) == policy.rule(100, 64)
     assert (piece.sink_blocks, piece.dense_last_rows) == (1, 0)
-    assert policy.for_prompt(100, 64, rows_after=0).dense_last_rows == 2
+    assert [policy.for_prompt(100, 64, rows_after=n).dense_last_rows for n in (0, 1, 3)] == [2, 1, 0]
     assert str(piece) == "top_k:0.3,sink_blocks=1"
 
 

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
+from transformers import __version__ as host_version
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from seerattention.engine.call import AttentionCall, Given
 from seerattention.engine.layer import SparseLayer
 from seerattention.hosts.transformers.config import NAME
+from seerattention.hosts.transformers.family import has_windows
 from seerattention.hosts.transformers.request import LayerCall, Switch
-from seerattention.hosts.transformers.support import GRAPHS, KEPT, PAGES, STEPS
+from seerattention.hosts.transformers.support import GRAPHS, KEPT, PAGES, STEPS, WINDOWS
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 
@@ -44,7 +46,7 @@ BATCH = {
     "write_index",
 }
 
-#: An attention function by whose name managers leave out what needs kernels of their own: graphs, block tables.
+#: By this name of an attention function managers take no graphs and no block tables.
 _PLAIN = "paged|eager"
 
 
@@ -62,7 +64,7 @@ def manager_of(
 
     Raises:
         NotImplementedError: If a decode policy is in use, cached keys cannot be rotated back, or graphs,
-            compilation or batches that overlap are asked for.
+            compilation or batches that overlap are asked for, or with sliding windows transformers is 5.15.
         ValueError: If there is a manager kept from before that serves otherwise.
     """
     kind: Any = type(model)
@@ -70,21 +72,23 @@ def manager_of(
     if kept is not None and getattr(kept, "seerattention", None) is not (None if dense else switch):
         raise ValueError(KEPT)
     if dense:
-        manager = kind.init_continuous_batching(model, *args, **kwargs)
+        made = kind.init_continuous_batching(model, *args, **kwargs)
         # It computes in a thread of its own, which is to be dense as well.
-        loop = manager._run_generation_loop
-        manager._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
-        return manager
+        loop = made._run_generation_loop
+        made._run_generation_loop = functools.partial(contextvars.copy_context().run, loop)
+        return made
+    if has_windows(model.config.get_text_config()) and host_version.startswith("5.15."):
+        raise NotImplementedError(f"{WINDOWS}, and this is {host_version}")
     _refuse_layer(switch.handler)
     given = inspect.signature(kind.init_continuous_batching).bind(model, *args, **kwargs).arguments
     _refuse_options(given.get("continuous_batching_config"))
     with _named(model, _PLAIN):
-        manager = kind.init_continuous_batching(model, *args, **kwargs)
+        manager: Any = kind.init_continuous_batching(model, *args, **kwargs)
     if manager is kept:
         return manager
     _refuse_options(manager.continuous_batching_config)
     manager.seerattention = switch
-    loop, step, processor = (
+    serve, step, process = (
         manager._run_generation_loop,
         manager._generation_step,
         manager._create_batch_processor,
@@ -93,7 +97,7 @@ def manager_of(
     def run(**options: Any) -> None:
         # While it runs nobody may detach.
         with switch.within():
-            loop(**options)
+            serve(**options)
 
     def one_step() -> None:
         if not attached():
@@ -106,7 +110,7 @@ def manager_of(
     def create() -> Any:
         # By a name that it does not know it makes no mask: `[tokens of a batch, tokens of the cache]`.
         with _named(model, NAME):
-            made = processor()
+            made = process()
         scheduler = made.scheduler
         # One that is kept comes again.
         if "_schedule_request" not in scheduler.__dict__:
@@ -120,7 +124,9 @@ def manager_of(
     return manager
 
 
-def _schedule(own: Any, most: int, switch: Switch, state: Any, tokens: list[int], budget: int, *more: Any) -> None:
+def _schedule(
+    own: Any, most: int, switch: Switch, state: Any, tokens: list[int], budget: int, *more: Any
+) -> None:
     """Schedule a request, a piece of its prompt ending where a block does.
 
     What is left of a batch may be too little for that: then the request waits for the next one, holding the
@@ -228,14 +234,15 @@ def gathered(cache: Any, layer: int, k: Tensor, v: Tensor, kwargs: dict[str, Any
 
 
 @functools.cache
-def _takes_kwargs(kind: type[PagedAttentionCache]) -> bool:
+def _takes_kwargs(kind: Any) -> bool:
     return "kwargs" in inspect.signature(kind.update).parameters
 
 
-def lengths_of(call: LayerCall, starts_q: Tensor, starts_k: Any, window: int | None) -> list[tuple[int, int]]:
+def _lengths_of(call: LayerCall, batch: dict[str, Any], window: int | None) -> list[tuple[int, int]]:
     """Return (new tokens, keys) of every request in a layer; waits for the device once per pass and kind."""
     kind = "full_attention" if window is None else "sliding_attention"
     if kind not in (known := call.part_of.requests):
+        starts_q, starts_k = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]
         if isinstance(starts_k, dict):
             starts_k = starts_k[kind]
         ends = torch.stack((starts_q.int(), starts_k.int())).diff(dim=1).T.tolist()
@@ -246,7 +253,7 @@ def lengths_of(call: LayerCall, starts_q: Tensor, starts_k: Any, window: int | N
 def attend_requests(
     call: LayerCall,
     given: Given,
-    lengths: list[tuple[int, int]],
+    batch: dict[str, Any],
     *,
     window: int | None,
     **options: Any,
@@ -260,8 +267,8 @@ def attend_requests(
     Args:
         call: The layer's call.
         given: Tensors of one batch entry, requests behind one another.
-        lengths: (new tokens, keys) of every request.
-        window: Keys that a query sees in a layer with a sliding window, where ``lengths`` has no others.
+        batch: What attention was called with besides, which says where requests begin.
+        window: Keys that a query sees in a layer with a sliding window, which is given few others.
         options: For every request, e.g. ``scale``.
 
     Returns:
@@ -269,6 +276,7 @@ def attend_requests(
     """
     layer, part_of = call.taps.layer, call.part_of
     handler, prompts = part_of.mode.handler, part_of.mode.prompts
+    lengths = _lengths_of(call, batch, window)
     assert isinstance(handler, SparseLayer)
     assert prompts is not None
     if len(prompts) != len(lengths) or sum(new for new, _ in lengths) != given.q.shape[2]:
@@ -283,7 +291,8 @@ def attend_requests(
         ours = [x[:, :, first_q : first_q + new] for x in (given.q, given.q_nope, given.k_nope)]
         k, v = (x[:, :, first_k : first_k + keys] for x in (given.k, given.v))
         if window is not None:
-            outs.append(dense_attention(ours[0], k, v, window=window, **options))
+            # A request that waits has no tokens.
+            outs.append(dense_attention(ours[0], k, v, window=window, **options) if new else ours[0])
             continue
         positions = call.given["position_ids"][:, first_q : first_q + new]
         past, block = keys - new, handler.prefill.scorers[layer].block_size[0]

@@ -20,7 +20,7 @@ from seerattention.engine.layer import SparseLayer
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.config import NAME
-from seerattention.hosts.transformers.continuous import BATCH, attend_requests, gathered, lengths_of
+from seerattention.hosts.transformers.continuous import BATCH, attend_requests, gathered
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
 from seerattention.hosts.transformers.support import (
     CACHE,
@@ -134,15 +134,9 @@ def _attend(
     **others: Any,
 ) -> Tensor:
     """Let the handler of a call compute its layer; windows are dense. Returns ``[B, Tq, Hq, D]``."""
-    if dropout:
-        raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
-    if not (is_causal or (is_causal is None and call.taps.attention.is_causal)):
-        raise NotImplementedError(f"is_causal=False is not supported; {CAUSAL}")
-    in_batch = call.part_of.mode.prompts is not None
-    known = _NOT_ATTENTION | BATCH if in_batch else _NOT_ATTENTION
-    if unknown := sorted(n for n, value in others.items() if value is not None and n not in known):
-        raise NotImplementedError(f"attention is asked for {', '.join(unknown)}; {UNKNOWN}")
+    _refuse_call(call, dropout, is_causal, others)
     layer, handler = call.taps.layer, call.part_of.mode.handler
+    in_batch = call.part_of.mode.prompts is not None
     assert handler is not None
     assert call.q is not None, "the family's taps did not run"
     assert call.k is not None, "the family's taps did not run"
@@ -167,15 +161,16 @@ def _attend(
         # functions, too, take what autocast says.
         half = torch.get_autocast_dtype(query.device.type)
         tensors = Given(*(x.to(half) for x in tensors))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
     # Handlers and their ops choose their own precision.
     without_autocast = torch.autocast(query.device.type, enabled=False) if mixed else nullcontext()
     if in_batch:
-        lengths = lengths_of(call, others["cu_seq_lens_q"], others["cu_seq_lens_k"], sliding_window)
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
         with without_autocast:
-            out = attend_requests(call, tensors, lengths, window=sliding_window, **options)
-        return out.transpose(1, 2)
+            return attend_requests(call, tensors, others, window=sliding_window, **options).transpose(1, 2)
     # Of a static cache, which hands over its whole buffer, only the device knows how much is in use.
     held: Any = key.shape[2] if cache is None else cache.get_seq_length(layer)
 
@@ -197,16 +192,14 @@ def _attend(
         if sliding_window is not None:
             attend = dense_attention if padding is None else padding.dense
             with without_autocast:
-                out = attend(*given[:3], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+                out = attend(*given[:3], window=sliding_window, **options)
             return out.transpose(1, 2)
     after = held_of(cache, layer)
     # Quantised and offloaded caches give other tensors than they hold.
     after = after if after is not None and after.keys is key else None
     shared: dict[str, Any] = {
         "layer": layer,
-        "scale": scale,
-        "softcap": softcap,
-        "sinks": s_aux,
+        **options,
         "summaries": summaries_of(cache).setdefault(layer, Growing()),
         "cached": Cached(call.before, after, key.shape[2] if isinstance(held, Tensor) else None),
     }
@@ -228,6 +221,17 @@ def _attend(
             return handler.step(step).transpose(1, 2)  # type: ignore[attr-defined]
         inputs = whole()
         return inputs.unpacked(handler(inputs)).transpose(1, 2)
+
+
+def _refuse_call(call: LayerCall, dropout: float, is_causal: bool | None, others: dict[str, Any]) -> None:
+    """Refuse what attention is asked for and attached models do not do."""
+    if dropout:
+        raise NotImplementedError(f"attention dropout ({dropout}) is not supported; {DROPOUT}")
+    if not (is_causal or (is_causal is None and call.taps.attention.is_causal)):
+        raise NotImplementedError(f"is_causal=False is not supported; {CAUSAL}")
+    known = _NOT_ATTENTION if call.part_of.mode.prompts is None else _NOT_ATTENTION | BATCH
+    if unknown := sorted(n for n, value in others.items() if value is not None and n not in known):
+        raise NotImplementedError(f"attention is asked for {', '.join(unknown)}; {UNKNOWN}")
 
 
 def _step_lengths(call: LayerCall, query: Tensor, mask: Tensor | None, held: int | Tensor) -> Lengths | None:

@@ -236,9 +236,7 @@ class Runtime:
         """Stand in for a method of the model; on a GPU it would quietly take another attention function."""
         if self.switch.mode.handler is not None:
             refuse_stand_in(self.switch)
-        return manager_of(
-            self.model, self.switch, lambda: runtime_of(self.model) is self, args, kwargs
-        )
+        return manager_of(self.model, self.switch, lambda: runtime_of(self.model) is self, args, kwargs)
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
@@ -262,8 +260,8 @@ def idle_runtime(model: nn.Module) -> Runtime | None:
     refuse_stand_in(runtime.switch)
     if runtime.switch.guests:
         raise ValueError(
-            "a request of this model is inside dense, intercept or prefill, or a manager of continuous batching "
-            "runs; let it end, or stop() it, before you change what is attached"
+            "a request of this model is inside dense, intercept or prefill, or a manager of continuous "
+            "batching runs; let it end, or stop() it, before you change what is attached"
         )
     return runtime
 

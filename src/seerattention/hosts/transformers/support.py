@@ -35,6 +35,10 @@ GRAPHS = (
     "in continuous batching an attached model's requests are told apart on the host, which a graph would not "
     "do again; leave these options out, or do it inside dense(model)"
 )
+WINDOWS = (
+    "in continuous batching transformers 5.15 reads other keys than those in a sliding window; versions from "
+    "5.16 on do not"
+)
 KEPT = (
     "a manager of continuous batching was kept that serves otherwise, with other gates or without; call "
     "model.destroy_cached_continuous_batching_manager() first"
