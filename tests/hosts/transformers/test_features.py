@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     CompileConfig,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     StaticCache,
@@ -269,8 +270,36 @@ def pipeline(tiny, tmp_path):
 
 
 def continuous_batching(tiny, tmp_path):
-    config = GenerationConfig(max_new_tokens=2, eos_token_id=None, do_sample=False)
-    attached(tiny).generate_batch([[3, 4, 5]], generation_config=config)
+    """`test_continuous_batching.py` compares what many requests choose."""
+    model = attached(tiny)
+    prompts = [tiny.tokens(1, length) for length in (64, 50)]
+    expected = [generated(model, ids, max_new_tokens=3)[0].tolist() for ids in prompts]
+    served = serve_batch(model, [ids[0].tolist() for ids in prompts])
+    assert [list(out.generated_tokens) for out in served.values()] == expected
+    assert_sparse(model)
+
+
+def serve_batch(model, prompts, **options):
+    config = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=256, **options)
+    return model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=-1, do_sample=False),
+        continuous_batching_config=config,
+        progress_bar=False,
+    )
+
+
+def batches_in_graphs(tiny, tmp_path):
+    serve_batch(attached(tiny), [[3, 4, 5]], use_cuda_graph=True)
+
+
+def batches_of_steps(tiny, tmp_path):
+    serve_batch(decoding(tiny), [[3, 4, 5]])
+
+
+def batches_with_longrope(tiny, tmp_path):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    serve_batch(attached(tiny, rope_parameters=dynamic), [[3, 4, 5]])
 
 
 def output_attentions(tiny, tmp_path):
@@ -633,6 +662,9 @@ CHECKS = {
     ("generate", "assisted: draft model, prompt lookup"): assisted,
     ("generate", "pipeline"): pipeline,
     ("generate", "continuous batching"): continuous_batching,
+    ("generate", "continuous batching in CUDA graphs, compiled or asynchronous"): batches_in_graphs,
+    ("generate", "continuous batching with a policy for decoding"): batches_of_steps,
+    ("generate", "continuous batching with RoPE of type dynamic or longrope"): batches_with_longrope,
     ("generate", "output_attentions"): output_attentions,
     ("decoding", "static caches in CUDA graphs"): static_steps,
     ("decoding", "left padding"): padded_steps,

@@ -153,8 +153,9 @@ def _schedule(
 
 def forget_manager(model: PreTrainedModel, switch: Switch) -> None:
     """Destroy a manager that was kept for the next session if it serves what is being detached."""
-    if getattr(_kept(model), "seerattention", None) is switch:
-        model.destroy_cached_continuous_batching_manager()
+    kept = _kept(model)
+    if getattr(kept, "seerattention", None) is switch:
+        kept.model.destroy_cached_continuous_batching_manager()
 
 
 def _kept(model: PreTrainedModel) -> Any:
