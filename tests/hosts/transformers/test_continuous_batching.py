@@ -1,7 +1,6 @@
 """A manager of continuous batching serves an attached model: requests choose what they would alone."""
 
 import functools
-import threading
 from collections import defaultdict
 from contextlib import contextmanager
 
@@ -10,6 +9,8 @@ import torch
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers import __version__ as host_version
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+from transformers.generation.continuous_batching.requests import RequestState
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
@@ -158,7 +159,7 @@ def test_every_family(tiny, kind):
     host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0, observe=seen)
     windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     if windows and host_version.startswith("5.15."):
-        with pytest.raises(NotImplementedError, match=r"versions from 5\.16 on do not, and this is 5\.15"):
+        with pytest.raises(NotImplementedError, match=r"take 5\.16 or newer, and this is 5\.15"):
             serve(model, prompts_of(tiny, 100))
         return
     assert_as_alone(model, seen, prompts_of(tiny, 100, 77, 23), max_batch_tokens=50)
@@ -183,11 +184,12 @@ def test_a_prompt_too_short_to_be_sparse_is_dense_in_pieces_too(tiny):
     assert set(host.usage(model)) == {"sparse", "dense: fewer than 90 tokens", "dense: decoding step"}
 
 
-def in_pieces(model, prompt, cuts, known):
+def in_pieces(model, prompt, cuts, known, cache=None):
     """The tokens of a prompt given in pieces on one cache; ``known``: as prompts of which length."""
-    cache, ids = DynamicCache(config=model.config), torch.tensor([prompt])
+    cache, ids = cache or DynamicCache(config=model.config), torch.tensor([prompt])
     with torch.no_grad():
-        for begin, end, tokens in zip([0, *cuts], [*cuts, len(prompt)], known, strict=True):
+        begins = [int(cache.get_seq_length()), *cuts]
+        for begin, end, tokens in zip(begins, [*cuts, len(prompt)], known, strict=True):
             with prompt_of(model, tokens):
                 logits = model(ids[:, begin:end], **host.cache_argument(model, cache)).logits
         tokens = []
@@ -268,22 +270,55 @@ def test_a_shared_prefix_was_chosen_for_the_prompt_that_wrote_it(tiny):
     model.destroy_cached_continuous_batching_manager()
 
 
-def test_a_request_that_begins_again_goes_on_as_it_was(tiny, monkeypatch):
-    """Without room for all, requests lose their pages; tokens that they had decoded stay decoded."""
+def test_pages_that_blocks_do_not_divide(tiny):
+    """The block in which shared pages end was begun by another prompt; the rest of it is dense."""
+    model, seen = attached(tiny, ROWS)
+    prefix = prompts_of(tiny, 75)[0]
+    first, second = (prefix + more for more in prompts_of(tiny, 20, 90))
+    cache = DynamicCache(config=model.config)
+    in_pieces(model, first, [], [len(first)], cache)
+    cache.crop(72 - int(cache.get_seq_length()))
+    seen.taken()
+    expected = in_pieces(model, second, [80], [len(second)] * 2, cache)
+    rows = seen.taken()
+    serve(model, [first], page=24, kept=True, allow_block_sharing=True)
+    seen.taken()
+    assert serve(model, [second], page=24, kept=True, allow_block_sharing=True) == [expected]
+    assert seen.taken() == rows
+    assert min(rows[0, len(second)]) == 5
+    model.destroy_cached_continuous_batching_manager()
+
+
+def crowded(tiny, monkeypatch, watched, **changes):
+    """Serve requests with pages for 240 of their 330 tokens; return what a watched method gave each time."""
     model, _ = attached(tiny)
     prompts = prompts_of(tiny, 90, 70, 50)
     monkeypatch.setitem(GREEDY, "max_new_tokens", 40)
     expected = [alone(model, prompt) for prompt in prompts]
-    again = []
-    reset = "create_equivalent_initial_request"
-    kind = __import__(
-        "transformers.generation.continuous_batching.requests", fromlist=["RequestState"]
-    ).RequestState
-    own = getattr(kind, reset)
-    monkeypatch.setattr(kind, reset, lambda state: again.append(len(state.generated_tokens)) or own(state))
-    # Pages for 240 of the 330 tokens.
-    assert serve(model, prompts, num_blocks=15, safety_margin=0.0) == expected
-    assert any(again), "no request had to begin again after it had decoded"
+    kind, name = watched
+    own, gave = getattr(kind, name), []
+
+    def watch(*args):
+        gave.append(own(*args))
+        return gave[-1]
+
+    monkeypatch.setattr(kind, name, watch)
+    assert serve(model, prompts, num_blocks=15, safety_margin=0.0, **changes) == expected
+    return gave
+
+
+def test_a_request_that_begins_again_goes_on_as_it_was(tiny, monkeypatch):
+    """What it had decoded when it lost its pages stays decoded, and is no part of its prompt."""
+    again = crowded(tiny, monkeypatch, (RequestState, "create_equivalent_initial_request"))
+    assert any(len(state.initial_tokens) not in (90, 70, 50) for state in again)
+
+
+def test_a_request_whose_pages_were_kept_elsewhere(tiny, monkeypatch):
+    own = torch.empty
+    # There is no pinned memory without a GPU.
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kind: own(*size, **kind))
+    gone = crowded(tiny, monkeypatch, (OffloadingManager, "_offload_to_cpu"), cpu_offload_space=0.01)
+    assert any(gone), "no request was offloaded"
 
 
 @contextmanager
@@ -334,12 +369,13 @@ def test_a_request_that_is_cancelled(tiny, manager):
     model, made = manager
     prompts = prompts_of(tiny, 100, 77, 40)
     expected = [alone(model, prompt) for prompt in prompts]
-    gone = made.add_request(prompts_of(tiny, 90)[0], max_new_tokens=400)
+    gone = made.add_request(prompts_of(tiny, 90)[0], max_new_tokens=400, streaming=True)
+    assert made.get_result(timeout=60).request_id == gone
     names = made.add_requests(prompts)
     made.cancel_request(gone)
     outs = results(made, 3)
     assert [list(outs[name].generated_tokens) for name in names] == expected
-    assert list(results(made, 0)) == []
+    assert gone not in outs
 
 
 def test_other_requests_meanwhile(tiny, manager):
@@ -510,10 +546,17 @@ def test_what_else_is_refused(tiny):
     serve(model, prompts)
 
 
+def test_a_version_that_is_not_known(tiny, monkeypatch):
+    model, _ = attached(tiny)
+    monkeypatch.delattr(ContinuousBatchingManager, "_generation_step")
+    with pytest.raises(RuntimeError, match=r"has no _generation_step with .*versions 5\.15 to 5\.24"):
+        serve(model, prompts_of(tiny, 30))
+
+
 def test_keys_that_cannot_be_rotated_back(tiny):
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model, _ = attached(tiny, rope_parameters=dynamic)
-    with pytest.raises(NotImplementedError, match="cannot be rotated back: RoPE is of type dynamic"):
+    with pytest.raises(NotImplementedError, match=r"inside dense\(model\): RoPE is of type dynamic"):
         serve(model, prompts_of(tiny, 30))
 
 
@@ -529,4 +572,3 @@ def test_managers_are_made_by_the_model(tiny):
     (out,) = results(made, 1).values()
     made.stop(block=True)
     assert list(out.generated_tokens) == plain
-    assert threading.active_count() < 50

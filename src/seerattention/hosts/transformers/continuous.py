@@ -26,7 +26,7 @@ from seerattention.engine.layer import SparseLayer
 from seerattention.hosts.transformers.config import NAME
 from seerattention.hosts.transformers.family import has_windows
 from seerattention.hosts.transformers.request import LayerCall, Switch
-from seerattention.hosts.transformers.support import GRAPHS, KEPT, PAGES, STEPS, WINDOWS
+from seerattention.hosts.transformers.support import GRAPHS, KEPT, PAGES, SERVED, STEPS, WINDOWS
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 
@@ -65,6 +65,7 @@ def manager_of(
     Raises:
         NotImplementedError: If a decode policy is in use, cached keys cannot be rotated back, or graphs,
             compilation or batches that overlap are asked for, or with sliding windows transformers is 5.15.
+        RuntimeError: If this version of transformers is another one than those known.
         ValueError: If there is a manager kept from before that serves otherwise.
     """
     kind: Any = type(model)
@@ -88,11 +89,8 @@ def manager_of(
         return manager
     _refuse_options(manager.continuous_batching_config)
     manager.seerattention = switch
-    serve, step, process = (
-        manager._run_generation_loop,
-        manager._generation_step,
-        manager._create_batch_processor,
-    )
+    names = ("_run_generation_loop", "_generation_step", "_create_batch_processor")
+    serve, step, process = (_found(manager, name) for name in names)
 
     def run(**options: Any) -> None:
         # While it runs nobody may detach.
@@ -103,7 +101,8 @@ def manager_of(
         if not attached():
             raise RuntimeError("what this manager serves was detached; make a new one")
         _refuse_layer(switch.handler)
-        prompts = tuple(_prompt_tokens(one.state) for one in requests_of(manager))
+        requests = _found(manager.batch_processor.inputs_and_outputs, "requests_in_batch")
+        prompts = tuple(_prompt_tokens(one.state) for one in requests)
         with switch.within(handler=switch.handler, prompts=prompts):
             step()
 
@@ -115,7 +114,7 @@ def manager_of(
         # One that is kept comes again.
         if "_schedule_request" not in scheduler.__dict__:
             scheduler._schedule_request = functools.partial(
-                _schedule, scheduler._schedule_request, made.cache.max_batch_tokens, switch
+                _schedule, _found(scheduler, "_schedule_request"), made.cache.max_batch_tokens, switch
             )
         return made
 
@@ -162,9 +161,11 @@ def _kept(model: PreTrainedModel) -> Any:
     return model.__dict__.get("_cached_continuous_batching_manager")
 
 
-def requests_of(manager: Any) -> Any:
-    """Return the requests of the batch that a manager computes, in the order in which they lie."""
-    return manager.batch_processor.inputs_and_outputs.requests_in_batch
+def _found(thing: Any, name: str) -> Any:
+    """Return what transformers may have renamed."""
+    if not hasattr(thing, name):
+        raise RuntimeError(f"{type(thing).__name__} has no {name} with transformers {host_version}; {SERVED}")
+    return getattr(thing, name)
 
 
 def _prompt_tokens(state: Any) -> int:

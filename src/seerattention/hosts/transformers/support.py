@@ -30,14 +30,17 @@ STEPS = (
     "continuous batching decodes densely, since it keeps no summaries from one step to the next; "
     'set_policy(model, decode="dense") first'
 )
-PAGES = "continuous batching takes earlier keys from its pages, and they cannot be rotated back"
+PAGES = (
+    "continuous batching takes earlier keys from its pages, and they cannot be rotated back; serve this "
+    "model inside dense(model)"
+)
 GRAPHS = (
     "in continuous batching an attached model's requests are told apart on the host, which a graph would not "
     "do again; leave these options out, or do it inside dense(model)"
 )
 WINDOWS = (
-    "in continuous batching transformers 5.15 reads other keys than those in a sliding window; versions from "
-    "5.16 on do not"
+    "in continuous batching transformers 5.15 reads other keys than those in a sliding window; take 5.16 or "
+    "newer"
 )
 KEPT = (
     "a manager of continuous batching was kept that serves otherwise, with other gates or without; call "
@@ -47,6 +50,7 @@ CAPTURE = (
     "a graph can hold sparse steps of decoding, and sliding windows once they are full; for other calls the "
     "host counts tokens, which a replay would not do; run them outside of the graph"
 )
+SERVED = "continuous batching can be served with versions 5.15 to 5.24, which have it"
 CACHE = "versions 5.15 to 5.24, which are supported, call it `cache` or `past_key_values`"
 
 
