@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from seerattention.engine import layer as engine
 from seerattention.hosts.transformers import attach, detach, new_gates, usage
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +67,26 @@ def test_requests_choose_as_alone(model, batch):
     assert serve(model, prompts, max_batch_tokens=batch, allow_block_sharing=False) == expected
     assert model.read == rows
     assert set(usage(model)) == {"sparse", "dense: decoding step"}
+
+
+def test_kernels_read_where_a_request_lies(model, monkeypatch):
+    """Queries, keys and values are slices of those of the batch; copies give the same, to the bit."""
+    model.bfloat16()
+    own, calls = engine.seer_attention, []
+
+    def both(q, k, v, *rest, q_scored, **options):
+        out, selection = own(q, k, v, *rest, q_scored=q_scored, **options)
+        q, k, v, q_scored = (x.contiguous() for x in (q, k, v, q_scored))
+        again, same = own(q, k, v, *rest, q_scored=q_scored, **options)
+        assert torch.equal(selection.to_mask(), same.to_mask())
+        assert torch.equal(out, again)
+        calls.append(q.shape[2])
+        return out, selection
+
+    monkeypatch.setattr(engine, "seer_attention", both)
+    prompts = [torch.randint(3, 128, (length,)).tolist() for length in LENGTHS]
+    serve(model, prompts, max_batch_tokens=2048, allow_block_sharing=False)
+    assert sum(calls) == 2 * sum(LENGTHS)
 
 
 @pytest.mark.parametrize("asked", [{"use_cuda_graph": True}, {"q_padding_interval_size": 64}], ids=str)

@@ -146,6 +146,31 @@ def test_pieces_end_where_blocks_do(tiny, scheduler):
     assert_as_alone(model, seen, prompts, max_batch_tokens=50, scheduler_type=scheduler)
 
 
+def test_a_prompt_waits_for_others_that_decode(tiny, monkeypatch):
+    """Of batches of 24 tokens too few are left to complete its next block."""
+    monkeypatch.setitem(GREEDY, "max_new_tokens", 12)
+    model, seen = attached(tiny)
+    assert_as_alone(model, seen, prompts_of(tiny, *range(3, 13), 100), max_batch_tokens=24)
+
+
+def test_one_request_waits_at_most(tiny, manager):
+    """Who waits has pages, and those that come after are not to take them all."""
+    model, made = manager
+    own, waiting = made._generation_step, []
+
+    def step():
+        batch = made.batch_processor.inputs_and_outputs.requests_in_batch
+        waiting.append([one.query_length for one in batch].count(0))
+        own()
+
+    made._generation_step = step
+    prompts = prompts_of(tiny, *range(60, 90))
+    names = made.add_requests(prompts)
+    outs = results(made, len(prompts))
+    assert list(outs[names[-1]].generated_tokens) == alone(model, prompts[-1])
+    assert set(waiting) == {0, 1}
+
+
 def test_lengths_around_a_block(tiny):
     model, seen = attached(tiny)
     prompts = prompts_of(tiny, 1, 2, 15, 16, 17, 32, 33)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -110,12 +110,9 @@ def manager_of(
         # By a name that it does not know it makes no mask: `[tokens of a batch, tokens of the cache]`.
         with _named(model, NAME):
             made = process()
-        scheduler = made.scheduler
         # One that is kept comes again.
-        if "_schedule_request" not in scheduler.__dict__:
-            scheduler._schedule_request = functools.partial(
-                _schedule, _found(scheduler, "_schedule_request"), made.cache.max_batch_tokens, switch
-            )
+        if made is not manager.batch_processor:
+            _Pieces(made.scheduler, made.cache.max_batch_tokens, switch)
         return made
 
     manager._run_generation_loop, manager._generation_step = run, one_step
@@ -123,31 +120,40 @@ def manager_of(
     return manager
 
 
-def _schedule(
-    own: Any, most: int, switch: Switch, state: Any, tokens: list[int], budget: int, *more: Any
-) -> None:
-    """Schedule a request, a piece of its prompt ending where a block does.
+class _Pieces:
+    """Makes a scheduler end pieces of prompts where blocks do.
 
-    What is left of a batch may be too little for that: then the request waits for the next one, holding the
-    place that the scheduler has given it, unless the batch is empty.
+    What is left of a batch may be too little for that. Then a request takes nothing and is the last of the
+    batch, unless it is the first.
 
     Args:
-        own: The scheduler's method.
+        scheduler: The scheduler.
         most: Tokens of a batch.
         switch: Says what is attached.
-        state: The request.
-        tokens: Those that it still has to give.
-        budget: How many of them fit.
-        more: What else the scheduler's method takes.
     """
-    if budget < len(tokens):
-        layer = switch.handler
-        assert isinstance(layer, SparseLayer)
-        block, past = layer.row_tokens, state.position_offset
-        whole = (past + budget) // block * block - past
-        if whole > 0 or budget < most:
-            budget = max(whole, 0)
-    own(state, tokens, budget, *more)
+
+    def __init__(self, scheduler: Any, most: int, switch: Switch) -> None:
+        self.most, self.switch, self.full = most, switch, False
+        self.own_process = _found(scheduler, "_process_candidates")
+        self.own_schedule = _found(scheduler, "_schedule_request")
+        scheduler._process_candidates, scheduler._schedule_request = self.process, self.schedule
+
+    def process(self, candidates: Iterable[Any], *more: Any) -> Any:
+        """Fill a batch with requests until one takes nothing."""
+        self.full = False
+        return self.own_process(takewhile(lambda _: not self.full, candidates), *more)
+
+    def schedule(self, state: Any, tokens: list[int], budget: int, *more: Any) -> None:
+        """Give a request its place: of the tokens that it still has as many as the budget, or fewer."""
+        if budget < len(tokens):
+            layer = self.switch.handler
+            assert isinstance(layer, SparseLayer)
+            block, past = layer.row_tokens, state.position_offset
+            whole = (past + budget) // block * block - past
+            if whole > 0 or budget < self.most:
+                budget = max(whole, 0)
+            self.full = budget == 0
+        self.own_schedule(state, tokens, budget, *more)
 
 
 def forget_manager(model: PreTrainedModel, switch: Switch) -> None:
