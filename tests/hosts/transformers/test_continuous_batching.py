@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers import __version__ as host_version
-from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -472,11 +472,19 @@ def test_detaching_leaves_everything_as_it_was(tiny):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-def test_whatever_attends_without_gates(tiny, implementation):
+def test_whatever_attends_without_gates(tiny, monkeypatch, implementation):
+    """Nor is it another one while a manager makes its cache: other requests are dense meanwhile."""
     model, seen = attached(tiny)
     model.set_attn_implementation(implementation)
+    own, meanwhile = PagedAttentionCache.__init__, []
+
+    def make(cache, *args, **kwargs):
+        meanwhile.append(model.config._attn_implementation)
+        own(cache, *args, **kwargs)
+
+    monkeypatch.setattr(PagedAttentionCache, "__init__", make)
     assert_as_alone(model, seen, prompts_of(tiny, 100, 23))
-    assert model.config._attn_implementation == implementation
+    assert [*meanwhile, model.config._attn_implementation] == [implementation] * 2
 
 
 def test_no_mask_is_made(tiny, manager):

@@ -8,10 +8,10 @@ kept between two batches: summaries of earlier keys are made again from what the
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
@@ -83,10 +83,10 @@ def manager_of(
     _refuse_layer(switch.handler)
     given = inspect.signature(kind.init_continuous_batching).bind(model, *args, **kwargs).arguments
     _refuse_options(given.get("continuous_batching_config"))
-    with _named(model, _PLAIN):
-        manager: Any = kind.init_continuous_batching(model, *args, **kwargs)
+    manager: Any = kind.init_continuous_batching(_Named(model, _PLAIN), *args, **kwargs)
     if manager is kept:
         return manager
+    manager.model = model
     _refuse_options(manager.continuous_batching_config)
     manager.seerattention = switch
     names = ("_run_generation_loop", "_generation_step", "_create_batch_processor")
@@ -108,8 +108,11 @@ def manager_of(
 
     def create() -> Any:
         # By a name that it does not know it makes no mask: `[tokens of a batch, tokens of the cache]`.
-        with _named(model, NAME):
+        manager.model = _Named(model, NAME)
+        try:
             made = process()
+        finally:
+            manager.model = model
         # One that is kept comes again.
         if made is not manager.batch_processor:
             _Pieces(made.scheduler, made.cache.max_batch_tokens, switch)
@@ -179,19 +182,20 @@ def _prompt_tokens(state: Any) -> int:
     return state._true_initial_tokens or len(state.initial_tokens)
 
 
-@contextmanager
-def _named(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let a manager believe that a model attends by the function of this name."""
-    # Not by `set_attn_implementation`, which goes through all modules and looks for kernels.
-    configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
-    own = [one._attn_implementation_internal for one in configs]
-    for one in configs:
-        one._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        for one, before in zip(configs, own, strict=True):
-            one._attn_implementation_internal = before
+class _Named:
+    """A model as a manager is to see it: attending by the function of this name. The model itself stays."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self._own, self.config = model, copy.deepcopy(model.config)
+        self.config._attn_implementation = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def eval(self) -> Any:
+        """Do what the model does."""
+        self._own.eval()
+        return self
 
 
 def _refuse_layer(layer: Any) -> None:
