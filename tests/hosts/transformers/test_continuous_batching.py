@@ -1,14 +1,11 @@
-"""A manager of continuous batching serves an attached model: requests choose what they would alone."""
+"""Continuous batching of an attached model: requests choose what they would alone."""
 
 import functools
-from collections import defaultdict
-from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers import DynamicCache
 from transformers import __version__ as host_version
-from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -17,80 +14,21 @@ from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers.attach import prompt_of
 from seerattention.hosts.transformers.continuous import parts
 from seerattention.measure.bundled import load_teacher, load_teacher_gates, text_tokens
-
-NEW_TOKENS = 4
-POLICY = "top_k:0.3,sink_blocks=1"
-# Every row for itself, whatever the prompt's length.
-ROWS = "token_budget:48,sink_blocks=1"
-PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
-GREEDY = {"max_new_tokens": NEW_TOKENS, "eos_token_id": -1, "do_sample": False}
-
-
-def options(page=16, **changes):
-    """A cache of some 8,000 tokens in all, and batches of 256 unless it says otherwise."""
-    settings = {PAGE: page, "num_blocks": 8192 // page, "max_batch_tokens": 256, "allow_block_sharing": False}
-    return ContinuousBatchingConfig(**{**settings, **changes})
-
-
-def serve(model, prompts, *, kept=False, **changes):
-    """The tokens that a manager of its own gives to each of some prompts, served together."""
-    outs = model.generate_batch(
-        prompts,
-        generation_config=GenerationConfig(**GREEDY),
-        continuous_batching_config=options(**changes),
-        persistent_manager=kept,
-        progress_bar=False,
-    )
-    assert [out.error for out in outs.values()] == [None] * len(prompts)
-    return [list(out.generated_tokens) for out in outs.values()]
-
-
-def alone(model, prompt):
-    """What `generate` gives to a prompt."""
-    ids = torch.tensor([prompt])
-    return model.generate(ids, **{**GREEDY, "eos_token_id": None})[0, len(prompt) :].tolist()
-
-
-class Chosen:
-    """The blocks that every row read, by layer and by the prompt's length, which tells prompts apart."""
-
-    def __init__(self):
-        self.rows = defaultdict(dict)
-
-    def __call__(self, layer, call, selection):
-        ((new, keys),) = call.lengths
-        assert (keys - new) % selection.block_size[0] == 0
-        first = (keys - new) // selection.block_size[0]
-        rows = self.rows[layer, call.prompt_tokens or keys]
-        for row, mask in enumerate(selection.to_mask()[0].unbind(1), first):
-            read = mask[:, : row + 1].tolist()
-            assert rows.setdefault(row, read) == read, "a row that was computed again reads other blocks"
-
-    def taken(self):
-        """All so far, once."""
-        rows, self.rows = dict(self.rows), defaultdict(dict)
-        return rows
-
-
-def attached(tiny, policy=POLICY, **settings):
-    """A tiny model with gates of blocks of 16, and what watches it."""
-    model, seen = tiny.make(**settings), Chosen()
-    host.attach(model, tiny.gates_for(model), policy, min_tokens=0, observe=seen)
-    return model, seen
-
-
-def prompts_of(tiny, *lengths):
-    return [tiny.tokens(1, length, seed=length)[0].tolist() for length in lengths]
-
-
-def assert_as_alone(model, seen, prompts, **changes):
-    """Served together, prompts get the tokens and read the blocks that they do one by one."""
-    expected = [alone(model, prompt) for prompt in prompts]
-    rows = seen.taken()
-    assert serve(model, prompts, **changes) == expected
-    assert seen.taken() == rows
-    layers = {layer for layer, _ in rows}
-    assert rows.keys() == {(layer, len(prompt)) for layer in layers for prompt in prompts}
+from tests.hosts.transformers.batches import (
+    GREEDY,
+    NEW_TOKENS,
+    POLICY,
+    ROWS,
+    Chosen,
+    alone,
+    assert_as_alone,
+    attached,
+    manager_for,
+    prompts_of,
+    results,
+    serve,
+    started,
+)
 
 
 @functools.cache
@@ -153,9 +91,10 @@ def test_a_prompt_waits_for_others_that_decode(tiny, monkeypatch):
     assert_as_alone(model, seen, prompts_of(tiny, *range(3, 13), 100), max_batch_tokens=24)
 
 
-def test_one_request_waits_at_most(tiny, manager):
+def test_one_request_waits_at_most(tiny):
     """Who waits has pages, and those that come after are not to take them all."""
-    model, made = manager
+    model, _ = attached(tiny)
+    made = manager_for(model)
     own, waiting = made._generation_step, []
 
     def step():
@@ -166,7 +105,9 @@ def test_one_request_waits_at_most(tiny, manager):
     made._generation_step = step
     prompts = prompts_of(tiny, *range(60, 90))
     names = made.add_requests(prompts)
+    made.start()
     outs = results(made, len(prompts))
+    made.stop(block=True)
     assert list(outs[names[-1]].generated_tokens) == alone(model, prompts[-1])
     assert set(waiting) == {0, 1}
 
@@ -328,7 +269,9 @@ def crowded(tiny, monkeypatch, watched, **changes):
         return gave[-1]
 
     monkeypatch.setattr(kind, name, watch)
-    assert serve(model, prompts, num_blocks=15, safety_margin=0.0, **changes) == expected
+    with started(model, prompts, num_blocks=15, safety_margin=0.0, **changes) as made:
+        outs = results(made, 3)
+    assert [list(outs[f"req_{i}"].generated_tokens) for i in range(3)] == expected
     return gave
 
 
@@ -344,264 +287,3 @@ def test_a_request_whose_pages_were_kept_elsewhere(tiny, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kind: own(*size, **kind))
     gone = crowded(tiny, monkeypatch, (OffloadingManager, "_offload_to_cpu"), cpu_offload_space=0.01)
     assert any(gone), "no request was offloaded"
-
-
-@contextmanager
-def started(model):
-    """A manager that serves a model."""
-    made = model.init_continuous_batching(
-        generation_config=GenerationConfig(**GREEDY), continuous_batching_config=options()
-    )
-    made.start()
-    yield made
-    made.stop(block=True)
-
-
-@pytest.fixture
-def manager(tiny):
-    """A model with gates, and a manager that serves it."""
-    model = tiny.make()
-    host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-    with started(model) as made:
-        yield model, made
-
-
-def results(made, count):
-    """So many results, by request."""
-    found = {}
-    while len(found) < count:
-        out = made.get_result(timeout=60)
-        assert out is not None, "a request got no answer"
-        if out.is_finished():
-            found[out.request_id] = out
-    return found
-
-
-def test_one_batch_after_another(tiny):
-    model, seen = attached(tiny)
-    with started(model) as made:
-        for lengths in ((100, 30), (77,), (48, 64, 5)):
-            prompts = prompts_of(tiny, *lengths)
-            expected = [alone(model, prompt) for prompt in prompts]
-            rows = seen.taken()
-            names = made.add_requests(prompts)
-            outs = results(made, len(prompts))
-            assert [list(outs[name].generated_tokens) for name in names] == expected
-            assert seen.taken() == rows
-
-
-def test_a_request_that_is_cancelled(tiny, manager):
-    model, made = manager
-    prompts = prompts_of(tiny, 100, 77, 40)
-    expected = [alone(model, prompt) for prompt in prompts]
-    gone = made.add_request(prompts_of(tiny, 90)[0], max_new_tokens=400, streaming=True)
-    assert made.get_result(timeout=60).request_id == gone
-    names = made.add_requests(prompts)
-    made.cancel_request(gone)
-    outs = results(made, 3)
-    assert [list(outs[name].generated_tokens) for name in names] == expected
-    assert gone not in outs
-
-
-def test_other_requests_meanwhile(tiny, manager):
-    """A model that is served can be called too, and is dense where it is told to be."""
-    model, made = manager
-    prompts = prompts_of(tiny, 100, 77, 40)
-    expected = [alone(model, prompt) for prompt in prompts]
-    with host.dense(model):
-        plain = [alone(model, prompt) for prompt in prompts]
-    names = made.add_requests(prompts * 4)
-    assert [alone(model, prompt) for prompt in prompts] == expected
-    with host.dense(model):
-        assert [alone(model, prompt) for prompt in prompts] == plain
-    outs = results(made, 12)
-    assert [list(outs[name].generated_tokens) for name in names] == expected * 4
-
-
-def test_a_policy_that_changes_meanwhile(tiny, manager):
-    model, made = manager
-    (prompt,) = prompts_of(tiny, 100)
-    host.set_policy(model, "top_k:1.0")
-    expected = alone(model, prompt)
-    made.add_request(prompt)
-    (out,) = results(made, 1).values()
-    assert list(out.generated_tokens) == expected
-    host.set_policy(model, POLICY)
-    assert alone(model, prompt) != expected, "the policy makes no difference"
-
-
-def test_sixty_requests(tiny, manager):
-    model, made = manager
-    lengths = [1 + 37 * i % 190 for i in range(60)]
-    prompts = prompts_of(tiny, *lengths)
-    names = made.add_requests(prompts)
-    outs = results(made, 60)
-    assert {len(out.generated_tokens) for out in outs.values()} == {NEW_TOKENS}
-    for i in range(0, 60, 7):
-        assert list(outs[names[i]].generated_tokens) == alone(model, prompts[i])
-
-
-def test_nobody_detaches_while_a_manager_runs(tiny, manager):
-    model, made = manager
-    made.add_request(prompts_of(tiny, 20)[0])
-    results(made, 1)
-    refused = pytest.raises(ValueError, match="a manager of continuous batching runs; let it end, or stop")
-    with refused:
-        host.detach(model)
-    with refused:
-        host.attach(model, tiny.gates_for(model), POLICY)
-    made.stop(block=True)
-    host.detach(model)
-
-
-def test_detaching_leaves_everything_as_it_was(tiny):
-    model = tiny.make()
-    before = {name: value for name, value in vars(model).items() if not name.startswith("_")}
-    implementation = model.config._attn_implementation
-    prompts = prompts_of(tiny, 100, 77)
-    plain = serve(model, prompts)
-    for _ in range(2):
-        host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-        host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-        assert serve(model, prompts, kept=True) == [alone(model, prompt) for prompt in prompts] != plain
-        assert model.config._attn_implementation == implementation
-        host.detach(model)
-        assert "_cached_continuous_batching_manager" not in vars(model)
-    assert {name: value for name, value in vars(model).items() if not name.startswith("_")} == before
-    assert serve(model, prompts) == plain
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-def test_whatever_attends_without_gates(tiny, monkeypatch, implementation):
-    """Nor is it another one while a manager makes its cache: other requests are dense meanwhile."""
-    model, seen = attached(tiny)
-    model.set_attn_implementation(implementation)
-    own, meanwhile = PagedAttentionCache.__init__, []
-
-    def make(cache, *args, **kwargs):
-        meanwhile.append(model.config._attn_implementation)
-        own(cache, *args, **kwargs)
-
-    monkeypatch.setattr(PagedAttentionCache, "__init__", make)
-    assert_as_alone(model, seen, prompts_of(tiny, 100, 23))
-    assert [*meanwhile, model.config._attn_implementation] == [implementation] * 2
-
-
-def test_no_mask_is_made(tiny, manager):
-    """It would be as long as a batch and as wide as the cache."""
-    _, made = manager
-    made.add_request(prompts_of(tiny, 40)[0])
-    results(made, 1)
-    assert made.batch_processor.inputs_and_outputs.attention_mask is None
-
-
-def test_dense_is_the_models_own(tiny):
-    model, _ = attached(tiny)
-    prompts = prompts_of(tiny, 100, 77)
-    with host.dense(model):
-        plain = serve(model, prompts)
-    host.detach(model)
-    assert plain == [alone(model, prompt) for prompt in prompts]
-
-
-def test_a_manager_from_before_attaching_stays_dense(tiny):
-    model = tiny.make()
-    prompts = prompts_of(tiny, 100, 77)
-    plain = [alone(model, prompt) for prompt in prompts]
-    with started(model) as made:
-        names = made.add_requests(prompts)
-        host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-        names += made.add_requests(prompts)
-        outs = results(made, 4)
-    assert [list(outs[name].generated_tokens) for name in names] == plain * 2
-    assert "sparse" not in host.usage(model)
-
-
-def test_a_manager_of_what_was_detached_says_so(tiny):
-    model, _ = attached(tiny)
-    made = model.init_continuous_batching(
-        generation_config=GenerationConfig(**GREEDY), continuous_batching_config=options()
-    )
-    host.detach(model)
-    made.start()
-    made.add_request([3, 4, 5])
-    made._generation_thread.join(60)
-    out = made.output_router.output_queue.get(timeout=60)
-    assert out.error == "what this manager serves was detached; make a new one"
-    made.stop(block=True)
-
-
-def test_a_kept_manager_that_serves_otherwise(tiny):
-    model = tiny.make()
-    prompts = prompts_of(tiny, 30)
-    refused = pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager")
-    serve(model, prompts, kept=True)
-    host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
-    with refused:
-        serve(model, prompts)
-    model.destroy_cached_continuous_batching_manager()
-    serve(model, prompts, kept=True)
-    with host.dense(model), refused:
-        serve(model, prompts)
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"use_cuda_graph": True},
-        {"use_cuda_graph": (False, True)},
-        {"varlen_compile_config": CompileConfig()},
-        {"decode_compile_config": CompileConfig()},
-        {"default_compile_level": 1},
-        {"use_async_batching": True},
-    ],
-    ids=str,
-)
-def test_options_that_need_graphs(tiny, asked):
-    model, _ = attached(tiny)
-    with pytest.raises(NotImplementedError, match="leave these options out, or do it inside dense"):
-        serve(model, prompts_of(tiny, 30), **asked)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_what_else_is_refused(tiny):
-    model, _ = attached(tiny)
-    prompts = prompts_of(tiny, 30)
-    with (
-        host.intercept(model, lambda call: call.dense()),
-        pytest.raises(ValueError, match="leave intercept"),
-    ):
-        serve(model, prompts)
-    host.attach(model, tiny.gates_for(model, phase="both"), POLICY, decode="token_budget:32")
-    with pytest.raises(NotImplementedError, match='set_policy\\(model, decode="dense"\\) first'):
-        serve(model, prompts)
-    host.set_policy(model, decode="dense")
-    serve(model, prompts)
-
-
-def test_a_version_that_is_not_known(tiny, monkeypatch):
-    model, _ = attached(tiny)
-    monkeypatch.delattr(ContinuousBatchingManager, "_generation_step")
-    with pytest.raises(RuntimeError, match=r"has no _generation_step with .*versions 5\.15 to 5\.24"):
-        serve(model, prompts_of(tiny, 30))
-
-
-def test_keys_that_cannot_be_rotated_back(tiny):
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    model, _ = attached(tiny, rope_parameters=dynamic)
-    with pytest.raises(NotImplementedError, match=r"inside dense\(model\): RoPE is of type dynamic"):
-        serve(model, prompts_of(tiny, 30))
-
-
-def test_managers_are_made_by_the_model(tiny):
-    """A manager made around the model's method serves it as it is without gates."""
-    model, _ = attached(tiny)
-    (prompt,) = prompts_of(tiny, 50)
-    with host.dense(model):
-        plain = alone(model, prompt)
-    made = ContinuousBatchingManager(model, GenerationConfig(**GREEDY), options())
-    made.start()
-    made.add_request(prompt)
-    (out,) = results(made, 1).values()
-    made.stop(block=True)
-    assert list(out.generated_tokens) == plain
