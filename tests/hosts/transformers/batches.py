@@ -49,13 +49,22 @@ def manager_for(model, **changes):
 
 
 @contextmanager
+def serving(made):
+    """Let a manager serve; its thread would outlive the tests."""
+    made.start()
+    try:
+        yield
+    finally:
+        made.stop(block=True)
+
+
+@contextmanager
 def started(model, prompts=(), **changes):
     """A manager that serves a model, some prompts first."""
     made = manager_for(model, **changes)
     made.add_requests(list(prompts))
-    made.start()
-    yield made
-    made.stop(block=True)
+    with serving(made):
+        yield made
 
 
 def results(made, count):

@@ -27,6 +27,7 @@ from tests.hosts.transformers.batches import (
     prompts_of,
     results,
     serve,
+    serving,
     started,
 )
 
@@ -105,9 +106,8 @@ def test_one_request_waits_at_most(tiny):
     made._generation_step = step
     prompts = prompts_of(tiny, *range(60, 90))
     names = made.add_requests(prompts)
-    made.start()
-    outs = results(made, len(prompts))
-    made.stop(block=True)
+    with serving(made):
+        outs = results(made, len(prompts))
     assert list(outs[names[-1]].generated_tokens) == alone(model, prompts[-1])
     assert set(waiting) == {0, 1}
 

@@ -17,6 +17,7 @@ from tests.hosts.transformers.batches import (
     prompts_of,
     results,
     serve,
+    serving,
     started,
 )
 
@@ -81,6 +82,16 @@ def test_a_policy_that_changes_meanwhile(tiny, manager):
     assert list(out.generated_tokens) == expected
     host.set_policy(model, POLICY)
     assert alone(model, prompt) != expected, "the policy makes no difference"
+
+
+def test_a_policy_for_decoding_meanwhile(tiny):
+    model = tiny.make()
+    host.attach(model, tiny.gates_for(model, phase="both"), prefill=POLICY, decode="dense")
+    with started(model) as made:
+        host.set_policy(model, decode="token_budget:32")
+        made.add_request(prompts_of(tiny, 30)[0])
+        out = made.output_router.output_queue.get(timeout=60)
+    assert out.error.startswith("continuous batching decodes densely")
 
 
 def test_sixty_requests(tiny, manager):
@@ -174,12 +185,10 @@ def test_a_manager_of_what_was_detached_says_so(tiny):
     model, _ = attached(tiny)
     made = manager_for(model)
     host.detach(model)
-    made.start()
-    made.add_request([3, 4, 5])
-    made._generation_thread.join(60)
-    out = made.output_router.output_queue.get(timeout=60)
+    with serving(made):
+        made.add_request([3, 4, 5])
+        out = made.output_router.output_queue.get(timeout=60)
     assert out.error == "what this manager serves was detached; make a new one"
-    made.stop(block=True)
 
 
 def test_a_kept_manager_that_serves_otherwise(tiny):
@@ -251,8 +260,7 @@ def test_managers_are_made_by_the_model(tiny):
     with host.dense(model):
         plain = alone(model, prompt)
     made = ContinuousBatchingManager(model, GenerationConfig(**GREEDY), options())
-    made.start()
-    made.add_request(prompt)
-    (out,) = results(made, 1).values()
-    made.stop(block=True)
+    with serving(made):
+        made.add_request(prompt)
+        (out,) = results(made, 1).values()
     assert list(out.generated_tokens) == plain

@@ -172,7 +172,8 @@ def detach(model: Model) -> Model:
     """Take gates, hooks and attention function off again, leaving the model as it was.
 
     Raises:
-        ValueError: If nothing is attached, or inside `intercept` or `dense`.
+        ValueError: If nothing is attached, inside `intercept` or `dense`, or while a manager of continuous
+            batching runs.
     """
     base = unwrapped(model)
     owner = _attached(base).owner

@@ -273,8 +273,8 @@ def attend_requests(
     """Compute a layer for the requests of a batch, one after the other.
 
     A prompt's blocks are counted from its first token, and its budget is that of the whole prompt, also where
-    a manager gives it in pieces. These may end anywhere: of a block that is cut, the first part chooses by
-    the tokens it has and the rest is dense. What comes after the prompt is decoded, densely.
+    a manager gives it in pieces. Where one ends inside a block all the same, the first part of the block
+    chooses by the tokens it has and the rest is dense. What comes after the prompt is decoded, densely.
 
     Args:
         call: The layer's call.
