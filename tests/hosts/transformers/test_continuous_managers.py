@@ -9,6 +9,7 @@ from tests.hosts.transformers.batches import (
     GREEDY,
     NEW_TOKENS,
     POLICY,
+    ROWS,
     alone,
     assert_as_alone,
     attached,
@@ -82,6 +83,23 @@ def test_a_policy_that_changes_meanwhile(tiny, manager):
     assert list(out.generated_tokens) == expected
     host.set_policy(model, POLICY)
     assert alone(model, prompt) != expected, "the policy makes no difference"
+
+
+def test_pages_from_before_a_policy_changed_are_not_shared(tiny):
+    model, texts = tiny.make(), []
+    host.attach(model, tiny.gates_for(model), ROWS, min_tokens=0)
+    (prompt,) = prompts_of(tiny, 160)
+    with started(model, allow_block_sharing=True) as made:
+        for policy in (ROWS, "top_k:1.0"):
+            if policy != ROWS:
+                host.set_policy(model, policy)
+            texts.append(alone(model, prompt))
+            # The second one finds the pages of the first.
+            for _ in range(2):
+                made.add_request(prompt)
+                (out,) = results(made, 1).values()
+                assert list(out.generated_tokens) == texts[-1]
+    assert texts[0] != texts[1], "the policy makes no difference"
 
 
 def test_a_policy_for_decoding_meanwhile(tiny):

@@ -124,7 +124,7 @@ def manager_of(
 
 
 class _Pieces:
-    """Makes a scheduler end pieces of prompts where blocks do.
+    """Makes a scheduler end pieces of prompts where blocks do, and share pages until what chooses changes.
 
     What is left of a batch may be too little for that. Then a request takes nothing and is the last of the
     batch, unless it is the first.
@@ -137,6 +137,7 @@ class _Pieces:
 
     def __init__(self, scheduler: Any, most: int, switch: Switch) -> None:
         self.most, self.switch, self.full = most, switch, False
+        self.cache, self.chose = _found(scheduler, "cache"), switch.handler
         self.own_process = _found(scheduler, "_process_candidates")
         self.own_schedule = _found(scheduler, "_schedule_request")
         scheduler._process_candidates, scheduler._schedule_request = self.process, self.schedule
@@ -144,6 +145,9 @@ class _Pieces:
     def process(self, candidates: Iterable[Any], *more: Any) -> Any:
         """Fill a batch with requests until one takes nothing."""
         self.full = False
+        if self.switch.handler is not self.chose:
+            # Pages of earlier requests hold what was chosen by another policy.
+            self.cache.use_prefix_sharing = False
         return self.own_process(takewhile(lambda _: not self.full, candidates), *more)
 
     def schedule(self, state: Any, tokens: list[int], budget: int, *more: Any) -> None:
