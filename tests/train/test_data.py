@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -56,6 +57,8 @@ def test_folders_are_read_with_theirs_and_code_is_text(tmp_path):
     for name in (".git/x.py", "src/.hidden.txt", "src/picture.png"):
         (tmp_path / name).write_text("no")
     (tmp_path / "src" / "again").symlink_to(tmp_path)
+    (tmp_path / "src" / "gone.txt").symlink_to(tmp_path / "nothing.txt")
+    os.mkfifo(tmp_path / "src" / "pipe.txt")
     assert read_tokens([tmp_path], Bytes()).tolist() == [99, 0, 112, 0, 116, 0]
     assert read_tokens([tmp_path / "src" / "deep" / "b.py"], Bytes()).tolist() == [112, 0]
 

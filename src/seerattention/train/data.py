@@ -230,7 +230,8 @@ def _inside(folder: Path) -> Iterator[Path]:
             continue
         if path.is_dir() and not path.is_symlink():
             yield from _inside(path)
-        elif path.suffix in TEXTS:
+        elif path.suffix in TEXTS and path.is_file():
+            # No link to nothing, and no pipe, which would be waited for.
             yield path
 
 
