@@ -50,7 +50,7 @@ def check_shares(retrieval: float, repeats: float) -> None:
     if not (retrieval >= 0 and repeats >= 0 and retrieval + repeats <= 1):
         raise ValueError(
             "retrieval and repeats are shares of the sequences, at least 0 and together at most 1; got "
-            f"{retrieval} and {repeats}"
+            f"{retrieval} and {repeats}, give both"
         )
 
 
