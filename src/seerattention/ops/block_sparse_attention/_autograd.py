@@ -1,4 +1,7 @@
-"""One operator for the backends with a ``backward`` of their own, which makes them differentiable."""
+"""One operator for the backends with a ``backward`` of their own, which makes them differentiable.
+
+Compilers of PyTorch take it too for a backend that they cannot look into, one with ``OPAQUE``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def run(
     """Return what a backend's ``run`` does; with a ``backward``, differentiable once in q, k, v and sinks."""
     inputs = (q, k, v, options.sinks)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if not hasattr(backend, "backward") or not (learns or torch.compiler.is_compiling()):
+    whole = hasattr(backend, "backward") or hasattr(backend, "OPAQUE")
+    if not whole or not (learns or torch.compiler.is_compiling()):
         return backend.run(q, k, v, selection, options)
     return _attend(
         q, k, v, selection.bits, list(selection.block_size), selection.shape[3], *flatten(options),

@@ -1,0 +1,436 @@
+// Block-sparse attention forward on x86-64, see "`native`" in docs/kernels.md.
+//
+// Queries lie along a register's lanes, so that a query's maximum and sum are elementwise and no register is ever
+// added up across. Scores of a tile are S^T = K Q^T and its output is O^T = V^T P^T: the left factors, keys and values,
+// are broadcast, one number or one pair of bfloat16 at a time.
+
+#include "native_vectors.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+// What a call is told; the same fields in the same order in native.py.
+struct Call {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;                // [B, Hq, Tq], or null
+  const int32_t* bits;       // [selections, selection_heads, rows, words]
+  const float* sinks;        // [Hq], or null
+  const int64_t* lengths;    // [sequences, 2], (queries, keys)
+  int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+  int64_t batch, heads, kv_heads, dim, sequences, selections, selection_heads, rows, words, block_q, block_k;
+  int64_t queries, dtype, threads;
+  double scale, softcap;     // no softcap: 0
+};
+
+namespace {
+
+constexpr double LOG2E = 1.4426950408889634;
+
+// Queries computed together, and keys whose scores are held at a time.
+constexpr int TILE_Q = 64, TILE_K = 64;
+constexpr int MOST_VECS = TILE_Q / LANES;
+constexpr int MOST_DIM = 256;
+
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
+// Whether products are of pairs of bfloat16, or of floats.
+template <typename T>
+constexpr bool BY_PAIRS = PAIRS && std::is_same_v<T, Bfloat>;
+
+// A word of packed keys and values: a float, or a pair.
+template <bool PAIR>
+using Word = std::conditional_t<PAIR, uint32_t, float>;
+
+template <bool PAIR>
+constexpr int PER_WORD = PAIR ? 2 : 1;
+
+// c + a b, where a is one word for all lanes and b a register in memory.
+INLINE Vec product(Vec c, float a, const float* b) { return fma(all(a), load(b), c); }
+#ifdef __AVX512BF16__
+INLINE Vec product(Vec c, uint32_t a, const uint32_t* b) {
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// One row of the selection's map: a query block.
+struct Row {
+  int64_t query, count;      // its first query, and how many
+  int64_t position;          // of the first one among the sequence's keys
+  int64_t block, blocks;     // the sequence's first block of all, and how many it has
+};
+
+// One KV block of all sequences.
+struct Block {
+  int64_t key, count;
+};
+
+struct Plan {
+  std::vector<Row> rows;
+  std::vector<Block> blocks;
+};
+
+Plan plan_of(const Call& call) {
+  Plan plan;
+  int64_t query = 0, key = 0;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t queries = call.lengths[2 * s], keys = call.lengths[2 * s + 1];
+    const int64_t block = int64_t(plan.blocks.size()), blocks = (keys + call.block_k - 1) / call.block_k;
+    for (int64_t at = 0; at < queries; at += call.block_q)
+      plan.rows.push_back({query + at, std::min(call.block_q, queries - at), keys - queries + at, block, blocks});
+    for (int64_t at = 0; at < keys; at += call.block_k)
+      plan.blocks.push_back({key + at, std::min(call.block_k, keys - at)});
+    query += queries;
+    key += keys;
+  }
+  return plan;
+}
+
+const int32_t* bits_of(const Call& call, int64_t b, int64_t head, int64_t row) {
+  const int64_t of = call.selections == 1 ? 0 : b, h = head / (call.heads / call.selection_heads);
+  return call.bits + ((of * call.selection_heads + h) * call.rows + row) * call.words;
+}
+
+// Mark the blocks that some query head of a KV head reads.
+void mark_read(const Call& call, const Plan& plan, int64_t b, int64_t kv_head, uint8_t* read) {
+  const int64_t group = call.heads / call.kv_heads;
+  const int64_t step = std::max<int64_t>(1, call.heads / call.selection_heads);
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head += std::min(step, group))
+    for (int64_t row = 0; row < call.rows; ++row) {
+      const int32_t* bits = bits_of(call, b, head, row);
+      const Row& at = plan.rows[row];
+      for (int64_t word = 0; word < call.words; ++word)
+        for (uint32_t left = uint32_t(bits[word]); left; left &= left - 1) {
+          const int64_t block = word * 32 + __builtin_ctz(left);
+          if (block < at.blocks) read[at.block + block] = 1;
+        }
+    }
+}
+
+// Lay a block's keys out densely; missing ones are zero.
+template <typename T>
+void pack_keys(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
+  constexpr bool PAIR = BY_PAIRS<T>;
+  const int64_t words = dim / PER_WORD<PAIR>;
+  for (int64_t n = 0; n < count; ++n, to += words) {
+    const T* row = from + n * stride;
+    if constexpr (PAIR) {
+      std::memcpy(to, row, size_t(dim) * sizeof(T));
+    } else {
+      for (int64_t d = 0; d < dim; ++d) to[d] = widen(row[d]);
+    }
+  }
+  std::memset(to, 0, size_t((size - count) * words) * sizeof(*to));
+}
+
+// The same of values; a pair is of two tokens.
+template <typename T>
+void pack_values(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
+  if constexpr (BY_PAIRS<T>) {
+    for (int64_t n = 0; n < size; n += 2, to += dim)
+      for (int64_t d = 0; d < dim; ++d) {
+        const uint32_t low = n < count ? from[n * stride + d].bits : 0;
+        const uint32_t high = n + 1 < count ? from[(n + 1) * stride + d].bits : 0;
+        to[d] = low | high << 16;
+      }
+  } else {
+    pack_keys(from, stride, count, size, dim, to);
+  }
+}
+
+// What one thread works in.
+struct Room {
+  alignas(64) float scores[TILE_K * TILE_Q];
+  alignas(64) uint32_t shares[TILE_K / 2 * TILE_Q];  // pairs of bfloat16
+  alignas(64) float out[MOST_DIM * TILE_Q];
+  alignas(64) float queries[MOST_DIM * TILE_Q];      // or pairs
+  alignas(64) float positions[TILE_Q];
+};
+
+// Add the sum over n of left[m, n] right[n][lanes], for M rows and V registers of lanes.
+template <int M, int V, typename W>
+INLINE void multiply(
+    Vec (&sums)[M][V], const W* left, int64_t stride_m, int64_t stride_n, int64_t count, const W* right,
+    int64_t stride
+) {
+  for (int64_t n = 0; n < count; ++n) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const W one = left[m * stride_m + n * stride_n];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[m][v] = product(sums[m][v], one, right + n * stride + v * LANES);
+    }
+  }
+}
+
+// Attention of up to VECS registers of queries of one head. VECS registers are a power of two.
+template <typename T, int VECS>
+struct Tile {
+  static constexpr bool PAIR = BY_PAIRS<T>;
+  static constexpr int PER = PER_WORD<PAIR>, WIDTH = VECS * LANES;
+  // Registers of sums: 16 of 32, or 8 of 16; fewer cannot hide an addition's latency.
+  static constexpr int V = LANES == 16 ? VECS : std::min(VECS, 2), M = (LANES == 16 ? 16 : 8) / V;
+  using W = Word<PAIR>;
+
+  const Call& call;
+  Room& room;
+  Vec most[VECS], total[VECS], shrink[VECS];
+
+  W* queries() { return reinterpret_cast<W*>(room.queries); }
+
+  void take_queries(const T* q, int64_t count, int64_t position) {
+    const int64_t stride = call.q_strides[2];
+    const bool flip = call.scale < 0;
+    for (int lane = 0; lane < WIDTH; ++lane) {
+      // Missing queries see what the last one sees.
+      room.positions[lane] = float(position + std::min<int64_t>(lane, count - 1));
+      const T* row = q + std::min<int64_t>(lane, count - 1) * stride;
+      for (int64_t word = 0; word < call.dim / PER; ++word) {
+        if constexpr (PAIR) {
+          uint32_t pair;
+          std::memcpy(&pair, row + 2 * word, 4);
+          queries()[word * WIDTH + lane] = flip ? pair ^ 0x80008000u : pair;
+        } else {
+          queries()[word * WIDTH + lane] = flip ? -widen(row[word]) : widen(row[word]);
+        }
+      }
+    }
+  }
+
+  // Scores of keys before the scale, and each query's largest.
+  void score(const W* keys, int64_t count, Vec (&largest)[VECS]) {
+    const int64_t words = call.dim / PER;
+    for (int64_t n = 0; n < count; n += M)
+      for (int v0 = 0; v0 < VECS; v0 += V) {
+        Vec sums[M][V];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sums[m][v] = all(0.0f);
+        multiply<M, V>(sums, keys + n * words, words, 1, words, queries() + v0 * LANES, WIDTH);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) {
+            store(room.scores + (n + m) * WIDTH + (v0 + v) * LANES, sums[m][v]);
+            largest[v0 + v] = larger(largest[v0 + v], sums[m][v]);
+          }
+      }
+  }
+
+  // Cap scores and hide those of keys later than their query; find the largest anew.
+  void change(int64_t first_key, int64_t count, bool late, float scale, Vec (&largest)[VECS]) {
+    const float cap = float(call.softcap);
+    for (int v = 0; v < VECS; ++v) {
+      largest[v] = all(MINUS_INFINITY);
+      const Vec position = load(room.positions + v * LANES);
+      for (int64_t n = 0; n < count; ++n) {
+        float* at = room.scores + n * WIDTH + v * LANES;
+        Vec x = load(at);
+        if (cap > 0) x = mul(tanh(mul(x, all(scale / cap))), all(cap));
+        if (late) x = where_less(position, all(float(first_key + n)), all(MINUS_INFINITY), x);
+        store(at, x);
+        largest[v] = larger(largest[v], x);
+      }
+    }
+  }
+
+  // Turn scores into shares of the softmax so far.
+  void share(int64_t count, Vec factor, const Vec (&largest)[VECS]) {
+    for (int v = 0; v < VECS; ++v) {
+      const Vec before = most[v];
+      most[v] = larger(before, mul(largest[v], factor));
+      // A query that has seen nothing yet has no largest score to subtract.
+      const Vec less = where_less(most[v], all(std::numeric_limits<float>::lowest()), all(0.0f), most[v]);
+      const Vec minus = sub(all(0.0f), less);
+      shrink[v] = exp2<false>(add(before, minus));
+      // Several sums: fewer roundings each, and no addition waits for the one before.
+      Vec sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+      float* at = room.scores + v * LANES;
+      if constexpr (PAIR) {
+#ifdef __AVX512BF16__
+        const __m512i braid = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
+            1, 16, 0
+        );
+        uint32_t* to = room.shares + v * LANES;
+        for (int64_t n = 0; n < count; n += 8)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i, at += 2 * WIDTH, to += WIDTH) {
+            const Vec low = exp2<true>(fma(load(at), factor, minus));
+            const Vec high = exp2<true>(fma(load(at + WIDTH), factor, minus));
+            sums[i] = add(sums[i], add(low, high));
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(braid, both));
+          }
+#endif
+      } else {
+        for (int64_t n = 0; n < count; n += 4)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i, at += WIDTH) {
+            const Vec x = exp2<false>(fma(load(at), factor, minus));
+            sums[i] = add(sums[i], x);
+            store(at, x);
+          }
+      }
+      total[v] = fma(total[v], shrink[v], add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    }
+  }
+
+  // Add what shares of values are.
+  void gather(const W* values, int64_t count) {
+    const int64_t dim = call.dim;
+    const W* shares;
+    if constexpr (PAIR) shares = room.shares;
+    else shares = room.scores;
+    for (int64_t d = 0; d < dim; d += M)
+      for (int v0 = 0; v0 < VECS; v0 += V) {
+        float* at = room.out + d * WIDTH + v0 * LANES;
+        Vec sums[M][V];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sums[m][v] = all(0.0f);
+        multiply<M, V>(sums, values + d, 1, dim, count / PER, shares + v0 * LANES, WIDTH);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) {
+            float* to = at + m * WIDTH + v * LANES;
+            store(to, fma(load(to), shrink[v0 + v], sums[m][v]));
+          }
+      }
+  }
+
+  void give(T* out, float* lse, int64_t count) {
+    alignas(64) float sums[WIDTH], mosts[WIDTH];
+    for (int v = 0; v < VECS; ++v) {
+      store(sums + v * LANES, total[v]);
+      store(mosts + v * LANES, most[v]);
+    }
+    for (int64_t lane = 0; lane < count; ++lane) {
+      // A query that saw nothing gets zeros.
+      const float part = sums[lane] == 0 ? 0 : 1 / sums[lane];
+      T* to = out + lane * call.out_strides[2];
+      for (int64_t d = 0; d < call.dim; ++d) narrow(room.out[d * WIDTH + lane] * part, to + d);
+      if (lse) lse[lane] = float(mosts[lane] / LOG2E + std::log(double(sums[lane])));
+    }
+  }
+
+  void run(const Row& row, int64_t skip, int64_t count, int64_t b, int64_t head, const int32_t* bits, const W* keys,
+           const W* values) {
+    const int64_t position = row.position + skip, query = row.query + skip, last = position + count - 1;
+    take_queries(
+        static_cast<const T*>(call.q) + b * call.q_strides[0] + head * call.q_strides[1] + query * call.q_strides[2],
+        count, position
+    );
+    const Vec start = all(call.sinks ? float(call.sinks[head] * LOG2E) : MINUS_INFINITY);
+    for (int v = 0; v < VECS; ++v) {
+      most[v] = start;
+      total[v] = all(call.sinks ? 1.0f : 0.0f);
+    }
+    std::memset(room.out, 0, size_t(call.dim * WIDTH) * sizeof(float));
+    // A scale of zero: minus infinity times it must stay what it is.
+    const float scale = std::max(float(std::abs(call.scale)), std::numeric_limits<float>::min());
+    const Vec factor = all(float(LOG2E * (call.softcap > 0 ? 1.0 : double(scale))));
+    const int64_t size = call.block_k * call.dim / PER;
+    for (int64_t word = 0; word < call.words; ++word)
+      for (uint32_t left = uint32_t(bits[word]); left; left &= left - 1) {
+        const int64_t block = word * 32 + __builtin_ctz(left);
+        if (block >= row.blocks) break;
+        const W* at = keys + (row.block + block) * size;
+        for (int64_t n = 0; n < call.block_k; n += TILE_K) {
+          const int64_t key = block * call.block_k + n, some = std::min<int64_t>(TILE_K, call.block_k - n);
+          if (key > last) break;
+          Vec largest[VECS];
+          for (int v = 0; v < VECS; ++v) largest[v] = all(MINUS_INFINITY);
+          score(at + n * call.dim / PER, some, largest);
+          const bool late = key + some - 1 > position;
+          if (late || call.softcap > 0) change(key, some, late, scale, largest);
+          share(some, factor, largest);
+          gather(values + (row.block + block) * size + n * call.dim / PER, some);
+        }
+      }
+    T* out = static_cast<T*>(call.out) + b * call.out_strides[0] + head * call.out_strides[1];
+    float* lse = call.lse ? call.lse + (b * call.heads + head) * call.queries + query : nullptr;
+    give(out + query * call.out_strides[2], lse, count);
+  }
+};
+
+template <typename T>
+void attend(const Call& call) {
+  using W = Word<BY_PAIRS<T>>;
+  const Plan plan = plan_of(call);
+  const int64_t group = call.heads / call.kv_heads, pairs = call.batch * call.kv_heads;
+  const int64_t blocks = int64_t(plan.blocks.size()), per_block = call.block_k * call.dim / PER_WORD<BY_PAIRS<T>>;
+  // As few KV heads at a time as keep all threads busy: the packed ones stay in cache.
+  const int64_t wanted = (16 * call.threads + group * call.rows - 1) / (group * call.rows);
+  const int64_t together = std::min(pairs, std::max<int64_t>(1, wanted));
+  std::unique_ptr<W[]> keys(new W[size_t(together * blocks * per_block)]);
+  std::unique_ptr<W[]> values(new W[size_t(together * blocks * per_block)]);
+  std::vector<uint8_t> read(size_t(together * blocks));
+  std::unique_ptr<Room[]> rooms(new Room[size_t(call.threads)]);
+  for (int64_t first = 0; first < pairs; first += together) {
+    const int64_t now = std::min(together, pairs - first);
+    std::fill(read.begin(), read.end(), uint8_t(0));
+    for (int64_t p = 0; p < now; ++p)
+      mark_read(call, plan, (first + p) / call.kv_heads, (first + p) % call.kv_heads, read.data() + p * blocks);
+#pragma omp parallel num_threads(int(call.threads))
+    {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < now * blocks; ++i) {
+        if (!read[size_t(i)]) continue;
+        const int64_t b = (first + i / blocks) / call.kv_heads, h = (first + i / blocks) % call.kv_heads;
+        const Block& at = plan.blocks[size_t(i % blocks)];
+        const T* k = static_cast<const T*>(call.k) + b * call.k_strides[0] + h * call.k_strides[1];
+        const T* v = static_cast<const T*>(call.v) + b * call.v_strides[0] + h * call.v_strides[1];
+        const int64_t sk = call.k_strides[2], sv = call.v_strides[2];
+        pack_keys(k + at.key * sk, sk, at.count, call.block_k, call.dim, keys.get() + i * per_block);
+        pack_values(v + at.key * sv, sv, at.count, call.block_k, call.dim, values.get() + i * per_block);
+      }
+      Room& room = rooms[size_t(omp_get_thread_num())];
+      // Late rows first: they read most, and the end should consist of short ones.
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < now * group * call.rows; ++i) {
+        const int64_t row = call.rows - 1 - i / (now * group), p = i % (now * group) / group;
+        const int64_t b = (first + p) / call.kv_heads, h = (first + p) % call.kv_heads * group + i % group;
+        const int32_t* bits = bits_of(call, b, h, row);
+        const W *k = keys.get() + p * blocks * per_block, *v = values.get() + p * blocks * per_block;
+        const Row& at = plan.rows[size_t(row)];
+        for (int64_t skip = 0; skip < at.count; skip += TILE_Q) {
+          const int64_t count = std::min<int64_t>(TILE_Q, at.count - skip);
+          const auto with = [&](auto vecs) {
+            Tile<T, decltype(vecs)::value>{call, room, {}, {}, {}}.run(at, skip, count, b, h, bits, k, v);
+          };
+          if (count <= LANES) with(std::integral_constant<int, 1>());
+          else if (count <= 2 * LANES) with(std::integral_constant<int, 2>());
+          else if (count <= 4 * LANES) with(std::integral_constant<int, 4>());
+          else with(std::integral_constant<int, MOST_VECS>());
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// Returns 0, or 1 where memory is short.
+extern "C" int seerattention_attend(const Call* call) try {
+  switch (call->dtype) {
+    case 0: attend<float>(*call); break;
+    case 1: attend<Bfloat>(*call); break;
+    default: attend<Half>(*call); break;
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
