@@ -37,6 +37,9 @@ constexpr int TILE_Q = 64, TILE_K = 64;
 constexpr int MOST_VECS = TILE_Q / LANES;
 constexpr int MOST_DIM = 256;
 
+// Rows of a panel: of 16 keys, or 16 numbers of values, each next to the other's, so that a row is an offset.
+constexpr int PANEL = 16;
+
 #ifdef __AVX512BF16__
 constexpr bool PAIRS = true;
 #else
@@ -100,6 +103,16 @@ const int32_t* bits_of(const Call& call, int64_t b, int64_t head, int64_t row) {
   return call.bits + ((of * call.selection_heads + h) * call.rows + row) * call.words;
 }
 
+// The first selected block from one on; as many as there are where there is none.
+int64_t next_block(const int32_t* bits, const Row& row, int64_t from) {
+  for (int64_t word = from / 32; word * 32 < row.blocks; ++word) {
+    const uint32_t left = uint32_t(bits[word]) >> (from % 32) << (from % 32);
+    if (left) return std::min(row.blocks, word * 32 + __builtin_ctz(left));
+    from = 0;
+  }
+  return row.blocks;
+}
+
 // Mark the blocks that some query head of a KV head reads.
 void mark_read(const Call& call, const Plan& plan, int64_t b, int64_t kv_head, uint8_t* read) {
   const int64_t group = call.heads / call.kv_heads;
@@ -107,43 +120,67 @@ void mark_read(const Call& call, const Plan& plan, int64_t b, int64_t kv_head, u
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head += std::min(step, group))
     for (int64_t row = 0; row < call.rows; ++row) {
       const int32_t* bits = bits_of(call, b, head, row);
-      const Row& at = plan.rows[row];
-      for (int64_t word = 0; word < call.words; ++word)
-        for (uint32_t left = uint32_t(bits[word]); left; left &= left - 1) {
-          const int64_t block = word * 32 + __builtin_ctz(left);
-          if (block < at.blocks) read[at.block + block] = 1;
-        }
+      const Row& at = plan.rows[size_t(row)];
+      for (int64_t block = next_block(bits, at, 0); block < at.blocks; block = next_block(bits, at, block + 1))
+        read[at.block + block] = 1;
     }
 }
 
-// Lay a block's keys out densely; missing ones are zero.
+// Lay LANES rows of words side by side, to[word * stride + row], with bits flipped.
+template <typename T, typename RowAt>
+INLINE void transpose_rows(const RowAt& row, int64_t words, Word<BY_PAIRS<T>>* to, int64_t stride, uint32_t flipped) {
+  constexpr bool PAIR = BY_PAIRS<T>;
+  int64_t word = 0;
+  for (; word + LANES <= words; word += LANES) {
+    Vec rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      const T* from = row(i) + word * PER_WORD<PAIR>;
+      if constexpr (PAIR) rows[i] = load(reinterpret_cast<const float*>(from));
+      else rows[i] = load_wide(from);
+    }
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      store(reinterpret_cast<float*>(to + (word + i) * stride), flip_bits(rows[i], flipped));
+  }
+  if constexpr (PAIR)
+    for (; word < words; ++word)
+      for (int i = 0; i < LANES; ++i) {
+        uint32_t pair;
+        std::memcpy(&pair, row(i) + 2 * word, 4);
+        to[word * stride + i] = pair ^ flipped;
+      }
+}
+
+// Lay a block's keys out in panels; missing ones are zero.
 template <typename T>
 void pack_keys(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
-  constexpr bool PAIR = BY_PAIRS<T>;
-  const int64_t words = dim / PER_WORD<PAIR>;
-  for (int64_t n = 0; n < count; ++n, to += words) {
-    const T* row = from + n * stride;
-    if constexpr (PAIR) {
-      std::memcpy(to, row, size_t(dim) * sizeof(T));
-    } else {
-      for (int64_t d = 0; d < dim; ++d) to[d] = widen(row[d]);
-    }
+  const int64_t words = dim / PER_WORD<BY_PAIRS<T>>;
+  const T nothing[MOST_DIM] = {};
+  for (int64_t n = 0; n < size; n += LANES) {
+    const auto row = [&](int i) { return n + i < count ? from + (n + i) * stride : nothing; };
+    transpose_rows<T>(row, words, to + n / PANEL * PANEL * words + n % PANEL, PANEL, 0);
   }
-  std::memset(to, 0, size_t((size - count) * words) * sizeof(*to));
 }
 
-// The same of values; a pair is of two tokens.
+// The same of values, TILE_K tokens by themselves; a pair is of two tokens.
 template <typename T>
 void pack_values(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
-  if constexpr (BY_PAIRS<T>) {
-    for (int64_t n = 0; n < size; n += 2, to += dim)
-      for (int64_t d = 0; d < dim; ++d) {
-        const uint32_t low = n < count ? from[n * stride + d].bits : 0;
-        const uint32_t high = n + 1 < count ? from[(n + 1) * stride + d].bits : 0;
-        to[d] = low | high << 16;
+  const T nothing[MOST_DIM] = {};
+  const auto row = [&](int64_t n) { return n < count ? from + n * stride : nothing; };
+  for (int64_t first = 0; first < size; first += TILE_K) {
+    const int64_t end = std::min<int64_t>(size, first + TILE_K);
+    for (int64_t d = 0; d < dim; d += PANEL)
+      if constexpr (BY_PAIRS<T>) {
+        for (int64_t n = first; n < end; n += 2, to += PANEL) {
+          const T *low = row(n) + d, *high = row(n + 1) + d;
+          for (int i = 0; i < PANEL; ++i) to[i] = low[i].bits | uint32_t(high[i].bits) << 16;
+        }
+      } else {
+        for (int64_t n = first; n < end; ++n, to += PANEL)
+          for (int i = 0; i < PANEL; i += LANES) store(to + i, load_wide(row(n) + d + i));
       }
-  } else {
-    pack_keys(from, stride, count, size, dim, to);
   }
 }
 
@@ -156,18 +193,24 @@ struct Room {
   alignas(64) float positions[TILE_Q];
 };
 
-// Add the sum over n of left[m, n] right[n][lanes], for M rows and V registers of lanes.
+// Ask for words that are needed soon: selected blocks lie apart, where no CPU guesses them.
+template <typename W>
+INLINE void prefetch(const W* from, int64_t words) {
+  for (int64_t word = 0; word < words; word += 16) _mm_prefetch(reinterpret_cast<const char*>(from + word), _MM_HINT_T0);
+}
+
+// Return in sums the sum over n of left[n][m] right[n][lanes], for M rows of a panel and V registers of lanes.
 template <int M, int V, typename W>
-INLINE void multiply(
-    Vec (&sums)[M][V], const W* left, int64_t stride_m, int64_t stride_n, int64_t count, const W* right,
-    int64_t stride
-) {
-  for (int64_t n = 0; n < count; ++n) {
+INLINE void multiply(Vec (&sums)[M][V], const W* left, int64_t count, const W* right, int64_t stride) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[m][v] = all(0.0f);
+  for (int64_t n = 0; n < count; ++n, left += PANEL, right += stride) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const W one = left[m * stride_m + n * stride_n];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[m][v] = product(sums[m][v], one, right + n * stride + v * LANES);
+      for (int v = 0; v < V; ++v) sums[m][v] = product(sums[m][v], left[m], right + v * LANES);
     }
   }
 }
@@ -177,8 +220,8 @@ template <typename T, int VECS>
 struct Tile {
   static constexpr bool PAIR = BY_PAIRS<T>;
   static constexpr int PER = PER_WORD<PAIR>, WIDTH = VECS * LANES;
-  // Registers of sums: 16 of 32, or 8 of 16; fewer cannot hide an addition's latency.
-  static constexpr int V = LANES == 16 ? VECS : std::min(VECS, 2), M = (LANES == 16 ? 16 : 8) / V;
+  // Registers of sums, V across and M down: 16 of 32, or 12 of 16; one addition takes as long as 8.
+  static constexpr int SUMS = LANES == 16 ? 16 : 12, V = LANES == 16 ? VECS : std::min(VECS, 2), M = SUMS / V;
   using W = Word<PAIR>;
 
   const Call& call;
@@ -188,52 +231,53 @@ struct Tile {
   W* queries() { return reinterpret_cast<W*>(room.queries); }
 
   void take_queries(const T* q, int64_t count, int64_t position) {
-    const int64_t stride = call.q_strides[2];
-    const bool flip = call.scale < 0;
-    for (int lane = 0; lane < WIDTH; ++lane) {
-      // Missing queries see what the last one sees.
-      room.positions[lane] = float(position + std::min<int64_t>(lane, count - 1));
-      const T* row = q + std::min<int64_t>(lane, count - 1) * stride;
-      for (int64_t word = 0; word < call.dim / PER; ++word) {
-        if constexpr (PAIR) {
-          uint32_t pair;
-          std::memcpy(&pair, row + 2 * word, 4);
-          queries()[word * WIDTH + lane] = flip ? pair ^ 0x80008000u : pair;
-        } else {
-          queries()[word * WIDTH + lane] = flip ? -widen(row[word]) : widen(row[word]);
-        }
-      }
+    const uint32_t signs = call.scale < 0 ? (PAIR ? 0x80008000u : 0x80000000u) : 0;
+    for (int lane = 0; lane < WIDTH; ++lane) room.positions[lane] = float(position + std::min<int64_t>(lane, count - 1));
+    for (int v = 0; v < VECS; ++v) {
+      // Missing queries are the last one again.
+      const auto row = [&](int i) { return q + std::min<int64_t>(v * LANES + i, count - 1) * call.q_strides[2]; };
+      transpose_rows<T>(row, call.dim / PER, queries() + v * LANES, WIDTH, signs);
     }
   }
 
-  // Scores of keys before the scale, and each query's largest.
-  void score(const W* keys, int64_t count, Vec (&largest)[VECS]) {
+  // Call for ROWS rows of a panel at a time, and for what is left of it.
+  template <int ROWS, typename Do>
+  INLINE static void by_rows(int64_t count, const Do& with) {
+    for (int64_t n = 0; n < count; n += PANEL) {
+#pragma GCC unroll 1
+      for (int64_t m = 0; m + ROWS <= PANEL; m += ROWS) with(std::integral_constant<int, ROWS>(), n, m);
+      if constexpr (PANEL % ROWS)
+        with(std::integral_constant<int, PANEL % ROWS>(), n, int64_t(PANEL / ROWS * ROWS));
+    }
+  }
+
+  // Scores of keys before the scale for ACROSS registers of queries, and each query's largest.
+  template <int ROWS, int ACROSS>
+  APART void score(const W* keys, int64_t count, int v0, Vec* largest, const W* soon) {
     const int64_t words = call.dim / PER;
-    for (int64_t n = 0; n < count; n += M)
-      for (int v0 = 0; v0 < VECS; v0 += V) {
-        Vec sums[M][V];
+    by_rows<ROWS>(count, [&](auto rows, int64_t n, int64_t m0) __attribute__((always_inline)) {
+      constexpr int R = decltype(rows)::value;
+      Vec sums[R][ACROSS];
+      prefetch(soon + (n + m0) * words, R * words);
+      multiply<R, ACROSS>(sums, keys + n * words + m0, words, queries() + v0 * LANES, WIDTH);
+      float* at = room.scores + (n + m0) * WIDTH + v0 * LANES;
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
+      for (int m = 0; m < R; ++m)
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sums[m][v] = all(0.0f);
-        multiply<M, V>(sums, keys + n * words, words, 1, words, queries() + v0 * LANES, WIDTH);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) {
-            store(room.scores + (n + m) * WIDTH + (v0 + v) * LANES, sums[m][v]);
-            largest[v0 + v] = larger(largest[v0 + v], sums[m][v]);
-          }
-      }
+        for (int v = 0; v < ACROSS; ++v) {
+          store(at + m * WIDTH + v * LANES, sums[m][v]);
+          largest[v0 + v] = larger(largest[v0 + v], sums[m][v]);
+        }
+    });
   }
 
   // Cap scores and hide those of keys later than their query; find the largest anew.
-  void change(int64_t first_key, int64_t count, bool late, float scale, Vec (&largest)[VECS]) {
+  void change(int64_t first_key, const int64_t (&counts)[VECS], bool late, float scale, Vec (&largest)[VECS]) {
     const float cap = float(call.softcap);
     for (int v = 0; v < VECS; ++v) {
       largest[v] = all(MINUS_INFINITY);
       const Vec position = load(room.positions + v * LANES);
-      for (int64_t n = 0; n < count; ++n) {
+      for (int64_t n = 0; n < counts[v]; ++n) {
         float* at = room.scores + n * WIDTH + v * LANES;
         Vec x = load(at);
         if (cap > 0) x = mul(tanh(mul(x, all(scale / cap))), all(cap));
@@ -245,8 +289,9 @@ struct Tile {
   }
 
   // Turn scores into shares of the softmax so far.
-  void share(int64_t count, Vec factor, const Vec (&largest)[VECS]) {
+  void share(const int64_t (&counts)[VECS], Vec factor, const Vec (&largest)[VECS]) {
     for (int v = 0; v < VECS; ++v) {
+      const int64_t count = counts[v];
       const Vec before = most[v];
       most[v] = larger(before, mul(largest[v], factor));
       // A query that has seen nothing yet has no largest score to subtract.
@@ -286,29 +331,51 @@ struct Tile {
     }
   }
 
-  // Add what shares of values are.
-  void gather(const W* values, int64_t count) {
-    const int64_t dim = call.dim;
+  // Add what shares of values are for ACROSS registers of queries; values are of all keys, count are read.
+  template <int ROWS, int ACROSS>
+  APART void gather(const W* values, int64_t all_keys, int64_t count, int v0, const W* soon) {
     const W* shares;
     if constexpr (PAIR) shares = room.shares;
     else shares = room.scores;
-    for (int64_t d = 0; d < dim; d += M)
-      for (int v0 = 0; v0 < VECS; v0 += V) {
-        float* at = room.out + d * WIDTH + v0 * LANES;
-        Vec sums[M][V];
+    const int64_t depth = all_keys / PER;
+    by_rows<ROWS>(call.dim, [&](auto rows, int64_t d, int64_t m0) __attribute__((always_inline)) {
+      constexpr int R = decltype(rows)::value;
+      Vec sums[R][ACROSS];
+      prefetch(soon + (d + m0) * depth, R * depth);
+      multiply<R, ACROSS>(sums, values + d * depth + m0, count / PER, shares + v0 * LANES, WIDTH);
+      float* at = room.out + (d + m0) * WIDTH + v0 * LANES;
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
+      for (int m = 0; m < R; ++m)
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sums[m][v] = all(0.0f);
-        multiply<M, V>(sums, values + d, 1, dim, count / PER, shares + v0 * LANES, WIDTH);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) {
-            float* to = at + m * WIDTH + v * LANES;
-            store(to, fma(load(to), shrink[v0 + v], sums[m][v]));
-          }
-      }
+        for (int v = 0; v < ACROSS; ++v) {
+          float* to = at + m * WIDTH + v * LANES;
+          store(to, fma(load(to), shrink[v0 + v], sums[m][v]));
+        }
+    });
+  }
+
+  // Attend to keys that lie behind one another, of which the first is at first_key; those at soon are next.
+  void read(const W* keys, const W* values, const W* soon, int64_t first_key, int64_t count, int64_t position,
+            int64_t last, float scale, Vec factor) {
+    Vec largest[VECS];
+    int64_t counts[VECS];
+    const bool late = first_key + count - 1 > position;
+    for (int v = 0; v < VECS; ++v) {
+      largest[v] = all(MINUS_INFINITY);
+      // What a register's last query sees, in steps of 16 keys.
+      const int64_t seen = std::min(position + (v + 1) * LANES - 1, last) - first_key + 1;
+      counts[v] = std::min(count, std::max<int64_t>(0, (seen + 15) / 16 * 16));
+    }
+    if (late)
+      for (int v = 0; v < VECS; ++v) score<SUMS, 1>(keys, counts[v], v, largest, values);
+    else
+      for (int v = 0; v < VECS; v += V) score<M, V>(keys, count, v, largest, values);
+    if (late || call.softcap > 0) change(first_key, counts, late, scale, largest);
+    share(counts, factor, largest);
+    if (late)
+      for (int v = 0; v < VECS; ++v) gather<SUMS, 1>(values, count, counts[v], v, soon);
+    else
+      for (int v = 0; v < VECS; v += V) gather<M, V>(values, count, count, v, soon);
   }
 
   void give(T* out, float* lse, int64_t count) {
@@ -316,14 +383,20 @@ struct Tile {
     for (int v = 0; v < VECS; ++v) {
       store(sums + v * LANES, total[v]);
       store(mosts + v * LANES, most[v]);
-    }
-    for (int64_t lane = 0; lane < count; ++lane) {
       // A query that saw nothing gets zeros.
-      const float part = sums[lane] == 0 ? 0 : 1 / sums[lane];
-      T* to = out + lane * call.out_strides[2];
-      for (int64_t d = 0; d < call.dim; ++d) narrow(room.out[d * WIDTH + lane] * part, to + d);
-      if (lse) lse[lane] = float(mosts[lane] / LOG2E + std::log(double(sums[lane])));
+      const Vec some = where_less(all(0.0f), total[v], total[v], add(total[v], all(1.0f)));
+      const Vec part = divide(all(1.0f), some);
+      for (int64_t d = 0; d < call.dim; d += LANES) {
+        Vec rows[LANES];
+        for (int i = 0; i < LANES; ++i) rows[i] = mul(load(room.out + (d + i) * WIDTH + v * LANES), part);
+        transpose(rows);
+        for (int i = 0; i < LANES && v * LANES + i < count; ++i)
+          store_narrow(out + (v * LANES + i) * call.out_strides[2] + d, rows[i]);
+      }
     }
+    if (lse)
+      for (int64_t lane = 0; lane < count; ++lane)
+        lse[lane] = float(mosts[lane] / LOG2E + std::log(double(sums[lane])));
   }
 
   void run(const Row& row, int64_t skip, int64_t count, int64_t b, int64_t head, const int32_t* bits, const W* keys,
@@ -343,23 +416,18 @@ struct Tile {
     const float scale = std::max(float(std::abs(call.scale)), std::numeric_limits<float>::min());
     const Vec factor = all(float(LOG2E * (call.softcap > 0 ? 1.0 : double(scale))));
     const int64_t size = call.block_k * call.dim / PER;
-    for (int64_t word = 0; word < call.words; ++word)
-      for (uint32_t left = uint32_t(bits[word]); left; left &= left - 1) {
-        const int64_t block = word * 32 + __builtin_ctz(left);
-        if (block >= row.blocks) break;
-        const W* at = keys + (row.block + block) * size;
-        for (int64_t n = 0; n < call.block_k; n += TILE_K) {
-          const int64_t key = block * call.block_k + n, some = std::min<int64_t>(TILE_K, call.block_k - n);
-          if (key > last) break;
-          Vec largest[VECS];
-          for (int v = 0; v < VECS; ++v) largest[v] = all(MINUS_INFINITY);
-          score(at + n * call.dim / PER, some, largest);
-          const bool late = key + some - 1 > position;
-          if (late || call.softcap > 0) change(key, some, late, scale, largest);
-          share(some, factor, largest);
-          gather(values + (row.block + block) * size + n * call.dim / PER, some);
-        }
+    for (int64_t block = next_block(bits, row, 0); block < row.blocks;) {
+      const int64_t next = next_block(bits, row, block + 1);
+      const W *k = keys + (row.block + block) * size, *v = values + (row.block + block) * size;
+      for (int64_t n = 0; n < call.block_k; n += TILE_K) {
+        const int64_t key = block * call.block_k + n, some = std::min<int64_t>(TILE_K, call.block_k - n);
+        if (key > last) break;
+        const bool more = n + TILE_K < call.block_k;
+        const int64_t at = n * call.dim / PER, soon = more ? at + TILE_K * call.dim / PER : (next - block) * size;
+        read(k + at, v + at, k + soon, key, some, position, last, scale, factor);
       }
+      block = next;
+    }
     T* out = static_cast<T*>(call.out) + b * call.out_strides[0] + head * call.out_strides[1];
     float* lse = call.lse ? call.lse + (b * call.heads + head) * call.queries + query : nullptr;
     give(out + query * call.out_strides[2], lse, count);

@@ -9,6 +9,8 @@
 #include <limits>
 
 #define INLINE inline __attribute__((always_inline))
+// A loop by itself, so that what is around it takes none of its registers.
+#define APART __attribute__((noinline))
 
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
@@ -31,6 +33,24 @@ INLINE Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST
 INLINE Vec times_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
 INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+
+// One stage of a transposition: the two by two parts of HALF lanes of a and b change places.
+template <int HALF>
+INLINE void swap_parts(Vec& a, Vec& b) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(HALF));
+  // Lanes from 16 on are those of b.
+  const __m512i low = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(16 - HALF));
+  const __m512i high = _mm512_mask_add_epi32(
+      _mm512_add_epi32(lane, _mm512_set1_epi32(HALF)), upper, lane, _mm512_set1_epi32(16)
+  );
+  const Vec first = _mm512_permutex2var_ps(a, low, b);
+  b = _mm512_permutex2var_ps(a, high, b);
+  a = first;
+}
+INLINE Vec flip_bits(Vec x, uint32_t which) {
+  return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32(int(which))));
 }
 
 #else
@@ -56,8 +76,33 @@ INLINE Vec times_power(Vec x, Vec whole) {
 INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+template <int HALF>
+INLINE void swap_parts(Vec& a, Vec& b) {
+  const Vec first = a, second = b;
+  if constexpr (HALF == 4) {
+    a = _mm256_permute2f128_ps(first, second, 0x20);
+    b = _mm256_permute2f128_ps(first, second, 0x31);
+  } else if constexpr (HALF == 2) {
+    const __m256d x = _mm256_castps_pd(first), y = _mm256_castps_pd(second);
+    a = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+    b = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+  } else {
+    a = _mm256_blend_ps(first, _mm256_moveldup_ps(second), 0xAA);
+    b = _mm256_blend_ps(_mm256_movehdup_ps(first), second, 0xAA);
+  }
+}
+INLINE Vec flip_bits(Vec x, uint32_t which) { return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(int(which)))); }
 
 #endif
+
+template <int HALF>
+INLINE void transpose_parts(Vec (&rows)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & HALF)) swap_parts<HALF>(rows[i], rows[i + HALF]);
+  if constexpr (HALF > 1) transpose_parts<HALF / 2>(rows);
+}
+INLINE void transpose(Vec (&rows)[LANES]) { transpose_parts<LANES / 2>(rows); }
 
 // 2^x of x <= 0 and little above; zero below -127. Polynomials of least relative error on [-1/2, 1/2]: 2e-9, and
 // 3e-6 where the result is rounded to bfloat16.
@@ -114,12 +159,49 @@ INLINE float widen(Bfloat x) {
   return wide;
 }
 
-INLINE void narrow(float x, float* to) { *to = x; }
-INLINE void narrow(float x, Half* to) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-INLINE void narrow(float x, Bfloat* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  // To the nearest, ties to even; NaN stays one.
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  to->bits = x == x ? uint16_t(rounded) : uint16_t(0x7FC0);
+INLINE Vec load_wide(const float* from) { return load(from); }
+INLINE void store_narrow(float* to, Vec x) { store(to, x); }
+
+#ifdef __AVX512F__
+
+INLINE Vec load_wide(const Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+INLINE Vec load_wide(const Bfloat* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+INLINE void store_narrow(Half* to, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#else
+
+INLINE Vec load_wide(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+INLINE Vec load_wide(const Bfloat* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+INLINE void store_narrow(Half* to, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#endif
+
+// To the nearest, ties to even; NaN stays one.
+INLINE void store_narrow(Bfloat* to, Vec x) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  alignas(64) float wide[LANES];
+  store(wide, x);
+  for (int i = 0; i < LANES; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, wide + i, 4);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    to[i].bits = wide[i] == wide[i] ? uint16_t(rounded) : uint16_t(0x7FC0);
+  }
+#endif
 }
