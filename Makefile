@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --dist worksteal
 ATTACHED := tests/hosts tests/engine tests/policies tests/examples tests/demo tests/evals/tasks \
   tests/test_extending.py
 
-.PHONY: setup demo test test-oldest test-newest check gpu bench bench-gpu bench-cpu
+.PHONY: setup demo test test-oldest test-newest test-native check gpu bench bench-gpu bench-cpu
 
 setup: $(READY)
 
@@ -31,6 +31,11 @@ test-oldest: .venv/oldest/.ready
 
 test-newest: .venv/newest/.ready
 	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest $(PARALLEL) $(ATTACHED)
+
+# The CPU's kernel under gcc's sanitizers, for which Python is no leak.
+test-native: $(READY)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/ops/block_sparse_attention/sanitized_native.py
 
 # An older transformers takes older tokenizers and huggingface_hub along; all else is as in .venv.
 .venv/oldest/.ready: $(READY)

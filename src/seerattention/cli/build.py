@@ -6,9 +6,9 @@ from seerattention.cli._show import console_of
 
 
 def run() -> None:
-    """Compile the kernel of block-sparse attention for this machine's CPU, which is then used from now on.
+    """Compile the kernel of block-sparse attention for this machine's CPU; prefill uses it from then on.
 
-    That takes seconds and a C++ compiler, g++ or clang++. Without it prefill on a CPU is PyTorch's own products.
+    That takes seconds and a C++ compiler, g++ or clang++. Without it prefill on a CPU is PyTorch's products.
     """
     from seerattention.ops.block_sparse_attention import native
 

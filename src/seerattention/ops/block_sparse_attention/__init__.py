@@ -14,7 +14,7 @@ from seerattention.selection import BlockSelection
 
 BACKENDS = load_backends(__name__, __path__)
 
-#: What ``auto`` tries, in order; the first two need a GPU, the third a CPU that it was compiled for. ``flex``
+#: What ``auto`` tries, in order; the first two need a GPU, the third a CPU that it is built for. ``flex``
 #: compiles for seconds per kind of call, so it is taken only by name; ``reference`` computes the dense map
 #: and is never chosen.
 ORDER = ("hopper", "triton", "native", "gather")

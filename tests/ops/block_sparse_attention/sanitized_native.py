@@ -1,0 +1,52 @@
+"""The CPU's kernel, compiled to stop at reads and writes outside of what it was given and at undefined behaviour.
+
+``make test-native`` runs this file: the sanitizers must be in the process before Python is.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seerattention.ops.block_sparse_attention import native
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.testing import conformance
+from seerattention.testing.inputs import random_qkv, random_selection
+
+SMALL = [case for case in (*CASES, *OPTION_CASES) if not case.large]
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1".split()
+
+
+@pytest.fixture(params=native.LEVELS, autouse=True, scope="module")
+def _sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Each kind of CPU that this one can be."""
+    if not native._cpu().issuperset(native.LEVELS[request.param].split()):
+        pytest.skip(f"this CPU has no {request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "level", lambda: request.param)
+        patch.setattr(native, "FLAGS", (*native.FLAGS, *SANITIZE))
+        torch.hub.set_dir(tmp_path_factory.mktemp("torch") / "hub")
+        native.build()
+        yield
+
+
+def test_sanitizers_are_in_this_process() -> None:
+    # A pointer to nothing must end the process, not this test: it is enough that their functions are there.
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert "libasan" in maps.read()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+def test_reads_and_writes_what_it_was_given(case: Case, dtype: torch.dtype, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    conformance.attention_lse_matches_reference(native, case, dtype)
+    # Tensors that end where their memory does.
+    q, k, v = random_qkv(case, dtype=dtype)
+    selection = random_selection(case, density=0.3, heads=case.selection_heads)
+    native.run(
+        *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), selection, case.options()
+    )
+    torch.set_num_threads(before)
