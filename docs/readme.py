@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from seerattention.cli.info import markdown
 from seerattention.hosts.transformers import families
 from seerattention.measure.intervals import rise
@@ -297,9 +299,14 @@ def measured_with(report: Report) -> str:
     return text + ":"
 
 
-def bench() -> str:
-    """Return the prefill benchmark on a CPU, dense first at every length."""
-    report = read("cpu", "prefill.json")
+def native() -> str:
+    """Return the benchmark of the compiled kernel, in both dtypes."""
+    return "\n\n".join(bench(f"prefill_native_{dtype}.json") for dtype in ("bfloat16", "float32"))
+
+
+def bench(name: str = "prefill.json") -> str:
+    """Return a prefill benchmark on a CPU, dense first at every length."""
+    report = read("cpu", name)
     columns = (
         "tokens: {tokens:,} | block: {block:?} | mask: {mask} | backend: {backend} | "
         "density: {density:.1%} | median ms: {ms:.1f} | range ms: {range_ms[0]:.1f}-{range_ms[1]:.1f} | "
@@ -775,7 +782,7 @@ PAGES = {
     },
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
-        "bench": bench, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
+        "bench": bench, "native": native, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
         "backward": backward, "decode": decode, "decode-step": decode_step,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
@@ -790,6 +797,8 @@ PAGES = {
 
 
 def main() -> None:
+    # Tables are of a machine on which nothing was compiled, wherever they are made.
+    torch.hub.set_dir(ROOT / "nothing" / "hub")
     """Write the pages, or compare them."""
     for name, bodies in PAGES.items():
         page = ROOT / name
