@@ -782,8 +782,8 @@ PAGES = {
     },
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
-        "bench": bench, "native": native, "gpu": gpu, "crossover": crossover, "pooled": pooled, "distill-step": distill_step,
-        "backward": backward, "decode": decode, "decode-step": decode_step,
+        "bench": bench, "native": native, "gpu": gpu, "crossover": crossover, "pooled": pooled,
+        "distill-step": distill_step, "backward": backward, "decode": decode, "decode-step": decode_step,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
     "docs/method.md": {
@@ -797,9 +797,9 @@ PAGES = {
 
 
 def main() -> None:
+    """Write the pages, or compare them."""
     # Tables are of a machine on which nothing was compiled, wherever they are made.
     torch.hub.set_dir(ROOT / "nothing" / "hub")
-    """Write the pages, or compare them."""
     for name, bodies in PAGES.items():
         page = ROOT / name
         before = text = page.read_text()

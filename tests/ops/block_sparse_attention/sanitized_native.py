@@ -1,4 +1,4 @@
-"""The CPU's kernel, compiled to stop at reads and writes outside of what it was given and at undefined behaviour.
+"""The CPU's kernel, compiled to stop at reads and writes out of bounds and at undefined behaviour.
 
 ``make test-native`` runs this file: the sanitizers must be in the process before Python is.
 """
@@ -31,7 +31,6 @@ def _sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def test_sanitizers_are_in_this_process() -> None:
-    # A pointer to nothing must end the process, not this test: it is enough that their functions are there.
     with open("/proc/self/maps", encoding="utf-8") as maps:
         assert "libasan" in maps.read()
 
@@ -43,10 +42,9 @@ def test_reads_and_writes_what_it_was_given(case: Case, dtype: torch.dtype, thre
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     conformance.attention_lse_matches_reference(native, case, dtype)
-    # Tensors that end where their memory does.
+    # As models hand them over: heads after tokens in memory.
     q, k, v = random_qkv(case, dtype=dtype)
     selection = random_selection(case, density=0.3, heads=case.selection_heads)
-    native.run(
-        *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), selection, case.options()
-    )
+    tokens_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    native.run(*tokens_first, selection, case.options())
     torch.set_num_threads(before)
