@@ -65,8 +65,8 @@ OPS: dict[str, tuple[Any, Callable[..., list[Any]]]] = {
     "summarise": (summarise_op, summarised),
     "select": (select_op, selected),
 }
-# They run on a GPU, or are compiled for seconds (`test_flex.py`).
-ELSEWHERE = ("hopper", "triton", "flex")
+# They run on a GPU, or are compiled for seconds (`test_flex.py`, `test_native.py`).
+ELSEWHERE = ("hopper", "triton", "flex", "native")
 CALLS = {
     f"{name}-{backend}": partial(call, backend)
     for name, (op, call) in OPS.items()

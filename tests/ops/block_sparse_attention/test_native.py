@@ -178,6 +178,8 @@ def test_chosen_once_it_is_compiled(level: str, tmp_path: Path) -> None:
     ours, theirs = (backend.run(*call, Options.of(q, k))[0] for backend in (native, gather))
     assert not torch.equal(ours, theirs)
     assert torch.equal(block_sparse_attention(*call), ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block_sparse_attention(*call), ours)
     # With gradients, as without it: there is a backward for them.
     leaf = q.clone().requires_grad_()
     assert native.unsupported(leaf, k, v, selection, Options.of(q, k)) == ["it has no backward"]

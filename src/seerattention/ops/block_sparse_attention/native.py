@@ -43,7 +43,7 @@ STEP, MOST_DIM = 16, 256
 
 
 class _Call(ctypes.Structure):
-    """What the kernel is told; the same fields in the same order in native.cpp."""
+    """What the kernel is told; the same fields in the same order in native_call.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in "q k v out lse bits sinks lengths".split()),

@@ -1,0 +1,181 @@
+// What a call of the kernel is told, where its blocks lie, and keys and values packed for it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "native_vectors.h"
+
+// What a call is told; the same fields in the same order in native.py.
+struct Call {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;                // [B, Hq, Tq], or null
+  const int32_t* bits;       // [selections, selection_heads, rows, words]
+  const float* sinks;        // [Hq], or null
+  const int64_t* lengths;    // [sequences, 2], (queries, keys)
+  int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+  int64_t batch, heads, kv_heads, dim, sequences, selections, selection_heads, rows, words, block_q, block_k;
+  int64_t queries, dtype, threads;
+  double scale, softcap;     // no softcap: 0
+};
+
+namespace {
+
+constexpr double LOG2E = 1.4426950408889634;
+
+// Queries computed together, and keys whose scores are held at a time.
+constexpr int TILE_Q = 64, TILE_K = 64;
+constexpr int MOST_VECS = TILE_Q / LANES;
+constexpr int MOST_DIM = 256;
+
+// Rows of a panel: of 16 keys, or 16 numbers of values, each next to the other's, so that a row is an offset.
+constexpr int PANEL = 16;
+
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
+// Whether products are of pairs of bfloat16, or of floats.
+template <typename T>
+constexpr bool BY_PAIRS = PAIRS && std::is_same_v<T, Bfloat>;
+
+// A word of packed keys and values: a float, or a pair.
+template <bool PAIR>
+using Word = std::conditional_t<PAIR, uint32_t, float>;
+
+template <bool PAIR>
+constexpr int PER_WORD = PAIR ? 2 : 1;
+
+// c + a b, where a is one word for all lanes and b a register in memory.
+INLINE Vec product(Vec c, float a, const float* b) { return fma(all(a), load(b), c); }
+#ifdef __AVX512BF16__
+INLINE Vec product(Vec c, uint32_t a, const uint32_t* b) {
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// One row of the selection's map: a query block.
+struct Row {
+  int64_t query, count;      // its first query, and how many
+  int64_t position;          // of the first one among the sequence's keys
+  int64_t block, blocks;     // the sequence's first block of all, and how many it has
+};
+
+// One KV block of all sequences.
+struct Block {
+  int64_t key, count;
+};
+
+struct Plan {
+  std::vector<Row> rows;
+  std::vector<Block> blocks;
+};
+
+Plan plan_of(const Call& call) {
+  Plan plan;
+  int64_t query = 0, key = 0;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t queries = call.lengths[2 * s], keys = call.lengths[2 * s + 1];
+    const int64_t block = int64_t(plan.blocks.size()), blocks = (keys + call.block_k - 1) / call.block_k;
+    for (int64_t at = 0; at < queries; at += call.block_q)
+      plan.rows.push_back({query + at, std::min(call.block_q, queries - at), keys - queries + at, block, blocks});
+    for (int64_t at = 0; at < keys; at += call.block_k)
+      plan.blocks.push_back({key + at, std::min(call.block_k, keys - at)});
+    query += queries;
+    key += keys;
+  }
+  return plan;
+}
+
+const int32_t* bits_of(const Call& call, int64_t b, int64_t head, int64_t row) {
+  const int64_t of = call.selections == 1 ? 0 : b, h = head / (call.heads / call.selection_heads);
+  return call.bits + ((of * call.selection_heads + h) * call.rows + row) * call.words;
+}
+
+// The first selected block from one on; as many as there are where there is none.
+int64_t next_block(const int32_t* bits, const Row& row, int64_t from) {
+  for (int64_t word = from / 32; word * 32 < row.blocks; ++word) {
+    const uint32_t left = uint32_t(bits[word]) >> (from % 32) << (from % 32);
+    if (left) return std::min(row.blocks, word * 32 + __builtin_ctz(left));
+    from = 0;
+  }
+  return row.blocks;
+}
+
+// Mark the blocks that some query head of a KV head reads.
+void mark_read(const Call& call, const Plan& plan, int64_t b, int64_t kv_head, uint8_t* read) {
+  const int64_t group = call.heads / call.kv_heads;
+  const int64_t step = std::max<int64_t>(1, call.heads / call.selection_heads);
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head += std::min(step, group))
+    for (int64_t row = 0; row < call.rows; ++row) {
+      const int32_t* bits = bits_of(call, b, head, row);
+      const Row& at = plan.rows[size_t(row)];
+      for (int64_t block = next_block(bits, at, 0); block < at.blocks; block = next_block(bits, at, block + 1))
+        read[at.block + block] = 1;
+    }
+}
+
+// Lay LANES rows of words side by side, to[word * stride + row], with bits flipped.
+template <typename T, typename RowAt>
+INLINE void transpose_rows(const RowAt& row, int64_t words, Word<BY_PAIRS<T>>* to, int64_t stride, uint32_t flipped) {
+  constexpr bool PAIR = BY_PAIRS<T>;
+  int64_t word = 0;
+  for (; word + LANES <= words; word += LANES) {
+    Vec rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      const T* from = row(i) + word * PER_WORD<PAIR>;
+      if constexpr (PAIR) rows[i] = load(reinterpret_cast<const float*>(from));
+      else rows[i] = load_wide(from);
+    }
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      store(reinterpret_cast<float*>(to + (word + i) * stride), flip_bits(rows[i], flipped));
+  }
+  if constexpr (PAIR)
+    for (; word < words; ++word)
+      for (int i = 0; i < LANES; ++i) {
+        uint32_t pair;
+        std::memcpy(&pair, row(i) + 2 * word, 4);
+        to[word * stride + i] = pair ^ flipped;
+      }
+}
+
+// Lay a block's keys out in panels; missing ones are zero.
+template <typename T>
+void pack_keys(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
+  const int64_t words = dim / PER_WORD<BY_PAIRS<T>>;
+  const T nothing[MOST_DIM] = {};
+  for (int64_t n = 0; n < size; n += LANES) {
+    const auto row = [&](int i) { return n + i < count ? from + (n + i) * stride : nothing; };
+    transpose_rows<T>(row, words, to + n / PANEL * PANEL * words + n % PANEL, PANEL, 0);
+  }
+}
+
+// The same of values, TILE_K tokens by themselves; a pair is of two tokens.
+template <typename T>
+void pack_values(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
+  const T nothing[MOST_DIM] = {};
+  const auto row = [&](int64_t n) { return n < count ? from + n * stride : nothing; };
+  for (int64_t first = 0; first < size; first += TILE_K) {
+    const int64_t end = std::min<int64_t>(size, first + TILE_K);
+    for (int64_t d = 0; d < dim; d += PANEL)
+      if constexpr (BY_PAIRS<T>) {
+        for (int64_t n = first; n < end; n += 2, to += PANEL) {
+          const T *low = row(n) + d, *high = row(n + 1) + d;
+          for (int i = 0; i < PANEL; ++i) to[i] = low[i].bits | uint32_t(high[i].bits) << 16;
+        }
+      } else {
+        for (int64_t n = first; n < end; ++n, to += PANEL)
+          for (int i = 0; i < PANEL; i += LANES) store(to + i, load_wide(row(n) + d + i));
+      }
+  }
+}
+
+}  // namespace
