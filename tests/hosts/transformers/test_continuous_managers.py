@@ -5,6 +5,7 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 
 from seerattention.hosts import transformers as host
+from seerattention.hosts.transformers.intercept import runtime_of
 from tests.hosts.transformers.batches import (
     GREEDY,
     NEW_TOKENS,
@@ -186,13 +187,17 @@ def test_dense_is_the_models_own(tiny):
     assert plain == [alone(model, prompt) for prompt in prompts]
 
 
-def test_a_manager_from_before_attaching_stays_dense(tiny):
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_manager_from_before_attaching_stays_dense(tiny, begun):
+    """A pass that had begun, too, whose decoder was not hooked when it was called."""
     model = tiny.make()
     prompts = prompts_of(tiny, 100, 77)
     plain = [alone(model, prompt) for prompt in prompts]
     with started(model) as made:
         names = made.add_requests(prompts)
         host.attach(model, tiny.gates_for(model), POLICY, min_tokens=0)
+        if begun:
+            runtime_of(model).hooks[0].remove()
         names += made.add_requests(prompts)
         outs = results(made, 4)
     assert [list(outs[name].generated_tokens) for name in names] == plain * 2

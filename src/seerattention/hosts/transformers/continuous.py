@@ -146,8 +146,9 @@ class _Pieces:
         """Fill a batch with requests until one takes nothing."""
         self.full = False
         if self.switch.handler is not self.chose:
-            # Pages of earlier requests hold what was chosen by another policy.
-            self.cache.use_prefix_sharing = False
+            # Pages of earlier requests hold what was chosen by another policy: they are not found, nor, in
+            # older versions, taken in place of those that were computed anew.
+            self.cache.use_prefix_sharing = self.cache.allow_block_sharing = False
         return self.own_process(takewhile(lambda _: not self.full, candidates), *more)
 
     def schedule(self, state: Any, tokens: list[int], budget: int, *more: Any) -> None:

@@ -112,8 +112,8 @@ class Taps:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the attention module: begin a call."""
         # Layers that activation checkpointing computes again come with the pass that they were part of.
-        part_of: Pass = kwargs.get(KEYWORD) or Pass(self.switch)
         given = by_name(module, args, kwargs)
+        part_of: Pass = kwargs.get(KEYWORD) or begin(self.switch, given)
         cache = cache_of(given)
         held = held_of(cache, self.layer)
         count_call(cache, self.layer)
@@ -214,10 +214,8 @@ class Runtime:
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the decoder: begin a pass."""
-        begun, given = Pass(self.switch), by_name(decoder, args, kwargs)
-        if begun.mode.prompts is None and paged(given):
-            # Managers that were made before anything was attached go on as they began.
-            begun.mode = Mode(None)
+        given = by_name(decoder, args, kwargs)
+        begun = begin(self.switch, given)
         if begun.mode.handler is not None:
             self.show()
             refuse(decoder, given)
@@ -237,6 +235,15 @@ class Runtime:
         if self.switch.mode.handler is not None:
             refuse_stand_in(self.switch)
         return manager_of(self.model, self.switch, lambda: runtime_of(self.model) is self, args, kwargs)
+
+
+def begin(switch: Switch, given: dict[str, Any]) -> Pass:
+    """Begin a pass, of the decoder or of a layer that is called without; from a module's keywords."""
+    begun = Pass(switch)
+    if begun.mode.prompts is None and paged(given):
+        # Managers that were made before anything was attached go on as they began.
+        begun.mode = Mode(None)
+    return begun
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
