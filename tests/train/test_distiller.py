@@ -81,6 +81,17 @@ def test_gradients_equal_those_of_one_loss_over_all_layers(model, text):
         assert float((parameter.grad - mine[name]).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
 
 
+def test_the_plan_of_memory_counts_the_rows_that_teach(model, text):
+    """All of 170 blocks, 128 of more: the maps' rows, as wide as the sequence."""
+    trainer = Distiller(model, gates_of(model, shares=False), TextWindows(text, 256), DistillConfig(steps=1))
+    heads, found = trainer.gates.config.num_heads, {}
+    for blocks in (170, 171):
+        found[blocks] = trainer.memory(16 * blocks)["one layer's maps per sequence"]
+    more = found[171] - found[170]
+    # Less by 42 rows, at 32 bytes a cell, and the pools of a block of tokens more.
+    assert -32 * heads * (170 * 170 - 171 * 128) <= more < -32 * heads * (170 * 170 - 171 * 128) // 2
+
+
 @pytest.mark.parametrize("gate", [{}, {"per_kv_head": True}, {"phase": "both"}])
 def test_a_long_sequence_teaches_by_a_run_of_rows(model, text, monkeypatch, gate):
     """Every layer by its own, at other places in every step; the model attends as it always does."""

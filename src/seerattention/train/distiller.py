@@ -32,7 +32,6 @@ from seerattention.train.share import Batch, Documents, decoder_arguments
 from seerattention.train.target import (
     DECODE_ROWS,
     LEAST_TAKEN,
-    PREFILL_ROWS,
     decode_rows,
     decode_target,
     mean_map,
@@ -165,7 +164,8 @@ class Distiller(Loop):
         # fp32, rotated and not, with gradients.
         pooled = c.num_heads * len(c.q_pool) / c.q_sub + c.num_kv_heads * len(c.k_pool) / c.k_sub
         summaries = c.num_heads / c.q_sub + c.num_kv_heads / c.k_sub
-        taught = min(blocks, PREFILL_ROWS) if "prefill" in self.phases else 0
+        queries = taught_rows(length, c.block_size, 0.0).num_queries
+        taught = -(-queries // c.block_size) if "prefill" in self.phases else 0
         rows = taught + min(DECODE_ROWS, length) * ("decode" in self.phases)
         maps = 8 * 4 * c.num_heads * blocks * rows + SLICES
         if c.shares:
