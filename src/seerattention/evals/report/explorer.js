@@ -161,7 +161,7 @@ function showExplorer(data) {
       byId("say").textContent = `Query block ${row}, KV block ${column}: ${STATE_WORDS[what]}. True ${shareText(maps.true, at)}, ` +
         `gate ${shareText(maps.gate, at)}. KV block: ${data.blocks[column]}`;
     }
-    if (byId("row-details").open) rowTable(maps);
+    rowTable(maps);
   }
 
   function rowTable(maps) {
@@ -322,7 +322,6 @@ function showExplorer(data) {
   for (const name of ["layer", "head"]) byId(name).addEventListener("change", () => pick(Number(byId("layer").value), Number(byId("head").value)));
   byId("least").addEventListener("change", refresh);
   byId("shade").addEventListener("change", shade);
-  byId("row-details").addEventListener("toggle", () => describe(false));
 
   byId("explorer-about").textContent = `${data.model}, ${data.text}: ${whole(data.tokens)} tokens in ${n} blocks of ${data.block}. ` +
     "The gates predict, for every block of queries, which blocks of keys get attention; a policy reads the best of them.";
