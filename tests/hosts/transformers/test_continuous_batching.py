@@ -12,7 +12,6 @@ from transformers.generation.continuous_batching.requests import RequestState
 from seerattention import baselines
 from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers.attach import prompt_of
-from seerattention.hosts.transformers.continuous import parts
 from seerattention.measure.bundled import load_teacher, load_teacher_gates, text_tokens
 from tests.hosts.transformers.batches import (
     GREEDY,
@@ -180,23 +179,6 @@ def test_a_batch_smaller_than_a_block_cuts_blocks(tiny):
     assert serve(model, [prompt], max_batch_tokens=10) == [expected]
     assert seen == rows
     assert [lengths for layer, lengths, _ in rows if layer == 0] == [(10, 10), (10, 26), (10, 42), (10, 58)]
-
-
-@pytest.mark.parametrize(
-    ("past", "new", "prompt", "expected"),
-    [
-        (0, 100, 100, [(0, 100)]),
-        (32, 68, 100, [(32, 100)]),
-        (30, 70, 100, [(30, 32), (32, 100)]),
-        (30, 1, 100, [(30, 31)]),
-        (100, 1, 100, [(100, 101)]),
-        (96, 24, 100, [(96, 100), (100, 120)]),
-        (90, 30, 100, [(90, 96), (96, 100), (100, 120)]),
-        (40, 0, 100, []),
-    ],
-)
-def test_parts(past, new, prompt, expected):
-    assert parts(past, new, prompt, 16) == expected
 
 
 def test_a_shared_prefix(tiny):

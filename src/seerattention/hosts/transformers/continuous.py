@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 from transformers import __version__ as host_version
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from seerattention.engine.call import AttentionCall, Given
+from seerattention.engine.call import Given
 from seerattention.engine.layer import SparseLayer
+from seerattention.engine.requests import attend_request
 from seerattention.hosts.transformers.config import NAME
 from seerattention.hosts.transformers.family import has_windows
 from seerattention.hosts.transformers.request import LayerCall, Switch
 from seerattention.hosts.transformers.support import GRAPHS, KEPT, PAGES, SERVED, STEPS, WINDOWS
 from seerattention.ops.dense_attention import dense_attention
-from seerattention.rows import Rows
 
 #: Keywords by which a batch reaches attention.
 BATCH = {
@@ -277,10 +277,6 @@ def attend_requests(
 ) -> Tensor:
     """Compute a layer for the requests of a batch, one after the other.
 
-    A prompt's blocks are counted from its first token, and its budget is that of the whole prompt, also where
-    a manager gives it in pieces. Where one ends inside a block all the same, the first part of the block
-    chooses by the tokens it has and the rest is dense. What comes after the prompt is decoded, densely.
-
     Args:
         call: The layer's call.
         given: Tensors of one batch entry, requests behind one another.
@@ -307,41 +303,13 @@ def attend_requests(
     for (new, keys), prompt, first_q, first_k in zip(lengths, prompts, q_at, k_at, strict=False):
         ours = [x[:, :, first_q : first_q + new] for x in (given.q, given.q_nope, given.k_nope)]
         k, v = (x[:, :, first_k : first_k + keys] for x in (given.k, given.v))
+        if not new:
+            # It waits.
+            continue
         if window is not None:
-            # A request that waits has no tokens.
-            outs.append(dense_attention(ours[0], k, v, window=window, **options) if new else ours[0])
+            outs.append(dense_attention(ours[0], k, v, window=window, **options))
             continue
         positions = call.given["position_ids"][:, first_q : first_q + new]
-        past, block = keys - new, handler.prefill.scorers[layer].block_size[0]
-        for begin, end in parts(past, new, prompt, block):
-            now = slice(begin - past, end - past)
-            q, q_nope, k_nope = (x[:, :, now] for x in ours)
-            outs.append(
-                handler(
-                    AttentionCall(
-                        layer=layer,
-                        given=Given(q, k[:, :, :end], v[:, :, :end], q_nope, k_nope),
-                        rows=Rows.last(end - begin, end),
-                        position_ids=positions[:, now],
-                        prompt_tokens=prompt,
-                        **options,
-                    )
-                )
-            )
+        request = Given(ours[0], k, v, *ours[1:])
+        outs.append(attend_request(handler, layer, request, prompt, positions=positions, **options))
     return torch.cat(outs, 2)
-
-
-def parts(past: int, new: int, prompt: int, block: int) -> list[tuple[int, int]]:
-    """Cut a request's new tokens where its prompt ends, and where the block ends that earlier ones began.
-
-    Args:
-        past: Tokens before them.
-        new: Their number.
-        prompt: Tokens of the whole prompt.
-        block: Query tokens per block.
-
-    Returns:
-        Where each part begins and ends, as positions in the request.
-    """
-    cuts = {cut for cut in (prompt, -(-past // block) * block) if past < cut < past + new}
-    return list(pairwise(sorted({past, past + new, *cuts})))
