@@ -78,7 +78,7 @@ class AttnGate(nn.Module):
             if config.rope_pairs == "slowest":
                 width = max(width, config.head_dim)
             rotary = _plain_rotary(config.rope_theta, width, config.dim)
-        self._rotary = rotary
+        self.rotary = rotary
         groups = config.num_heads // config.num_kv_heads
         q_heads, q_width = config.num_heads, len(config.q_pool) * config.head_dim
         if config.per_kv_head:
@@ -113,7 +113,7 @@ class AttnGate(nn.Module):
 
     def use_rotary(self, rotary: Rotary) -> None:
         """Rotate with this code from now on, e.g. the model's own with its RoPE scaling."""
-        self._rotary = rotary
+        self.rotary = rotary
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate summaries ``[B, H, N, E]`` to ``positions`` (int64 ``[N]`` or ``[B, N]``)."""
@@ -124,19 +124,19 @@ class AttnGate(nn.Module):
         """Cosine and sine of the rotation to ``positions``, or None where summaries are not rotated."""
         if not self.config.rope:
             return None
-        return self._rotary(positions.expand(batch, -1))
+        return self.rotary(positions.expand(batch, -1))
 
     def angles(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return cosine and sine of the first positions, fp32 ``[tokens or more, E]``, kept for later calls.
 
         None where summaries are not rotated, or by angles that depend on the text's length.
         """
-        if not self.config.rope or isinstance(self._rotary, LengthRotary):
+        if not self.config.rope or isinstance(self.rotary, LengthRotary):
             return None
-        kept, room = _ANGLES.setdefault(self._rotary, {}), power_of_two(tokens)
+        kept, room = _ANGLES.setdefault(self.rotary, {}), power_of_two(tokens)
         if (device, room) in kept:
             return kept[device, room]
-        cos, sin = self._rotary(torch.arange(room, device=device)[None])
+        cos, sin = self.rotary(torch.arange(room, device=device)[None])
         made = cos[0].float().contiguous(), sin[0].float().contiguous()
         # What a graph makes while it is captured is there once it has run.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():

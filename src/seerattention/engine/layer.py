@@ -17,7 +17,7 @@ from seerattention.crossover import Crossover, crossover
 from seerattention.engine.call import AttentionCall, Step, Unrotate
 from seerattention.engine.kept import summarised
 from seerattention.engine.summaries import Growing
-from seerattention.engine.when import DECODING, why_dense, why_dense_step
+from seerattention.engine.when import DECODING, PREFILL, why_dense, why_dense_prompt, why_dense_step
 from seerattention.ops.block_sparse_attention import BACKENDS
 from seerattention.ops.block_sparse_decode import block_sparse_decode
 from seerattention.ops.dispatch import check_backend
@@ -129,6 +129,14 @@ class SparseLayer:
     def row_tokens(self) -> int:
         """Query tokens that choose together in prefill; the most of any layer."""
         return max(scorer.block_size[0] for scorer in self.prefill.scorers.values())
+
+    def why_dense(self, tokens: int, device: torch.device) -> str | None:
+        """Return why a prompt of so many tokens is dense in every layer, or None."""
+        scorer, policy = next(iter(self.prefill.scorers.values())), self.prefill.policy
+        if policy is None:
+            return PREFILL
+        known = self.crossovers.get(device.type)
+        return why_dense_prompt(tokens, policy, scorer.block_size[1], self.min_tokens, known)
 
     def steps(self, layer: int, new: int) -> bool:
         """Whether so many new tokens after earlier ones are a step of decoding, which `step` computes."""

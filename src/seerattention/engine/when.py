@@ -45,24 +45,46 @@ def why_dense(
             return DECODING
         if policy is None:
             return PREFILL
+        # A later piece of a prompt: its dense computation needs a mask, and was not measured.
+        later = new < total and call.prompt_tokens is None
         tokens = call.prompt_tokens or total
-        if min_tokens is not None:
-            return f"dense: fewer than {min_tokens} tokens" if tokens < min_tokens else None
-        if known is None:
-            return None
-        if tokens < known.dense_below:
-            return f"dense: fewer than {known.dense_below} tokens ({known.source})"
-        if new < total and call.prompt_tokens is None:
-            # A later piece of a prompt: its dense computation needs a mask, and was not measured.
-            return None
-        block = scorer.block_size[1]
-        density = policy.expected_density(num_blocks(tokens, block), block)
-        if density is not None and density > (most := known.densest_at(tokens)):
-            return f"dense: the policy reads {density:.0%}, dense is faster from {most:.0%} ({known.source})"
-        return None
+        return why_dense_prompt(tokens, policy, scorer.block_size[1], min_tokens, known, by_density=not later)
 
     found = {lengths: reason(*lengths) for lengths in set(call.lengths)}
     return tuple(found[lengths] for lengths in call.lengths)
+
+
+def why_dense_prompt(
+    tokens: int,
+    policy: Policy,
+    block: int,
+    min_tokens: int | None,
+    known: Crossover | None,
+    *,
+    by_density: bool = True,
+) -> str | None:
+    """Return why a prompt is computed densely, or None.
+
+    Args:
+        tokens: Of the whole prompt.
+        policy: The policy for prefill.
+        block: Key tokens per block.
+        min_tokens: See `why_dense`.
+        known: See `why_dense`.
+        by_density: Whether it may be for how much the policy reads.
+    """
+    if min_tokens is not None:
+        return f"dense: fewer than {min_tokens} tokens" if tokens < min_tokens else None
+    if known is None:
+        return None
+    if tokens < known.dense_below:
+        return f"dense: fewer than {known.dense_below} tokens ({known.source})"
+    if not by_density:
+        return None
+    density = policy.expected_density(num_blocks(tokens, block), block)
+    if density is not None and density > (most := known.densest_at(tokens)):
+        return f"dense: the policy reads {density:.0%}, dense is faster from {most:.0%} ({known.source})"
+    return None
 
 
 def why_dense_step(

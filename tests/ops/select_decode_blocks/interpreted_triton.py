@@ -111,7 +111,7 @@ def test_reasons_why_not(case: Case, reason: str) -> None:
 def test_baselines_and_angles_by_length_run_elsewhere() -> None:
     args = decode_arguments(BY_NAME["one-token"])
     gate = args["scorer"].gate
-    rotary = gate._rotary
+    rotary = gate.rotary
     gate.use_rotary(LengthRotary(rotary))
     with pytest.raises(NotImplementedError, match="depends on the length of the text"):
         select_decode_blocks(policy=TokenBudget(64), **args, backend="triton")

@@ -169,7 +169,7 @@ def _base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a cheap fingerprint of the attention weights (see `BaseInfo`), "" if they are quantised."""
+    """Return a cheap fingerprint of attention weights (see `BaseInfo`), "" of quantised or missing ones."""
     if hasattr(model, "is_quantized"):
         # False where transformers read quantised weights, GGUF among them, and made numbers of them again.
         return ""
@@ -177,7 +177,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for index, attention in attention_layers(model).items():
         for name, weight in _base_weights(attention):
             plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
-            if not plain or weight.element_size() == 1:
+            if not plain or weight.element_size() == 1 or weight.is_meta:
                 return ""
             known |= weight.dim() > 1
             flat = weight.flatten()

@@ -48,7 +48,7 @@ def _kind_of_layer(rotary: nn.Module) -> tuple[str, ...]:
     return () if hasattr(rotary, "inv_freq") else ("full_attention",)
 
 
-def _by_length(config: PreTrainedConfig) -> str | None:
+def by_length(config: PreTrainedConfig) -> str | None:
     """Return the kind of RoPE where its angles depend on the text's length, else None."""
     kind = _rope(config).get("rope_type")
     return kind if kind in ("dynamic", "longrope") else None
@@ -70,7 +70,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 def why_no_gaps(config: PreTrainedConfig) -> str | None:
     """Return why a model of this configuration cannot read positions with gaps as it reads long texts."""
     config = config.get_text_config()
-    if (kind := _by_length(config)) is not None:
+    if (kind := by_length(config)) is not None:
         return f"RoPE of type {kind} turns a text by its length, which gaps would pretend"
     if has_windows(config):
         return "sliding windows count tokens, and across a gap would see distances that they never learned"
@@ -107,7 +107,7 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
     width = head_dim_of(config) if pairs == "slowest" else dim
     if dim > width or width != head_dim_of(config):
         width = dim
-        if _by_length(config) == "longrope":
+        if by_length(config) == "longrope":
             raise NotImplementedError(
                 f"longrope has a factor for every pair of a head's values, so gate_dim must be "
                 f"{head_dim_of(config)}, not {dim}; or use GateConfig(rope_pairs='slowest')"
@@ -122,17 +122,17 @@ def model_rotary(model: PreTrainedModel, dim: int, pairs: str = "slowest") -> Ro
             "defines no order() for that; use GateConfig(rope=False)"
         )
 
-    by_length = _by_length(config) is not None
-    kind = LengthRotary if by_length else functools.partial
-    return kind(_turned, found, turned, width, dim, by_length)
+    follows_length = by_length(config) is not None
+    kind = LengthRotary if follows_length else functools.partial
+    return kind(_turned, found, turned, width, dim, follows_length)
 
 
 def _turned(
-    found: nn.Module, turned: int, width: int, dim: int, by_length: bool, positions: Tensor
+    found: nn.Module, turned: int, width: int, dim: int, follows_length: bool, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return a rotary module's angles for the slowest of ``width`` values, of which it turns some pairs."""
     like, count = torch.empty(0, dtype=torch.float32, device=positions.device), positions.shape[1]
-    if by_length and isinstance(call := running(), LayerCall):
+    if follows_length and isinstance(call := running(), LayerCall):
         # The module goes by the greatest position it is asked for. Gates ask for a part of the text, and are
         # to turn it, and leave the module, as the model did in this pass.
         last = call.given["position_ids"].max().to(positions.device)
@@ -163,7 +163,7 @@ class Unrotate:
         self.rotates = getattr(family_of(model), "rotates", None)
         self.order = head_order(model)
         self.rotary: Rotary | None = None
-        kind = _by_length(self.config)
+        kind = by_length(self.config)
         self.why_not = None if kind is None else f"RoPE is of type {kind}, and {LONGROPE}"
         if self.why_not is None:
             try:
@@ -171,6 +171,11 @@ class Unrotate:
             except NotImplementedError as error:
                 # Gates that do not rotate may be attached all the same.
                 self.why_not = str(error)
+
+    def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``, ``[B, T, D]`` each."""
+        assert self.rotary is not None
+        return self.rotary(positions)
 
     def __call__(self, layer: int, k: Tensor, positions: Tensor) -> Tensor:
         """Rotate back.
@@ -183,12 +188,11 @@ class Unrotate:
         Returns:
             The keys before it, in the order of values in which gates see them.
         """
-        assert self.rotary is not None
         if self.order is not None:
             k = k[..., self.order.to(k.device)]
         if self.rotates is not None and not self.rotates(self.config, layer):
             return k
-        cos, sin = (x.unsqueeze(1) for x in self.rotary(positions))
+        cos, sin = (x.unsqueeze(1) for x in self.angles(layer, positions))
         exact = k.to(cos.dtype)
         first, second = exact.chunk(2, -1)
         back = exact * cos + torch.cat((second, -first), -1) * sin

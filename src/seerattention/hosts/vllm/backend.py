@@ -1,0 +1,118 @@
+"""What every backend of vLLM's is given: plans of batches, and attention by them."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
+
+from seerattention.hosts.vllm.served import Plan, Served
+from seerattention.hosts.vllm.settings import Settings
+
+#: Where a batch's metadata holds its plan.
+PLAN = "seerattention"
+
+
+def served_in(config: Any) -> Served | None:
+    """Return what serves the layers of an engine in this process, None if it has no settings."""
+    layers = config.compilation_config.static_forward_context.values()
+    return next(filter(None, (getattr(getattr(one, "impl", None), "served", None) for one in layers)), None)
+
+
+def _bind_when_loaded() -> None:
+    """Have runners tell what they run before they plan their first batch, once per process."""
+    make = GPUModelRunner.initialize_metadata_builders
+
+    @functools.wraps(make)
+    def bound(self: Any, *args: Any, **kwargs: Any) -> None:
+        if (served := served_in(self.vllm_config)) is not None:
+            served.bind(self)
+        make(self, *args, **kwargs)
+
+    GPUModelRunner.initialize_metadata_builders = bound
+
+
+_bind_when_loaded()
+
+
+class SparseBuilder:
+    """Adds a plan to the metadata of a batch with prompts; goes before a builder of vLLM's."""
+
+    vllm_config: Any
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """Return the batch's metadata."""
+        build: Any = super().build  # type: ignore[misc]
+        made = build(common_prefix_len, common_attn_metadata, fast_build)
+        served = served_in(self.vllm_config)
+        plan = None if served is None else served.plan(common_attn_metadata)
+        if plan is not None:
+            parts = [UBatchSlice(*both) for both in plan.dense]
+            for part in split_attn_metadata(parts, common_attn_metadata):
+                plan.metadata.append(build(0, part, fast_build))
+            setattr(made, PLAN, plan)
+        return made
+
+
+class SparseImpl:
+    """Computes prompts by their plan, all else as vLLM does; goes before an implementation of vLLM's."""
+
+    scale: float
+    sinks: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        settings = Settings.of(config)
+        self.served = None if settings is None else served_in(config) or Served(config, settings)
+
+    def cached(self, layer: Any, kv_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return a request's first keys and values, ``[1, Hk, T, D]`` each.
+
+        Args:
+            layer: vLLM's layer.
+            kv_cache: Its pages.
+            pages: int ``[N]``, the request's.
+            tokens: How many.
+        """
+        raise NotImplementedError
+
+    def softcap(self) -> float | None:
+        """Return the cap of scores, None if there is none."""
+        return getattr(self, "logits_soft_cap", None) or None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *more: Any,
+        **options: Any,
+    ) -> Tensor:
+        """Write the layer's output of all of a batch's tokens, ``[tokens, Hq, D]``, and return it."""
+        forward: Any = super().forward  # type: ignore[misc]
+        plan: Plan | None = getattr(attn_metadata, PLAN, None)
+        index = None if plan is None else self.served.layers.get(layer.layer_name)
+        if plan is None or index is None:
+            return forward(layer, query, key, value, kv_cache, attn_metadata, output, *more, **options)
+        for (_, tokens), metadata in zip(plan.dense, plan.metadata, strict=True):
+            new = (x[tokens] for x in (query, key, value))
+            forward(layer, *new, kv_cache, metadata, output[tokens], *more, **options)
+        for request in plan.sparse:
+            k, v = self.cached(layer, kv_cache, plan.table[request.row], request.keys)
+            q = query[request.tokens].view(-1, *output.shape[1:]).transpose(0, 1)[None]
+            out = self.served.attend(
+                index, q, k, v, request, scale=self.scale, softcap=self.softcap(), sinks=self.sinks
+            )
+            output[request.tokens] = out[0].transpose(0, 1)
+        return output

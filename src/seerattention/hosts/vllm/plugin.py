@@ -1,0 +1,41 @@
+"""What changes in vLLM: an attention backend's class, and a look at settings before an engine starts."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from seerattention.hosts.vllm.settings import KEY, Settings
+from seerattention.hosts.vllm.support import VERSIONS, refusals
+
+
+def register() -> None:
+    """Take the place of vLLM's backend for the CPU, and refuse settings that cannot be served."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.version import __version__
+
+    create = EngineArgs.create_engine_config
+    if hasattr(create, KEY):
+        return
+
+    @functools.wraps(create)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        settings = Settings.of(config)
+        if settings is not None:
+            if reasons := refusals(config, __version__, current_platform.device_type):
+                raise NotImplementedError("; ".join(reasons))
+            from seerattention.hosts.vllm.choice import choice_of
+
+            choice_of(config, settings)
+        return config
+
+    setattr(checked, KEY, True)
+    EngineArgs.create_engine_config = checked
+    if current_platform.is_cpu() and __version__ in VERSIONS:
+        # This platform takes no backend by another name.
+        register_backend(AttentionBackendEnum.CPU_ATTN, "seerattention.hosts.vllm.cpu.SparseCPUBackend")

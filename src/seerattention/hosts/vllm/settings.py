@@ -1,0 +1,62 @@
+"""What an engine is told to serve: ``additional_config`` of vLLM, or a key of the model's ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seerattention.settings import build
+
+#: The key under which vLLM's configuration, or the model's, holds the settings.
+KEY = "seerattention"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How prompts are computed.
+
+    Attributes:
+        gates: Folder of the gates, or a hub id; a folder that is named relatively in a model's own
+            configuration lies in the model's folder.
+        policy: Which blocks are read, e.g. ``top_k:0.1``; default the one saved with the gates.
+        min_tokens: Prompts of fewer tokens are dense; default what was measured on this kind of device.
+        check_base: Refuse gates of another model. A fine-tuned variant of theirs may do without.
+        summaries: ``made`` from the cached keys in every piece of a prompt, or ``kept`` beside them in
+            pages of their own, which takes memory and saves time where prompts come in many pieces.
+        backend: What computes sparse attention, a backend of ``block_sparse_attention``.
+    """
+
+    gates: str
+    policy: str | None = None
+    min_tokens: int | None = None
+    check_base: bool = True
+    summaries: Literal["made", "kept"] = "made"
+    backend: str = "auto"
+
+    @classmethod
+    def of(cls, config: Any) -> Settings | None:
+        """Read an engine's settings, None if it has none.
+
+        Args:
+            config: vLLM's configuration of the engine.
+
+        Raises:
+            ValueError: If a setting is unknown or of another type.
+        """
+        extra = config.additional_config
+        given = extra.get(KEY) if isinstance(extra, Mapping) else None
+        where, model = "additional_config", config.model_config
+        if given is None:
+            given, where = getattr(model.hf_config, KEY, None), "config.json of the model"
+        if given is None:
+            return None
+        where = f"{KEY} in {where}"
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where} must hold settings such as {{'gates': 'folder'}}, got {given!r}")
+        settings = build(cls, given, where, f"{KEY}.")
+        beside = Path(model.model, settings.gates)
+        if where.endswith("model") and not Path(settings.gates).exists() and beside.is_dir():
+            return build(cls, {**given, "gates": str(beside)}, where, f"{KEY}.")
+        return settings

@@ -1,0 +1,56 @@
+"""What vLLM's host serves and what it refuses, before a model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from seerattention.hosts.transformers.rotary import by_length
+
+#: Versions of vLLM whose interfaces the plugin knows.
+VERSIONS = ("0.32.0",)
+
+VERSION = "seerattention serves in vLLM {versions}, and this is {found}; install one of these"
+PLATFORM = "seerattention serves in vLLM's CPU build so far, and this platform is {name}"
+FP8 = "kv_cache_dtype is {dtype}, and gates read keys in the model's own precision; leave it out"
+MLA = "multi-head latent attention caches no keys per head for gates to read"
+CONTEXT = "decode context parallelism spreads a prompt's keys over processes; leave it out"
+MROPE = "positions of several dimensions (mrope) cannot be rotated back by one number per token"
+LENGTHS = (
+    "RoPE is of type {kind}: its angles follow the length of the text, and keys of a cache cannot be "
+    "rotated back"
+)
+RUNNER = "seerattention reads prompt lengths from vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
+CONNECTOR = (
+    "pages that a KV connector brings have no summaries beside them; leave summaries out of the settings of "
+    "seerattention, which makes them again from the keys"
+)
+PAGES = "vLLM's pages hold {page} tokens, which must be a multiple of the gates' blocks of {block}; set block_size"
+
+
+def refusals(config: Any, version: str, platform: str) -> list[str]:
+    """Return why an engine of this configuration cannot be served, a sentence each.
+
+    Args:
+        config: vLLM's configuration of the engine.
+        version: Of vLLM.
+        platform: Name of vLLM's device type, e.g. ``cpu``.
+    """
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    text = model.hf_text_config
+    rope = getattr(text, "rope_parameters", None) or {}
+    found = []
+    if version not in VERSIONS:
+        found.append(VERSION.format(versions=" or ".join(VERSIONS), found=version))
+    if platform != "cpu":
+        found.append(PLATFORM.format(name=platform))
+    if cache.cache_dtype.startswith("fp8"):
+        found.append(FP8.format(dtype=cache.cache_dtype))
+    if model.use_mla:
+        found.append(MLA)
+    if parallel.decode_context_parallel_size > 1:
+        found.append(CONTEXT)
+    if model.uses_mrope or "mrope_section" in rope:
+        found.append(MROPE)
+    elif (kind := by_length(text)) is not None:
+        found.append(LENGTHS.format(kind=kind))
+    return found
