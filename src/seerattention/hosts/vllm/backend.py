@@ -12,8 +12,10 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
+from seerattention.hosts.vllm.metrics import count_tokens
 from seerattention.hosts.vllm.served import Plan, Served
 from seerattention.hosts.vllm.settings import Settings
+from seerattention.hosts.vllm.summaries import SUFFIX, Stale
 
 #: Where a batch's metadata holds its plan.
 PLAN = "seerattention"
@@ -45,13 +47,25 @@ class SparseBuilder:
     """Adds a plan to the metadata of a batch with prompts; goes before a builder of vLLM's."""
 
     vllm_config: Any
+    layer_names: list[str]
+    #: Of the pages of this builder's layers, once they are there.
+    stale: Stale | None = None
+
+    def plan(self, batch: Any) -> Plan | None:
+        """Return the plan of a batch, None if it holds nothing for this builder's layers."""
+        served = served_in(self.vllm_config)
+        if served is None or not (ours := [name for name in self.layer_names if name in served.layers]):
+            return None
+        if self.stale is None and (pages := served.pages.get(ours[0])) is not None:
+            device = batch.block_table_tensor.device
+            self.stale = Stale(len(pages.kv_cache), pages.page_tokens, device)
+        return served.plan(batch, self.stale)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Return the batch's metadata."""
         build: Any = super().build  # type: ignore[misc]
         made = build(common_prefix_len, common_attn_metadata, fast_build)
-        served = served_in(self.vllm_config)
-        plan = None if served is None else served.plan(common_attn_metadata)
+        plan = self.plan(common_attn_metadata)
         if plan is not None:
             parts = [UBatchSlice(*both) for both in plan.dense]
             for part in split_attn_metadata(parts, common_attn_metadata):
@@ -71,6 +85,16 @@ class SparseImpl:
         config = get_current_vllm_config()
         settings = Settings.of(config)
         self.served = None if settings is None else served_in(config) or Served(config, settings)
+
+    def process_weights_after_loading(self, act_dtype: Any) -> None:
+        """Add pages for summaries of this layer, before vLLM plans its cache."""
+        super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
+        if self.served is None:
+            return
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        if (pages := self.served.keep(name)) is not None:
+            layers[name + SUFFIX] = pages
 
     def cached(self, layer: Any, kv_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return a request's first keys and values, ``[1, Hk, T, D]`` each.
@@ -102,17 +126,19 @@ class SparseImpl:
         """Write the layer's output of all of a batch's tokens, ``[tokens, Hq, D]``, and return it."""
         forward: Any = super().forward  # type: ignore[misc]
         plan: Plan | None = getattr(attn_metadata, PLAN, None)
-        index = None if plan is None else self.served.layers.get(layer.layer_name)
-        if plan is None or index is None:
+        served, name = self.served, layer.layer_name
+        if plan is None or served is None or name not in served.layers:
             return forward(layer, query, key, value, kv_cache, attn_metadata, output, *more, **options)
         for (_, tokens), metadata in zip(plan.dense, plan.metadata, strict=True):
             new = (x[tokens] for x in (query, key, value))
             forward(layer, *new, kv_cache, metadata, output[tokens], *more, **options)
+        count_tokens(served.layers[name], "dense", plan.dense_tokens)
         for request in plan.sparse:
-            k, v = self.cached(layer, kv_cache, plan.table[request.row], request.keys)
-            q = query[request.tokens].view(-1, *output.shape[1:]).transpose(0, 1)[None]
-            out = self.served.attend(
-                index, q, k, v, request, scale=self.scale, softcap=self.softcap(), sinks=self.sinks
+            table = plan.table[request.row]
+            k, v = self.cached(layer, kv_cache, table, request.keys)
+            q = query[request.tokens].transpose(0, 1)[None]
+            out = served.attend(
+                name, q, k, v, request, table, scale=self.scale, softcap=self.softcap(), sinks=self.sinks
             )
             output[request.tokens] = out[0].transpose(0, 1)
         return output

@@ -16,6 +16,7 @@ from seerattention.hosts.transformers.choice import checked
 from seerattention.hosts.transformers.family import attention_layers
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.vllm.settings import Settings
+from seerattention.hosts.vllm.support import PAGES
 
 
 def skeleton(model_config: Any) -> PreTrainedModel:
@@ -63,5 +64,8 @@ def choice_of(config: Any, settings: Settings) -> SparseLayer:
     unrotate = Unrotate(model)
     if unrotate.why_not is not None:
         raise NotImplementedError(f"keys in vLLM's pages cannot be rotated back: {unrotate.why_not}")
+    page, block = config.cache_config.block_size, gates.config.block_size
+    if settings.summaries == "kept" and page % block:
+        raise NotImplementedError(PAGES.format(page=page, block=block))
     prefill = Phase(dict(gates.requires_grad_(False).items()), chosen.policy, gates.reach)
     return SparseLayer(prefill, Phase({}, None), unrotate, settings.backend, settings.min_tokens)

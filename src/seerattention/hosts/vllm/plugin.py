@@ -10,6 +10,8 @@ from typing import Any
 from seerattention.hosts.vllm.settings import KEY, Settings
 from seerattention.hosts.vllm.support import VERSIONS, refusals
 
+ALIGNED = "seerattention.hosts.vllm.scheduler.AlignedScheduler"
+
 
 def register() -> None:
     """Take the place of vLLM's backend for the CPU, and refuse settings that cannot be served."""
@@ -27,11 +29,13 @@ def register() -> None:
         config = create(self, *args, **kwargs)
         settings = Settings.of(config)
         if settings is not None:
-            if reasons := refusals(config, __version__, current_platform.device_type):
+            if reasons := refusals(config, settings, __version__, current_platform.device_type):
                 raise NotImplementedError("; ".join(reasons))
             from seerattention.hosts.vllm.choice import choice_of
 
             choice_of(config, settings)
+            if settings.aligned:
+                config.scheduler_config.scheduler_cls = ALIGNED
         return config
 
     setattr(checked, KEY, True)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -19,15 +21,18 @@ from vllm.model_executor.layers.rotary_embedding import (
     llama3_rope,
     yarn_scaling_rope,
 )
-from vllm.model_executor.models.utils import extract_layer_index
 
-from seerattention.engine.call import Given
+from seerattention.engine.call import AttentionCall, Given
 from seerattention.engine.layer import Observer, Phase, SparseLayer
 from seerattention.engine.requests import attend_request
+from seerattention.gate import AttnGate
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.vllm.choice import choice_of, skeleton
+from seerattention.hosts.vllm.metrics import count_blocks, count_tokens
 from seerattention.hosts.vllm.settings import Settings
 from seerattention.hosts.vllm.shard import gate_of, policy_of
+from seerattention.hosts.vllm.summaries import Paged, Stale, SummaryPages
+from seerattention.selection import BlockSelection
 
 #: Rotary code of vLLM whose angles depend on the position alone, and whose table says them.
 TABLES = (
@@ -53,9 +58,9 @@ class UnrotateByTable(Unrotate):
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``, ``[B, T, D]`` each."""
         module: Any = self.modules[layer]
-        both = module.cos_sin_cache[positions].to(torch.promote_types(module.dtype, torch.float32))
+        table = module.cos_sin_cache[positions]
         still = (module.head_size - module.rotary_dim) // 2
-        cos, sin = both.chunk(2, -1)
+        cos, sin = table.to(torch.promote_types(table.dtype, torch.float32)).chunk(2, -1)
         cos, sin = nn.functional.pad(cos, (0, still), value=1.0), nn.functional.pad(sin, (0, still))
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
@@ -69,12 +74,14 @@ class Request:
         tokens: Where they are among the batch's.
         keys: Tokens of the request so far, these included.
         prompt: Tokens of the whole prompt.
+        stale: Of the request's pages, those whose summaries are not of their keys.
     """
 
     row: int
     tokens: slice
     keys: int
     prompt: int
+    stale: list[int]
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,14 @@ class Plan:
     Attributes:
         sparse: The requests whose tokens choose.
         dense: Of the rest, neighbours together: the batch's rows, and their tokens.
+        dense_tokens: How many tokens of prompts are among the rest.
         table: int32 ``[rows, pages]``, vLLM's block table.
+        metadata: vLLM's own, for each of ``dense``.
     """
 
     sparse: list[Request]
     dense: list[tuple[slice, slice]]
+    dense_tokens: int
     table: Tensor
     metadata: list[Any] = field(default_factory=list)
 
@@ -99,26 +109,48 @@ class Served:
     Args:
         config: vLLM's configuration of the engine.
         settings: The engine's settings.
+
+    Attributes:
+        layer: Computes layers.
+        layers: By the name of an attention layer of vLLM's, its index.
+        pages: By the same, where summaries are kept.
+        observe: Called as `SparseLayer.observe` is, if there is one.
     """
 
     def __init__(self, config: Any, settings: Settings) -> None:
         self.config, self.settings = config, settings
         whole = choice_of(config, settings)
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-        policy = whole.prefill.policy
+        policy, gates = whole.prefill.policy, whole.prefill.scorers
         assert policy is not None
-        gate = next(iter(whole.prefill.scorers.values()))
-        scorers = {layer: gate_of(gate, rank, size) for layer, gate in whole.prefill.scorers.items()}
-        prefill = Phase(scorers, policy_of(policy, gate, rank, size), whole.prefill.reach)
+        scorers = {layer: gate_of(gate, rank, size) for layer, gate in gates.items()}
+        policy = policy_of(policy, next(iter(gates.values())), rank, size)
+        prefill = Phase(scorers, policy, whole.prefill.reach)
         self.layer: SparseLayer = replace(whole, prefill=prefill, observe=self._observed)
-        #: Called as `SparseLayer.observe` is.
-        self.observe: Observer | None = None
-        #: Layer index of vLLM's attention layers that are served here.
         self.layers: dict[str, int] = {}
+        self.pages: dict[str, SummaryPages] = {}
+        self.observe: Observer | None = None
 
-    def _observed(self, *seen: Any) -> None:
+    def _observed(self, layer: int, call: AttentionCall, selection: BlockSelection) -> None:
+        count_blocks(layer, call, selection)
         if self.observe is not None:
-            self.observe(*seen)
+            self.observe(layer, call, selection)
+
+    def index_of(self, name: str) -> int | None:
+        """Return the layer index of an attention layer of vLLM's, None if no gate is for it."""
+        found = re.search(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$", name)
+        index = None if found is None else int(found[1])
+        return index if index in self.layer.prefill.scorers else None
+
+    def keep(self, name: str) -> SummaryPages | None:
+        """Have summaries kept beside the keys of a layer, if that is asked for."""
+        index = self.index_of(name)
+        if index is None or self.settings.summaries != "kept":
+            return None
+        gate = self.layer.prefill.scorers[index]
+        assert isinstance(gate, AttnGate)
+        self.pages[name] = SummaryPages(gate)
+        return self.pages[name]
 
     def bind(self, runner: Any) -> None:
         """Find what is served in a runner's model, once it is loaded.
@@ -128,10 +160,10 @@ class Served:
         """
         self.runner = ref(runner)
         modules, rotary = dict(runner.get_model().named_modules()), {}
-        unrotate = self.layer.unrotate
-        assert isinstance(unrotate, Unrotate)
+        unrotate = UnrotateByTable(skeleton(self.config.model_config), rotary)
         for name in self.config.compilation_config.static_forward_context:
-            if name not in modules or (index := extract_layer_index(name)) not in self.layer.prefill.scorers:
+            # A draft model's layers are in the context too.
+            if name not in modules or (index := self.index_of(name)) is None:
                 continue
             self.layers[name] = index
             if unrotate.rotates is not None and not unrotate.rotates(unrotate.config, index):
@@ -143,57 +175,67 @@ class Served:
                     f"{', '.join(kind.__name__ for kind in TABLES)}"
                 )
             rotary[index] = found
-        unrotate = UnrotateByTable(skeleton(self.config.model_config), rotary)
         self.layer = replace(self.layer, unrotate=unrotate)
-        for gate in self.layer.prefill.scorers.values():
-            gate.to(runner.device)
+        for index in self.layers.values():
+            self.layer.prefill.scorers[index].to(runner.device)
 
-    def plan(self, batch: Any) -> Plan | None:
+    def plan(self, batch: Any, stale: Stale | None) -> Plan | None:
         """Say what of a batch is computed how, None if it holds no prompts.
 
         Args:
             batch: vLLM's common metadata of attention in a batch.
+            stale: Where summaries are kept, which pages hold old ones; what this batch writes is noted.
         """
         runner = self.runner()
         assert runner is not None
-        starts, rows = batch.query_start_loc_cpu.tolist(), batch.num_reqs
+        starts, rows = batch.query_start_loc_cpu.tolist(), range(batch.num_reqs)
         keys = batch.seq_lens_cpu_upper_bound.tolist()
-        prompts = runner.input_batch.num_prompt_tokens[:rows].tolist()
-        past = [keys[row] - (starts[row + 1] - starts[row]) for row in range(rows)]
-        reading = [row for row in range(rows) if past[row] < min(prompts[row], keys[row])]
+        prompts = runner.input_batch.num_prompt_tokens[: len(rows)].tolist()
+        tokens = [slice(starts[row], starts[row + 1]) for row in rows]
+        past = [keys[row] - (starts[row + 1] - starts[row]) for row in rows]
+        table = batch.block_table_tensor
+        reading = {row for row in rows if past[row] < min(prompts[row], keys[row])}
+        sparse = {row for row in reading if self.layer.why_dense(prompts[row], table.device) is None}
+        old = {} if stale is None else stale.after(table, list(zip(past, keys, strict=False)), sparse)
         if not reading:
             return None
-        device = batch.block_table_tensor.device
-        sparse = {row for row in reading if self.layer.why_dense(prompts[row], device) is None}
-        dense = []
-        for chosen, some in groupby(range(rows), lambda row: row in sparse):
-            neighbours = list(some)
-            if not chosen:
-                first, last = neighbours[0], neighbours[-1] + 1
-                if starts[last] > starts[first]:
-                    dense.append((slice(first, last), slice(starts[first], starts[last])))
         requests = [
-            Request(row, slice(starts[row], starts[row + 1]), keys[row], prompts[row])
-            for row in sorted(sparse)
+            Request(row, tokens[row], keys[row], prompts[row], old.get(row, [])) for row in sorted(sparse)
         ]
-        return Plan(requests, dense, batch.block_table_tensor)
+        dense_tokens = sum(tokens[row].stop - tokens[row].start for row in reading - sparse)
+        return Plan(requests, list(_neighbours(tokens, sparse)), dense_tokens, table)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, request: Request, **options: Any) -> Tensor:
+    def attend(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, request: Request, table: Tensor, **options: Any
+    ) -> Tensor:
         """Compute a layer for a prompt's new tokens.
 
         Args:
-            layer: Layer index.
+            name: Of vLLM's attention layer.
             q: ``[1, Hq, Tq, D]``.
             k: ``[1, Hk, Tk, D]``, the earlier tokens' keys too.
             v: ``[1, Hk, Tk, D]``.
             request: The request.
+            table: int ``[N]``, its pages.
             options: For `AttentionCall`, e.g. ``scale``.
 
         Returns:
             ``[1, Hq, Tq, D]``.
         """
-        past = request.keys - q.shape[2]
+        layer, past = self.layers[name], request.keys - q.shape[2]
+        count_tokens(layer, "sparse", q.shape[2])
         positions = torch.arange(past, request.keys, device=q.device)[None]
         before = (self.layer.unrotate(layer, x, positions) for x in (q, k[:, :, past:]))
         given = Given(q, k, v, *before)
+        if (pages := self.pages.get(name)) is not None:
+            options["summaries"] = Paged(pages.kv_cache, table.long(), request.stale, pages.page_tokens)
         return attend_request(self.layer, layer, given, request.prompt, positions=positions, **options)
+
+
+def _neighbours(tokens: list[slice], without: set[int]) -> Iterator[tuple[slice, slice]]:
+    """Yield runs of a batch's rows that are none of these, each with its tokens, if it has some."""
+    for left_out, some in groupby(range(len(tokens)), without.__contains__):
+        rows = list(some)
+        place = slice(tokens[rows[0]].start, tokens[rows[-1]].stop)
+        if not left_out and place.stop > place.start:
+            yield slice(rows[0], rows[-1] + 1), place

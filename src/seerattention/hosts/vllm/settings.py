@@ -25,6 +25,8 @@ class Settings:
         check_base: Refuse gates of another model. A fine-tuned variant of theirs may do without.
         summaries: ``made`` from the cached keys in every piece of a prompt, or ``kept`` beside them in
             pages of their own, which takes memory and saves time where prompts come in many pieces.
+        aligned: End pieces of prompts where blocks end, so that every prompt is read as if it came whole,
+            by a scheduler of this package in the place of vLLM's.
         backend: What computes sparse attention, a backend of ``block_sparse_attention``.
     """
 
@@ -33,6 +35,7 @@ class Settings:
     min_tokens: int | None = None
     check_base: bool = True
     summaries: Literal["made", "kept"] = "made"
+    aligned: bool = False
     backend: str = "auto"
 
     @classmethod

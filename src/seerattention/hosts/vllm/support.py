@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from seerattention.hosts.transformers.rotary import by_length
+from seerattention.hosts.vllm.settings import Settings
 
 #: Versions of vLLM whose interfaces the plugin knows.
 VERSIONS = ("0.32.0",)
@@ -19,26 +20,27 @@ LENGTHS = (
     "RoPE is of type {kind}: its angles follow the length of the text, and keys of a cache cannot be "
     "rotated back"
 )
-RUNNER = "seerattention reads prompt lengths from vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
 CONNECTOR = (
     "pages that a KV connector brings have no summaries beside them; leave summaries out of the settings of "
     "seerattention, which makes them again from the keys"
 )
-PAGES = "vLLM's pages hold {page} tokens, which must be a multiple of the gates' blocks of {block}; set block_size"
+GUESSES = "with a draft model summaries are not kept; leave summaries out of the settings of seerattention"
+PAGES = "pages of {page} tokens do not hold whole blocks of {block}; set vLLM's block_size to a multiple"
 
 
-def refusals(config: Any, version: str, platform: str) -> list[str]:
+def refusals(config: Any, settings: Settings, version: str, platform: str) -> list[str]:
     """Return why an engine of this configuration cannot be served, a sentence each.
 
     Args:
         config: vLLM's configuration of the engine.
+        settings: The engine's settings.
         version: Of vLLM.
         platform: Name of vLLM's device type, e.g. ``cpu``.
     """
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     text = model.hf_text_config
     rope = getattr(text, "rope_parameters", None) or {}
-    found = []
+    found, kept = [], settings.summaries == "kept"
     if version not in VERSIONS:
         found.append(VERSION.format(versions=" or ".join(VERSIONS), found=version))
     if platform != "cpu":
@@ -53,4 +55,8 @@ def refusals(config: Any, version: str, platform: str) -> list[str]:
         found.append(MROPE)
     elif (kind := by_length(text)) is not None:
         found.append(LENGTHS.format(kind=kind))
+    if kept and config.kv_transfer_config is not None:
+        found.append(CONNECTOR)
+    if kept and config.speculative_config is not None:
+        found.append(GUESSES)
     return found

@@ -1,0 +1,34 @@
+"""A scheduler that ends pieces of prompts where the gates' blocks end, so that no block is cut."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from seerattention.hosts.transformers.checkpoint import load_gates
+from seerattention.hosts.vllm.settings import Settings
+
+
+class AlignedScheduler(Scheduler):
+    """Schedules as vLLM does, of prompts whole blocks; a request for which none is left waits for a pass."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = Settings.of(self.vllm_config)
+        assert settings is not None
+        self.gate_block = load_gates(settings.gates).config.block_size
+        # By this vLLM asks how many tokens of a prompt it may take.
+        self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self, request: Any, num_new_tokens: int, *cached: int, **cached_too: int
+    ) -> int:
+        """Return how many of a request's next tokens are scheduled, at most ``num_new_tokens``."""
+        begin = request.num_computed_tokens + sum(cached) + sum(cached_too.values())
+        end = begin + num_new_tokens
+        if end >= request.num_prompt_tokens:
+            return num_new_tokens
+        return max(0, end // self.gate_block * self.gate_block - begin)
