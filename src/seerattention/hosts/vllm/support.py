@@ -20,6 +20,10 @@ LENGTHS = (
     "RoPE is of type {kind}: its angles follow the length of the text, and keys of a cache cannot be "
     "rotated back"
 )
+RUNNER = (
+    "seerattention asks vLLM's first model runner how long prompts are, and this engine takes the second; "
+    "set VLLM_USE_V2_MODEL_RUNNER=0"
+)
 CONNECTOR = (
     "pages that a KV connector brings have no summaries beside them; leave summaries out of the settings of "
     "seerattention, which makes them again from the keys"
@@ -55,6 +59,8 @@ def refusals(config: Any, settings: Settings, version: str, platform: str) -> li
         found.append(MROPE)
     elif (kind := by_length(text)) is not None:
         found.append(LENGTHS.format(kind=kind))
+    if config.use_v2_model_runner:
+        found.append(RUNNER)
     if kept and config.kv_transfer_config is not None:
         found.append(CONNECTOR)
     if kept and config.speculative_config is not None:

@@ -1,0 +1,166 @@
+"""The OpenAI server: over HTTP, under load, with requests that are given up, and without its engine."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from seerattention.measure import bundled
+from tests.vllm.engines import NEW_TOKENS, Alone, settings, texts
+
+#: Seconds after which a server that does not answer is a failure.
+PATIENCE = 240
+REQUESTS, AT_ONCE = 200, 16
+#: Of prompts under load; no two share a beginning.
+MIXED = (1200, 700, 333, 130, 65, 64, 20, 1)
+
+
+class Server:
+    """A server in a process of its own, on a port of this machine's."""
+
+    def __init__(self, folder):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        given = {"seerattention": settings(aligned=True)}
+        self.log = folder / "log.txt"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1"]
+        command += [
+            f"--port={port}",
+            f"--model={bundled.TEACHER}",
+            "--served-model-name=teacher",
+            "--dtype=float32",
+        ]
+        command += ["--enforce-eager", "--max-model-len=4096", "--max-num-batched-tokens=512"]
+        command += ["--num-gpu-blocks-override=96", f"--additional-config={json.dumps(given)}"]
+        counts = folder / "counts"
+        counts.mkdir()
+        own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PROMETHEUS_MULTIPROC_DIR": str(counts)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE)
+
+    def wait(self):
+        """Until it answers."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if self.client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        pytest.fail(self.log.read_text()[-5000:])
+
+    def answer(self, prompt, tokens=NEW_TOKENS, **more):
+        """The tokens that it adds to a prompt."""
+        asked = {
+            "model": "teacher",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        found = self.client.post("/v1/completions", json={**asked, "return_token_ids": True, **more})
+        found.raise_for_status()
+        return found.json()["choices"][0]["token_ids"]
+
+    def metrics(self):
+        """Its counts, by name and layer, all processes' together."""
+        found = Counter()
+        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                found[sample.name, sample.labels.get("layer"), sample.labels.get("attention")] += sample.value
+        return found
+
+    def engine(self):
+        """The process that computes."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        (found,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+        return found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("server"))
+    try:
+        made.wait()
+        yield made
+    finally:
+        made.process.terminate()
+        made.process.wait(PATIENCE)
+
+
+@contextmanager
+def streaming(server, prompt, tokens):
+    """A request whose answer is read while it is made."""
+    asked = {"model": "teacher", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=asked) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
+
+
+def test_answers_and_what_is_read(server):
+    prompts = texts(1500, 777, begin=20000)
+    expected, rows = Alone().answers(prompts)
+    before = server.metrics()
+    assert [server.answer(prompt) for prompt in prompts] == expected
+    counted = server.metrics() - before
+    for layer in range(8):
+        heads = [blocks for key, row in rows.items() if key[0] == layer for blocks in row]
+        assert counted["seerattention_blocks_read_total", str(layer), None] == sum(map(len, heads))
+        causal = sum(n * (n + 1) // 2 for n in (24, 13)) * len(heads) // (24 + 13)
+        assert counted["seerattention_blocks_causal_total", str(layer), None] == causal
+        assert counted["seerattention_prompt_tokens_total", str(layer), "sparse"] == 1500 + 777
+
+
+def test_a_load_of_mixed_requests(server):
+    """None lost, none wrong, and no more memory after the second half than after the first."""
+    prompts = texts(*MIXED, begin=24600)
+    alone = Alone()
+    expected = [alone.answer(prompt) for prompt in prompts]
+    order = random.Random(0).choices(range(len(prompts)), k=REQUESTS)
+    used = []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for half in (order[: REQUESTS // 2], order[REQUESTS // 2 :]):
+            got = list(pool.map(lambda which: server.answer(prompts[which]), half))
+            assert [which for which, out in zip(half, got, strict=True) if out != expected[which]] == []
+            used.append(server.engine().memory_info().rss)
+    assert used[1] < used[0] + 32 * 2**20
+
+
+def test_requests_that_are_given_up(server):
+    prompts = texts(1500, 300, begin=30000)
+    expected = Alone().answer(prompts[1])
+    for _ in range(3):
+        with streaming(server, prompts[0], 2000):
+            pass
+    assert server.answer(prompts[1]) == expected
+    end = time.monotonic() + PATIENCE
+    while server.metrics()["vllm:num_requests_running", None, None] and time.monotonic() < end:
+        time.sleep(0.2)
+    assert server.metrics()["vllm:num_requests_running", None, None] == 0
+
+
+def test_without_its_engine_it_ends(server):
+    """Whoever waits is told, and whoever supervises the server can start another."""
+    told = False
+    try:
+        with streaming(server, texts(300, begin=30000)[0], 3000) as lines:
+            server.engine().kill()
+            told = any('"error"' in line for line in lines)
+    except httpx.TransportError:
+        told = True
+    assert told
+    assert server.process.wait(PATIENCE) is not None
