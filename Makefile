@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --dist worksteal
 ATTACHED := tests/hosts tests/engine tests/policies tests/examples tests/demo tests/evals/tasks \
   tests/test_extending.py
 
-.PHONY: setup demo test test-oldest test-newest test-native check gpu bench bench-gpu bench-cpu
+.PHONY: setup demo test test-oldest test-newest test-native test-vllm check gpu bench bench-gpu bench-cpu
 
 setup: $(READY)
 
@@ -23,7 +23,7 @@ demo: $(READY)
 	$(BIN)/seerattention demo $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests --ignore=tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests --ignore=tests/gpu --ignore=tests/vllm
 
 # The tests of attached models, on the oldest transformers that pyproject.toml allows and on the newest of all packages.
 test-oldest: .venv/oldest/.ready
@@ -31,6 +31,10 @@ test-oldest: .venv/oldest/.ready
 
 test-newest: .venv/newest/.ready
 	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest $(PARALLEL) $(ATTACHED)
+
+# Engines of vLLM on the CPU, in an environment of its own: 2.4 GB.
+test-vllm: .venv/vllm/.ready
+	.venv/vllm/bin/python -m pytest --numprocesses 2 --dist loadfile tests/vllm tests/hosts/vllm
 
 # The CPU's kernel under gcc's sanitizers, for which Python is no leak.
 test-native: $(READY)
@@ -51,6 +55,14 @@ test-native: $(READY)
 	$(PYTHON) -m venv .venv/newest
 	.venv/newest/bin/python -m pip install --quiet --upgrade pip
 	.venv/newest/bin/python -m pip install --quiet --no-compile --editable '.[plot]' --group dev
+	touch $@
+
+.venv/vllm/.ready: pyproject.toml constraints-vllm.txt
+	rm -rf .venv/vllm
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv/vllm/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-vllm.txt
+	.venv/vllm/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 check: $(READY)

@@ -50,12 +50,12 @@ def settings(policy=POLICY, **more):
 
 
 @contextmanager
-def engine(given=None, **options):
-    """The bundled model in vLLM with these settings, None for none; options are vLLM's."""
+def engine(given=None, *, model=bundled.TEACHER, **options):
+    """A model in vLLM with these settings, None for none; options are vLLM's."""
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 4096, **options}
     options.setdefault("num_gpu_blocks_override", 8192 // options.setdefault("block_size", 128))
     extra = {} if given is None else {"additional_config": {"seerattention": given}}
-    llm = LLM(str(bundled.TEACHER), disable_log_stats=True, **extra, **options)
+    llm = LLM(str(model), disable_log_stats=True, **extra, **options)
     try:
         yield llm
     finally:

@@ -16,7 +16,7 @@ def watch(worker):
 def seen_by(worker):
     """What it chose, and of how many heads."""
     served = served_in(worker.vllm_config)
-    (heads,) = {gate.config.num_heads for gate in served.layer.prefill.scorers.values()}
+    (heads,) = {gate.config.num_heads for gate in served.gates.values()}
     return served.observe.taken(), heads
 
 

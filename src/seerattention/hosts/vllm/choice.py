@@ -16,7 +16,7 @@ from seerattention.hosts.transformers.choice import checked
 from seerattention.hosts.transformers.family import attention_layers
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.support import PAGES
+from seerattention.hosts.vllm.support import GROUPS, PAGES
 
 
 def skeleton(model_config: Any) -> PreTrainedModel:
@@ -55,7 +55,8 @@ def choice_of(config: Any, settings: Settings) -> SparseLayer:
 
     Raises:
         FileNotFoundError: If there are no gates.
-        NotImplementedError: If the model's family has no file, or what it caches cannot be rotated back.
+        NotImplementedError: If the model's family has no file, what it caches cannot be rotated back, or
+            pages or processes do not hold what a gate needs.
         ValueError: If gates or policy do not fit.
     """
     model = skeleton(config.model_config)
@@ -64,6 +65,9 @@ def choice_of(config: Any, settings: Settings) -> SparseLayer:
     unrotate = Unrotate(model)
     if unrotate.why_not is not None:
         raise NotImplementedError(f"keys in vLLM's pages cannot be rotated back: {unrotate.why_not}")
+    size, heads = config.parallel_config.tensor_parallel_size, gates.config.num_kv_heads
+    if gates.config.per_kv_head and size > heads:
+        raise NotImplementedError(GROUPS.format(size=size, heads=heads))
     page, block = config.cache_config.block_size, gates.config.block_size
     if settings.summaries == "kept" and page % block:
         raise NotImplementedError(PAGES.format(page=page, block=block))

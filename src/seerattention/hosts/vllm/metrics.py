@@ -1,5 +1,7 @@
 """What is read, counted beside vLLM's own metrics, which its server shows where processes share a folder."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import torch

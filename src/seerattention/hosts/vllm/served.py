@@ -111,6 +111,7 @@ class Served:
         settings: The engine's settings.
 
     Attributes:
+        gates: Of every layer.
         layer: Computes layers.
         layers: By the name of an attention layer of vLLM's, its index.
         pages: By the same, where summaries are kept.
@@ -121,11 +122,11 @@ class Served:
         self.config, self.settings = config, settings
         whole = choice_of(config, settings)
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-        policy, gates = whole.prefill.policy, whole.prefill.scorers
+        gates = {layer: one for layer, one in whole.prefill.scorers.items() if isinstance(one, AttnGate)}
+        policy, gate = whole.prefill.policy, next(iter(gates.values()))
         assert policy is not None
-        scorers = {layer: gate_of(gate, rank, size) for layer, gate in gates.items()}
-        policy = policy_of(policy, next(iter(gates.values())), rank, size)
-        prefill = Phase(scorers, policy, whole.prefill.reach)
+        self.gates = {layer: gate_of(one, rank, size) for layer, one in gates.items()}
+        prefill = Phase(self.gates, policy_of(policy, gate, rank, size), whole.prefill.reach)
         self.layer: SparseLayer = replace(whole, prefill=prefill, observe=self._observed)
         self.layers: dict[str, int] = {}
         self.pages: dict[str, SummaryPages] = {}
@@ -140,16 +141,14 @@ class Served:
         """Return the layer index of an attention layer of vLLM's, None if no gate is for it."""
         found = re.search(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$", name)
         index = None if found is None else int(found[1])
-        return index if index in self.layer.prefill.scorers else None
+        return index if index in self.gates else None
 
     def keep(self, name: str) -> SummaryPages | None:
         """Have summaries kept beside the keys of a layer, if that is asked for."""
         index = self.index_of(name)
         if index is None or self.settings.summaries != "kept":
             return None
-        gate = self.layer.prefill.scorers[index]
-        assert isinstance(gate, AttnGate)
-        self.pages[name] = SummaryPages(gate)
+        self.pages[name] = SummaryPages(self.gates[index])
         return self.pages[name]
 
     def bind(self, runner: Any) -> None:
@@ -177,7 +176,7 @@ class Served:
             rotary[index] = found
         self.layer = replace(self.layer, unrotate=unrotate)
         for index in self.layers.values():
-            self.layer.prefill.scorers[index].to(runner.device)
+            self.gates[index].to(runner.device)
 
     def plan(self, batch: Any, stale: Stale | None) -> Plan | None:
         """Say what of a batch is computed how, None if it holds no prompts.

@@ -29,6 +29,10 @@ CONNECTOR = (
     "seerattention, which makes them again from the keys"
 )
 GUESSES = "with a draft model summaries are not kept; leave summaries out of the settings of seerattention"
+GROUPS = (
+    "these gates score once per KV head, of which there are {heads}, and {size} processes split the queries "
+    "of one; use {heads} or fewer"
+)
 PAGES = "pages of {page} tokens do not hold whole blocks of {block}; set vLLM's block_size to a multiple"
 
 

@@ -1,0 +1,60 @@
+"""Gates are checked against a model of which vLLM has the configuration, and a folder the weights."""
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig
+
+from seerattention.hosts.transformers import BaseInfo, new_gates, save_gates
+from seerattention.hosts.vllm.choice import choice_of, skeleton
+from seerattention.hosts.vllm.settings import Settings
+from seerattention.measure import bundled
+
+
+def config(page=128, processes=1, folder=bundled.TEACHER, **changes):
+    text = AutoConfig.from_pretrained(bundled.TEACHER, **changes)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=text, model=str(folder)),
+        cache_config=SimpleNamespace(block_size=page),
+        parallel_config=SimpleNamespace(tensor_parallel_size=processes),
+    )
+
+
+def test_a_skeleton_is_known_by_its_weights():
+    model = skeleton(config().model_config)
+    assert BaseInfo.of(model).fingerprint == BaseInfo.of(bundled.load_teacher()[0]).fingerprint
+    assert model.model.embed_tokens.weight.is_meta
+    assert not model.model.rotary_emb.inv_freq.is_meta
+
+
+def test_without_weights_it_is_known_by_its_name(tmp_path):
+    assert BaseInfo.of(skeleton(config(folder=tmp_path).model_config)).fingerprint == ""
+    with pytest.raises(ValueError, match="nothing but the name is known"):
+        choice_of(config(folder=tmp_path), Settings(str(bundled.GATES), "top_k:0.1"))
+    choice_of(config(folder=tmp_path), Settings(str(bundled.GATES), "top_k:0.1", check_base=False))
+
+
+def test_what_is_chosen():
+    found = choice_of(config(), Settings(str(bundled.GATES), "top_k:0.1", min_tokens=7))
+    assert sorted(found.prefill.scorers) == list(range(8))
+    assert str(found.prefill.policy) == "top_k:0.1"
+    assert found.decode.policy is None
+    assert found.min_tokens == 7
+    assert not any(
+        weight.requires_grad for gate in found.prefill.scorers.values() for weight in gate.parameters()
+    )
+
+
+def test_pages_that_hold_no_whole_blocks():
+    with pytest.raises(NotImplementedError, match="pages of 96 tokens"):
+        choice_of(config(96), Settings(str(bundled.GATES), "top_k:0.1", summaries="kept"))
+
+
+def test_processes_that_split_a_group(tmp_path):
+    model = bundled.load_teacher()[0]
+    save_gates(new_gates(model, per_kv_head=True), tmp_path / "gates")
+    settings = Settings(str(tmp_path / "gates"), "top_k:0.1")
+    heads = model.config.num_key_value_heads
+    choice_of(config(processes=heads), settings)
+    with pytest.raises(NotImplementedError, match=f"score once per KV head, of which there are {heads}"):
+        choice_of(config(processes=2 * heads), settings)

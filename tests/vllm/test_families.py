@@ -1,0 +1,36 @@
+"""Families in vLLM: what is rotated back from its pages is what gates read in the attached model."""
+
+import pytest
+import torch
+
+from seerattention import attach, load_gates
+from seerattention.hosts import transformers as host
+from tests.hosts.transformers import conftest as tiny
+from tests.vllm.engines import Chosen, answers, engine, watched
+
+#: vLLM's CPU kernels know heads of 32 numbers and more.
+WIDE = {"head_dim": 32, "hidden_size": 128, "vocab_size": 128}
+KINDS = [kind for kind in tiny.ATTACHABLE if kind not in ("phi3",)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_read_what_they_read_in_the_attached_model(kind, tmp_path):
+    model = tiny.make(kind, **WIDE)
+    model.save_pretrained(tmp_path / "model")
+    host.save_gates(tiny.gates_for(model), tmp_path / "gates")
+    prompts = [tiny.tokens(1, length, seed=length)[0].tolist() for length in (200, 77, 16)]
+    seen = Chosen()
+    attach(model, load_gates(tmp_path / "gates"), "top_k:0.4", min_tokens=0, observe=seen)
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    rows = seen.taken()
+    given = {"gates": str(tmp_path / "gates"), "policy": "top_k:0.4", "min_tokens": 0}
+    options = {"max_model_len": 256, "block_size": 32, "skip_tokenizer_init": True}
+    with engine(given, model=tmp_path / "model", **options) as llm:
+        chosen = watched(llm)
+        assert answers(llm, prompts, 4) == expected
+    assert set(chosen) == set(rows)
+    alike = sum(chosen[key] == row for key, row in rows.items())
+    assert alike == len(rows)
