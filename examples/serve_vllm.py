@@ -28,10 +28,7 @@ if __name__ == "__main__":
     for out in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20)):
         print(f"{len(out.prompt_token_ids):,} tokens, then: {out.outputs[0].text!r}")
     read, causal = (
-        sum(
-            REGISTRY.get_sample_value(f"seerattention_blocks_{name}_total", {"layer": str(i)})
-            for i in range(8)
-        )
-        for name in ("read", "causal")
+        sum(REGISTRY.get_sample_value(f"seerattention_blocks_{what}_total", {"layer": n}) for n in "01234567")
+        for what in ("read", "causal")
     )
     print(f"{read / causal:.1%} of the blocks read")

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+LENGTHS = [4096, 8192, 16384, 32000]
 WAYS = {"dense": None, "made": "made", "kept": "kept"}
 
 

@@ -48,16 +48,27 @@ class UnrotateByTable(Unrotate):
 
     Args:
         model: A transformers model of the same configuration.
-        modules: vLLM's rotary module of every layer that rotates.
+        attention: vLLM's attention module of every layer.
+
+    Raises:
+        NotImplementedError: If a layer rotates in a way that no table says.
     """
 
-    def __init__(self, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, attention: dict[int, nn.Module]) -> None:
         super().__init__(model)
-        self.modules = modules
+        self.modules: dict[int, Any] = {}
+        for layer, module in attention.items():
+            if self.rotates is None or self.rotates(self.config, layer):
+                found = self.modules[layer] = getattr(module, "rotary_emb", None)
+                if type(found) not in TABLES:
+                    raise NotImplementedError(
+                        f"layer {layer} rotates by {type(found).__name__}, which seerattention cannot undo; "
+                        f"known are {', '.join(kind.__name__ for kind in TABLES)}"
+                    )
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``, ``[B, T, D]`` each."""
-        module: Any = self.modules[layer]
+        module = self.modules[layer]
         table = module.cos_sin_cache[positions]
         still = (module.head_size - module.rotary_dim) // 2
         cos, sin = table.to(torch.promote_types(table.dtype, torch.float32)).chunk(2, -1)
@@ -139,7 +150,7 @@ class Served:
 
     def index_of(self, name: str) -> int | None:
         """Return the layer index of an attention layer of vLLM's, None if no gate is for it."""
-        found = re.search(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$", name)
+        found = re.search(r"(?:^|\.)layers\.(\d+)\.(?:self_)?attn\.attn$", name)
         index = None if found is None else int(found[1])
         return index if index in self.gates else None
 
@@ -155,28 +166,27 @@ class Served:
         """Find what is served in a runner's model, once it is loaded.
 
         Raises:
-            NotImplementedError: If a layer rotates in a way that no table says.
+            NotImplementedError: If a layer that has a gate is not found, or rotates in a way that no table says.
         """
         self.runner = ref(runner)
-        modules, rotary = dict(runner.get_model().named_modules()), {}
-        unrotate = UnrotateByTable(skeleton(self.config.model_config), rotary)
+        modules = dict(runner.get_model().named_modules())
         for name in self.config.compilation_config.static_forward_context:
             # A draft model's layers are in the context too.
-            if name not in modules or (index := self.index_of(name)) is None:
-                continue
-            self.layers[name] = index
-            if unrotate.rotates is not None and not unrotate.rotates(unrotate.config, index):
-                continue
-            found = getattr(modules[name.rpartition(".")[0]], "rotary_emb", None)
-            if type(found) not in TABLES:
-                raise NotImplementedError(
-                    f"{name} rotates by {type(found).__name__}, which seerattention cannot undo; known are "
-                    f"{', '.join(kind.__name__ for kind in TABLES)}"
-                )
-            rotary[index] = found
-        self.layer = replace(self.layer, unrotate=unrotate)
-        for index in self.layers.values():
-            self.gates[index].to(runner.device)
+            if name in modules and (index := self.index_of(name)) is not None:
+                self.layers[name] = index
+                self.gates[index].to(runner.device)
+        first, end = self.config.model_config.get_layers_start_end_indices(self.config.parallel_config)
+        expected = {index for index in self.gates if first <= index < end}
+        if sorted(self.layers.values()) != sorted(expected):
+            raise NotImplementedError(
+                f"of layers {sorted(expected)}, which have gates, vLLM's model has {sorted(self.layers.values())} "
+                "under names that seerattention knows"
+            )
+        # Models that vLLM takes from transformers rotate by their own code.
+        if not self.config.model_config.using_transformers_backend():
+            parents = {index: modules[name.rpartition(".")[0]] for name, index in self.layers.items()}
+            unrotate = UnrotateByTable(skeleton(self.config.model_config), parents)
+            self.layer = replace(self.layer, unrotate=unrotate)
 
     def plan(self, batch: Any, stale: Stale | None) -> Plan | None:
         """Say what of a batch is computed how, None if it holds no prompts.
