@@ -166,7 +166,7 @@ class Served:
         """Find what is served in a runner's model, once it is loaded.
 
         Raises:
-            NotImplementedError: If a layer that has a gate is not found, or rotates in a way that no table says.
+            NotImplementedError: If a layer with a gate is not found, or rotates in a way that no table says.
         """
         self.runner = ref(runner)
         modules = dict(runner.get_model().named_modules())
@@ -179,8 +179,8 @@ class Served:
         expected = {index for index in self.gates if first <= index < end}
         if sorted(self.layers.values()) != sorted(expected):
             raise NotImplementedError(
-                f"of layers {sorted(expected)}, which have gates, vLLM's model has {sorted(self.layers.values())} "
-                "under names that seerattention knows"
+                f"layers {sorted(expected)} have gates, and vLLM's {type(runner.get_model()).__name__} has "
+                f"{sorted(self.layers.values())} under names that seerattention knows"
             )
         # Models that vLLM takes from transformers rotate by their own code.
         if not self.config.model_config.using_transformers_backend():
