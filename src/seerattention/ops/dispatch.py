@@ -123,6 +123,18 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
 
 
+def check_cache(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check q, k and v as `check_qkv` does, but for what k and v have a first dimension of: pages, perhaps.
+
+    Raises:
+        TypeError: If dtypes differ or are not floating point.
+        ValueError: If shapes or devices do not fit.
+    """
+    check_qkv(q[:1], k[:1], v[:1])
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+
+
 def check_selection(q: Tensor, k: Tensor, selection: BlockSelection) -> None:
     """Check that a selection is for the batch and the heads of q and k, on their device.
 

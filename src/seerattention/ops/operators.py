@@ -24,11 +24,11 @@ def flatten(options: Options) -> tuple[Any, ...]:
     return lengths, options.scale, options.softcap, options.sinks, rows.starts_q, rows.starts_k
 
 
-def unflatten(q: Tensor, k: Tensor, given: tuple[Any, ...]) -> dict[str, Any]:
-    """Put together again what `flatten` took apart."""
+def unflatten(num_queries: int, num_keys: int, given: tuple[Any, ...]) -> dict[str, Any]:
+    """Put together again what `flatten` took apart of so many queries and keys."""
     lengths, scale, softcap, sinks, starts_q, starts_k = given
     pairs = tuple(zip(lengths[::2], lengths[1::2], strict=True))
-    rows = Rows(q.shape[2], k.shape[2], starts_q, starts_k, pairs or None)
+    rows = Rows(num_queries, num_keys, starts_q, starts_k, pairs or None)
     return {"rows": rows, "scale": scale, "softcap": softcap, "sinks": sinks}
 
 

@@ -37,15 +37,34 @@ def _short(value: Any) -> Any:
     return list(value.shape) if isinstance(value, Tensor) else value
 
 
+def _check_whole(x: Any, name: str, shape: str, q: Tensor, sequences: int = 0) -> None:
+    """Check that ``x`` is int32 of a shape that begins with the sequences, those of q if none are packed."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of int32, got {type(x).__name__}")
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {x.dtype}")
+    if x.dim() != shape.count(",") + 1 or x.shape[0] != (sequences or q.shape[0]):
+        many = f"{sequences} packed sequences" if sequences else f"a batch of {q.shape[0]}"
+        raise ValueError(f"{name} must be {shape} for {many}, got {list(x.shape)}")
+    if x.device != q.device:
+        raise ValueError(f"{name} are on {x.device}, q on {q.device}")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Options(Asked):
-    """The optional parts of one call, as every backend gets them: arguments of `block_sparse_attention`."""
+    """The optional parts of one call, as every backend gets them: arguments of `block_sparse_attention`.
+
+    Attributes:
+        pages: int32 ``[B, N]``, of packed sequences ``[S, N]``: the pages of every sequence in order; None
+            where a sequence's keys lie behind one another.
+    """
 
     rows: Rows
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
     return_lse: bool = False
+    pages: Tensor | None = None
 
     @classmethod
     def of(
@@ -55,15 +74,19 @@ class Options(Asked):
 
         Args:
             q: ``[B, Hq, Tq, D]``.
-            k: ``[B, Hk, Tk, D]``.
-            rows: Default: the queries are the last of the keys.
+            k: ``[B, Hk, Tk, D]``, with pages ``[P, Hk, page, D]``.
+            rows: Default: the queries are the last of the keys; with pages there is none.
             scale: Default ``D ** -0.5``.
             more: The other attributes.
 
         Raises:
-            TypeError: If sinks are not floating point.
+            TypeError: If sinks are not floating point, or pages no int32.
             ValueError: If shapes or devices do not fit, or softcap is not positive.
         """
+        if rows is None and more.get("pages") is not None:
+            raise ValueError(
+                "pages do not say how many keys there are; give rows=, such as Rows.last(Tq, Tk)"
+            )
         if rows is None:
             rows = Rows.last(q.shape[2], k.shape[2])
         options = cls(rows=rows, scale=q.shape[-1] ** -0.5 if scale is None else scale, **more)
@@ -91,7 +114,7 @@ class Options(Asked):
 
     def _check_rows(self, q: Tensor, k: Tensor) -> None:
         rows = self.rows
-        if rows.num_queries != q.shape[2] or rows.num_keys > k.shape[2]:
+        if rows.num_queries != q.shape[2] or (self.pages is None and rows.num_keys > k.shape[2]):
             raise ValueError(
                 f"rows are of {rows.num_queries} queries and {rows.num_keys} keys, but q has {q.shape[2]} "
                 f"tokens and k {k.shape[2]}"
@@ -101,6 +124,15 @@ class Options(Asked):
                 raise ValueError(f"packed sequences are one batch entry, q has {q.shape[0]}")
             if rows.starts_q.device != q.device:
                 raise ValueError(f"rows are on {rows.starts_q.device}, q on {q.device}")
+        if self.pages is not None:
+            _check_whole(self.pages, "pages", "[S, N]" if self.packed else "[B, N]", q, self.sequences)
+            # Of packed sequences whose lengths only the device knows nobody checks them.
+            lengths = (rows.lengths or ()) if self.packed else rows.known
+            longest, each = max((keys for _, keys in lengths), default=0), self.pages.shape[1]
+            if longest > each * k.shape[2]:
+                raise ValueError(
+                    f"a sequence has {longest} keys, but pages has {each} of {k.shape[2]} tokens for each"
+                )
 
     @staticmethod
     def _check_sinks(sinks: Tensor, q: Tensor) -> None:
@@ -175,13 +207,10 @@ class DecodeOptions(Options):
 
     Attributes:
         lengths: int32 ``[B]``, keys of every sequence, its queries the last of them; None for a full cache.
-        pages: int32 ``[B, N]``, the pages of every sequence in order; None where a sequence's keys lie
-            behind one another.
         starts: int32 ``[B]``, where in k every sequence's first key lies; None where that is its beginning.
     """
 
     lengths: Tensor | None = None
-    pages: Tensor | None = None
     starts: Tensor | None = None
 
     @classmethod
@@ -189,11 +218,8 @@ class DecodeOptions(Options):
         cls, q: Tensor, k: Tensor, *, rows: Rows | None = None, scale: float | None = None, **more: Any
     ) -> Self:
         """Check what a caller gave and fill in the rest, as `Options.of`; ``rows`` follows from the cache."""
-        for name in ("lengths", "pages", "starts"):
-            if (x := more.get(name)) is not None and not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a tensor of int32, got {type(x).__name__}")
         pages = more.get("pages")
-        capacity = k.shape[2] * (1 if pages is None else pages.shape[-1])
+        capacity = k.shape[2] * (pages.shape[-1] if isinstance(pages, Tensor) else 1)
         if rows is None and capacity < q.shape[2]:
             raise ValueError(f"the cache holds {capacity} tokens, fewer than the {q.shape[2]} queries")
         return super().of(q, k, rows=rows or Rows.last(q.shape[2], capacity), scale=scale, **more)
@@ -233,14 +259,8 @@ class DecodeOptions(Options):
     def _check_rows(self, q: Tensor, k: Tensor) -> None:
         for name, shape in (("lengths", "[B]"), ("pages", "[B, N]"), ("starts", "[B]")):
             x: Tensor | None = getattr(self, name)
-            if x is None:
-                continue
-            if x.dtype != torch.int32:
-                raise TypeError(f"{name} must be int32, got {x.dtype}")
-            if x.dim() != shape.count(",") + 1 or x.shape[0] != q.shape[0]:
-                raise ValueError(f"{name} must be {shape} for a batch of {q.shape[0]}, got {list(x.shape)}")
-            if x.device != q.device:
-                raise ValueError(f"{name} are on {x.device}, q on {q.device}")
+            if x is not None:
+                _check_whole(x, name, shape, q)
         if self.pages is not None and self.starts is not None:
             raise ValueError("starts are of a cache without pages; a block table begins with the first key's")
         if self.pages is None and k.shape[0] != q.shape[0]:

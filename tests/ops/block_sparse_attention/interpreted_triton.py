@@ -155,7 +155,7 @@ def test_compiled_without_a_break() -> None:
     ):
         assert torch.equal(one, other)
     op = torch.ops.seerattention.block_sparse_attention.default
-    rest = 0.2, None, None, None, None, True, backend.__name__
+    rest = 0.2, None, None, None, None, None, 110, True, backend.__name__
     args = q, k, v, selection.bits, [16, 16], selection.shape[3], [], *rest
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 

@@ -120,6 +120,8 @@ def test_compiled_without_a_break() -> None:
         None,
         None,
         None,
+        None,
+        call.k.shape[2],
         True,
         gather.__name__,
     )

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import _autograd
-from seerattention.ops.dispatch import check_qkv, check_selection, choose, load_backends, outside_autocast
+from seerattention.ops.dispatch import (
+    check_cache,
+    check_qkv,
+    check_selection,
+    choose,
+    load_backends,
+    outside_autocast,
+)
 from seerattention.ops.options import Options
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
@@ -39,6 +47,7 @@ class _Asked(TypedDict, total=False):
     softcap: float | None
     sinks: Tensor | None
     rows: Rows | None
+    pages: Tensor | None
     backend: str
 
 
@@ -64,6 +73,7 @@ def block_sparse_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     rows: Rows | None = None,
+    pages: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | Attended:
     """Compute causal softmax attention in which each query block reads only its selected KV blocks.
@@ -74,8 +84,9 @@ def block_sparse_attention(
 
     Args:
         q: ``[B, Hq, Tq, D]``, any floating-point dtype.
-        k: ``[B, Hk, Tk, D]``, ``Hk`` a divisor of ``Hq``; never expanded to ``Hq`` heads.
-        v: ``[B, Hk, Tk, D]``.
+        k: ``[B, Hk, Tk, D]``, ``Hk`` a divisor of ``Hq``; never expanded to ``Hq`` heads. With ``pages``
+            ``[P, Hk, page, D]``, any number of tokens per page, any strides.
+        v: Shaped as k.
         selection: The blocks to read. Its batch is B or 1, its heads 1, Hk or Hq. Keys and values of
             unselected blocks do not influence the output, whatever they hold.
         scale: Softmax scale; default ``D ** -0.5``.
@@ -87,6 +98,10 @@ def block_sparse_attention(
             rows see may follow and are not read. Of packed sequences B is 1, and the selection's rows are
             every sequence's ``ceil(queries / block)`` rows behind one another; its columns are blocks counted
             from each sequence's own first key, as many as the longest sequence has.
+        pages: int32 ``[B, N]``, of packed sequences ``[S, N]``, a block table: where in k and v the pages of
+            every sequence are, in order. Then ``rows`` must be given, since pages do not say how many keys
+            they hold, and there is no gradient. Entries past a sequence's keys are not read, nor is what a
+            page holds after the last key. On a GPU nobody checks the numbers of pages.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
@@ -95,13 +110,24 @@ def block_sparse_attention(
     Raises:
         TypeError: If dtypes differ.
         ValueError: If shapes, devices, options or the selection do not fit, or the backend is unknown.
-        NotImplementedError: If the backend cannot run this, with its reasons.
+        NotImplementedError: If the backend cannot run this, with its reasons, or a gradient of keys in pages
+            is asked for.
 
     Source: SeerAttention, section 3.3 (arXiv 2410.13276).
     """
-    check_qkv(q, k, v)
-    options = Options.of(q, k, rows=rows, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
-    if rows is not None:
+    if pages is None:
+        check_qkv(q, k, v)
+    else:
+        check_cache(q, k, v)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+            raise NotImplementedError(
+                "keys and values in pages have no gradient; call under torch.no_grad(), or give k and v "
+                "without pages"
+            )
+    options = Options.of(
+        q, k, rows=rows, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse, pages=pages
+    )
+    if rows is not None and pages is None:
         k, v = k[:, :, : rows.num_keys], v[:, :, : rows.num_keys]
     _check_selection(q, k, selection, options)
     args = {"q": q, "k": k, "v": v, "selection": selection, "options": options}

@@ -29,22 +29,26 @@ def run(
         return backend.run(q, k, v, selection, options)
     return _attend(
         q, k, v, selection.bits, list(selection.block_size), selection.shape[3], *flatten(options),
-        learns or options.return_lse, backend.__name__,
+        options.pages, options.rows.num_keys, learns or options.return_lse, backend.__name__,
     )  # fmt: skip
 
 
 #: What the operators take besides tensors that have a gradient, as torch writes it.
-_REST = f"Tensor bits, int[] block_size, int columns, {FLAT}, bool return_lse, str backend"
+_REST = (
+    f"Tensor bits, int[] block_size, int columns, {FLAT}, Tensor? pages, SymInt num_keys, bool return_lse, "
+    "str backend"
+)
 
 
 def _call(
-    q: Tensor, k: Tensor, bits: Tensor, block_size: list[int], columns: int, *rest: Any
+    q: Tensor, bits: Tensor, block_size: list[int], columns: int, *rest: Any
 ) -> tuple[Any, BlockSelection, Options]:
     """Put together again what an operator cannot take."""
-    *options, return_lse, backend = rest
+    *options, pages, num_keys, return_lse, backend = rest
     batch, heads, rows = bits.shape[:3]
     selection = BlockSelection(bits, (batch, heads, rows, columns), (block_size[0], block_size[1]))
-    whole = Options(return_lse=return_lse, **unflatten(q, k, tuple(options)))
+    asked = unflatten(q.shape[2], num_keys, tuple(options))
+    whole = Options(pages=pages, return_lse=return_lse, **asked)
     return importlib.import_module(backend), selection, whole
 
 
@@ -54,7 +58,7 @@ def _call(
     schema=f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor, Tensor)",
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    module, selection, options = _call(q, k, *rest)
+    module, selection, options = _call(q, *rest)
     return as_told(q, *module.run(q, k, v, selection, options))
 
 
@@ -73,7 +77,7 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _differentiate(
     grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module, selection, options = _call(q, k, *rest)
+    module, selection, options = _call(q, *rest)
     dq, dk, dv, delta = module.backward(grad, grad_lse, q, k, v, out, lse, selection, options)
     dq, dk, dv = (like(x, of) for x, of in ((dq, q), (dk, k), (dv, v)))
     if options.sinks is None:
@@ -93,16 +97,17 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bits, *settings, sinks, starts_q, starts_k, _, ctx.backend = inputs
+    q, k, v, bits, *settings, sinks, starts_q, starts_k, _, ctx.num_keys, _, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, bits, sinks, starts_q, starts_k)
     ctx.settings = settings
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     *inputs, bits, sinks, starts_q, starts_k = ctx.saved_tensors
-    rest = bits, *ctx.settings, sinks, starts_q, starts_k, True, ctx.backend
+    # Of keys in pages there is no gradient.
+    rest = bits, *ctx.settings, sinks, starts_q, starts_k, None, ctx.num_keys, True, ctx.backend
     dq, dk, dv, dsinks = _differentiate(grad, grad_lse, *inputs, *rest)
-    return dq, dk, dv, *(None,) * 6, None if sinks is None else dsinks, *(None,) * 4
+    return dq, dk, dv, *(None,) * 6, None if sinks is None else dsinks, *(None,) * 6
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:

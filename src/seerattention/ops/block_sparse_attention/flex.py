@@ -38,6 +38,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         "sinks": options.sinks is not None,
         "return_lse": options.return_lse,
         "packed sequences": options.packed,
+        "keys in pages": options.pages is not None,
     }
     return reasons + [f"it takes no {name}" for name, wanted in asked.items() if wanted]
 

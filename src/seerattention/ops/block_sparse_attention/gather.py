@@ -7,7 +7,7 @@ CPU's last-level cache. Unselected blocks are never touched. Measurements: docs/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from seerattention.ops.attention_scores import by_block
 from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import Options
+from seerattention.ops.pages import in_vectors, take
 from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
@@ -32,19 +33,19 @@ def run(
     dim, rows = q.shape[3], options.rows
     block_q, block_k = selection.block_size
     queries = _to_blocks(q * options.scale, block_q, rows)
-    keys, values = _to_blocks(k, block_k, rows), _to_blocks(v, block_k, rows)
+    keys, values = (_reader(x, block_k, options) for x in (k, v))
     out = torch.empty_like(queries)
     lse = queries.new_empty(queries.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for part in _parts(q, k, selection, options):
         shape = (len(part.group), part.blocks.shape[1] * block_k, dim)
-        scores = part.scores(queries, keys.index_select(0, part.where).view(shape), selection, options)
+        scores = part.scores(queries, keys(part.where).view(shape), selection, options)
         if options.sinks is not None:
             sinks = options.sinks.to(scores.dtype)[part.head, None, None].expand(-1, block_q, 1)
             scores = torch.cat([scores, sinks], -1)
         if options.return_lse:
             lse[part.group] = scores.to(lse.dtype).logsumexp(-1)
         share = torch.softmax(scores, dim=-1)[..., : shape[1]]
-        out[part.group] = torch.bmm(share, values.index_select(0, part.where).view(shape))
+        out[part.group] = torch.bmm(share, values(part.where).view(shape))
     out = _from_blocks(out, q, rows)
     return out, _from_blocks(lse[..., None], q, rows)[..., 0] if options.return_lse else None
 
@@ -174,6 +175,28 @@ def _in_blocks(rows: Rows, tokens: int, size: int, device: torch.device) -> Tens
         return torch.cat([torch.arange(one.stop - one.start) + block.start * size for one, block in both])
 
     return rows.kept(("in blocks", tokens, size), device, make)
+
+
+def _reader(x: Tensor, size: int, options: Options) -> Callable[[Tensor], Tensor]:
+    """Return what gives blocks by their numbers among those of all heads, ``[n]`` -> ``[n, size, D]``."""
+    rows, heads = options.rows, x.shape[1]
+    if options.pages is None:
+        blocks = _to_blocks(x, size, rows)
+        return lambda where: blocks.index_select(0, where)
+    x, table = in_vectors(x), options.pages.long()
+    pages, places = [], []
+    for own, (_, keys) in zip(table.split(1) if rows.is_packed else [table], rows.known, strict=True):
+        # What follows the last key, which may be anything, is the last key again; no query sees it there.
+        token = torch.arange(num_blocks(keys, size) * size, device=x.device).clamp(max=keys - 1)
+        pages.append(own[:, token // x.shape[2]])
+        places.append(token % x.shape[2])
+    page, place = torch.cat(pages, 1).unflatten(1, (-1, size)), torch.cat(places).view(-1, size)
+
+    def read(where: Tensor) -> Tensor:
+        head, block = where // len(place), where % len(place)
+        return take(x, page[head // heads, block], (head % heads)[:, None], place[block])
+
+    return read
 
 
 def _to_blocks(x: Tensor, size: int, rows: Rows) -> Tensor:

@@ -64,6 +64,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], option
         reasons.append("it has no softcap")
     if options.packed:
         reasons.append("it takes no packed sequences")
+    if options.pages is not None:
+        reasons.append("its copies describe keys that lie behind one another, not in pages")
     if block_size[0] % TILE or block_size[1] % TILE:
         reasons.append(f"blocks must be multiples of {TILE} tokens, got {block_size}")
     return reasons

@@ -46,12 +46,12 @@ class _Call(ctypes.Structure):
     """What the kernel is told; the same fields in the same order in native_call.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in "q k v out lse bits sinks lengths".split()),
+        *((name, ctypes.c_void_p) for name in "q k v out lse bits sinks lengths pages".split()),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in "q k v out".split()),
         *(
             (name, ctypes.c_int64)
             for name in "batch heads kv_heads dim sequences selections selection_heads rows words block_q "
-            "block_k queries dtype threads".split()
+            "block_k queries dtype threads page_tokens pages_each".split()
         ),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
@@ -83,6 +83,7 @@ def run(
     """Return softmax attention over the selected causal tokens, ``[B, Hq, Tq, D]``, and its lse if asked.
 
     Raises:
+        IndexError: If keys are in a page that there is not.
         MemoryError: If there is no room for a packed copy of a few KV heads.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -91,16 +92,27 @@ def run(
     bits = selection.bits.contiguous()
     sinks = None if options.sinks is None else options.sinks.to(torch.float32).contiguous()
     lengths = torch.tensor(options.rows.known, dtype=torch.int64)
-    pointers = (None if x is None else x.data_ptr() for x in (q, k, v, out, lse, bits, sinks, lengths))
+    pages = None if options.pages is None else _checked(options.pages, k, lengths)
+    pointers = (None if x is None else x.data_ptr() for x in (q, k, v, out, lse, bits, sinks, lengths, pages))
     strides = ((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v, out))
     batch, heads, queries, dim = q.shape
     call = _Call(
         *pointers, *strides, batch, heads, k.shape[1], dim, len(lengths), *bits.shape, *selection.block_size,
-        queries, DTYPES[q.dtype], torch.get_num_threads(), options.scale, options.softcap or 0.0,
+        queries, DTYPES[q.dtype], torch.get_num_threads(), k.shape[2], 0 if pages is None else pages.shape[1],
+        options.scale, options.softcap or 0.0,
     )  # fmt: skip
     if _kernel(library(level()))(ctypes.byref(call)):
         raise MemoryError(f"no room to pack {k.shape[2]} keys and values for the CPU's kernel")
     return out, lse
+
+
+def _checked(pages: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+    """Return a block table behind one another; the kernel does not check it."""
+    used = torch.arange(pages.shape[1]) * k.shape[2] < lengths[:, 1:]
+    wrong = pages[used.expand_as(pages) & ((pages < 0) | (pages >= len(k)))]
+    if len(wrong):
+        raise IndexError(f"pages name page {int(wrong[0])}, but k and v have {len(k)}")
+    return pages.contiguous()
 
 
 def build() -> Path:

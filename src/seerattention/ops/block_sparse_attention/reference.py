@@ -7,7 +7,8 @@ from torch import Tensor
 
 from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import Options
-from seerattention.rows import Rows, num_blocks
+from seerattention.ops.pages import laid_out
+from seerattention.rows import OneSequence, Rows, num_blocks
 from seerattention.selection import BlockSelection
 
 unsupported = runs_everything
@@ -31,11 +32,20 @@ def run(
         rows = num_blocks(one.rows.num_queries, selection.block_size[0])
         chosen = selection.row_slice(row, row + rows)
         mask = token_mask(chosen, q.shape[1], one.rows).expand(q.shape[0], -1, -1, -1)
-        out, lse = _attend(q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], mask, options)
+        keys, values = (_keys_of(x, one, options) for x in (k, v))
+        out, lse = _attend(q[:, :, one.queries], keys, values, mask, options)
         outs.append(out)
         lses.append(lse)
         row += rows
     return torch.cat(outs, 2), torch.cat(lses, 2) if options.return_lse else None
+
+
+def _keys_of(x: Tensor, one: OneSequence, options: Options) -> Tensor:
+    """Return the keys or values of a sequence, of a batch those of all, ``[B, Hk, Tk, D]``."""
+    if options.pages is None:
+        return x[:, :, one.keys]
+    own = options.pages[one.index : one.index + 1] if options.packed else options.pages
+    return laid_out(x, own, one.rows.num_keys)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> tuple[Tensor, Tensor]:

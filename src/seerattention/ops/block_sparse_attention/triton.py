@@ -49,13 +49,23 @@ def launch_of(head_dim: int, block_size: tuple[int, int], itemsize: int) -> Laun
     return launch.within(*block_size)
 
 
+def fits(page: int, block: int) -> bool:
+    """Return whether every tile of a block's keys can lie within one page."""
+    return page % block == 0 or (page >= BLOCKS_K[0] and block % page == 0)
+
+
 def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: Options) -> list[str]:
     """Return the reasons why this backend cannot run."""
     tensors = {"k": k, "v": v, "selection.bits": selection.bits, "sinks": options.sinks}
-    reasons = unsupported_attention(q, **tensors, **options.packed_starts)
+    reasons = unsupported_attention(q, **tensors, **options.packed_starts, pages=options.pages)
     if selection.block_size[1] not in BLOCKS_K:
         allowed = ", ".join(map(str, BLOCKS_K))
         reasons.append(f"KV blocks must have one of {allowed} tokens, got {selection.block_size[1]}")
+    if options.pages is not None and not fits(k.shape[2], selection.block_size[1]):
+        reasons.append(
+            f"pages must hold whole blocks of {selection.block_size[1]} tokens, or {BLOCKS_K[0]} tokens or "
+            f"more that divide one, got {k.shape[2]}"
+        )
     return reasons
 
 
@@ -67,11 +77,14 @@ def run(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
     bits = selection.bits
-    launch = launch_of(q.shape[3], selection.block_size, q.element_size())
-    items = q.shape[0] * q.shape[1] * bits.shape[2] * num_blocks(selection.block_size[0], launch.block_m)
+    pages, columns, (block_q, block_k) = options.pages, selection.shape[3], selection.block_size
+    page = 0 if pages is None else k.shape[2]
+    launch = launch_of(q.shape[3], (block_q, min(block_k, page or block_k)), q.element_size())
+    items = q.shape[0] * q.shape[1] * bits.shape[2] * num_blocks(block_q, launch.block_m)
     programs = min(items, launch.most_programs(q.device))
-    # A program's list, and one entry more, which is read ahead.
-    scratch = torch.empty(programs * (selection.shape[3] + 1), dtype=torch.int32, device=q.device)
+    # A program's list and its pages, and one entry more each, which are read ahead.
+    entries = columns + 1 + (columns * num_blocks(block_k, page) + 1 if page else 0)
+    scratch = torch.empty(programs * entries, dtype=torch.int32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     # Triton launches on the current device. A tensor that is not used still needs a pointer.
     with torch.cuda.device_of(q):
@@ -86,15 +99,18 @@ def run(
             counter,
             counter if options.sinks is None else options.sinks,
             *starts(options, counter),
+            pages,
             *(x.stride()[:3] for x in (q, k, v, out)),
             *bit_strides(bits),
+            None if pages is None else pages.stride(0),
             items,
             bits.shape[2],
-            selection.shape[3],
+            columns,
             q.shape[2],
-            k.shape[2],
+            options.rows.num_keys,
             *numbers(options),
             BIT_HEADS=bits.shape[1],
+            PAGE=page,
             SINKS=options.sinks is not None,
             LSE=options.return_lse,
             **launch.constants(q, k, selection.block_size, options),

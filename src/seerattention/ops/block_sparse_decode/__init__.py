@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention import Attended
-from seerattention.ops.dispatch import check_qkv, check_selection, choose, load_backends, outside_autocast
+from seerattention.ops.dispatch import check_cache, check_selection, choose, load_backends, outside_autocast
 from seerattention.ops.operators import as_told, told
 from seerattention.ops.options import DecodeOptions
 from seerattention.rows import num_blocks
@@ -74,9 +74,7 @@ def block_sparse_decode(
 
     Source: SeerAttention-R, section 3.3 (arXiv 2506.08889).
     """
-    check_qkv(q[:1], k[:1], v[:1])
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    check_cache(q, k, v)
     q, k, v = q.detach(), k.detach(), v.detach()
     sinks = None if sinks is None else sinks.detach()
     options = DecodeOptions.of(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from seerattention.ops.block_sparse_attention.kernels.forward import expand, first_words, step
+from seerattention.ops.block_sparse_attention.kernels.forward import expand, first_words, look_up, step
 from seerattention.ops.language import jit, load_tile, release, softmax_start, store_tile, tl, wait
 
 
@@ -103,12 +103,9 @@ def decode_kernel(  # noqa: PLR0915
     begin, end = count * split // SPLITS, count * (split + 1) // SPLITS
     if PAGE:
         page_list = list_ptr + columns + 1
-        ahead = tl.arange(0, 64)
-        for start in range(begin, end, 64):
-            blocks = tl.load(list_ptr + start + ahead, mask=ahead < end - start, other=0)
-            page = tl.load(pages_ptr + b * stride_pages + blocks // PAGE, mask=ahead < end - start, other=0)
-            tl.store(page_list + start + ahead, page, mask=ahead < end - start)
-        tl.debug_barrier()
+        look_up(
+            list_ptr, begin, end, pages_ptr + b * stride_pages, page_list, seen, BLOCK_K, PAGE * BLOCK_K, 64
+        )
 
     q_heads = q_ptr + b * q_strides[0] + head * q_strides[1] + token * q_strides[2]
     q = load_tile(q_heads, q_strides[1], 0, GROUP, BLOCK_M, D, BLOCK_D)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.options import DecodeOptions
+from seerattention.ops.pages import take
 from seerattention.selection import BlockSelection
 
 
@@ -37,9 +38,9 @@ def run(
         keys, hidden = _keys_of(mask[b % len(mask)], positions, block)
         pages, place = b, keys + start
         if options.pages is not None:
-            pages = options.pages[b][keys // options.page_tokens].clamp(0, len(k) - 1)
+            pages = options.pages[b].long()[keys // options.page_tokens].clamp(0, len(k) - 1)
             place = keys % options.page_tokens
-        key, value = (_take(x, pages, kv_heads, place) for x in (k, v))
+        key, value = (take(x, pages, kv_heads, place) for x in (k, v))
         # [lists, Tq, group, D] and [lists, Tq, keys, D].
         scores = (q[b] * options.scale).unflatten(0, (lists, -1)).transpose(1, 2) @ key.mT
         if options.softcap is not None:
@@ -57,19 +58,6 @@ def run(
         if options.return_lse:
             lse[b] = scores.to(lse.dtype).logsumexp(-1).transpose(1, 2).flatten(0, 1)
     return out, lse if options.return_lse else None
-
-
-def _take(x: Tensor, pages: Tensor | int, heads: Tensor, place: Tensor) -> Tensor:
-    """Return the tokens at places of pages, ``[*place.shape, D]``."""
-    dim = x.shape[3]
-    if x.stride(3) != 1 or any(stride % dim for stride in x.stride()[:3]):
-        x = x.contiguous()
-    strides = x.stride()
-    # As rows of one matrix, which are taken many times faster than by three indices.
-    last = sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides[:3], strict=True))
-    rows = (pages * strides[0] + heads * strides[1] + place * strides[2]) // dim
-    matrix = x.as_strided((last // dim + 1, dim), (dim, 1))
-    return matrix.index_select(0, rows.flatten()).view(*place.shape, dim)
 
 
 def _keys_of(mask: Tensor, positions: Tensor, block: int) -> tuple[Tensor, Tensor]:

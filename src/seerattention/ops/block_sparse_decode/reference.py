@@ -34,9 +34,12 @@ def run(
         if rows:
             own = mask[b : b + 1, :, -rows:, : num_blocks(length, selection.block_size[1])]
             chosen = BlockSelection.from_mask(own, selection.block_size, check=False)
-            keys, values = (_sequence(x, b, options)[:, :, start : start + length] for x in (k, v))
+            keys, values, pages = k, v, options.pages
+            if pages is None:
+                keys, values = (x[b : b + 1, :, start : start + length] for x in (k, v))
             asked = Options(
                 rows=Rows.last(rows, length),
+                pages=None if pages is None else pages[b : b + 1],
                 scale=options.scale,
                 softcap=options.softcap,
                 sinks=options.sinks,
@@ -46,11 +49,3 @@ def run(
             assert own_lse is not None
             out[b, :, -rows:], lse[b, :, -rows:] = own_out[0], own_lse[0]
     return out, lse if options.return_lse else None
-
-
-def _sequence(x: Tensor, b: int, options: DecodeOptions) -> Tensor:
-    """Return the keys or values of a sequence, ``[1, Hk, Tk, D]``; what is past its length may be others'."""
-    if options.pages is None:
-        return x[b : b + 1]
-    pages = options.pages[b].clamp(0, len(x) - 1)
-    return x[pages].transpose(0, 1).flatten(1, 2)[None]

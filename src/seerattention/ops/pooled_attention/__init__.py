@@ -141,7 +141,7 @@ def _run(
 
 def _options(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> PoolOptions:
     *given, per_kv_head, pool, return_lse, _ = rest
-    more = unflatten(q, k, tuple(given))
+    more = unflatten(q.shape[2], k.shape[2], tuple(given))
     return PoolOptions(per_kv_head=per_kv_head, pool=pool, return_lse=return_lse, **more)
 
 

@@ -68,6 +68,38 @@ def expand(bits_ptr, word, list_ptr, last_block, WORDS: tl.constexpr):
 
 
 @jit
+def look_up(
+    list_ptr, begin, end, table_ptr, to_ptr, len_k, BLOCK_K: tl.constexpr, PAGE: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Write the pages of a list's blocks from ``begin`` to ``end``: one of each, or those that a block spans.
+
+    ``table_ptr`` has the sequence's pages of ``PAGE`` tokens, of which those past its keys are not looked up.
+    """
+    EACH: tl.constexpr = (BLOCK_K + PAGE - 1) // PAGE
+    ahead = tl.arange(0, AHEAD)
+    for start in range(begin * EACH, end * EACH, AHEAD):
+        here = ahead < end * EACH - start
+        if EACH == 1:
+            block = tl.load(list_ptr + start + ahead, mask=here, other=0)
+            page = tl.load(table_ptr + block // (PAGE // BLOCK_K), mask=here, other=0)
+        else:
+            block = tl.load(list_ptr + (start + ahead) // EACH, mask=here, other=0)
+            which = block * EACH + (start + ahead) % EACH
+            page = tl.load(table_ptr + which, mask=here & (which * PAGE < len_k), other=0)
+        tl.store(to_ptr + start + ahead, page, mask=here)
+    tl.debug_barrier()
+
+
+@jit
+def sequence_at(token, starts_q_ptr, sequences, SEQUENCES: tl.constexpr):
+    """Return the number of the packed sequence that a query token is of."""
+    s = tl.arange(0, SEQUENCES)
+    ends = tl.load(starts_q_ptr + 1 + s, mask=s < sequences, other=2147483647)
+    return tl.sum((ends <= token).to(tl.int32), 0)
+
+
+@jit
 def step(
     q, acc, maximum, total, k_ptr, v_ptr, stride_kt, stride_vt, first_key, first_query, len_k, scale, softcap,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -134,8 +166,8 @@ def open_row(
     return b, kv_head, head, bits_ptr, last_block, start_q + first, queries, first_query, start_k, len_k
 
 
-@jit(*LENGTHS)
-def attention_kernel(
+@jit(*LENGTHS, "stride_pages")
+def attention_kernel(  # noqa: PLR0915
     q_ptr,
     k_ptr,
     v_ptr,
@@ -147,6 +179,7 @@ def attention_kernel(
     sinks_ptr,
     starts_q_ptr,
     starts_k_ptr,
+    pages_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -154,6 +187,7 @@ def attention_kernel(
     stride_bits_b,
     stride_bits_h,
     stride_bits_row,
+    stride_pages,
     items,
     rows,
     columns,
@@ -171,17 +205,24 @@ def attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
     SEQUENCES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Take query tiles from the counter until there are none left."""
+    """Take query tiles from the counter until there are none left; ``PAGE`` is 0 where there are no pages."""
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     places = tl.arange(0, BLOCK_M)
-    list_ptr = scratch_ptr + tl.program_id(0) * (columns + 1)
+    if PAGE:
+        # A block's pages, or a part of one.
+        EACH: tl.constexpr = (BLOCK_K + PAGE - 1) // PAGE
+        list_ptr = scratch_ptr + tl.program_id(0) * (columns * (1 + EACH) + 2)
+        page_list = list_ptr + columns + 1
+    else:
+        list_ptr = scratch_ptr + tl.program_id(0) * (columns + 1)
     item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < items:
         b, kv_head, head, bits_row, last_block, token, queries, first_query, start_k, len_k = open_row(
@@ -197,9 +238,18 @@ def attention_kernel(
         word = first_words(bits_row, last_block // 32, 32)
         count = expand(bits_row, word, list_ptr, last_block, 32)
 
-        first_k = tl.cast(start_k, tl.int64)
-        k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
-        v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1] + first_k * v_strides[2]
+        if PAGE:
+            table = b
+            if SEQUENCES > 0:
+                table += sequence_at(token, starts_q_ptr, sequences, SEQUENCES)
+            look_up(
+                list_ptr, 0, count, pages_ptr + table * stride_pages, page_list, len_k, BLOCK_K, PAGE, 256
+            )
+            k_head, v_head = k_ptr + kv_head * k_strides[1], v_ptr + kv_head * v_strides[1]
+        else:
+            first_k = tl.cast(start_k, tl.int64)
+            k_head = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + first_k * k_strides[2]
+            v_head = v_ptr + b * v_strides[0] + kv_head * v_strides[1] + first_k * v_strides[2]
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         log2_scale = scale if SOFTCAP else scale * 1.4426950408889634
         # What one unit of `maximum` is in natural logarithms.
@@ -207,13 +257,22 @@ def attention_kernel(
         unit = natural_scale if EXACT else 0.6931471805599453
         maximum, total = softmax_start(sinks_ptr, head, unit, BLOCK_M, SINKS)
 
-        # The list is read one step ahead, so that the loads of keys and values never wait for it.
+        # Lists are read one step ahead, so that the loads of keys and values never wait for them.
         block = tl.load(list_ptr)
+        if PAGE:
+            page = tl.load(page_list)
         for i in tl.range(0, count * STEPS, num_stages=STAGES):
             first_key = block * BLOCK_K + i % STEPS * BLOCK_N
             block = tl.load(list_ptr + (i + 1) // STEPS)
+            k_from, v_from = k_head, v_head
+            if PAGE:
+                # Where the page would begin if all before it were in front of it.
+                far, before = page.to(tl.int64), (first_key // PAGE * PAGE).to(tl.int64)
+                k_from += far * k_strides[0] - before * k_strides[2]
+                v_from += far * v_strides[0] - before * v_strides[2]
+                page = tl.load(page_list + (i + 1) // (STEPS // EACH))
             acc, maximum, total = step(
-                q, acc, maximum, total, k_head, v_head, k_strides[2], v_strides[2], first_key, first_query,
+                q, acc, maximum, total, k_from, v_from, k_strides[2], v_strides[2], first_key, first_query,
                 len_k, log2_scale, softcap, SOFTCAP, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 

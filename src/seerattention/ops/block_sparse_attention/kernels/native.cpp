@@ -290,11 +290,12 @@ void attend(const Call& call) {
         if (!read[size_t(i)]) continue;
         const int64_t b = (first + i / blocks) / call.kv_heads, h = (first + i / blocks) % call.kv_heads;
         const Block& at = plan.blocks[size_t(i % blocks)];
-        const T* k = static_cast<const T*>(call.k) + b * call.k_strides[0] + h * call.k_strides[1];
-        const T* v = static_cast<const T*>(call.v) + b * call.v_strides[0] + h * call.v_strides[1];
-        const int64_t sk = call.k_strides[2], sv = call.v_strides[2];
-        pack_keys(k + at.key * sk, sk, at.count, call.block_k, call.dim, keys.get() + i * per_block);
-        pack_values(v + at.key * sv, sv, at.count, call.block_k, call.dim, values.get() + i * per_block);
+        with_tokens<T>(call, call.k, call.k_strides, b, h, at, [&](const auto& token) {
+          pack_keys<T>(token, at.count, call.block_k, call.dim, keys.get() + i * per_block);
+        });
+        with_tokens<T>(call, call.v, call.v_strides, b, h, at, [&](const auto& token) {
+          pack_values<T>(token, at.count, call.block_k, call.dim, values.get() + i * per_block);
+        });
       }
       Room& room = rooms[size_t(omp_get_thread_num())];
       // Late rows first: they read most, and the end should consist of short ones.

@@ -16,9 +16,10 @@ struct Call {
   const int32_t* bits;       // [selections, selection_heads, rows, words]
   const float* sinks;        // [Hq], or null
   const int64_t* lengths;    // [sequences, 2], (queries, keys)
+  const int32_t* pages;      // [sequences or batch, pages_each], or null
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
   int64_t batch, heads, kv_heads, dim, sequences, selections, selection_heads, rows, words, block_q, block_k;
-  int64_t queries, dtype, threads;
+  int64_t queries, dtype, threads, page_tokens, pages_each;
   double scale, softcap;     // no softcap: 0
 };
 
@@ -68,7 +69,8 @@ struct Row {
 
 // One KV block of all sequences.
 struct Block {
-  int64_t key, count;
+  int64_t key, count;        // its first key, and how many
+  int64_t sequence, position;
 };
 
 struct Plan {
@@ -85,7 +87,7 @@ Plan plan_of(const Call& call) {
     for (int64_t at = 0; at < queries; at += call.block_q)
       plan.rows.push_back({query + at, std::min(call.block_q, queries - at), keys - queries + at, block, blocks});
     for (int64_t at = 0; at < keys; at += call.block_k)
-      plan.blocks.push_back({key + at, std::min(call.block_k, keys - at)});
+      plan.blocks.push_back({key + at, std::min(call.block_k, keys - at), s, at});
     query += queries;
     key += keys;
   }
@@ -147,22 +149,40 @@ INLINE void transpose_rows(const RowAt& row, int64_t words, Word<BY_PAIRS<T>>* t
       }
 }
 
+// Call with what returns where the n-th token of a block lies, of one head of a batch entry.
+template <typename T, typename Do>
+INLINE void with_tokens(const Call& call, const void* x, const int64_t* strides, int64_t b, int64_t head,
+                        const Block& block, const Do& with) {
+  const T* from = static_cast<const T*>(x) + head * strides[1];
+  if (call.pages) {
+    // Either the batch or the packed sequences are one.
+    const int32_t* pages = call.pages + (b + block.sequence) * call.pages_each;
+    with([=, &call, &block](int64_t n) {
+      const int64_t at = block.position + n;
+      return from + pages[at / call.page_tokens] * strides[0] + at % call.page_tokens * strides[2];
+    });
+  } else {
+    from += b * strides[0] + block.key * strides[2];
+    with([=](int64_t n) { return from + n * strides[2]; });
+  }
+}
+
 // Lay a block's keys out in panels; missing ones are zero.
-template <typename T>
-void pack_keys(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
+template <typename T, typename Token>
+void pack_keys(const Token& token, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
   const int64_t words = dim / PER_WORD<BY_PAIRS<T>>;
   const T nothing[MOST_DIM] = {};
   for (int64_t n = 0; n < size; n += LANES) {
-    const auto row = [&](int i) { return n + i < count ? from + (n + i) * stride : nothing; };
+    const auto row = [&](int i) { return n + i < count ? token(n + i) : nothing; };
     transpose_rows<T>(row, words, to + n / PANEL * PANEL * words + n % PANEL, PANEL, 0);
   }
 }
 
 // The same of values, TILE_K tokens by themselves; a pair is of two tokens.
-template <typename T>
-void pack_values(const T* from, int64_t stride, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
+template <typename T, typename Token>
+void pack_values(const Token& token, int64_t count, int64_t size, int64_t dim, Word<BY_PAIRS<T>>* to) {
   const T nothing[MOST_DIM] = {};
-  const auto row = [&](int64_t n) { return n < count ? from + n * stride : nothing; };
+  const auto row = [&](int64_t n) { return n < count ? token(n) : nothing; };
   for (int64_t first = 0; first < size; first += TILE_K) {
     const int64_t end = std::min<int64_t>(size, first + TILE_K);
     for (int64_t d = 0; d < dim; d += PANEL)
