@@ -128,7 +128,7 @@ class Options(Asked):
             _check_whole(self.pages, "pages", "[S, N]" if self.packed else "[B, N]", q, self.sequences)
             # Of packed sequences whose lengths only the device knows nobody checks them.
             lengths = (rows.lengths or ()) if self.packed else rows.known
-            longest, each = max((keys for _, keys in lengths), default=0), self.pages.shape[1]
+            longest, each = max([0, *(keys for _, keys in lengths)]), self.pages.shape[1]
             if longest > each * k.shape[2]:
                 raise ValueError(
                     f"a sequence has {longest} keys, but pages has {each} of {k.shape[2]} tokens for each"

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import triton as backend
-from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, PAGED_CASES, Case
 from seerattention.ops.language import INTERPRETED
 from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.mutants import Mutant, Run, dropped_last_block, swapped_head_map, wrong_scale
+from seerattention.testing.paged import check_paged, in_pages, paged_inputs
 
 # A query that sees nothing has a denominator of 0, whose logarithm the kernel takes on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
@@ -34,6 +35,8 @@ TINY = Case(name="tiny", heads=4, kv_heads=2, queries=20, keys=110, head_dim=32,
 TINY_PACKED = replace(
     TINY, name="tiny-packed", queries=56, keys=88, lengths=((20, 20), (1, 1), (0, 0), (17, 49), (18, 18))
 )
+#: Those that the kernel takes.
+PAGED = [case for case in PAGED_CASES if case.name != "odd-pages"]
 #: One of each way in which the kernel walks its blocks: what dtype they are in is another question.
 HALF = [BY_NAME[name] for name in ("kv-selection", "decode-rows", "wide-columns", "packed-with-all")]
 
@@ -84,6 +87,33 @@ def test_no_sequence_reads_its_neighbours() -> None:
     first, _ = backend.run(q, k, v, selection, case.options())
     assert torch.equal(first[:, :, :131], out[:, :, :131])
     assert first[:, :, 131:].isnan().all()
+
+
+@a_nan_is_planted
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: case.name)
+def test_pages(case: Case) -> None:
+    check_paged(backend, case)
+
+
+@a_nan_is_planted
+@pytest.mark.parametrize("case", [PAGED[0], PAGED[-1]], ids=lambda case: case.name)
+def test_pages_of_halves(case: Case) -> None:
+    check_paged(backend, case, torch.float16)
+
+
+def test_compiled_with_pages() -> None:
+    q, k, v, selection, options = paged_inputs(PAGED[0])
+    keys, values = in_pages(k, PAGED[0]), in_pages(v, PAGED[0])
+    whole = Options.of(q, k, return_lse=True)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        return block_sparse_attention(
+            q, k, v, selection, rows=options.rows, pages=pages, return_lse=True, backend="triton"
+        )
+
+    out, lse = torch.compile(call, fullgraph=True, backend="eager")(q, keys, values, options.pages)
+    for one, other in zip((out, lse), backend.run(q, k, v, selection, whole), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_runs_are_alike_bit_for_bit() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from seerattention.ops.block_sparse_attention import native
-from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, PAGED_CASES, Case
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection
+from seerattention.testing.paged import check_paged
 
 SMALL = [case for case in (*CASES, *OPTION_CASES) if not case.large]
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1".split()
@@ -48,3 +49,9 @@ def test_reads_and_writes_what_it_was_given(case: Case, dtype: torch.dtype, thre
     tokens_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     native.run(*tokens_first, selection, case.options())
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", PAGED_CASES, ids=[case.name for case in PAGED_CASES])
+def test_reads_only_the_pages_of_its_sequences(case: Case, dtype: torch.dtype) -> None:
+    check_paged(native, case, dtype)

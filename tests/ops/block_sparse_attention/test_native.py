@@ -14,7 +14,7 @@ import torch
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import gather, native
-from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
+from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, PAGED_CASES, Case
 from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
@@ -22,6 +22,7 @@ from seerattention.testing import conformance
 from seerattention.testing.budget import Budget
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.mutants import Mutant, dropped_last_block, swapped_head_map, wrong_scale
+from seerattention.testing.paged import check_paged, in_pages, paged_inputs
 
 SMALL = [case for case in CASES if not case.large]
 BY_NAME = {case.name: case for case in (*SMALL, *OPTION_CASES)}
@@ -83,6 +84,25 @@ def test_half_precision(level: str, case: Case, dtype: torch.dtype) -> None:
 def test_options(level: str, case: Case, dtype: torch.dtype) -> None:
     conformance.attention_matches_reference(native, case, dtype)
     conformance.attention_lse_matches_reference(native, case, dtype)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("case", PAGED_CASES, ids=[case.name for case in PAGED_CASES])
+def test_pages(level: str, case: Case, dtype: torch.dtype) -> None:
+    check_paged(native, case, dtype)
+
+
+@compiled
+def test_a_page_that_there_is_not(level: str) -> None:
+    case = PAGED_CASES[0]
+    q, k, v, selection, options = paged_inputs(case)
+    keys, values = in_pages(k, case), in_pages(v, case)
+    assert options.pages is not None
+    for wrong in (len(keys), -1):
+        options.pages[1, 2] = wrong
+        with pytest.raises(IndexError, match=f"pages name page {wrong}, but k and v have 13"):
+            native.run(q, keys, values, selection, options)
 
 
 @compiled

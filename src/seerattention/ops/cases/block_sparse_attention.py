@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from seerattention.ops.cases import AttentionCase
 from seerattention.ops.options import Options
+from seerattention.rows import num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +19,39 @@ class Case(AttentionCase):
     Attributes:
         density: Fraction of the earlier blocks that are selected.
         selection_heads: Heads of the selection; default one per query head.
+        page: Tokens per page; None where keys lie behind one another.
+        shared: How many pages all sequences begin with.
     """
 
     density: float = 0.3
     selection_heads: int | None = None
+    page: int | None = None
+    shared: int = 0
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Keys of every sequence."""
+        return tuple(keys for _, keys in self.lengths) or (self.keys,) * self.batch
+
+    def pages(self) -> Tensor | None:
+        """Return a block table whose pages lie in no order, int32 ``[S, N]``; None without pages.
+
+        Its numbers begin at 1, so that page 0 is nobody's; past a sequence's keys they are of no page.
+        """
+        if self.page is None:
+            return None
+        each = num_blocks(max(self.held), self.page) + 1
+        order = torch.randperm(len(self.held) * each, generator=torch.Generator().manual_seed(1)) + 1
+        pages = order.to(torch.int32).view(-1, each)
+        pages[:, : self.shared] = pages[0, : self.shared]
+        for row, keys in zip(pages, self.held, strict=True):
+            row[num_blocks(keys, self.page) :] = torch.iinfo(torch.int32).max
+        return pages
 
     def options(self, device: str = "cpu", *, return_lse: bool = False) -> Options:
         """Return the options of the case, its tensors on a device."""
-        return Options(**self.asked(device, return_lse))
+        pages = self.pages()
+        return Options(**self.asked(device, return_lse), pages=None if pages is None else pages.to(device))
 
 
 CASES = (
@@ -68,5 +97,39 @@ OPTION_CASES = (
         lengths=((100, 100), (64, 194)),
         softcap=3.0,
         sinks=True,
+    ),
+)
+
+#: Keys and values in pages, as `seerattention.testing.paged` lays them out.
+PAGED_CASES = (
+    Case(name="pages", queries=77, keys=301, batch=2, page=64),
+    Case(name="pages-of-a-prompt", queries=200, batch=2, page=64, selection_heads=2),
+    Case(name="one-token-in-a-page", queries=1, page=64),
+    Case(name="wide-pages", queries=70, keys=600, head_dim=128, page=256, softcap=2.0, sinks=True),
+    Case(name="pages-of-big-blocks", heads=2, queries=150, keys=400, block_size=(128, 128), page=128),
+    Case(name="small-pages", queries=70, keys=215, batch=2, page=16),
+    Case(
+        name="half-pages", heads=3, kv_heads=3, queries=3, keys=330, head_dim=96, block_size=(1, 64), page=32
+    ),
+    Case(name="odd-pages", queries=70, keys=215, page=48),
+    Case(name="shared-prefix", queries=60, keys=330, batch=3, page=64, shared=4),
+    Case(
+        name="packed-pages",
+        queries=284,
+        keys=414,
+        lengths=((130, 130), (1, 1), (0, 0), (63, 193), (90, 90)),
+        page=64,
+    ),
+    Case(
+        name="packed-small-pages",
+        queries=164,
+        keys=294,
+        head_dim=96,
+        block_size=(32, 64),
+        selection_heads=2,
+        lengths=((100, 100), (64, 194)),
+        softcap=3.0,
+        sinks=True,
+        page=16,
     ),
 )
