@@ -50,7 +50,7 @@ def in_pages(x: Tensor, case: Case) -> Tensor:
 
 
 def unread(case: Case, selection: BlockSelection) -> Tensor:
-    """Mark the tokens of all keys that no query of a KV head reads, bool ``[B, Hk, Tk]``."""
+    """Mark the keys that no query of a KV head reads, in no sequence that has them, bool ``[B, Hk, Tk]``."""
     nobody = torch.ones(case.batch, case.kv_heads, case.keys, dtype=torch.bool, device=selection.bits.device)
     row = 0
     for one in case.rows().sequences():
@@ -58,6 +58,9 @@ def unread(case: Case, selection: BlockSelection) -> Tensor:
         mask = reference.token_mask(selection.row_slice(row, row + rows), case.heads, one.rows)
         nobody[:, :, one.keys] = ~mask.any(2).unflatten(1, (case.kv_heads, -1)).any(2)
         row += rows
+    if case.page is not None:
+        shared = nobody[:, :, : case.shared * case.page]
+        shared[:] = shared.all(0)
     return nobody
 
 
@@ -87,10 +90,9 @@ def check_paged(
         return torch.equal(backend.run(q, keys, values, selection, options)[0], out)
 
     assert same(keys.nan_to_num(3.0), values.nan_to_num(3.0)), "what lies in no page of a sequence is read"
-    if not case.shared:
-        marks = unread(case, selection)[..., None]
-        poisoned = (in_pages(x.masked_fill(marks, torch.nan), case) for x in (k, v))
-        assert same(*poisoned), "what is not read reaches the output"
+    marks = unread(case, selection)[..., None]
+    poisoned = (in_pages(x.masked_fill(marks, torch.nan), case) for x in (k, v))
+    assert same(*poisoned), "what is not read reaches the output"
     beside = torch.cat([keys, values], -1).split(keys.shape[3], -1)
     assert same(*beside), "keys beside their values are others"
     after = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (keys, values))
