@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from seerattention.ops.block_sparse_attention import triton as attending
+from seerattention.ops.block_sparse_attention.kernels import forward as _attention_kernel
 from seerattention.ops.block_sparse_decode import _triton_kernel as _decode_kernel
 from seerattention.ops.block_sparse_decode import triton as decoding
 from seerattention.ops.language import padded
@@ -158,6 +160,35 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
     types = dict.fromkeys(("x", "weight", "out"), "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
     made = compiled(summarising._summarise, constants, types | {"edges": "*i32", "eps": "fp32"}, launch)
     assert made.metadata.shared <= 99 * 1024
+
+
+@compiles
+@pytest.mark.parametrize("sequences", [0, 8])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_kernel_of_prefill_compiles_for_hopper(dim: int, sequences: int) -> None:
+    asynchronous = {}
+    for page in (0, 16, 64, 256):
+        launch = attending.launch_of(dim, (64, min(64, page or 64)), 2)
+        constants = launch.tile()
+        options = {
+            key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in constants
+        }
+        constants |= {"HEADS": 32, "KV_HEADS": 8, "BIT_HEADS": 8, "D": dim, "BLOCK_D": dim, "BLOCK_Q": 64}
+        constants |= {"BLOCK_K": 64, "PAGE": page, "SOFTCAP": False, "SINKS": False, "LSE": False}
+        constants |= {"SEQUENCES": sequences, "STAGES": launch.stages}
+        constants |= {} if page else {"pages_ptr": None, "stride_pages": None}
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+        types |= dict.fromkeys(("lse_ptr", "sinks_ptr"), "*fp32")
+        whole = ("bits_ptr", "scratch_ptr", "counter_ptr", "starts_q_ptr", "starts_k_ptr", "pages_ptr")
+        types |= dict.fromkeys(whole, "*i32")
+        strides: Any = dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), ("i32",) * 3)
+        numbers = {"scale": "fp32", "softcap": "fp32"}
+        made = compiled(_attention_kernel.attention_kernel, constants, types | strides | numbers, options)
+        assert launch.programs * made.metadata.shared <= 227 * 1024
+        assert "wgmma.mma_async" in made.asm["ptx"]
+        asynchronous[page] = made.asm["ptx"].count("cp.async.cg")
+    # Copies are asked for as far ahead as without pages; a page's number widened where it is read ends that.
+    assert asynchronous[0] == asynchronous[64] == asynchronous[256] == 4 * asynchronous[16] > 0
 
 
 @compiles
