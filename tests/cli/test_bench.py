@@ -72,9 +72,23 @@ def test_prefill_measures_masks_gates_and_peers(peers, tmp_path):
     assert "tokens" in (tmp_path / "again.svg").read_text()
 
 
+def test_prefill_times_keys_in_pages(tmp_path):
+    out = tmp_path / "prefill.json"
+    # No whole number of pages; outputs are checked against the keys as they lie without.
+    sizes = (*SMALL[:1], 250, *SMALL[2:], "--density", 0.3, "--gate", "published")
+    result = invoke("bench", "prefill", "--out", out, *sizes, "--page", 64, "--page", 16)
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    paged = {r["backend"] for r in report["rows"] if r["kind"] == "paged"}
+    assert paged == {"gather, pages of 64", "gather, pages of 16"}
+    # Whole layers hold their keys behind one another.
+    assert [r["backend"] for r in report["layers"]] == ["gather"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["--page", 0], "pages must be a whole number >= 1, got 0"),
         (["--mask", "stripes"], "masks must be one of random, gate, band, got 'stripes'"),
         (["--gate", "best"], "gates must be one of published, sub16, sub8, default, got 'best'"),
         (["--peers", "cudnn,fa9"], "peers must be one of cudnn, fa2, flex, got 'fa9'"),

@@ -125,6 +125,7 @@ class Plan(Setting):
         blocks: Tokens per block.
         masks: Any of ``MASKS``.
         gates: Designs from ``GATES`` whose selection is timed, with random weights.
+        pages: Tokens per page of the keys and values in pages that are timed, too.
         peers: Any of ``cudnn``, ``fa2``, ``flex``; on a CPU dense SDPA is always there.
         extra: Further peers as ``module:function``.
         teacher_tokens: Length of the text that gate masks are made from.
@@ -136,6 +137,7 @@ class Plan(Setting):
     blocks: tuple[int, ...]
     masks: tuple[str, ...]
     gates: tuple[str, ...]
+    pages: tuple[int, ...] = ()
     peers: tuple[str, ...]
     teacher_tokens: int = 8192
     layer_density: float = 0.1
@@ -147,7 +149,7 @@ class Plan(Setting):
             peers=(self.peers, ("cudnn", "fa2", "flex")),
         )
         self.shares(self.densities)
-        self.counts(tokens=self.tokens, blocks=self.blocks)
+        self.counts(tokens=self.tokens, blocks=self.blocks, pages=self.pages)
         super().__post_init__()
 
     def shape(self, tokens: int, block: int) -> Shape:

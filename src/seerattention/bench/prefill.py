@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.bench import masks, peers
@@ -35,7 +36,7 @@ class Variant:
     """One thing to time at one length.
 
     Attributes:
-        kind: ``dense``, ``backend`` (this package's) or ``peer``.
+        kind: ``dense``, ``backend`` (this package's), ``paged`` (the same with keys in pages) or ``peer``.
         backend: Its name.
         selection: What it reads.
         mask: How the selection was made; ``full`` for everything.
@@ -90,6 +91,7 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
         report = plan.about() | {"ceilings": limits, "notes": notes, "rows": [], "layers": []}
         for tokens in plan.tokens:
             q, k, v = _draw(plan, tokens)
+            paged = {page: _in_pages(k, v, page) for page in plan.pages}
             size = plan.blocks[0], plan.blocks[0]
             everything = BlockSelection.full(Rows.last(tokens, tokens), size, plan.device)
             variants = [
@@ -107,7 +109,7 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
                 if 1.0 in plan.densities:
                     selections.insert(0, ("full", 1.0, masks.full(shape, plan.device)))
                 for mask, asked, selection in selections:
-                    variants += _sparse_variants(plan, extra, (q, k, v), mask, asked, selection, note)
+                    variants += _sparse_variants(plan, extra, (q, k, v), paged, mask, asked, selection, note)
             found = _rows(plan, (q, k, v), variants, reporter, note)
             for row in found:
                 row["share_of_matmul"] = round(row["tflops"] / (limits["matmul_tflops"] or 1), 3)
@@ -129,10 +131,24 @@ def _draw(plan: Plan, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return draw(plan.heads), draw(plan.kv_heads), draw(plan.kv_heads)
 
 
+def _in_pages(k: Tensor, v: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay keys and values of a sequence out in pages, in any order and side by side, as engines do.
+
+    Returns:
+        Both ``[P, Hk, page, D]``, and the block table ``[1, P]``.
+    """
+    both = F.pad(torch.cat([k, v], -1)[0], (0, 0, 0, -k.shape[2] % page))
+    both = both.unflatten(1, (-1, page)).transpose(0, 1)
+    order = torch.randperm(len(both), device=k.device)
+    keys, values = both[order.argsort()].split(k.shape[3], -1)
+    return keys, values, order.to(torch.int32)[None]
+
+
 def _sparse_variants(
     plan: Plan,
     extra: dict[str, peers.Peer],
     qkv: tuple[Tensor, Tensor, Tensor],
+    paged: dict[int, tuple[Tensor, Tensor, Tensor]],
     mask: str,
     asked: float,
     selection: BlockSelection,
@@ -147,6 +163,10 @@ def _sparse_variants(
     for name in op.BACKENDS:
         if name not in NOT_TIMED[plan.device]:
             add("backend", name, partial(op.block_sparse_attention, *qkv, selection, backend=name))
+            rows = Rows.last(qkv[0].shape[2], qkv[0].shape[2])
+            for page, (k, v, table) in paged.items():
+                attend = partial(op.block_sparse_attention, rows=rows, pages=table, backend=name)
+                add("paged", f"{name}, pages of {page}", partial(attend, qkv[0], k, v, selection))
     if "flex" in plan.peers and plan.device == "cuda":
         size = 2 * 4 * plan.heads * math.prod(selection.shape[2:])
         if size > peers.FLEX_BYTES:

@@ -56,6 +56,9 @@ def run(
             help="Gate whose selection is timed: published, sub16, sub8, default, none; repeatable."
         ),
     ] = None,
+    page: Annotated[
+        list[int] | None, typer.Option(help="Tokens per page, to time keys in pages, too; repeatable.")
+    ] = None,
     peers: Annotated[
         str, typer.Option(help="Of cudnn, fa2 and flex on a GPU; dense ones give the speedups.")
     ] = "cudnn,fa2,flex",
@@ -89,6 +92,7 @@ def run(
         "blocks": block,
         "masks": mask,
         "gates": [] if gate == ["none"] else gate,
+        "pages": page,
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
