@@ -18,13 +18,14 @@ pytestmark = pytest.mark.gpu
 def test_prefill_report(tmp_path):
     out = tmp_path / "prefill.json"
     options = (
-        "--tokens 1024 --density 0.2 --density 1 --mask random --mask gate --teacher-tokens 1024 --repeats 2"
+        "--tokens 1024 --density 0.2 --density 1 --mask random --mask gate --teacher-tokens 1024 --repeats 2 "
+        "--page 64"
     )
     arguments = ["bench", "prefill", "--out", str(out), "--device", "cuda", "--peers", "cudnn,fa2"]
     result = CliRunner().invoke(cli.app(), [*arguments, *options.split()])
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
-    assert {"dense cudnn", "dense fa2"} <= {r["backend"] for r in report["rows"]}
+    assert {"dense cudnn", "dense fa2", "triton, pages of 64"} <= {r["backend"] for r in report["rows"]}
     assert all(row["memory_mb"] > 0 for row in report["layers"])
     assert all(value > 0 for value in report["ceilings"].values())
 

@@ -18,6 +18,7 @@ from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, 
 from seerattention.ops.language import INTERPRETED
 from seerattention.ops.options import Options
 from seerattention.ops.shapes import Shape
+from seerattention.rows import Rows
 from seerattention.testing import conformance
 from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.mutants import Mutant, Run, dropped_last_block, swapped_head_map, wrong_scale
@@ -98,6 +99,20 @@ def test_pages(case: Case) -> None:
 @a_nan_is_planted
 def test_pages_in_half_precision() -> None:
     check_paged(backend, PAGED[-1], torch.float16)
+
+
+def test_pages_of_sequences_whose_lengths_only_the_device_knows() -> None:
+    case = next(case for case in PAGED if case.name == "packed-pages")
+    q, k, v, selection, options = paged_inputs(case)
+    keys, values, rows = in_pages(k, case), in_pages(v, case), options.rows
+    assert rows.starts_q is not None
+    assert rows.starts_k is not None
+    unknown = Rows.from_starts(rows.starts_q, rows.starts_k, rows.num_queries, rows.num_keys)
+    out = block_sparse_attention(
+        q, keys, values, selection, rows=unknown, pages=options.pages, backend="triton"
+    )
+    assert torch.equal(out, backend.run(q, keys, values, selection, options)[0])
+    assert torch.equal(out, backend.run(q, k, v, selection, replace(options, pages=None))[0])
 
 
 def test_compiled_with_pages() -> None:

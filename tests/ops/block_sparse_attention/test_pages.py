@@ -176,7 +176,7 @@ def test_backends_that_take_none() -> None:
     q, k, v, selection, options = call("pages")
     assert flex.unsupported(q, k, v, selection, options)[-1] == "it takes no keys in pages"
     assert BACKENDS["hopper"].unsupported(q, k, v, selection, options)[-1] == (
-        "its copies describe keys that lie behind one another, not in pages"
+        "it reads no block table, so keys must lie behind one another"
     )
     q, k, v, selection, options = call("odd-pages")
     assert BACKENDS["triton"].unsupported(q, k, v, selection, options)[-1] == (

@@ -65,7 +65,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], option
     if options.packed:
         reasons.append("it takes no packed sequences")
     if options.pages is not None:
-        reasons.append("its copies describe keys that lie behind one another, not in pages")
+        reasons.append("it reads no block table, so keys must lie behind one another")
     if block_size[0] % TILE or block_size[1] % TILE:
         reasons.append(f"blocks must be multiples of {TILE} tokens, got {block_size}")
     return reasons
