@@ -757,6 +757,29 @@ def distill_step() -> str:
     return parts(f"{model_of(report)}, one sequence per step:", table(columns, report["rows"]))
 
 
+def first_token() -> str:
+    """Return how long vLLM takes to the first token of a prompt, summaries made anew or kept."""
+    report = read("cpu", "first_token.json")
+    seconds = {(row["piece"], row["length"], row["way"]): row["seconds"] for row in report["rows"]}
+    rows = []
+    for piece, length in dict.fromkeys((row["piece"], row["length"]) for row in report["rows"]):
+        dense, made, kept = (seconds[piece, length, way] for way in ("dense", "made", "kept"))
+        rows.append({"piece": piece, "length": length, "dense": dense, "made": made, "kept": kept})
+        rows[-1] |= {"made_x": dense / made, "kept_x": dense / kept}
+    columns = (
+        "tokens: {length:,} | in pieces of: {piece:,} | dense s: {dense:.2f} | "
+        "summaries made s: {made:.2f} | kept s: {kept:.2f} | made, over dense: {made_x:.2f}x | "
+        "kept: {kept_x:.2f}x"
+    )
+    on = report["versions"]
+    about = (
+        f"Seconds to the first token, the bundled model in {report['dtype']}, `{report['policy']}`, medians "
+        f"of three prompts without shared pages; vLLM {on['vllm']}, torch {on['torch']}, {on['threads']} "
+        f"threads, {on['device']}, with the CPU's kernel compiled (`seerattention build`):"
+    )
+    return parts(about, table(columns, rows))
+
+
 def yarn() -> str:
     """Return the context extension: dense, with gates afterwards, jointly with them."""
     made = runpy.run_path(str(ROOT / "experiments" / "yarn" / "table.py"))
@@ -780,6 +803,7 @@ PAGES = {
         "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
         "decode-quality": decode_quality,
     },
+    "docs/serving.md": {"first-token": first_token},
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
         "bench": bench, "native": native, "gpu": gpu, "crossover": crossover, "pooled": pooled,

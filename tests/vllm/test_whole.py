@@ -97,8 +97,8 @@ def test_pages_of_another_request(llm):
 def test_swapped_pages_are_noticed(llm, monkeypatch):
     plan = Served.plan
 
-    def swapped(self, batch, stale):
-        made = plan(self, batch, stale)
+    def swapped(self, batch):
+        made = plan(self, batch)
         if made is not None:
             made.table[:, :2] = made.table[:, :2].flip(1)
         return made

@@ -47,7 +47,8 @@ def test_what_is_chosen():
 
 def test_pages_that_hold_no_whole_blocks():
     with pytest.raises(NotImplementedError, match="pages of 96 tokens"):
-        choice_of(config(96), Settings(str(bundled.GATES), "top_k:0.1", summaries="kept"))
+        choice_of(config(96), Settings(str(bundled.GATES), "top_k:0.1"))
+    choice_of(config(96), Settings(str(bundled.GATES), "top_k:0.1", summaries="made"))
 
 
 def test_processes_that_split_a_group(tmp_path):

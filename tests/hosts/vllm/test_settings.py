@@ -21,7 +21,7 @@ def test_an_engine_without_settings_has_none():
 
 def test_what_is_not_given_has_defaults():
     assert Settings.of(config({"gates": "here"})) == Settings(gates="here")
-    assert Settings("here").summaries == "made"
+    assert Settings("here").summaries == "kept"
 
 
 def test_what_the_engine_is_told_goes_before_the_model():

@@ -7,7 +7,7 @@ import pytest
 from seerattention.hosts.vllm import support
 from seerattention.hosts.vllm.settings import Settings
 
-MADE, KEPT = Settings("here"), Settings("here", summaries="kept")
+MADE, KEPT = Settings("here", summaries="made"), Settings("here")
 
 
 def config(cache_dtype="auto", use_mla=False, mrope=False, rope=None, context=1, second=False, **more):

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
 from seerattention.hosts.vllm.metrics import count_tokens
 from seerattention.hosts.vllm.served import Plan, Served
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.summaries import SUFFIX, Stale
+from seerattention.hosts.vllm.summaries import SUFFIX, Stale, SummaryTable
 
 #: Where a batch's metadata holds its plan.
 PLAN = "seerattention"
@@ -48,30 +50,44 @@ class SparseBuilder:
 
     vllm_config: Any
     layer_names: list[str]
-    #: Of the pages of this builder's layers, once they are there.
-    stale: Stale | None = None
-
-    def plan(self, batch: Any) -> Plan | None:
-        """Return the plan of a batch, None if it holds nothing for this builder's layers."""
-        served = served_in(self.vllm_config)
-        if served is None or not (ours := [name for name in self.layer_names if name in served.layers]):
-            return None
-        if self.stale is None and (pages := served.pages.get(ours[0])) is not None:
-            device = batch.block_table_tensor.device
-            self.stale = Stale(len(pages.kv_cache), pages.page_tokens, device)
-        return served.plan(batch, self.stale)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Return the batch's metadata."""
         build: Any = super().build  # type: ignore[misc]
         made = build(common_prefix_len, common_attn_metadata, fast_build)
-        plan = self.plan(common_attn_metadata)
+        served, plan = served_in(self.vllm_config), None
+        if served is not None and any(name in served.layers for name in self.layer_names):
+            plan = served.plan(common_attn_metadata)
         if plan is not None:
             parts = [UBatchSlice(*both) for both in plan.dense]
             for part in split_attn_metadata(parts, common_attn_metadata):
                 plan.metadata.append(build(0, part, fast_build))
             setattr(made, PLAN, plan)
         return made
+
+
+class SummaryBuilder(AttentionMetadataBuilder[SummaryTable]):
+    """Looks up where a batch's summaries are, and notes which pages get keys without them."""
+
+    # The least of all groups says whether the model runs in whole graphs.
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+    #: Of the pages of this builder's layers, once they are there.
+    stale: Stale | None = None
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> SummaryTable:
+        """Return the batch's metadata."""
+        served, table = served_in(self.vllm_config), common_attn_metadata.block_table_tensor
+        assert served is not None
+        if self.stale is None:
+            pages = served.pages[self.layer_names[0].removesuffix(SUFFIX)]
+            self.stale = Stale(len(pages.kv_cache), pages.page_tokens, table.device)
+        rows = served.rows(common_attn_metadata)
+        return SummaryTable(table, self.stale.after(table, rows.past, rows.keys, rows.sparse))
 
 
 class SparseImpl:
@@ -84,6 +100,8 @@ class SparseImpl:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         settings = Settings.of(config)
+        #: vLLM's layers by name, those of summaries among them.
+        self.context = config.compilation_config.static_forward_context
         self.served = None if settings is None else served_in(config) or Served(config, settings)
 
     def process_weights_after_loading(self, act_dtype: Any) -> None:
@@ -91,10 +109,9 @@ class SparseImpl:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
         if self.served is None:
             return
-        layers = get_current_vllm_config().compilation_config.static_forward_context
-        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        name = next(name for name, layer in self.context.items() if getattr(layer, "impl", None) is self)
         if (pages := self.served.keep(name)) is not None:
-            layers[name + SUFFIX] = pages
+            self.context[name + SUFFIX] = pages
 
     def cached(self, layer: Any, kv_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return a request's first keys and values, ``[1, Hk, T, D]`` each.
@@ -133,12 +150,15 @@ class SparseImpl:
             new = (x[tokens] for x in (query, key, value))
             forward(layer, *new, kv_cache, metadata, output[tokens], *more, **options)
         count_tokens(served.layers[name], "dense", plan.dense_tokens)
+        kept = None
+        if name in served.pages:
+            every: Any = get_forward_context().attn_metadata
+            kept = every[name + SUFFIX]
         for request in plan.sparse:
-            table = plan.table[request.row]
-            k, v = self.cached(layer, kv_cache, table, request.keys)
+            k, v = self.cached(layer, kv_cache, plan.table[request.row], request.keys)
             q = query[request.tokens].transpose(0, 1)[None]
             out = served.attend(
-                name, q, k, v, request, table, scale=self.scale, softcap=self.softcap(), sinks=self.sinks
+                name, q, k, v, request, kept, scale=self.scale, softcap=self.softcap(), sinks=self.sinks
             )
             output[request.tokens] = out[0].transpose(0, 1)
         return output

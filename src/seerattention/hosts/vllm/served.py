@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 from weakref import ref
 
@@ -31,7 +31,7 @@ from seerattention.hosts.vllm.choice import choice_of, skeleton
 from seerattention.hosts.vllm.metrics import count_blocks, count_tokens
 from seerattention.hosts.vllm.settings import Settings
 from seerattention.hosts.vllm.shard import gate_of, policy_of
-from seerattention.hosts.vllm.summaries import Paged, Stale, SummaryPages
+from seerattention.hosts.vllm.summaries import Paged, SummaryPages, SummaryTable
 from seerattention.selection import BlockSelection
 
 #: Rotary code of vLLM whose angles depend on the position alone, and whose table says them.
@@ -85,14 +85,33 @@ class Request:
         tokens: Where they are among the batch's.
         keys: Tokens of the request so far, these included.
         prompt: Tokens of the whole prompt.
-        stale: Of the request's pages, those whose summaries are not of their keys.
     """
 
     row: int
     tokens: slice
     keys: int
     prompt: int
-    stale: list[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The requests of a batch, row by row.
+
+    Attributes:
+        tokens: Where each one's new tokens are among the batch's.
+        past: Tokens before them.
+        keys: Tokens with them.
+        prompts: Tokens of each one's whole prompt.
+        reading: Rows with new tokens of their prompt.
+        sparse: Of those, the rows whose prompts are to be sparse.
+    """
+
+    tokens: list[slice]
+    past: list[int]
+    keys: list[int]
+    prompts: list[int]
+    reading: set[int]
+    sparse: set[int]
 
 
 @dataclass(frozen=True)
@@ -188,34 +207,49 @@ class Served:
             unrotate = UnrotateByTable(skeleton(self.config.model_config), parents)
             self.layer = replace(self.layer, unrotate=unrotate)
 
-    def plan(self, batch: Any, stale: Stale | None) -> Plan | None:
+    def rows(self, batch: Any) -> Rows:
+        """Look at the requests of a batch.
+
+        Args:
+            batch: vLLM's common metadata of attention in a batch.
+        """
+        runner = self.runner()
+        assert runner is not None
+        starts, count = batch.query_start_loc_cpu.tolist(), batch.num_reqs
+        tokens = [slice(*both) for both in pairwise(starts[: count + 1])]
+        keys = batch.seq_lens_cpu_upper_bound.tolist()[:count]
+        prompts = runner.input_batch.num_prompt_tokens[:count].tolist()
+        past = [total - (new.stop - new.start) for total, new in zip(keys, tokens, strict=True)]
+        reading = {row for row in range(count) if past[row] < min(prompts[row], keys[row])}
+        device = batch.block_table_tensor.device
+        sparse = {row for row in reading if self.layer.why_dense(prompts[row], device) is None}
+        return Rows(tokens, past, keys, prompts, reading, sparse)
+
+    def plan(self, batch: Any) -> Plan | None:
         """Say what of a batch is computed how, None if it holds no prompts.
 
         Args:
             batch: vLLM's common metadata of attention in a batch.
-            stale: Where summaries are kept, which pages hold old ones; what this batch writes is noted.
         """
-        runner = self.runner()
-        assert runner is not None
-        starts, rows = batch.query_start_loc_cpu.tolist(), range(batch.num_reqs)
-        keys = batch.seq_lens_cpu_upper_bound.tolist()
-        prompts = runner.input_batch.num_prompt_tokens[: len(rows)].tolist()
-        tokens = [slice(starts[row], starts[row + 1]) for row in rows]
-        past = [keys[row] - (starts[row + 1] - starts[row]) for row in rows]
-        table = batch.block_table_tensor
-        reading = {row for row in rows if past[row] < min(prompts[row], keys[row])}
-        sparse = {row for row in reading if self.layer.why_dense(prompts[row], table.device) is None}
-        old = {} if stale is None else stale.after(table, list(zip(past, keys, strict=False)), sparse)
-        if not reading:
+        rows = self.rows(batch)
+        if not rows.reading:
             return None
         requests = [
-            Request(row, tokens[row], keys[row], prompts[row], old.get(row, [])) for row in sorted(sparse)
+            Request(row, rows.tokens[row], rows.keys[row], rows.prompts[row]) for row in sorted(rows.sparse)
         ]
-        dense_tokens = sum(tokens[row].stop - tokens[row].start for row in reading - sparse)
-        return Plan(requests, list(_neighbours(tokens, sparse)), dense_tokens, table)
+        dense_tokens = sum(rows.keys[row] - rows.past[row] for row in rows.reading - rows.sparse)
+        dense = list(_neighbours(rows.tokens, rows.sparse))
+        return Plan(requests, dense, dense_tokens, batch.block_table_tensor)
 
     def attend(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, request: Request, table: Tensor, **options: Any
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        request: Request,
+        kept: SummaryTable | None,
+        **options: Any,
     ) -> Tensor:
         """Compute a layer for a prompt's new tokens.
 
@@ -225,7 +259,7 @@ class Served:
             k: ``[1, Hk, Tk, D]``, the earlier tokens' keys too.
             v: ``[1, Hk, Tk, D]``.
             request: The request.
-            table: int ``[N]``, its pages.
+            kept: Where summaries are, if they are kept.
             options: For `AttentionCall`, e.g. ``scale``.
 
         Returns:
@@ -236,8 +270,10 @@ class Served:
         positions = torch.arange(past, request.keys, device=q.device)[None]
         before = (self.layer.unrotate(layer, x, positions) for x in (q, k[:, :, past:]))
         given = Given(q, k, v, *before)
-        if (pages := self.pages.get(name)) is not None:
-            options["summaries"] = Paged(pages.kv_cache, table.long(), request.stale, pages.page_tokens)
+        if kept is not None:
+            pages, row = self.pages[name], request.row
+            table, stale = kept.table[row].long(), kept.stale[row]
+            options["summaries"] = Paged(pages.kv_cache, table, stale, pages.page_tokens)
         return attend_request(self.layer, layer, given, request.prompt, positions=positions, **options)
 
 

@@ -23,8 +23,8 @@ class Settings:
         policy: Which blocks are read, e.g. ``top_k:0.1``; default the one saved with the gates.
         min_tokens: Prompts of fewer tokens are dense; default what was measured on this kind of device.
         check_base: Refuse gates of another model. A fine-tuned variant of theirs may do without.
-        summaries: ``made`` from the cached keys in every piece of a prompt, or ``kept`` beside them in
-            pages of their own, which takes memory and saves time where prompts come in many pieces.
+        summaries: ``kept`` beside the keys, in pages of their own, which takes memory and saves time where
+            prompts come in pieces; or ``made`` again from the keys in every piece.
         aligned: End pieces of prompts where blocks end, so that every prompt is read as if it came whole,
             by a scheduler of this package in the place of vLLM's.
         backend: What computes sparse attention, a backend of ``block_sparse_attention``.
@@ -34,7 +34,7 @@ class Settings:
     policy: str | None = None
     min_tokens: int | None = None
     check_base: bool = True
-    summaries: Literal["made", "kept"] = "made"
+    summaries: Literal["kept", "made"] = "kept"
     aligned: bool = False
     backend: str = "auto"
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -23,19 +22,6 @@ from seerattention.rows import num_blocks
 
 #: Behind the name of the attention layer that they are of.
 SUFFIX = ".seerattention"
-
-
-class NothingToBuild(AttentionMetadataBuilder[Any]):
-    """Plans nothing: who computes attention reads and writes summaries."""
-
-    # The least of all groups says whether the model runs in whole graphs.
-    _cudagraph_support = AttentionCGSupport.ALWAYS
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> None:
-        """Build nothing."""
 
 
 class SummaryBackend(AttentionBackend):
@@ -54,9 +40,11 @@ class SummaryBackend(AttentionBackend):
         raise NotImplementedError
 
     @staticmethod
-    def get_builder_cls() -> type[NothingToBuild]:
-        """Return what plans a batch."""
-        return NothingToBuild
+    def get_builder_cls() -> Any:
+        """Return what looks pages up in a batch."""
+        from seerattention.hosts.vllm.backend import SummaryBuilder
+
+        return SummaryBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
@@ -143,6 +131,19 @@ class Paged:
         return self.pages[pages].transpose(0, 1).flatten(1, 2)[None, :, :states]
 
 
+@dataclass(frozen=True)
+class SummaryTable:
+    """Where a batch's summaries are.
+
+    Attributes:
+        table: int32 ``[rows, N]``, every row's pages of summaries, in order.
+        stale: By row with sparse tokens, which of its pages hold other summaries than of their keys.
+    """
+
+    table: Tensor
+    stale: dict[int, list[int]]
+
+
 class Stale:
     """Which pages of a block table hold summaries of other keys than those that they hold.
 
@@ -159,19 +160,22 @@ class Stale:
         self.stale = torch.ones(pages, dtype=torch.bool, device=device)
         self.page_tokens = page_tokens
 
-    def after(self, table: Tensor, tokens: list[tuple[int, int]], sparse: set[int]) -> dict[int, list[int]]:
+    def after(
+        self, table: Tensor, past: list[int], keys: list[int], sparse: set[int]
+    ) -> dict[int, list[int]]:
         """Note what a pass writes, and return which of their pages sparse rows find stale before it.
 
         Args:
             table: int ``[rows, N]``, every row's pages.
-            tokens: Of every row, how many there are before the pass and after it.
+            past: Of every row, how many tokens there are before the pass, and
+            keys: after it.
             sparse: Rows that bring all of their pages up to date.
         """
         found = {}
         for row in sparse:
-            pages = table[row, : num_blocks(tokens[row][1], self.page_tokens)].long()
+            pages = table[row, : num_blocks(keys[row], self.page_tokens)].long()
             found[row] = self.stale[pages].nonzero().flatten().tolist()
-        for row, (before, after) in enumerate(tokens):
+        for row, (before, after) in enumerate(zip(past, keys, strict=True)):
             first = 0 if row in sparse else before // self.page_tokens
             if after > before:
                 pages = table[row, first : num_blocks(after, self.page_tokens)].long()

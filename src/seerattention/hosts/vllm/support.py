@@ -25,15 +25,21 @@ RUNNER = (
     "set VLLM_USE_V2_MODEL_RUNNER=0"
 )
 CONNECTOR = (
-    "pages that a KV connector brings have no summaries beside them; leave summaries out of the settings of "
-    "seerattention, which makes them again from the keys"
+    "pages that a KV connector brings have no summaries beside them; set summaries to 'made' in "
+    "seerattention's settings, to have them made again from the keys"
 )
-GUESSES = "with a draft model summaries are not kept; leave summaries out of the settings of seerattention"
+GUESSES = (
+    "tokens that a draft model guessed are taken back without telling who keeps summaries; set summaries to "
+    "'made' in seerattention's settings"
+)
 GROUPS = (
     "these gates score once per KV head, of which there are {heads}, and {size} processes split the queries "
     "of one; use {heads} or fewer"
 )
-PAGES = "pages of {page} tokens do not hold whole blocks of {block}; set vLLM's block_size to a multiple"
+PAGES = (
+    "pages of {page} tokens do not hold whole blocks of {block}; set vLLM's block_size to a multiple, or "
+    "summaries to 'made' in seerattention's settings"
+)
 
 
 def refusals(config: Any, settings: Settings, version: str, platform: str) -> list[str]:
