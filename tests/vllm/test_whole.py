@@ -1,5 +1,7 @@
 """Prompts that come whole choose what they would in the attached model, whatever pages hold them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -95,15 +97,13 @@ def test_pages_of_another_request(llm):
 
 
 def test_swapped_pages_are_noticed(llm, monkeypatch):
-    plan = Served.plan
+    look = Served.look
 
-    def swapped(self, batch):
-        made = plan(self, batch)
-        if made is not None:
-            made.table[:, :2] = made.table[:, :2].flip(1)
-        return made
+    def swapped(self, given):
+        batch = look(self, given)
+        return replace(batch, table=torch.cat((batch.table[:, :2].flip(1), batch.table[:, 2:]), 1))
 
-    monkeypatch.setattr(Served, "plan", swapped)
+    monkeypatch.setattr(Served, "look", swapped)
     assert differing(llm, texts(777, begin=15000))
 
 

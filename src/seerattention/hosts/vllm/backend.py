@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -15,9 +15,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
 from seerattention.hosts.vllm.metrics import count_tokens
-from seerattention.hosts.vllm.served import Plan, Served
+from seerattention.hosts.vllm.served import Batch, Served
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.summaries import SUFFIX, Stale, SummaryTable
+from seerattention.hosts.vllm.summaries import SUFFIX, Paged, Stale, SummaryTable
 
 #: Where a batch's metadata holds its plan.
 PLAN = "seerattention"
@@ -45,6 +45,18 @@ def _bind_when_loaded() -> None:
 _bind_when_loaded()
 
 
+class Plan(NamedTuple):
+    """What is computed how in a pass of a batch with prompts.
+
+    Attributes:
+        batch: Its requests.
+        dense: Where tokens are that vLLM computes, and its own metadata for them.
+    """
+
+    batch: Batch
+    dense: list[tuple[slice, Any]]
+
+
 class SparseBuilder:
     """Adds a plan to the metadata of a batch with prompts; goes before a builder of vLLM's."""
 
@@ -55,14 +67,16 @@ class SparseBuilder:
         """Return the batch's metadata."""
         build: Any = super().build  # type: ignore[misc]
         made = build(common_prefix_len, common_attn_metadata, fast_build)
-        served, plan = served_in(self.vllm_config), None
-        if served is not None and any(name in served.layers for name in self.layer_names):
-            plan = served.plan(common_attn_metadata)
-        if plan is not None:
-            parts = [UBatchSlice(*both) for both in plan.dense]
-            for part in split_attn_metadata(parts, common_attn_metadata):
-                plan.metadata.append(build(0, part, fast_build))
-            setattr(made, PLAN, plan)
+        served = served_in(self.vllm_config)
+        if served is None or not any(name in served.layers for name in self.layer_names):
+            return made
+        batch = served.look(common_attn_metadata)
+        if batch.reading:
+            others = [UBatchSlice(*one) for one in batch.others()]
+            parts = split_attn_metadata(others, common_attn_metadata)
+            metadata = [build(0, part, fast_build) for part in parts]
+            places = [other.token_slice for other in others]
+            setattr(made, PLAN, Plan(batch, list(zip(places, metadata, strict=True))))
         return made
 
 
@@ -86,8 +100,8 @@ class SummaryBuilder(AttentionMetadataBuilder[SummaryTable]):
         if self.stale is None:
             pages = served.pages[self.layer_names[0].removesuffix(SUFFIX)]
             self.stale = Stale(len(pages.kv_cache), pages.page_tokens, table.device)
-        rows = served.rows(common_attn_metadata)
-        return SummaryTable(table, self.stale.after(table, rows.past, rows.keys, rows.sparse))
+        batch = served.look(common_attn_metadata)
+        return SummaryTable(table, self.stale.after(table, batch.past, batch.keys, batch.sparse))
 
 
 class SparseImpl:
@@ -124,6 +138,14 @@ class SparseImpl:
         """
         raise NotImplementedError
 
+    def kept(self, name: str, row: int) -> Paged | None:
+        """Return the summaries of a row's keys in a layer, None if they are not kept."""
+        if (pages := self.context.get(name + SUFFIX)) is None:
+            return None
+        every: Any = get_forward_context().attn_metadata
+        found: SummaryTable = every[name + SUFFIX]
+        return Paged(pages.kv_cache, found.table[row].long(), found.stale[row], pages.page_tokens)
+
     def softcap(self) -> float | None:
         """Return the cap of scores, None if there is none."""
         return getattr(self, "logits_soft_cap", None) or None
@@ -146,19 +168,15 @@ class SparseImpl:
         served, name = self.served, layer.layer_name
         if plan is None or served is None or name not in served.layers:
             return forward(layer, query, key, value, kv_cache, attn_metadata, output, *more, **options)
-        for (_, tokens), metadata in zip(plan.dense, plan.metadata, strict=True):
+        batch = plan.batch
+        for tokens, metadata in plan.dense:
             new = (x[tokens] for x in (query, key, value))
             forward(layer, *new, kv_cache, metadata, output[tokens], *more, **options)
-        count_tokens(served.layers[name], "dense", plan.dense_tokens)
-        kept = None
-        if name in served.pages:
-            every: Any = get_forward_context().attn_metadata
-            kept = every[name + SUFFIX]
-        for request in plan.sparse:
-            k, v = self.cached(layer, kv_cache, plan.table[request.row], request.keys)
-            q = query[request.tokens].transpose(0, 1)[None]
-            out = served.attend(
-                name, q, k, v, request, kept, scale=self.scale, softcap=self.softcap(), sinks=self.sinks
-            )
-            output[request.tokens] = out[0].transpose(0, 1)
+        count_tokens(served.layers[name], "dense", batch.dense_tokens)
+        for row in sorted(batch.sparse):
+            k, v = self.cached(layer, kv_cache, batch.table[row], batch.keys[row])
+            q = query[batch.tokens[row]].transpose(0, 1)[None]
+            asked = {"scale": self.scale, "softcap": self.softcap(), "sinks": self.sinks}
+            out = served.attend(name, q, k, v, batch.prompts[row], self.kept(name, row), **asked)
+            output[batch.tokens[row]] = out[0].transpose(0, 1)
         return output

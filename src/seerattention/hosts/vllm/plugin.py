@@ -15,6 +15,7 @@ ALIGNED = "seerattention.hosts.vllm.scheduler.AlignedScheduler"
 
 def register() -> None:
     """Take the place of vLLM's backend for the CPU, and refuse settings that cannot be served."""
+    from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -33,7 +34,9 @@ def register() -> None:
                 raise NotImplementedError("; ".join(reasons))
             from seerattention.hosts.vllm.choice import choice_of
 
-            choice_of(config, settings)
+            # Where it ran a model of transformers' before, in this process, the model's class asks for it.
+            with set_current_vllm_config(config):
+                choice_of(config, settings)
             if settings.aligned:
                 config.scheduler_config.scheduler_cls = ALIGNED
         return config

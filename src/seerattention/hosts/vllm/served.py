@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 from weakref import ref
@@ -31,7 +31,7 @@ from seerattention.hosts.vllm.choice import choice_of, skeleton
 from seerattention.hosts.vllm.metrics import count_blocks, count_tokens
 from seerattention.hosts.vllm.settings import Settings
 from seerattention.hosts.vllm.shard import gate_of, policy_of
-from seerattention.hosts.vllm.summaries import Paged, SummaryPages, SummaryTable
+from seerattention.hosts.vllm.summaries import Paged, SummaryPages
 from seerattention.selection import BlockSelection
 
 #: Rotary code of vLLM whose angles depend on the position alone, and whose table says them.
@@ -77,33 +77,17 @@ class UnrotateByTable(Unrotate):
 
 
 @dataclass(frozen=True)
-class Request:
-    """New tokens of a prompt in a batch.
+class Batch:
+    """The requests of a pass, row by row.
 
     Attributes:
-        row: Of the batch.
-        tokens: Where they are among the batch's.
-        keys: Tokens of the request so far, these included.
-        prompt: Tokens of the whole prompt.
-    """
-
-    row: int
-    tokens: slice
-    keys: int
-    prompt: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The requests of a batch, row by row.
-
-    Attributes:
-        tokens: Where each one's new tokens are among the batch's.
+        tokens: Where each one's new tokens are among the pass's.
         past: Tokens before them.
         keys: Tokens with them.
         prompts: Tokens of each one's whole prompt.
         reading: Rows with new tokens of their prompt.
         sparse: Of those, the rows whose prompts are to be sparse.
+        table: int32 ``[rows, pages]``, vLLM's block table.
     """
 
     tokens: list[slice]
@@ -112,25 +96,20 @@ class Rows:
     prompts: list[int]
     reading: set[int]
     sparse: set[int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is computed how in one pass of a batch with prompts.
-
-    Attributes:
-        sparse: The requests whose tokens choose.
-        dense: Of the rest, neighbours together: the batch's rows, and their tokens.
-        dense_tokens: How many tokens of prompts are among the rest.
-        table: int32 ``[rows, pages]``, vLLM's block table.
-        metadata: vLLM's own, for each of ``dense``.
-    """
-
-    sparse: list[Request]
-    dense: list[tuple[slice, slice]]
-    dense_tokens: int
     table: Tensor
-    metadata: list[Any] = field(default_factory=list)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens of prompts that are not to be sparse."""
+        return sum(self.keys[row] - self.past[row] for row in self.reading - self.sparse)
+
+    def others(self) -> Iterator[tuple[slice, slice]]:
+        """Yield runs of rows that are not sparse, and where their tokens are, if they have some."""
+        for sparse, some in groupby(range(len(self.tokens)), self.sparse.__contains__):
+            rows = list(some)
+            place = slice(self.tokens[rows[0]].start, self.tokens[rows[-1]].stop)
+            if not sparse and place.stop > place.start:
+                yield slice(rows[0], rows[-1] + 1), place
 
 
 class Served:
@@ -207,49 +186,26 @@ class Served:
             unrotate = UnrotateByTable(skeleton(self.config.model_config), parents)
             self.layer = replace(self.layer, unrotate=unrotate)
 
-    def rows(self, batch: Any) -> Rows:
-        """Look at the requests of a batch.
+    def look(self, given: Any) -> Batch:
+        """Look at the requests of a pass.
 
         Args:
-            batch: vLLM's common metadata of attention in a batch.
+            given: vLLM's common metadata of attention in it.
         """
         runner = self.runner()
         assert runner is not None
-        starts, count = batch.query_start_loc_cpu.tolist(), batch.num_reqs
+        starts, count = given.query_start_loc_cpu.tolist(), given.num_reqs
         tokens = [slice(*both) for both in pairwise(starts[: count + 1])]
-        keys = batch.seq_lens_cpu_upper_bound.tolist()[:count]
+        keys = given.seq_lens_cpu_upper_bound.tolist()[:count]
         prompts = runner.input_batch.num_prompt_tokens[:count].tolist()
         past = [total - (new.stop - new.start) for total, new in zip(keys, tokens, strict=True)]
         reading = {row for row in range(count) if past[row] < min(prompts[row], keys[row])}
-        device = batch.block_table_tensor.device
-        sparse = {row for row in reading if self.layer.why_dense(prompts[row], device) is None}
-        return Rows(tokens, past, keys, prompts, reading, sparse)
-
-    def plan(self, batch: Any) -> Plan | None:
-        """Say what of a batch is computed how, None if it holds no prompts.
-
-        Args:
-            batch: vLLM's common metadata of attention in a batch.
-        """
-        rows = self.rows(batch)
-        if not rows.reading:
-            return None
-        requests = [
-            Request(row, rows.tokens[row], rows.keys[row], rows.prompts[row]) for row in sorted(rows.sparse)
-        ]
-        dense_tokens = sum(rows.keys[row] - rows.past[row] for row in rows.reading - rows.sparse)
-        dense = list(_neighbours(rows.tokens, rows.sparse))
-        return Plan(requests, dense, dense_tokens, batch.block_table_tensor)
+        table = given.block_table_tensor
+        sparse = {row for row in reading if self.layer.why_dense(prompts[row], table.device) is None}
+        return Batch(tokens, past, keys, prompts, reading, sparse, table)
 
     def attend(
-        self,
-        name: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        request: Request,
-        kept: SummaryTable | None,
-        **options: Any,
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, prompt: int, kept: Paged | None, **options: Any
     ) -> Tensor:
         """Compute a layer for a prompt's new tokens.
 
@@ -258,29 +214,19 @@ class Served:
             q: ``[1, Hq, Tq, D]``.
             k: ``[1, Hk, Tk, D]``, the earlier tokens' keys too.
             v: ``[1, Hk, Tk, D]``.
-            request: The request.
-            kept: Where summaries are, if they are kept.
+            prompt: Tokens of the whole prompt.
+            kept: Its summaries, if they are kept.
             options: For `AttentionCall`, e.g. ``scale``.
 
         Returns:
             ``[1, Hq, Tq, D]``.
         """
-        layer, past = self.layers[name], request.keys - q.shape[2]
+        layer, tokens = self.layers[name], k.shape[2]
+        past = tokens - q.shape[2]
         count_tokens(layer, "sparse", q.shape[2])
-        positions = torch.arange(past, request.keys, device=q.device)[None]
+        positions = torch.arange(past, tokens, device=q.device)[None]
         before = (self.layer.unrotate(layer, x, positions) for x in (q, k[:, :, past:]))
         given = Given(q, k, v, *before)
         if kept is not None:
-            pages, row = self.pages[name], request.row
-            table, stale = kept.table[row].long(), kept.stale[row]
-            options["summaries"] = Paged(pages.kv_cache, table, stale, pages.page_tokens)
-        return attend_request(self.layer, layer, given, request.prompt, positions=positions, **options)
-
-
-def _neighbours(tokens: list[slice], without: set[int]) -> Iterator[tuple[slice, slice]]:
-    """Yield runs of a batch's rows that are none of these, each with its tokens, if it has some."""
-    for left_out, some in groupby(range(len(tokens)), without.__contains__):
-        rows = list(some)
-        place = slice(tokens[rows[0]].start, tokens[rows[-1]].stop)
-        if not left_out and place.stop > place.start:
-            yield slice(rows[0], rows[-1] + 1), place
+            options["summaries"] = kept
+        return attend_request(self.layer, layer, given, prompt, positions=positions, **options)
