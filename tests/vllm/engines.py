@@ -9,7 +9,7 @@ from vllm.inputs import TokensPrompt
 
 from seerattention import attach, load_gates
 from seerattention.hosts.transformers.attach import prompt_of
-from seerattention.hosts.vllm.backend import served_in
+from seerattention.hosts.vllm.served import served_in
 from seerattention.measure import bundled
 from vllm import LLM, SamplingParams
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seerattention.hosts.vllm.backend import served_in
+from seerattention.hosts.vllm.served import served_in
 from tests.vllm.engines import Alone, Chosen, answers, engine, settings, texts
 
 RANKS = 2

@@ -10,23 +10,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
 from seerattention.hosts.vllm.metrics import count_tokens
-from seerattention.hosts.vllm.served import Batch, Served
+from seerattention.hosts.vllm.pages import SUFFIX, SummaryPages, SummaryTable
+from seerattention.hosts.vllm.served import Batch, Served, served_in
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.summaries import SUFFIX, Paged, Stale, SummaryTable
+from seerattention.hosts.vllm.summaries import Paged
 
 #: Where a batch's metadata holds its plan.
 PLAN = "seerattention"
-
-
-def served_in(config: Any) -> Served | None:
-    """Return what serves the layers of an engine in this process, None if it has no settings."""
-    layers = config.compilation_config.static_forward_context.values()
-    return next(filter(None, (getattr(getattr(one, "impl", None), "served", None) for one in layers)), None)
 
 
 def _bind_when_loaded() -> None:
@@ -80,30 +74,6 @@ class SparseBuilder:
         return made
 
 
-class SummaryBuilder(AttentionMetadataBuilder[SummaryTable]):
-    """Looks up where a batch's summaries are, and notes which pages get keys without them."""
-
-    # The least of all groups says whether the model runs in whole graphs.
-    _cudagraph_support = AttentionCGSupport.ALWAYS
-    #: Of the pages of this builder's layers, once they are there.
-    stale: Stale | None = None
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> SummaryTable:
-        """Return the batch's metadata."""
-        served, table = served_in(self.vllm_config), common_attn_metadata.block_table_tensor
-        assert served is not None
-        if self.stale is None:
-            pages = served.pages[self.layer_names[0].removesuffix(SUFFIX)]
-            self.stale = Stale(len(pages.kv_cache), pages.page_tokens, table.device)
-        batch = served.look(common_attn_metadata)
-        return SummaryTable(table, self.stale.after(table, batch.past, batch.keys, batch.sparse))
-
-
 class SparseImpl:
     """Computes prompts by their plan, all else as vLLM does; goes before an implementation of vLLM's."""
 
@@ -121,11 +91,11 @@ class SparseImpl:
     def process_weights_after_loading(self, act_dtype: Any) -> None:
         """Add pages for summaries of this layer, before vLLM plans its cache."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        if self.served is None:
+        if self.served is None or self.served.settings.summaries != "kept":
             return
         name = next(name for name, layer in self.context.items() if getattr(layer, "impl", None) is self)
-        if (pages := self.served.keep(name)) is not None:
-            self.context[name + SUFFIX] = pages
+        if (index := self.served.index_of(name)) is not None:
+            self.context[name + SUFFIX] = SummaryPages(self.served.gates[index])
 
     def cached(self, layer: Any, kv_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return a request's first keys and values, ``[1, Hk, T, D]`` each.

@@ -31,7 +31,7 @@ from seerattention.hosts.vllm.choice import choice_of, skeleton
 from seerattention.hosts.vllm.metrics import count_blocks, count_tokens
 from seerattention.hosts.vllm.settings import Settings
 from seerattention.hosts.vllm.shard import gate_of, policy_of
-from seerattention.hosts.vllm.summaries import Paged, SummaryPages
+from seerattention.hosts.vllm.summaries import Paged
 from seerattention.selection import BlockSelection
 
 #: Rotary code of vLLM whose angles depend on the position alone, and whose table says them.
@@ -123,7 +123,6 @@ class Served:
         gates: Of every layer.
         layer: Computes layers.
         layers: By the name of an attention layer of vLLM's, its index.
-        pages: By the same, where summaries are kept.
         observe: Called as `SparseLayer.observe` is, if there is one.
     """
 
@@ -138,7 +137,6 @@ class Served:
         prefill = Phase(self.gates, policy_of(policy, gate, rank, size), whole.prefill.reach)
         self.layer: SparseLayer = replace(whole, prefill=prefill, observe=self._observed)
         self.layers: dict[str, int] = {}
-        self.pages: dict[str, SummaryPages] = {}
         self.observe: Observer | None = None
 
     def _observed(self, layer: int, call: AttentionCall, selection: BlockSelection) -> None:
@@ -151,14 +149,6 @@ class Served:
         found = re.search(r"(?:^|\.)layers\.(\d+)\.(?:self_)?attn\.attn$", name)
         index = None if found is None else int(found[1])
         return index if index in self.gates else None
-
-    def keep(self, name: str) -> SummaryPages | None:
-        """Have summaries kept beside the keys of a layer, if that is asked for."""
-        index = self.index_of(name)
-        if index is None or self.settings.summaries != "kept":
-            return None
-        self.pages[name] = SummaryPages(self.gates[index])
-        return self.pages[name]
 
     def bind(self, runner: Any) -> None:
         """Find what is served in a runner's model, once it is loaded.
@@ -230,3 +220,9 @@ class Served:
         if kept is not None:
             options["summaries"] = kept
         return attend_request(self.layer, layer, given, prompt, positions=positions, **options)
+
+
+def served_in(config: Any) -> Served | None:
+    """Return what serves the layers of an engine in this process, None if it has no settings."""
+    layers = config.compilation_config.static_forward_context.values()
+    return next(filter(None, (getattr(getattr(one, "impl", None), "served", None) for one in layers)), None)

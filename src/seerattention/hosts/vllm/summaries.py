@@ -1,90 +1,13 @@
-"""Summaries of blocks kept in pages beside vLLM's keys: the same block table says where both are."""
-
-# pyright: reportMissingImports=false
+"""Summaries of one request's keys in pages, and which pages hold those of other keys."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    MultipleOf,
-)
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from torch import Tensor
 
 from seerattention.engine.call import AttentionCall, Unrotate
 from seerattention.gate import AttnGate
 from seerattention.rows import num_blocks
-
-#: Behind the name of the attention layer that they are of.
-SUFFIX = ".seerattention"
-
-
-class SummaryBackend(AttentionBackend):
-    """What vLLM asks about pages of summaries."""
-
-    supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
-
-    @staticmethod
-    def get_name() -> str:
-        """Return its name."""
-        return "SEERATTENTION_SUMMARIES"
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        """Refuse: nothing attends by it."""
-        raise NotImplementedError
-
-    @staticmethod
-    def get_builder_cls() -> Any:
-        """Return what looks pages up in a batch."""
-        from seerattention.hosts.vllm.backend import SummaryBuilder
-
-        return SummaryBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Return which pages fit: all that keys may have."""
-        return [MultipleOf(1)]
-
-
-class SummaryPages(nn.Module, AttentionLayerBase):
-    """Pages ``[pages, H, states, E]`` of a layer's summaries, which vLLM plans, allocates and binds.
-
-    Args:
-        gate: Makes the summaries, which are kept in its precision.
-    """
-
-    def __init__(self, gate: AttnGate) -> None:
-        super().__init__()
-        c = gate.config
-        self.heads = c.num_kv_heads if c.q_proj else c.num_heads
-        self.dim, self.tokens, self.dtype = c.dim, c.k_sub, gate.linear_k.weight.dtype
-        self.kv_cache = torch.tensor([])
-
-    @property
-    def page_tokens(self) -> int:
-        """Tokens whose summaries a page holds."""
-        return self.kv_cache.shape[2] * self.tokens
-
-    def get_attn_backend(self) -> type[AttentionBackend]:
-        """Return what vLLM asks about the pages."""
-        return SummaryBackend
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
-        """Return how many bytes a page takes."""
-        return FullAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=self.heads,
-            head_size=self.dim,
-            head_size_v=0,
-            dtype=self.dtype,
-            tokens_per_state=self.tokens,
-        )
 
 
 class Paged:
@@ -129,19 +52,6 @@ class Paged:
         states = num_blocks(self.tokens, self.size)
         pages = self.table[: num_blocks(self.tokens, self.page_tokens)]
         return self.pages[pages].transpose(0, 1).flatten(1, 2)[None, :, :states]
-
-
-@dataclass(frozen=True)
-class SummaryTable:
-    """Where a batch's summaries are.
-
-    Attributes:
-        table: int32 ``[rows, N]``, every row's pages of summaries, in order.
-        stale: By row with sparse tokens, which of its pages hold other summaries than of their keys.
-    """
-
-    table: Tensor
-    stale: dict[int, list[int]]
 
 
 class Stale:

@@ -1,0 +1,82 @@
+"""Summaries in pages: those of all keys, whatever wrote them, and never those of others."""
+
+import pytest
+import torch
+
+from seerattention.engine.call import AttentionCall, Given
+from seerattention.gate import AttnGate, GateConfig
+from seerattention.hosts.vllm.summaries import Paged, Stale
+from seerattention.rows import Rows
+
+PAGE, PAGES = 32, 12
+CPU = torch.device("cpu")
+
+
+def stale_of(stale):
+    return stale.stale.nonzero().flatten().tolist()
+
+
+def test_what_was_never_summarised_is_stale():
+    assert stale_of(Stale(3, PAGE, CPU)) == [0, 1, 2]
+
+
+def test_a_sparse_row_brings_its_pages_up_to_date():
+    stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2, 7, 0]])
+    assert stale.after(table, [0], [70], {0}) == {0: [0, 1, 2]}
+    assert stale_of(stale) == [0, 1, 3, 4, 6]
+    assert stale.after(table, [70], [90], {0}) == {0: []}
+
+
+def test_what_is_decoded_is_stale_from_its_page_on():
+    stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2, 7, 0]])
+    stale.after(table, [0], [60], {0})
+    # The 61st token is the last but three of the second page; the 65th the first of the third.
+    assert stale.after(table, [60], [61], set()) == {}
+    assert stale_of(stale) == [0, 1, 2, 3, 4, 6, 7]
+    stale.after(table, [64], [65], set())
+    # A next turn finds both, and the first page as it was.
+    assert stale.after(table, [65], [90], {0}) == {0: [1, 2]}
+
+
+def test_a_page_that_another_row_takes_over():
+    stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2], [2, 6]])
+    stale.after(table[:1], [0], [64], {0})
+    # A dense prompt in the page of one that has gone.
+    stale.after(table[1:], [0], [40], set())
+    assert stale.after(table[:1], [64], [64 + 0], {0}) == {0: [1]}
+
+
+def test_rows_without_new_tokens_change_nothing():
+    stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2], [0, 0]])
+    stale.after(table, [0, 0], [40, 0], {0})
+    stale.after(table, [40, 0], [40, 0], set())
+    assert stale_of(stale) == [0, 1, 3, 4, 6, 7]
+
+
+def same(layer, k, positions):
+    """A model that does not rotate."""
+    return k
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [(100,), (32, 32, 36), (30, 50, 20), (1, 98, 1)])
+@pytest.mark.parametrize("stale", [[], [0], [0, 1]])
+def test_pieces_leave_the_summaries_of_all_keys(pieces, stale):
+    gate = AttnGate(GateConfig(4, 2, 32, block_size=16))
+    for weight in gate.parameters():
+        weight.normal_()
+    keys, table = torch.randn(1, 2, 100, 32), torch.randperm(PAGES)[:5]
+    # What earlier requests left.
+    pages = torch.full((PAGES, 2, PAGE // gate.tokens_per_summary, gate.config.dim), 1e3)
+    seen = 0
+    for new in pieces:
+        seen += new
+        if seen > 96:
+            pages[table[stale]] = float("nan")
+        k = keys[:, :, :seen]
+        given = Given(k[:, :, -new:], k, k, k[:, :, -new:], k[:, :, -new:])
+        call = AttentionCall(layer=0, given=given, rows=Rows.last(new, seen), scale=1.0)
+        kept = Paged(pages, table, stale if seen > 96 else [], PAGE)
+        assert kept.follow(call, gate, same) == (None,)
+    whole = gate.compress(keys, positions=torch.arange(100))
+    torch.testing.assert_close(kept.read(), whole, rtol=1e-5, atol=1e-5)
