@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import re
 
 # The engine in this process, so that its counts can be shown below.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -22,13 +23,19 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     settings = {"gates": args.gates, "policy": args.policy}
-    llm = LLM(args.model, max_model_len=16384, additional_config={"seerattention": settings})
+    llm = LLM(
+        args.model,
+        max_model_len=16384,
+        gpu_memory_utilization=0.5,  # of the machine's memory, on a CPU too
+        additional_config={"seerattention": settings},
+    )
     book = TEXT.read_text(encoding="utf-8")
     prompts = [book[begin : begin + 20_000] for begin in (0, 50_000)]
     for out in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20)):
         print(f"{len(out.prompt_token_ids):,} tokens, then: {out.outputs[0].text!r}")
-    read, causal = (
-        sum(REGISTRY.get_sample_value(f"seerattention_blocks_{what}_total", {"layer": n}) for n in "01234567")
-        for what in ("read", "causal")
-    )
-    print(f"{read / causal:.1%} of the blocks read")
+    counted = {"read": 0.0, "causal": 0.0}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if found := re.fullmatch(r"seerattention_blocks_(read|causal)_total", sample.name):
+                counted[found[1]] += sample.value
+    print(f"{counted['read'] / counted['causal']:.1%} of the blocks read")

@@ -57,3 +57,12 @@ def test_half_precision():
     # Other kernels round otherwise, and rows that nearly tie fall the other way.
     assert set(seen) == set(rows)
     assert alike > 0.9 * len(rows)
+
+
+def test_weights_that_are_loaded_again():
+    prompts = texts(777, begin=20000)
+    with engine(settings()) as llm:
+        expected = answers(llm, prompts)
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        assert answers(llm, prompts) == expected

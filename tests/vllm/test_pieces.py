@@ -54,3 +54,11 @@ def test_a_short_last_piece_chooses():
     (prompt,) = texts(1024 + 9, begin=20000)
     with engine(settings(aligned=True), max_num_batched_tokens=512) as llm:
         assert differing(llm, [prompt]) == 0
+
+
+@pytest.mark.parametrize("batch", [32, 63, 70])
+def test_batches_smaller_than_a_block_end(batch):
+    """Nothing waits for a block that is never left beside what is decoded."""
+    prompts = texts(300, 200, 150, 9, begin=20000)
+    with engine(settings(aligned=True), max_num_batched_tokens=batch, max_num_seqs=8) as llm:
+        assert [len(out) for out in answers(llm, prompts, 30)] == [30] * 4

@@ -1,6 +1,7 @@
 """Heads, or layers, spread over two processes."""
 
 import pytest
+from prometheus_client import REGISTRY
 
 from seerattention.hosts.vllm.served import served_in
 from tests.vllm.engines import Alone, Chosen, answers, engine, settings, texts
@@ -20,6 +21,12 @@ def seen_by(worker):
     return served.observe.taken(), heads
 
 
+def counted_by(worker):
+    """How many tokens it counted in the first layer."""
+    labels = {"layer": "0", "attention": "sparse"}
+    return REGISTRY.get_sample_value("seerattention_prompt_tokens_total", labels) or 0
+
+
 @pytest.fixture(autouse=True)
 def _functions_travel(monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
@@ -32,6 +39,9 @@ def test_every_process_chooses_for_its_heads():
         llm.collective_rpc(watch)
         assert answers(llm, prompts) == expected
         found = llm.collective_rpc(seen_by)
+        counted = llm.collective_rpc(counted_by)
+    # What both compute is counted once.
+    assert sorted(counted) == [0, sum(map(len, prompts))]
     assert len(found) == RANKS
     for rank, (seen, heads) in enumerate(found):
         assert seen == {key: row[rank * heads : (rank + 1) * heads] for key, row in rows.items()}

@@ -32,10 +32,10 @@ def _nothing_is_loaded(monkeypatch):
     [
         (settings(polcy="top_k:0.1"), ValueError, "unknown 'polcy' .did you mean policy"),
         ({"policy": "top_k:0.1"}, ValueError, "gates"),
-        ("gates", ValueError, "must hold settings such as"),
+        ("gates", ValueError, "must be settings, e.g."),
         (settings(gates="no/such/folder"), FileNotFoundError, "no/such/folder"),
         (settings("top_kk:0.1"), ValueError, "top_kk"),
-        (settings("dense"), ValueError, "would both be dense"),
+        (settings("dense"), ValueError, "nothing is left to choose"),
         (settings(min_tokens=-1), ValueError, "min_tokens must be a whole number >= 0"),
         (settings(backend="cuda"), ValueError, "backend"),
         (settings(summaries="sometimes"), ValueError, "summaries"),
@@ -72,6 +72,8 @@ def test_gates_of_other_weights(tmp_path):
     ("options", "words"),
     [
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8"),
+        ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "kv_cache_dtype is bfloat16"),
+        ({"runner": "pooling", "hf_overrides": {"is_causal": False}}, "see what comes after"),
         (
             {"hf_overrides": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}},
             "dynamic",

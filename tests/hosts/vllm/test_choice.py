@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from seerattention.hosts.transformers import BaseInfo, new_gates, save_gates
-from seerattention.hosts.vllm.choice import choice_of, skeleton
+from seerattention.hosts.vllm import choice
+from seerattention.hosts.vllm.choice import skeleton
 from seerattention.hosts.vllm.settings import Settings
 from seerattention.measure import bundled
 
@@ -14,21 +17,25 @@ from seerattention.measure import bundled
 def config(page=128, processes=1, folder=bundled.TEACHER, **changes):
     text = AutoConfig.from_pretrained(bundled.TEACHER, **changes)
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, model=str(folder)),
+        model_config=SimpleNamespace(hf_text_config=text, model=str(folder), dtype=torch.float32),
         cache_config=SimpleNamespace(block_size=page),
         parallel_config=SimpleNamespace(tensor_parallel_size=processes),
     )
 
 
+def choice_of(given, settings):
+    return choice.choice_of(given, settings, check_base=settings.check_base)
+
+
 def test_a_skeleton_is_known_by_its_weights():
-    model = skeleton(config().model_config)
+    model = skeleton(config().model_config, weights=True)
     assert BaseInfo.of(model).fingerprint == BaseInfo.of(bundled.load_teacher()[0]).fingerprint
     assert model.model.embed_tokens.weight.is_meta
     assert not model.model.rotary_emb.inv_freq.is_meta
 
 
 def test_without_weights_it_is_known_by_its_name(tmp_path):
-    assert BaseInfo.of(skeleton(config(folder=tmp_path).model_config)).fingerprint == ""
+    assert BaseInfo.of(skeleton(config(folder=tmp_path).model_config, weights=True)).fingerprint == ""
     with pytest.raises(ValueError, match="nothing but the name is known"):
         choice_of(config(folder=tmp_path), Settings(str(bundled.GATES), "top_k:0.1"))
     choice_of(config(folder=tmp_path), Settings(str(bundled.GATES), "top_k:0.1", check_base=False))
@@ -59,3 +66,30 @@ def test_processes_that_split_a_group(tmp_path):
     choice_of(config(processes=heads), settings)
     with pytest.raises(NotImplementedError, match=f"score once per KV head, of which there are {heads}"):
         choice_of(config(processes=2 * heads), settings)
+
+
+def test_other_towers_have_layers_too(tmp_path):
+    """As those of pictures, whose layers are numbered alike."""
+    weights = load_file(bundled.TEACHER / "model.safetensors")
+    theirs = {f"language_model.{name}": value for name, value in weights.items()}
+    for name in list(weights):
+        if "layers.0.self_attn" in name:
+            tail = name[name.index("layers.0") :]
+            for tower in ("vision_tower.vision_model.encoder.", "model.mtp_", "model.visual."):
+                theirs[tower + tail] = torch.randn(3, 3)
+    save_file(theirs, tmp_path / "model.safetensors")
+    model = skeleton(config(folder=tmp_path).model_config, weights=True)
+    assert BaseInfo.of(model).fingerprint == BaseInfo.of(bundled.load_teacher()[0]).fingerprint
+
+
+def test_no_policy_and_none_to_have(tmp_path):
+    save_gates(new_gates(bundled.load_teacher()[0]), tmp_path / "gates")
+    with pytest.raises(ValueError, match="saved without a policy for prompts"):
+        choice_of(config(), Settings(str(tmp_path / "gates")))
+    with pytest.raises(ValueError, match="nothing is left to choose"):
+        choice_of(config(), Settings(str(tmp_path / "gates"), "dense"))
+
+
+def test_a_backend_that_does_not_run_here():
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+        choice_of(config(), Settings(str(bundled.GATES), "top_k:0.1", backend="triton"))

@@ -29,7 +29,15 @@ def test_what_the_engine_is_told_goes_before_the_model():
     assert Settings.of(given) == Settings(gates="here")
 
 
-def test_a_models_own_gates_lie_in_its_folder(tmp_path):
+def test_false_turns_off_what_a_model_brings():
+    assert Settings.of(config(False, {"gates": "there"})) is None
+    assert Settings.of(config(own=False)) is None
+
+
+def test_a_models_own_gates_lie_in_its_folder(tmp_path, monkeypatch):
+    # Where something of that name lies, too.
+    (tmp_path / "elsewhere" / "gates").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "gates").mkdir()
     assert Settings.of(config(own={"gates": "gates"}, model=tmp_path)) == Settings(
         gates=str(tmp_path / "gates")
@@ -46,7 +54,8 @@ def test_a_models_own_gates_lie_in_its_folder(tmp_path):
         ({"gates": 3}, "gates"),
         ({"gates": "here", "summaries": "both"}, "summaries"),
         ({"gates": "here", "aligned": "yes"}, "aligned"),
-        ("here", "must hold settings such as"),
+        ("here", "must be settings, e.g."),
+        (True, "must be settings, e.g."),
     ],
 )
 def test_bad_settings(given, words):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from seerattention.hosts.vllm import support
 from seerattention.hosts.vllm.settings import Settings
@@ -11,11 +12,16 @@ MADE, KEPT = Settings("here", summaries="made"), Settings("here")
 
 
 def config(cache_dtype="auto", use_mla=False, mrope=False, rope=None, context=1, second=False, **more):
-    text = SimpleNamespace(rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e4})
+    text = SimpleNamespace(
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e4},
+        is_causal=more.get("causal", True),
+    )
+    model = {"dtype": torch.bfloat16, "attn_type": more.get("attends", "decoder")}
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, use_mla=use_mla, uses_mrope=mrope),
+        model_config=SimpleNamespace(hf_text_config=text, use_mla=use_mla, uses_mrope=mrope, **model),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         parallel_config=SimpleNamespace(decode_context_parallel_size=context),
+        scheduler_config=SimpleNamespace(scheduler_cls=more.get("scheduler")),
         use_v2_model_runner=second,
         kv_transfer_config=more.get("connector"),
         speculative_config=more.get("guesses"),
@@ -25,13 +31,17 @@ def config(cache_dtype="auto", use_mla=False, mrope=False, rope=None, context=1,
 @pytest.mark.parametrize("settings", [MADE, KEPT])
 def test_nothing_is_refused(settings):
     for version in support.VERSIONS:
-        assert support.refusals(config(), settings, version, "cpu") == []
+        for dtype in ("auto", "bfloat16"):
+            assert support.refusals(config(dtype), settings, version, "cpu") == []
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"cache_dtype": "fp8_e4m3"}, support.FP8.format(dtype="fp8_e4m3")),
+        ({"cache_dtype": "fp8_e4m3"}, support.PRECISION.format(dtype="fp8_e4m3")),
+        ({"cache_dtype": "float16"}, support.PRECISION.format(dtype="float16")),
+        ({"attends": "encoder_only"}, support.BIDIRECTIONAL),
+        ({"causal": False}, support.BIDIRECTIONAL),
         ({"use_mla": True}, support.MLA),
         ({"context": 2}, support.CONTEXT),
         ({"mrope": True}, support.MROPE),
@@ -52,6 +62,13 @@ def test_what_kept_summaries_cannot_follow(option, reason):
     given = config(**{option: object()})
     assert support.refusals(given, KEPT, support.VERSIONS[0], "cpu") == [reason]
     assert support.refusals(given, MADE, support.VERSIONS[0], "cpu") == []
+
+
+def test_two_schedulers():
+    given = config(scheduler="somebody.Scheduler")
+    asked = Settings("here", aligned=True)
+    assert support.refusals(given, asked, support.VERSIONS[0], "cpu") == [support.SCHEDULER]
+    assert support.refusals(given, KEPT, support.VERSIONS[0], "cpu") == []
 
 
 def test_other_versions_and_platforms():

@@ -94,7 +94,8 @@ class SparseImpl:
         if self.served is None or self.served.settings.summaries != "kept":
             return
         name = next(name for name, layer in self.context.items() if getattr(layer, "impl", None) is self)
-        if (index := self.served.index_of(name)) is not None:
+        # Weights may be loaded again, when there are pages.
+        if (index := self.served.index_of(name)) is not None and name + SUFFIX not in self.context:
             self.context[name + SUFFIX] = SummaryPages(self.served.gates[index])
 
     def cached(self, layer: Any, kv_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,8 @@ class SparseImpl:
         for tokens, metadata in plan.dense:
             new = (x[tokens] for x in (query, key, value))
             forward(layer, *new, kv_cache, metadata, output[tokens], *more, **options)
-        count_tokens(served.layers[name], "dense", batch.dense_tokens)
+        if served.counts:
+            count_tokens(served.layers[name], "dense", batch.dense_tokens)
         for row in sorted(batch.sparse):
             k, v = self.cached(layer, kv_cache, batch.table[row], batch.keys[row])
             q = query[batch.tokens[row]].transpose(0, 1)[None]

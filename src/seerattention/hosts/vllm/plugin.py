@@ -36,7 +36,7 @@ def register() -> None:
 
             # Where it ran a model of transformers' before, in this process, the model's class asks for it.
             with set_current_vllm_config(config):
-                choice_of(config, settings)
+                choice_of(config, settings, check_base=settings.check_base)
             if settings.aligned:
                 config.scheduler_config.scheduler_cls = ALIGNED
         return config

@@ -13,7 +13,10 @@ from seerattention.hosts.vllm.settings import Settings
 
 
 class AlignedScheduler(Scheduler):
-    """Schedules as vLLM does, of prompts whole blocks; a request for which none is left waits for a pass."""
+    """Schedules as vLLM does, of prompts whole blocks; a request for which none is left waits for a pass.
+
+    Where passes are too small for a block beside all requests that may be decoded, blocks are cut.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,4 +34,7 @@ class AlignedScheduler(Scheduler):
         end = begin + num_new_tokens
         if end >= request.num_prompt_tokens:
             return num_new_tokens
-        return max(0, end // self.gate_block * self.gate_block - begin)
+        whole = max(0, end // self.gate_block * self.gate_block - begin)
+        # What is left beside all that may be decoded: if that is no block, waiting would help nobody.
+        decoded = len(self.running) * (1 + self.num_spec_tokens)
+        return whole or (num_new_tokens if self.max_num_scheduled_tokens - decoded < self.gate_block else 0)

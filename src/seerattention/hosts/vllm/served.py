@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding import (
     base,
     linear_scaling_rope,
@@ -33,6 +34,9 @@ from seerattention.hosts.vllm.settings import Settings
 from seerattention.hosts.vllm.shard import gate_of, policy_of
 from seerattention.hosts.vllm.summaries import Paged
 from seerattention.selection import BlockSelection
+
+# As one of vLLM's, which shows no others.
+logger = init_logger("vllm.seerattention")
 
 #: Rotary code of vLLM whose angles depend on the position alone, and whose table says them.
 TABLES = (
@@ -128,7 +132,7 @@ class Served:
 
     def __init__(self, config: Any, settings: Settings) -> None:
         self.config, self.settings = config, settings
-        whole = choice_of(config, settings)
+        whole = choice_of(config, settings, check_base=False)
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
         gates = {layer: one for layer, one in whole.prefill.scorers.items() if isinstance(one, AttnGate)}
         policy, gate = whole.prefill.policy, next(iter(gates.values()))
@@ -136,6 +140,8 @@ class Served:
         self.gates = {layer: gate_of(one, rank, size) for layer, one in gates.items()}
         prefill = Phase(self.gates, policy_of(policy, gate, rank, size), whole.prefill.reach)
         self.layer: SparseLayer = replace(whole, prefill=prefill, observe=self._observed)
+        # Of the processes that share a layer's heads one counts its tokens.
+        self.counts = rank == 0
         self.layers: dict[str, int] = {}
         self.observe: Observer | None = None
 
@@ -170,6 +176,18 @@ class Served:
                 f"layers {sorted(expected)} have gates, and vLLM's {type(runner.get_model()).__name__} has "
                 f"{sorted(self.layers.values())} under names that seerattention knows"
             )
+        least = self.settings.min_tokens
+        if least is None:
+            known = self.layer.crossovers.get(runner.device.type)
+            least = 0 if known is None else known.dense_below
+        logger.info(
+            "Prompts of %s tokens and more are sparse in %s layers: gates %s, policy %s, summaries %s",
+            f"{least:,}",
+            len(self.layers),
+            self.settings.gates,
+            self.layer.prefill.policy,
+            self.settings.summaries,
+        )
         # Models that vLLM takes from transformers rotate by their own code.
         if not self.config.model_config.using_transformers_backend():
             parents = {index: modules[name.rpartition(".")[0]] for name, index in self.layers.items()}
@@ -213,7 +231,8 @@ class Served:
         """
         layer, tokens = self.layers[name], k.shape[2]
         past = tokens - q.shape[2]
-        count_tokens(layer, "sparse", q.shape[2])
+        if self.counts:
+            count_tokens(layer, "sparse", q.shape[2])
         positions = torch.arange(past, tokens, device=q.device)[None]
         before = (self.layer.unrotate(layer, x, positions) for x in (q, k[:, :, past:]))
         given = Given(q, k, v, *before)

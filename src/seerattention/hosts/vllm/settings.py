@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ class Settings:
     """How prompts are computed.
 
     Attributes:
-        gates: Folder of the gates, or a hub id; a folder that is named relatively in a model's own
-            configuration lies in the model's folder.
+        gates: Folder of the gates, or a hub id; in a model's own configuration first of all a folder in that
+            of the model.
         policy: Which blocks are read, e.g. ``top_k:0.1``; default the one saved with the gates.
         min_tokens: Prompts of fewer tokens are dense; default what was measured on this kind of device.
         check_base: Refuse gates of another model. A fine-tuned variant of theirs may do without.
@@ -53,13 +53,14 @@ class Settings:
         where, model = "additional_config", config.model_config
         if given is None:
             given, where = getattr(model.hf_config, KEY, None), "config.json of the model"
-        if given is None:
+        if given is None or given is False:
             return None
-        where = f"{KEY} in {where}"
         if not isinstance(given, Mapping):
-            raise ValueError(f"{where} must hold settings such as {{'gates': 'folder'}}, got {given!r}")
-        settings = build(cls, given, where, f"{KEY}.")
+            raise ValueError(
+                f"{KEY} in {where} must be settings, e.g. {{'gates': 'folder'}}, or false, got {given!r}"
+            )
+        settings = build(cls, given, f"{KEY} in {where}", f"{KEY}.")
         beside = Path(model.model, settings.gates)
-        if where.endswith("model") and not Path(settings.gates).exists() and beside.is_dir():
-            return build(cls, {**given, "gates": str(beside)}, where, f"{KEY}.")
+        if where.endswith("model") and beside.is_dir():
+            return replace(settings, gates=str(beside))
         return settings

@@ -12,7 +12,19 @@ VERSIONS = ("0.32.0",)
 
 VERSION = "seerattention serves in vLLM {versions}, and this is {found}; install one of these"
 PLATFORM = "seerattention serves in vLLM's CPU build so far, and this platform is {name}"
-FP8 = "kv_cache_dtype is {dtype}, and gates read keys in the model's own precision; leave it out"
+PRECISION = "kv_cache_dtype is {dtype}, and gates read keys in the model's own precision; leave it out"
+BIDIRECTIONAL = "the model's tokens see what comes after them, and gates were taught on what comes before"
+SCHEDULER = (
+    "aligned takes a scheduler of this package, and scheduler_cls asks for another; leave one of them out"
+)
+NO_POLICY = (
+    "these gates were saved without a policy for prompts; name one in seerattention's settings, e.g. "
+    "'policy': 'top_k:0.1'"
+)
+OFF = (
+    "with policy 'dense' nothing is left to choose; leave seerattention's settings out, or where the model's "
+    "config.json has some, set 'seerattention' to false"
+)
 MLA = "multi-head latent attention caches no keys per head for gates to read"
 CONTEXT = "decode context parallelism spreads a prompt's keys over processes; leave it out"
 MROPE = "positions of several dimensions (mrope) cannot be rotated back by one number per token"
@@ -59,8 +71,10 @@ def refusals(config: Any, settings: Settings, version: str, platform: str) -> li
         found.append(VERSION.format(versions=" or ".join(VERSIONS), found=version))
     if platform != "cpu":
         found.append(PLATFORM.format(name=platform))
-    if cache.cache_dtype.startswith("fp8"):
-        found.append(FP8.format(dtype=cache.cache_dtype))
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        found.append(PRECISION.format(dtype=cache.cache_dtype))
+    if model.attn_type != "decoder" or getattr(text, "is_causal", True) is False:
+        found.append(BIDIRECTIONAL)
     if model.use_mla:
         found.append(MLA)
     if parallel.decode_context_parallel_size > 1:
@@ -71,6 +85,8 @@ def refusals(config: Any, settings: Settings, version: str, platform: str) -> li
         found.append(LENGTHS.format(kind=kind))
     if config.use_v2_model_runner:
         found.append(RUNNER)
+    if settings.aligned and config.scheduler_config.scheduler_cls is not None:
+        found.append(SCHEDULER)
     if kept and config.kv_transfer_config is not None:
         found.append(CONNECTOR)
     if kept and config.speculative_config is not None:
