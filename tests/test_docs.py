@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 FOLDERS = "src|tests|docs|recipes|benchmarks|examples|experiments"
 #: Options of other programs: lm-eval, compute-sanitizer.
-OTHERS = {"--batch_size", "--tool"}
+OTHERS = {"--batch_size", "--tool", "--additional-config"}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
