@@ -11,9 +11,9 @@ import re
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from prometheus_client import REGISTRY
+from vllm import LLM, SamplingParams
 
 from seerattention.measure.bundled import GATES, TEACHER, TEXT
-from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -21,9 +21,8 @@ WAYS = {"dense": None, "made": "made", "kept": "kept"}
 
 def seconds(llm: Any, prompts: list[list[int]]) -> list[float]:
     """Time from a prompt to its first token, of prompts that come one after the other."""
-    from vllm.inputs import TokensPrompt
-
     from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
 
     one, times = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), []
     for prompt in prompts:
@@ -49,13 +48,13 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.version import __version__ as version
 
     from seerattention.files import write_json
     from seerattention.measure import bundled
     from seerattention.measure.versions import versions
-    from vllm import LLM
 
     text = bundled.text_tokens(bundled.load_teacher()[1])[1]
     rows = []

@@ -4,6 +4,7 @@ import gc
 from contextlib import contextmanager
 
 import torch
+from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 
@@ -11,7 +12,6 @@ from seerattention import attach, load_gates
 from seerattention.hosts.transformers.attach import prompt_of
 from seerattention.hosts.vllm.served import served_in
 from seerattention.measure import bundled
-from vllm import LLM, SamplingParams
 
 POLICY = "top_k:0.3"
 NEW_TOKENS = 12

@@ -3,9 +3,10 @@
 import json
 import shutil
 
+from vllm import LLM
+
 from seerattention.measure import bundled
 from tests.vllm.engines import Alone, answers, served_by, texts
-from vllm import LLM
 
 
 def test_a_model_that_names_its_gates(tmp_path):

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
+from vllm import LLM
 
 from seerattention.hosts.vllm import plugin, support
 from seerattention.measure import bundled
 from tests.vllm.engines import settings
-from vllm import LLM
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
