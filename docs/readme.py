@@ -300,8 +300,11 @@ def measured_with(report: Report) -> str:
 
 
 def native() -> str:
-    """Return the benchmark of the compiled kernel, in both dtypes."""
-    return "\n\n".join(bench(f"prefill_native_{dtype}.json") for dtype in ("bfloat16", "float32"))
+    """Return the benchmark of the compiled kernel, and a layer with selecting, in both dtypes."""
+    return "\n\n".join(
+        parts(bench(f"prefill_native_{dtype}.json"), layers(read("cpu", f"layer_native_{dtype}.json")))
+        for dtype in ("bfloat16", "float32")
+    )
 
 
 def bench(name: str = "prefill.json") -> str:
