@@ -32,7 +32,7 @@ test-oldest: .venv/oldest/.ready
 test-newest: .venv/newest/.ready
 	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest $(PARALLEL) $(ATTACHED)
 
-# Engines of vLLM on the CPU, in an environment of its own: 2.4 GB.
+# Engines of vLLM on the CPU, in an environment of its own: 2.1 GB.
 test-vllm: .venv/vllm/.ready
 	.venv/vllm/bin/python -m pytest --numprocesses 2 --dist loadfile tests/vllm tests/hosts/vllm
 
