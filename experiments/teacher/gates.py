@@ -102,14 +102,9 @@ def main() -> None:
     heldout = tokenise(args.heldout, tokenizer, args.out / "heldout.npy")
     mixture = Mixture(books, tokenizer, recipe["data"]["digits"])
     torch.manual_seed(recipe["seed"])
-    gates = new_gates(model, **{"shares": False, **args.gate})
+    gates = new_gates(model, **args.gate)
     batches = Batches(mixture, settings, recipe["seed"])
-    config = DistillConfig(
-        steps=settings["steps"],
-        lr=settings["lr"],
-        objective=settings.get("objective", "sharp_kl"),
-        target="max",
-    )
+    config = DistillConfig(steps=settings["steps"])
     started = time.perf_counter()
     trainer = Distiller(model, gates, batches, config, out=args.out)
     for step in trainer.run():
