@@ -225,7 +225,7 @@ def lengths() -> str:
         "tokens: {tokens:,} | method: {method} | density: {density:.1%} | perplexity: {perplexity:.2f} | "
         "needles: {needle:.0%} of {questions}"
     )
-    return parts(table(columns, read("teacher-gates", "results.json", base=DATA)), FORMER_DENSITY)
+    return table(columns, read("teacher-gates", "results.json", base=DATA))
 
 
 def table_of_all() -> str:
@@ -632,10 +632,17 @@ def gates(name: str) -> str:
     )
 
 
-def gates_final(name: str) -> str:
-    """Return the final gates of several seeds beside every scorer: perplexity, its gap, and needles."""
-    report, by, seeds, free = designs(name)
+def gates_final(name: str, *notes: str) -> str:
+    """Return the final gates beside every scorer: perplexity, its gap to the oracle, and needles.
+
+    Seeds of one design, which end in ``, seed K``, are a row together.
+    """
+    report, by, trained, free = designs(name)
     asked = report["settings"]["densities"]
+    kinds: dict[str, list[str]] = {}
+    for one in trained:
+        kinds.setdefault(one.split(", seed")[0], []).append(one)
+    seeds = {f"{kind}, {len(some)} seeds" if len(some) > 1 else kind: some for kind, some in kinds.items()}
 
     def ends(rows: list[Report], key: str, form: str) -> str:
         values = [r[key] for r in rows]
@@ -644,25 +651,26 @@ def gates_final(name: str) -> str:
     def cell(methods: list[str], tokens: int, density: float) -> str:
         rows = [by[m, tokens, density] for m in methods]
         widest = max(gap(by, m, tokens, density) for m in methods)
-        share = f" (gap {widest:.2f})" if len(methods) > 1 else ""
+        share = f" (gap {widest:.2f})" if methods[0] in trained else ""
         return f"{ends(rows, 'perplexity', '.2f')}{share}, {ends(rows, 'needle', '.1%')}"
 
     lines = []
     for n in report["settings"]["eval_lengths"]:
         dense = Cells().of("{perplexity:.2f}, {needle:.1%}", by["dense", n, 1.0])
         lines.append({"n": n, "name": "dense, all blocks", "at": [dense] + [""] * (len(asked) - 1)})
-        for label, methods in [*((m, [m]) for m in free), (f"**gates, {len(seeds)} seeds**", seeds)]:
+        for label, methods in [*((m, [m]) for m in free), *((f"**{k}**", some) for k, some in seeds.items())]:
             lines.append({"n": n, "name": label, "at": [cell(methods, n, a) for a in asked]})
+    several = "lowest to highest of the gates' seeds, " if any(len(x) > 1 for x in seeds.values()) else ""
     return parts(
         f"{report['questions']} questions and {report['settings']['text_tokens']:,} tokens of held-out text "
-        f"per cell, no dense last rows; lowest to highest of the gates' {len(seeds)} seeds, with the largest "
-        f"gap to the oracle as a fraction of XAttention's; {machine(report)}:",
+        f"per cell, no dense last rows; {several}with their largest gap to the oracle as a fraction of "
+        f"XAttention's; {machine(report)}:",
         table(
             "tokens: {n:,} | method: {name} | "
             + " | ".join(f"{a:.0%} of the blocks: {{at[{i}]}}" for i, a in enumerate(asked)),
             lines,
         ),
-        FORMER,
+        *notes,
     )
 
 
@@ -816,7 +824,7 @@ PAGES = {
     "docs/method.md": {
         "gates-path": lambda: gates("path"), "gates-objectives": lambda: gates("objectives"),
         "gates-narrow": lambda: gates("narrow"), "gates-final": lambda: gates_final("llama"),
-        "gates-second": lambda: gates_final("qwen3"), "calibrated-targets": calibrated_targets,
+        "gates-second": lambda: gates_final("qwen3", FORMER), "calibrated-targets": calibrated_targets,
         "decode-gates": decode_gates, "prefill-gates": prefill_gates, "longer": longer,
         "calibrated-compared": calibrated_compared, "yarn": yarn,
     },
