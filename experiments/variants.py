@@ -57,6 +57,7 @@ class Variant:
         repeats: Share in which passages return.
         taught: Whether they learn at all.
         steps: How many, as a multiple of ``--steps``.
+        layers: That read what one gate chooses.
     """
 
     gate: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Variant:
     repeats: float = 0.1
     taught: bool = True
     steps: float = 1.0
+    layers: int = 1
 
     def config(self, steps: int) -> DistillConfig:
         """Return how they are taught, where others are taught for so many steps."""
@@ -294,7 +296,8 @@ def taught(args: argparse.Namespace, experiment: Experiment, name: str, model: A
     torch.manual_seed(seed)
     design = {"gate_dim": head_dim(model)} if name.startswith("published") else {}
     # Fewer tokens per block than the designs are made for: as many summaries per block.
-    gates = new_gates(model, **{**variant.gate, **design, "block_size": args.block})
+    settings = {**variant.gate, **design, "block_size": args.block}
+    gates = new_gates(model, layers_per_gate=variant.layers, **settings)
     if not variant.taught:
         return gates
     text = TextWindows(tokens_of(args, "text"), args.length, 1, seed)

@@ -39,6 +39,7 @@ from seerattention.calibration.search import calibrate
 from seerattention.cli.calibrate import REPEATS, RETRIEVAL
 from seerattention.gate_config import GateConfig
 from seerattention.hosts.transformers import Gates, logits_of
+from seerattention.hosts.transformers.family import full_attention_layers
 from seerattention.measure.compare import attached, measured
 from seerattention.measure.needle import NeedleDocument, NeedleTask
 from seerattention.measure.perplexity import hidden_states
@@ -87,6 +88,8 @@ VARIANTS = {
     "mass and maximum": Variant(target="both"),
     "half of the sequences ask": Variant(retrieval=0.5),
     "for 500 steps": Variant(steps=2.5),
+    "for two layers": Variant(layers=2),
+    "for four layers": Variant(layers=4),
     "8x4": Variant(sub_blocks(8, 4)),
     "16 numbers": Variant({"gate_dim": 16}),
     "wide": Variant(WIDE),
@@ -162,7 +165,9 @@ def prepared(args: argparse.Namespace, model: Any, tokenizer: Any) -> Measure:
         }
 
     def measure(scorer: Gates | Scorer | None) -> dict[str, Any]:
-        row: dict[str, Any] = {"cost": cost(scorer.config)} if isinstance(scorer, Gates) else {}
+        row: dict[str, Any] = {}
+        if isinstance(scorer, Gates):
+            row["cost"] = cost(scorer.config) * len(scorer.layers) / len(full_attention_layers(model))
         if scorer is None:
             return row | found(scorer, {length: {"1": None} for length in args.eval_lengths})
         rows = {f"{density:g}": POLICY.format(density) for density in args.densities}

@@ -125,6 +125,11 @@ class BlockSelection:
         b, h, _, nk = self.shape
         return BlockSelection(self.bits[:, :, start:end], (b, h, end - start, nk), self.block_size)
 
+    def to(self, device: torch.device) -> BlockSelection:
+        """Return the selection on a device; itself where it is there."""
+        moved = self.bits.to(device)
+        return self if moved is self.bits else BlockSelection(moved, self.shape, self.block_size)
+
     def check(self, rows: Rows) -> None:
         """Check what kernels rely on and never look at, for debugging; this waits for a GPU.
 

@@ -98,6 +98,16 @@ def test_gates_are_saved_before_they_are_measured_and_the_report_can_be_left_out
     assert not (tmp_path / "out" / "gates" / "results.json").exists()
 
 
+def test_gates_that_serve_several_layers(distil, tmp_path):
+    result, said = distil(tmp_path / "out", "--steps", 1, "--set", "layers_per_gate=2")
+    assert result.exit_code == 0, result.output
+    assert "in 1 layers, whose choices 2 read" in said
+    assert [index for index, _ in load_gates(tmp_path / "out" / "gates").items()] == [0]
+    result, _ = distil(tmp_path / "two", "--set", "layers_per_gate=3", "--steps", 1)
+    assert result.exit_code == 2
+    assert "layers_per_gate must be a whole number from 1 to 2" in result.output
+
+
 def test_a_run_is_repeated_from_the_settings_in_its_folder(distil, invoke, text, tmp_path):
     (tmp_path / "own.toml").write_text('lr = 1e-2\nobjective = "kl"\n[gate]\nk_pool = ["max", "avg"]\n')
     sets = ("--set", "objective=sharp_kl", "--set", "target=mass")

@@ -155,16 +155,18 @@ def go(
     run: Run[Any], name: str, more: dict[str, str], out: Path, dry_run: bool, plan: Report | None
 ) -> Console | None:
     """Print the plan, with ``more`` lines after model, gates and text; None where that is all."""
+    from seerattention.hosts.transformers.family import full_attention_layers
     from seerattention.hosts.transformers.hub import PHASES
     from seerattention.train.share import tokens_of
 
     trainer, base = run.trainer, run.trainer.model
     console = console_of(quiet=not trainer.accelerator.is_main_process)
     parts = trainer.memory(len(run.text.heldout[0]))
-    gates = sum(p.numel() for p in trainer.gates.parameters())
+    gates, every = sum(p.numel() for p in trainer.gates.parameters()), len(full_attention_layers(base))
+    serve = "" if (some := len(trainer.gates.layers)) == every else f", whose choices {every} read"
     lines = {
         "base model": f"{name}: {base.num_parameters() / 1e6:.1f} M parameters, {base.dtype}, {base.device}",
-        "gates": f"{gates / 1e6:.2f} M parameters in {len(trainer.gates.layers)} layers, blocks of "
+        "gates": f"{gates / 1e6:.2f} M parameters in {some} layers{serve}, blocks of "
         f"{trainer.gates.config.block_size} tokens, for {PHASES[trainer.gates.config.phase]}",
         "text": str(run.text),
         **more,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, Self
 
@@ -15,6 +15,7 @@ from seerattention.engine.padding import Lengths, Padding
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.rows import Rows
 from seerattention.scorer import Scorer
+from seerattention.selection import BlockSelection
 
 
 class Unrotate(Protocol):
@@ -132,6 +133,24 @@ class Cached(NamedTuple):
 _NOT_CACHED = Cached()
 
 
+class Part(NamedTuple):
+    """Rows of a call that are computed alike.
+
+    Attributes:
+        rows: Which of the batch; None for all.
+        why: Why they are dense, None where they are sparse.
+        selection: What they read, once that is chosen.
+    """
+
+    rows: list[int] | None
+    why: str | None
+    selection: BlockSelection | None = None
+
+
+#: What layers have chosen in a forward pass, by layer, for later ones that read the same.
+Choices = dict[int, list[Part]]
+
+
 def _packed(name: str, side: str) -> cached_property[Tensor]:
     """Return a property: one of a call's given tensors without the padding of its side."""
 
@@ -162,6 +181,7 @@ class AttentionCall:
         prompt_tokens: Where a prompt of known length is given in pieces, that length, tokens already cached
             included: the pieces then select what they would in one.
         cached: What the KV cache holds.
+        chosen: What earlier layers chose in this forward pass.
     """
 
     layer: int
@@ -175,6 +195,7 @@ class AttentionCall:
     position_ids: Tensor | None = None
     prompt_tokens: int | None = None
     cached: Cached = _NOT_CACHED
+    chosen: Choices = field(default_factory=dict)
 
     q = _packed("q", "queries")
     k = _packed("k", "keys")
@@ -254,6 +275,7 @@ class Step:
         scale: Softmax scale.
         softcap: See `AttentionCall`.
         sinks: See `AttentionCall`.
+        chosen: See `AttentionCall`.
     """
 
     layer: int
@@ -265,6 +287,7 @@ class Step:
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    chosen: Choices = field(default_factory=dict)
 
     @property
     def captured(self) -> bool:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from seerattention.attention import seer_attention
 from seerattention.crossover import Crossover, crossover
-from seerattention.engine.call import AttentionCall, Step, Unrotate
+from seerattention.engine.call import AttentionCall, Choices, Part, Step, Summaries, Unrotate
 from seerattention.engine.kept import summarised
 from seerattention.engine.summaries import Growing
 from seerattention.engine.when import DECODING, PREFILL, why_dense, why_dense_prompt, why_dense_step
-from seerattention.ops.block_sparse_attention import BACKENDS
+from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
 from seerattention.ops.block_sparse_decode import block_sparse_decode
 from seerattention.ops.dispatch import check_backend
 from seerattention.ops.select_decode_blocks import select_decode_blocks
@@ -51,11 +50,36 @@ class Phase:
         scorers: The scorer of every layer.
         policy: How many blocks to read; None reads all, densely.
         reach: Up to which position the scorers were taught, None where that is not known.
+        shared: Of layers without a scorer of their own, the earlier one whose choice they read.
     """
 
     scorers: Mapping[int, Scorer]
     policy: Policy | None
     reach: int | None = None
+    shared: Mapping[int, int] = field(default_factory=dict)
+
+    def scorer(self, layer: int) -> Scorer:
+        """Return the scorer that chooses for a layer."""
+        return self.scorers[self.shared.get(layer, layer)]
+
+    def chosen(self, layer: int, choices: Choices) -> list[Part]:
+        """Return what was chosen, earlier in a pass, for a layer without a scorer.
+
+        Raises:
+            RuntimeError: If the layer that chooses has not been called in this pass.
+        """
+        first = self.shared[layer]
+        if first not in choices:
+            raise RuntimeError(
+                f"layer {layer} reads what layer {first} chose, which was not called before it in this pass; "
+                "call the model or its decoder, or distil gates with layers_per_gate 1"
+            )
+        return choices[first]
+
+    def keep(self, layer: int, choices: Choices, parts: list[Part]) -> None:
+        """Keep what was chosen for a layer if later ones read it."""
+        if layer in self.shared.values():
+            choices[layer] = parts
 
 
 @dataclass(frozen=True)
@@ -94,36 +118,57 @@ class SparseLayer:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Return the output of one layer, of ``call.q``'s shape."""
-        scorer, policy = self.prefill.scorers[call.layer], self.prefill.policy
-        why = why_dense(call, scorer, policy, self.min_tokens, self._crossover(call.given.q))
-        summaries, read = call.summaries or Growing(), None
-        decoder = scorer if self.decode.policy is None else self.decode.scorers[call.layer]
-        reads = policy is not None and not scorer.after_rope
+        scorer, read = self.prefill.scorers.get(call.layer), None
+        if scorer is None:
+            parts = self.prefill.chosen(call.layer, call.chosen)
+            self._summarise(call, None, [part.why for part in parts])
+        else:
+            known = self._crossover(call.given.q)
+            why = why_dense(call, scorer, self.prefill.policy, self.min_tokens, known)
+            why, read = self._summarise(call, scorer, why)
+            rows: dict[str | None, list[int]] = {}
+            for row, (new, _) in enumerate(call.lengths):
+                if new:
+                    rows.setdefault(why[row], []).append(row)
+            parts = [Part(some if len(rows) > 1 else None, reason) for reason, some in rows.items()]
+        outs, done = {}, []
+        for part in parts:
+            some = call if part.rows is None else call.part(part.rows)
+            out, part = self._compute(some, scorer, part, read)
+            done.append(part)
+            if part.rows is None:
+                break
+            outs |= zip(part.rows, out.split([new for new, _ in some.lengths], 2), strict=True)
+        self.prefill.keep(call.layer, call.chosen, done)
+        return torch.cat([outs[row] for row in sorted(outs)], 2) if outs else out
+
+    def _summarise(
+        self, call: AttentionCall, scorer: Scorer | None, why: Sequence[str | None]
+    ) -> tuple[Sequence[str | None], Callable[[], Tensor] | None]:
+        """Summarise a call's keys for the layer's scorers, if it has any.
+
+        Returns:
+            Why rows of the batch are dense, and what returns the summaries for prefill, None without any.
+        """
+        policy, decodes = self.prefill.policy, self.decode.policy is not None
+        decoder = self.decode.scorers.get(call.layer) if decodes else None
+        summaries, read, missing = call.summaries or Growing(), None, ()
         compare = any(reason != DECODING for reason in why)
-        if reads or (self.decode.policy is not None and decoder is scorer):
-            missing = summaries.follow(call, scorer, self._unrotate(scorer), compare=compare)
-            if reads:
-                why, read = tuple(a or b for a, b in zip(why, missing, strict=True)), summaries.read
-        if decoder is not scorer:
+        if scorer is not None:
+            reads = policy is not None and not scorer.after_rope
+            if reads or decoder is scorer:
+                missing = summaries.follow(call, scorer, self._unrotate(scorer), compare=compare)
+                if reads:
+                    why = tuple(a or b for a, b in zip(why, missing, strict=True))
+                    read = summaries.read
+        if decoder is not None and decoder is not scorer:
             summaries = summaries.beside()
             missing = summaries.follow(call, decoder, self._unrotate(decoder), compare=compare)
-        if self.decode.policy is not None and call.cached.room is not None and compare and not any(missing):
+        if decoder is not None and call.cached.room is not None and compare and not any(missing):
             summaries.fill(call)
             # The steps to come know how long their sequences are on the device alone.
             self._check_reach(self.decode, [total for _, total in call.lengths])
-        rows: dict[str | None, list[int]] = {}
-        for row, (new, _) in enumerate(call.lengths):
-            if new:
-                rows.setdefault(why[row], []).append(row)
-        if len(rows) == 1:
-            return self._compute(call, scorer, next(iter(rows)), read)
-        outs = {}
-        for reason, some in rows.items():
-            part = call.part(some)
-            read_some = None if read is None else partial(_rows, read, some)
-            out = self._compute(part, scorer, reason, read_some)
-            outs |= zip(some, out.split([new for new, _ in part.lengths], 2), strict=True)
-        return torch.cat([outs[row] for row in sorted(outs)], 2)
+        return why, read
 
     @property
     def row_tokens(self) -> int:
@@ -140,35 +185,25 @@ class SparseLayer:
 
     def steps(self, layer: int, new: int) -> bool:
         """Whether so many new tokens after earlier ones are a step of decoding, which `step` computes."""
-        return self.decode.policy is not None and new < self.decode.scorers[layer].block_size[1]
+        return self.decode.policy is not None and new < self.decode.scorer(layer).block_size[1]
 
     def step(self, step: Step) -> Tensor:
         """Return the output of a step of decoding, of ``step.given.q``'s shape."""
-        scorer, policy, given = self.decode.scorers[step.layer], self.decode.policy, step.given
-        assert policy is not None, "nothing chooses for decoding"
-        shared = scorer is self.prefill.scorers[step.layer]
-        why, block, known = None, scorer.block_size[1], step.lengths.known
-        if not shared and known is not None:
+        scorer, given, known = self.decode.scorers.get(step.layer), step.given, step.lengths.known
+        before = self.prefill.scorers.get(step.layer)
+        if before is not None and before is not scorer and known is not None:
             # Steps are not summarised for prefill, but a crop before them is to be known there.
             step.summaries.shrunk([n - given.q.shape[2] for n in known])
-        summaries = step.summaries if shared else step.summaries.beside()
-        if known is not None:
-            why = why_dense_step(max(known), policy, block, self.min_tokens, self._crossover(given.q))
-        why = summaries.step(step, scorer, self._unrotate(scorer)) or why
-        self._count(why or SPARSE_STEP)
-        if why is not None:
+        if scorer is None:
+            (part,) = self.decode.chosen(step.layer, step.chosen)
+        else:
+            part = self._choose(step, scorer, step.summaries if before is scorer else step.summaries.beside())
+        self.decode.keep(step.layer, step.chosen, [part])
+        self._count(part.why or SPARSE_STEP)
+        if part.selection is None:
             call = step.call()
             return call.unpacked(call.dense())
-        self._check_reach(self.decode, known or ())
-        selection = select_decode_blocks(
-            given.q if scorer.after_rope else given.q_nope,
-            summaries.buffer(),
-            scorer.per_token(),
-            policy,
-            lengths=step.lengths.keys,
-            num_keys=given.k.shape[2],
-            kv_heads=given.k.shape[1],
-        )
+        selection = part.selection.to(given.q.device)
         out = block_sparse_decode(
             given.q,
             given.k,
@@ -187,6 +222,28 @@ class SparseLayer:
                 self.observe(step.layer, call, selection if call.padding is None else _packed(selection))
         return out
 
+    def _choose(self, step: Step, scorer: Scorer, summaries: Summaries) -> Part:
+        """Choose for a step of decoding."""
+        given, known, policy = step.given, step.lengths.known, self.decode.policy
+        assert policy is not None, "nothing chooses for decoding"
+        why = None
+        if known is not None:
+            block = scorer.block_size[1]
+            why = why_dense_step(max(known), policy, block, self.min_tokens, self._crossover(given.q))
+        if why := (summaries.step(step, scorer, self._unrotate(scorer)) or why):
+            return Part(None, why)
+        self._check_reach(self.decode, known or ())
+        selection = select_decode_blocks(
+            given.q if scorer.after_rope else given.q_nope,
+            summaries.buffer(),
+            scorer.per_token(),
+            policy,
+            lengths=step.lengths.keys,
+            num_keys=given.k.shape[2],
+            kv_heads=given.k.shape[1],
+        )
+        return Part(None, None, selection)
+
     def _unrotate(self, scorer: Scorer) -> Unrotate | None:
         return None if scorer.after_rope else self.unrotate
 
@@ -198,35 +255,42 @@ class SparseLayer:
             self.usage[how] += 1
 
     def _compute(
-        self, call: AttentionCall, scorer: Scorer, why: str | None, read: Callable[[], Tensor] | None
-    ) -> Tensor:
-        """Compute a call densely if there is a reason, else over the blocks that are chosen."""
-        self._count(why or "sparse")
-        if why is not None:
-            return call.dense()
-        policy = self.prefill.policy
-        assert policy is not None
-        self._note_short(call, policy, scorer.block_size[1])
-        self._check_reach(self.prefill, [call.prompt_tokens or total for _, total in call.lengths])
-        out, selection = seer_attention(
-            call.q,
-            call.k,
-            call.v,
-            scorer,
-            _policy_of(call, policy, scorer),
-            q_scored=call.q if scorer.after_rope else call.q_nope,
-            k_blocks=_compressed(call, scorer) if read is None else read(),
-            rows=call.rows,
-            positions=call.positions,
-            scale=call.scale,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            backend=self.backend,
-        )
+        self, call: AttentionCall, scorer: Scorer | None, part: Part, read: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Part]:
+        """Compute rows densely if there is a reason, else over blocks that are chosen now or were before."""
+        self._count(part.why or "sparse")
+        if part.why is not None:
+            return call.dense(), part
+        options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": self.backend}
+        if scorer is None:
+            assert part.selection is not None
+            selection = part.selection.to(call.q.device)
+            out = block_sparse_attention(call.q, call.k, call.v, selection, rows=call.rows, **options)
+        else:
+            policy = self.prefill.policy
+            assert policy is not None
+            self._note_short(call, policy, scorer.block_size[1])
+            self._check_reach(self.prefill, [call.prompt_tokens or total for _, total in call.lengths])
+            if read is None:
+                summaries = _compressed(call, scorer)
+            else:
+                summaries = read() if part.rows is None else read()[part.rows]
+            out, selection = seer_attention(
+                call.q,
+                call.k,
+                call.v,
+                scorer,
+                _policy_of(call, policy, scorer),
+                q_scored=call.q if scorer.after_rope else call.q_nope,
+                k_blocks=summaries,
+                rows=call.rows,
+                positions=call.positions,
+                **options,
+            )
         if self.observe is not None:
             with _ONE_AT_A_TIME:
                 self.observe(call.layer, call, selection)
-        return out
+        return out, part._replace(selection=selection)
 
     def _check_reach(self, phase: Phase, lengths: Iterable[int]) -> None:
         """Warn, once, of texts that are longer than what the scorers of a phase were taught for."""
@@ -266,10 +330,6 @@ def _packed(selection: BlockSelection) -> BlockSelection:
     batch, heads, tokens, columns = selection.shape
     bits = selection.bits.transpose(0, 1).flatten(1, 2)[None]
     return BlockSelection(bits, (1, heads, batch * tokens, columns), selection.block_size)
-
-
-def _rows(read: Callable[[], Tensor], some: list[int]) -> Tensor:
-    return read()[some]
 
 
 def _compressed(call: AttentionCall, scorer: Scorer) -> Tensor:

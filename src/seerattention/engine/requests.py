@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seerattention.engine.call import AttentionCall, Given
+from seerattention.engine.call import AttentionCall, Choices, Given
 from seerattention.engine.layer import SparseLayer
 from seerattention.rows import Rows
 
@@ -30,7 +31,14 @@ def parts(past: int, new: int, prompt: int, block: int) -> list[tuple[int, int]]
 
 
 def attend_request(
-    handler: SparseLayer, layer: int, given: Given, prompt: int, *, positions: Tensor, **options: Any
+    handler: SparseLayer,
+    layer: int,
+    given: Given,
+    prompt: int,
+    *,
+    positions: Tensor,
+    chosen: MutableMapping[int, Choices],
+    **options: Any,
 ) -> Tensor:
     """Compute a layer for a request's new tokens.
 
@@ -44,13 +52,15 @@ def attend_request(
         given: The request's tensors, of one batch entry; keys and values from its first token on.
         prompt: Tokens of the whole prompt.
         positions: int64 ``[1, Tq]``, at which the new tokens were rotated.
+        chosen: What earlier layers chose in this forward pass for the parts of the request that begin at
+            these positions; parts are added.
         options: For every part, e.g. ``scale``.
 
     Returns:
         The output, of ``given.q``'s shape.
     """
     new, keys = given.q.shape[2], given.k.shape[2]
-    past, block = keys - new, handler.prefill.scorers[layer].block_size[0]
+    past, block = keys - new, handler.prefill.scorer(layer).block_size[0]
     outs = []
     for begin, end in parts(past, new, prompt, block):
         now = slice(begin - past, end - past)
@@ -63,6 +73,7 @@ def attend_request(
                     rows=Rows.last(end - begin, end),
                     position_ids=positions[:, now],
                     prompt_tokens=prompt,
+                    chosen=chosen.setdefault(begin, {}),
                     **options,
                 )
             )

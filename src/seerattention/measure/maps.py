@@ -33,7 +33,7 @@ def record_layers(
     look: Callable[[AttentionCall, AttnGate, Tensor], T],
     step: Callable[[], None] | None = None,
 ) -> dict[int, list[T]]:
-    """Run texts densely and look at what the gates say of every layer's blocks.
+    """Run texts densely and look at what the gates say of the blocks of every layer that has one.
 
     Args:
         model: The base model, nothing attached. It is left as it was.
@@ -54,7 +54,8 @@ def record_layers(
     found: dict[int, list[T]] = {layer: [] for layer in by_layer}
 
     def handler(call: AttentionCall) -> Tensor:
-        gate = by_layer[call.layer]
+        if (gate := by_layer.get(call.layer)) is None:
+            return call.dense()
         scores = gate(call.q_nope, call.k_nope, positions=call.positions).float()
         check_finite(call.layer, scores)
         valid = Rows.last(call.q.shape[2], call.k.shape[2]).causal(gate.block_size, scores.device)

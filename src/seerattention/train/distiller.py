@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
+from seerattention.hosts.transformers.family import full_attention_layers
 from seerattention.hosts.transformers.gates import check_weights
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.ops.options import Pool
@@ -51,7 +52,8 @@ class Distiller(Loop):
 
     While the model's forward pass goes through a layer, the layer's attention and its pooled map are
     computed in one call, the gate's loss is taken and differentiated at once, and everything but the
-    gate's gradients is dropped. No gradient reaches the model, and its head never runs.
+    gate's gradients is dropped. No gradient reaches the model, and its head never runs. A gate that serves
+    several layers learns from the map of each, by the queries and keys of the first, which are kept so long.
 
     Args: those of `Loop`, of which ``shard`` shards the frozen base, and
         heldout: Held-out sequences, int ``[T]`` each. With them the best gates by recall are kept and
@@ -90,6 +92,7 @@ class Distiller(Loop):
         self.reach, self.seed = Reach.of(model.config, self.length, reach), seed
         self.decoder = decoder or model.get_decoder()
         self.heldout = heldout
+        self.shared = gates.shared(full_attention_layers(model))
         self.phases = gates.config.phases
         self.measures = ("loss", *(f"recall in {phase}" for phase in self.phases))
         self.best = -1.0
@@ -185,14 +188,18 @@ class Distiller(Loop):
 
     def _forward(self, tokens: Tensor, documents: Documents, learned: int, density: float) -> Tensor:
         """Run the frozen model once, every layer learning from each document on its own."""
-        by_layer = dict(self.gates.items())
-        block = self.gates.config.block_size
+        by_layer, block = dict(self.gates.items()), self.gates.config.block_size
+        first: dict[int, tuple[Tensor, Tensor]] = {}
         positions = [self.reach.positions(self.seed, self.index, n, block) for n, _ in documents]
         placed = [at.to(self.device) for at in positions]
         parts: list[Tensor] = []
 
         def handler(call: AttentionCall) -> Tensor:
-            gate, outs, start = by_layer[call.layer], [], 0
+            # What a layer reads is chosen by the gate, queries and keys of the first that shares it.
+            chooser, outs, start = self.shared.get(call.layer, call.layer), [], 0
+            if chooser == call.layer:
+                first[chooser] = call.q_nope, call.k_nope
+            gate, (q_nope, k_nope) = by_layer[chooser], first[chooser]
             for (length, counts), at in zip(documents, placed, strict=True):
                 s = slice(start, start + length)
                 q, k, v = (x[:, :, s] for x in (call.q, call.k, call.v))
@@ -206,10 +213,10 @@ class Distiller(Loop):
                     continue
                 # The layers' mean is reported; gradients are those of the sum over layers.
                 values = self._learn(
-                    call.layer, gate, (call.q_nope[:, :, s], call.k_nope[:, :, s], at.to(q.device)), targets,
+                    call.layer, gate, (q_nope[:, :, s], k_nope[:, :, s], at.to(q.device)), targets,
                     weight=call.q.shape[0] * length / learned, density=density, taught=taught,
                 )  # fmt: skip
-                parts.append(values / len(by_layer))
+                parts.append(values / (len(by_layer) + len(self.shared)))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
         self._decode(tokens, positions, handler)
@@ -269,13 +276,17 @@ class Distiller(Loop):
         See `sampled_recall` for ``least``.
         """
         by_layer = dict(self.gates.items())
+        first: dict[int, tuple[Tensor, Tensor]] = {}
         found: list[Tensor] = []
 
         def look(call: AttentionCall) -> Tensor:
-            gate, length = by_layer[call.layer], call.q.shape[2]
+            chooser, length = self.shared.get(call.layer, call.layer), call.q.shape[2]
+            if chooser == call.layer:
+                first[chooser] = call.q_nope, call.k_nope
+            gate = by_layer[chooser]
             qkv = call.q, call.k, call.v
             out, targets = _with_targets(gate, *qkv, call, self.phases, self.config.target)
-            scores = gate_scores(gate, call.q_nope, call.k_nope, call.positions, self.phases)
+            scores = gate_scores(gate, *first[chooser], call.positions, self.phases)
             recalls = []
             for phase, target in targets.items():
                 rows = rows_of(phase, gate, target, scores[phase], length)

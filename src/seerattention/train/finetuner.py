@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from seerattention.hosts.transformers import BaseInfo, Gates, attached, intercept
 from seerattention.hosts.transformers.base import unwrapped
+from seerattention.hosts.transformers.family import full_attention_layers
 from seerattention.train.config import DistillConfig, FinetuneConfig, JointStep
 from seerattention.train.distiller import Distiller
 from seerattention.train.joint import JointPass
@@ -234,6 +235,11 @@ def _refuse(base: PreTrainedModel, gates: Gates, config: FinetuneConfig, trained
         raise ValueError(
             f"these gates were made for {gates.base.name or 'another model'}: "
             f"{'; '.join(different)}; distil gates for this one, or start from new ones"
+        )
+    if gates.shared(full_attention_layers(base)):
+        raise ValueError(
+            "these gates serve several layers each, and a model is trained with a gate for every layer; "
+            "start from gates with layers_per_gate 1, or from new ones"
         )
     if gates.config.phase != "prefill":
         raise ValueError(

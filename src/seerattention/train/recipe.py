@@ -115,7 +115,7 @@ class Recipe(Generic[Trainer]):
         tokenizer = load_tokenizer(self.model)
         torch.manual_seed(self.seed)
         given = load_gates(self.gates).float().to(base.device) if self.gates else None
-        gates = given or new_gates(base, **self.gate)
+        gates = given or new_gates(base, **self.new())
         self.choose_policies(gates)
         text = self.mixed(self.source.read(tokenizer, LEAST_BLOCKS * gates.config.block_size), tokenizer)
         trainer = self.kind()(
@@ -138,6 +138,10 @@ class Recipe(Generic[Trainer]):
     def kind(self) -> Callable[..., Trainer]:
         """Return the trainer's class."""
         raise NotImplementedError
+
+    def new(self) -> dict[str, Any]:
+        """Return what `new_gates` is told."""
+        return self.gate
 
     def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
         """Return the model on a device as it is before training, and what adapters made of it."""
@@ -164,6 +168,7 @@ class Distillation(Recipe["Distiller"]):
 
     Attributes:
         decode_policy: Policy saved with gates whose gate.phase is decode or both, used in decoding.
+        layers_per_gate: Layers behind one another that read what the gate of the first chose.
         reach: Up to which position gates are taught, by gaps in the positions of a sequence; default all
             that the model has, length for no gaps.
         retrieval: Share of the sequences that state things and ask for them, made from the text.
@@ -174,6 +179,7 @@ class Distillation(Recipe["Distiller"]):
     config: DistillConfig = field(default_factory=DistillConfig)
     policy: str = "top_k:0.1,sink_blocks=1,dense_last_rows=2"
     decode_policy: str = "token_budget:2048,sink_blocks=1"
+    layers_per_gate: int = 1
     reach: int | None = None
     retrieval: float = 0.25
     repeats: float = 0.1
@@ -182,12 +188,20 @@ class Distillation(Recipe["Distiller"]):
         from seerattention.train.mixture import check_shares
 
         check_shares(self.retrieval, self.repeats)
+        if self.gates and self.layers_per_gate != 1:
+            raise ValueError(
+                "gates have their layers; leave layers_per_gate out, or gates to start from new ones"
+            )
 
     def kind(self) -> type[Distiller]:
         """Return the trainer's class."""
         from seerattention.train.distiller import Distiller
 
         return Distiller
+
+    def new(self) -> dict[str, Any]:
+        """Return what `new_gates` is told."""
+        return {**self.gate, "layers_per_gate": self.layers_per_gate}
 
     def load(self, device: str) -> tuple[PreTrainedModel, nn.Module]:
         """Return the model, twice, once its configuration says that the reach can be had."""

@@ -293,8 +293,8 @@ def test_gates_of_the_wrong_shape_or_layers_refused(tiny):
     wide = host.Gates(type(good.config)(8, 2, 16), good.base, [0, 1])
     with pytest.raises(ValueError, match="num_heads=8, the model has 4"):
         host.attach(model, wide, "top_k:0.1")
-    with pytest.raises(ValueError, match=r"for layers \[0\]; the model's full-attention layers are \[0, 1\]"):
-        host.attach(model, host.Gates(good.config, good.base, [0]), "top_k:0.1")
+    with pytest.raises(ValueError, match=r"for layers \[1\]; the model's full-attention layers are \[0, 1\]"):
+        host.attach(model, host.Gates(good.config, good.base, [1]), "top_k:0.1")
 
 
 def test_the_policy_saved_with_the_gates(tiny):

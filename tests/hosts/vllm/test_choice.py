@@ -52,6 +52,14 @@ def test_what_is_chosen():
     )
 
 
+def test_gates_that_serve_several_layers(tmp_path):
+    save_gates(
+        new_gates(bundled.load_teacher()[0], layers_per_gate=2), tmp_path / "gates", policy="top_k:0.1"
+    )
+    with pytest.raises(NotImplementedError, match="these gates serve several layers each"):
+        choice_of(config(), Settings(str(tmp_path / "gates")))
+
+
 def test_pages_that_hold_no_whole_blocks():
     with pytest.raises(NotImplementedError, match="pages of 96 tokens"):
         choice_of(config(96), Settings(str(bundled.GATES), "top_k:0.1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -137,9 +137,14 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
     chosen, layers = runtime.owner.sets[name], full_attention_layers(model)
     _remove_gates(layers)
     phases = []
-    for child, scorers in zip(GATES, (chosen.scorers, chosen.decoders), strict=True):
-        by_layer = dict(scorers.items()) if isinstance(scorers, Gates) else dict.fromkeys(layers, scorers)
-        phases.append(by_layer)
+    policies = chosen.policy, chosen.decode_policy
+    for child, scorers, policy in zip(GATES, (chosen.scorers, chosen.decoders), policies, strict=True):
+        if isinstance(scorers, Gates):
+            phase = Phase(dict(scorers.items()), policy, scorers.reach, scorers.shared(layers))
+        else:
+            alike: Any = dict.fromkeys(layers, scorers)
+            phase = Phase(alike, policy)
+        phases.append(phase)
         if not isinstance(scorers, Gates) or (phases[1:] and chosen.decoders is chosen.scorers):
             continue
         for index, gate in scorers.items():
@@ -150,14 +155,7 @@ def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
             setattr(layers[index], child, gate.requires_grad_(False))
     prefill, decode = phases
     # Passes that began before end as they began.
-    first, second = (
-        one.reach if isinstance(one, Gates) else None for one in (chosen.scorers, chosen.decoders)
-    )
-    runtime.switch.handler = replace(
-        sparse_layer(model),
-        prefill=Phase(prefill, chosen.policy, first),
-        decode=Phase(decode, chosen.decode_policy, second),
-    )
+    runtime.switch.handler = replace(sparse_layer(model), prefill=prefill, decode=decode)
 
 
 def _remove_gates(layers: dict[int, nn.Module]) -> None:

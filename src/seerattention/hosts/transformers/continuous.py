@@ -297,10 +297,11 @@ def attend_requests(
             f"a batch of {len(prompts)} requests has {len(lengths)} lengths and {given.q.shape[2]} tokens, "
             f"of which they are {sum(new for new, _ in lengths)}"
         )
-    q_at = accumulate((new for new, _ in lengths), initial=0)
-    k_at = accumulate((keys for _, keys in lengths), initial=0)
+    q_at = list(accumulate((new for new, _ in lengths), initial=0))
+    k_at = list(accumulate((keys for _, keys in lengths), initial=0))
     outs = []
-    for (new, keys), prompt, first_q, first_k in zip(lengths, prompts, q_at, k_at, strict=False):
+    for row, (new, keys) in enumerate(lengths):
+        first_q, first_k = q_at[row], k_at[row]
         ours = [x[:, :, first_q : first_q + new] for x in (given.q, given.q_nope, given.k_nope)]
         k, v = (x[:, :, first_k : first_k + keys] for x in (given.k, given.v))
         if not new:
@@ -311,5 +312,6 @@ def attend_requests(
             continue
         positions = call.given["position_ids"][:, first_q : first_q + new]
         request = Given(ours[0], k, v, *ours[1:])
-        outs.append(attend_request(handler, layer, request, prompt, positions=positions, **options))
+        ways: dict[str, Any] = {"positions": positions, "chosen": part_of.chosen[row], **options}
+        outs.append(attend_request(handler, layer, request, prompts[row], **ways))
     return torch.cat(outs, 2)

@@ -202,6 +202,7 @@ def _attend(
         **options,
         "summaries": summaries_of(cache).setdefault(layer, Growing()),
         "cached": Cached(call.before, after, key.shape[2] if isinstance(held, Tensor) else None),
+        "chosen": call.part_of.chosen[0].setdefault(0, {}),
     }
 
     def whole() -> AttentionCall:

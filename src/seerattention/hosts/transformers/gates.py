@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -65,12 +65,13 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], shapes: Mapping[str
 
 
 class Gates(nn.Module):
-    """One gate per full-attention layer, all of one configuration.
+    """One gate per full-attention layer, or for several behind one another, all of one configuration.
 
     Args:
         config: The gates' design.
         base: The model they belong to.
-        layers: Layer indices that have a gate.
+        layers: Layer indices that have a gate: all full-attention layers, or every second, third ... of
+            them, and those in between read what the nearest before them chose.
         policy: Text form of the policy they were saved with for prefill, if any.
         calibration: What the policy ``calibrated`` means for them, if they were calibrated.
         decode_policy: Text form of the policy they were saved with for decoding, if any.
@@ -101,6 +102,11 @@ class Gates(nn.Module):
         for index, gate in self.layers.items():
             assert isinstance(gate, AttnGate)
             yield int(index), gate
+
+    def shared(self, layers: Iterable[int]) -> dict[int, int]:
+        """Return which layer with a gate chooses for each of some layers that have none."""
+        have = [index for index, _ in self.items()]
+        return {i: max(j for j in have if j < i) for i in layers if i not in have}
 
     def named_weights(self) -> dict[str, Tensor]:
         """Return every gate's weights, by their keys in a file."""
@@ -140,16 +146,18 @@ class Gates(nn.Module):
 _USERS: WeakKeyDictionary[Gates, ref[PreTrainedModel]] = WeakKeyDictionary()
 
 
-def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
+def new_gates(model: PreTrainedModel, *, layers_per_gate: int = 1, **settings: Any) -> Gates:
     """Make untrained gates for a model.
 
     Args:
         model: The base model.
+        layers_per_gate: Full-attention layers behind one another that read what the first of them chose.
         settings: Fields of `GateConfig` other than the model's shape; those of gates for decoding alone
             have defaults of their own, `design_of`.
 
     Returns:
-        Gates in fp32 on the device of the first such layer, for every layer with full attention.
+        Gates in fp32 on the device of the first such layer, for every layer with full attention, or for the
+        first of every ``layers_per_gate``.
 
     Raises:
         NotImplementedError: If the model's family has no file.
@@ -161,6 +169,12 @@ def new_gates(model: PreTrainedModel, **settings: Any) -> Gates:
     shape = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     if given := sorted(shape.keys() & settings.keys()):
         raise ValueError(f"{', '.join(given)} of gates is their model's; leave it out")
-    gates = Gates(GateConfig.from_dict(design_of({**shape, **settings})), base, list(layers))
+    if not (isinstance(layers_per_gate, int) and 1 <= layers_per_gate <= len(layers)):
+        raise ValueError(
+            f"layers_per_gate must be a whole number from 1 to {len(layers)}, the model's layers, got "
+            f"{layers_per_gate!r}"
+        )
+    config = GateConfig.from_dict(design_of({**shape, **settings}))
+    gates = Gates(config, base, list(layers)[::layers_per_gate])
     gates.use_rotary_of(model)
     return gates.to(device_of(next(iter(layers.values()))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seerattention.device import capturing
-from seerattention.engine.call import Handler, Held
+from seerattention.engine.call import Choices, Handler, Held
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.hosts.transformers.support import MASKS
 
@@ -87,6 +88,8 @@ class Pass:
 
     Attributes:
         requests: In continuous batching, (new tokens, keys) of every request, by the kind of layer.
+        chosen: What layers chose so far, by request of a batch and by where a part of it begins; outside of
+            continuous batching there is one of both.
     """
 
     def __init__(self, switch: Switch) -> None:
@@ -95,6 +98,7 @@ class Pass:
         self.paddings: list[tuple[Tensor, int | None, Padding | None]] = []
         self.known_lengths: list[tuple[Tensor | None, torch.device, Lengths | None]] = []
         self.requests: dict[str, list[tuple[int, int]]] = {}
+        self.chosen: defaultdict[int, dict[int, Choices]] = defaultdict(dict)
         _running.set(weakref.ref(self))
 
     def lengths(

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from seerattention.engine.layer import Phase, SparseLayer
 from seerattention.hosts.transformers.checkpoint import load_gates
 from seerattention.hosts.transformers.choice import DENSE, checked
-from seerattention.hosts.transformers.family import attention_layers
+from seerattention.hosts.transformers.family import attention_layers, full_attention_layers
 from seerattention.hosts.transformers.gates import Gates
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.support import GROUPS, NO_POLICY, OFF, PAGES
+from seerattention.hosts.vllm.support import GROUPS, NO_POLICY, OFF, PAGES, SHARED
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
@@ -76,6 +76,8 @@ def choice_of(config: Any, settings: Settings, *, check_base: bool) -> SparseLay
     if settings.policy == DENSE:
         raise ValueError(OFF)
     chosen = checked(model, gates, None, settings.policy, DENSE, check_base)
+    if gates.shared(full_attention_layers(model)):
+        raise NotImplementedError(SHARED)
     unrotate = Unrotate(model)
     if unrotate.why_not is not None:
         raise NotImplementedError(f"keys in vLLM's pages cannot be rotated back: {unrotate.why_not}")

@@ -238,7 +238,8 @@ class Served:
         given = Given(q, k, v, *before)
         if kept is not None:
             options["summaries"] = kept
-        return attend_request(self.layer, layer, given, prompt, positions=positions, **options)
+        # Gates that serve several layers are refused, so that no layer reads what another chose.
+        return attend_request(self.layer, layer, given, prompt, positions=positions, chosen={}, **options)
 
 
 def served_in(config: Any) -> Served | None:

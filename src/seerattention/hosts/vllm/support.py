@@ -21,6 +21,10 @@ NO_POLICY = (
     "these gates were saved without a policy for prompts; name one in seerattention's settings, e.g. "
     "'policy': 'top_k:0.1'"
 )
+SHARED = (
+    "these gates serve several layers each, and in vLLM every layer chooses by a gate of its own; distil "
+    "gates with layers_per_gate 1"
+)
 OFF = (
     "with policy 'dense' nothing is left to choose; leave seerattention's settings out, or where the model's "
     "config.json has some, set 'seerattention' to false"
