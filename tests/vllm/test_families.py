@@ -17,11 +17,10 @@ CHANGES = {"gpt_oss": TURNS}
 KINDS = [kind for kind in tiny.ATTACHABLE if kind != "qwen2-mixed"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_read_what_they_read_in_the_attached_model(kind, tmp_path):
-    model = tiny.make(kind, **WIDE, **CHANGES.get(kind, {}))
+def read_alike(model, gates, tmp_path):
+    """Prompts read in vLLM, in pieces, what they read in the attached model, and get its answers."""
     model.save_pretrained(tmp_path / "model")
-    host.save_gates(tiny.gates_for(model), tmp_path / "gates")
+    host.save_gates(gates, tmp_path / "gates")
     prompts = [tiny.tokens(1, length, seed=length)[0].tolist() for length in (200, 77, 16)]
     seen = Chosen()
     attach(model, load_gates(tmp_path / "gates"), "top_k:0.4", min_tokens=0, observe=seen)
@@ -31,7 +30,7 @@ def test_rows_read_what_they_read_in_the_attached_model(kind, tmp_path):
     ]
     rows = seen.taken()
     given = {"gates": str(tmp_path / "gates"), "policy": "top_k:0.4", "min_tokens": 0, "aligned": True}
-    # In pieces, so that what an earlier one left is read.
+    # What an earlier piece left is read.
     options = {"max_model_len": 256, "max_num_batched_tokens": 96, "block_size": 32}
     options |= {"model": tmp_path / "model", "skip_tokenizer_init": True}
     for summaries in ("kept", "made"):
@@ -39,3 +38,14 @@ def test_rows_read_what_they_read_in_the_attached_model(kind, tmp_path):
             chosen = watched(llm)
             assert answers(llm, prompts, 4) == expected
         assert chosen == rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_read_what_they_read_in_the_attached_model(kind, tmp_path):
+    model = tiny.make(kind, **WIDE, **CHANGES.get(kind, {}))
+    read_alike(model, tiny.gates_for(model), tmp_path)
+
+
+def test_gates_that_serve_several_layers(tmp_path):
+    model = tiny.make("qwen3", **WIDE, num_hidden_layers=5)
+    read_alike(model, tiny.gates_for(model, layers_per_gate=2), tmp_path)

@@ -14,12 +14,20 @@ from seerattention.hosts.vllm.settings import Settings
 from seerattention.measure import bundled
 
 
-def config(page=128, processes=1, folder=bundled.TEACHER, **changes):
+def config(page=128, processes=1, folder=bundled.TEACHER, stages=1, **changes):
     text = AutoConfig.from_pretrained(bundled.TEACHER, **changes)
+    model = SimpleNamespace(hf_text_config=text, model=str(folder), dtype=torch.float32)
+    each = 8 // stages
+    model.get_layers_start_end_indices = lambda p: (
+        p.rank // processes * each,
+        (p.rank // processes + 1) * each,
+    )
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, model=str(folder), dtype=torch.float32),
+        model_config=model,
         cache_config=SimpleNamespace(block_size=page),
-        parallel_config=SimpleNamespace(tensor_parallel_size=processes),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=processes, pipeline_parallel_size=stages, rank=0
+        ),
     )
 
 
@@ -53,11 +61,17 @@ def test_what_is_chosen():
 
 
 def test_gates_that_serve_several_layers(tmp_path):
-    save_gates(
-        new_gates(bundled.load_teacher()[0], layers_per_gate=2), tmp_path / "gates", policy="top_k:0.1"
-    )
-    with pytest.raises(NotImplementedError, match="these gates serve several layers each"):
-        choice_of(config(), Settings(str(tmp_path / "gates")))
+    gates = new_gates(bundled.load_teacher()[0], layers_per_gate=2)
+    save_gates(gates, tmp_path / "gates", policy="top_k:0.1")
+    found = choice_of(config(), Settings(str(tmp_path / "gates"))).prefill
+    assert sorted(found.scorers) == [0, 2, 4, 6]
+    assert found.shared == {1: 0, 3: 2, 5: 4, 7: 6}
+    for stages in (2, 4):
+        choice_of(config(stages=stages, processes=2), Settings(str(tmp_path / "gates")))
+    with pytest.raises(
+        NotImplementedError, match="begins a process with layer 1, which reads what a layer of"
+    ):
+        choice_of(config(stages=8), Settings(str(tmp_path / "gates")))
 
 
 def test_pages_that_hold_no_whole_blocks():

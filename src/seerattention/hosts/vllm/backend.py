@@ -95,8 +95,9 @@ class SparseImpl:
             return
         name = next(name for name, layer in self.context.items() if getattr(layer, "impl", None) is self)
         # Weights may be loaded again, when there are pages.
-        if (index := self.served.index_of(name)) is not None and name + SUFFIX not in self.context:
-            self.context[name + SUFFIX] = SummaryPages(self.served.gates[index])
+        gate = self.served.gates.get(self.served.index_of(name))
+        if gate is not None and name + SUFFIX not in self.context:
+            self.context[name + SUFFIX] = SummaryPages(gate)
 
     def cached(self, layer: Any, kv_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return a request's first keys and values, ``[1, Hk, T, D]`` each.
@@ -149,6 +150,6 @@ class SparseImpl:
             k, v = self.cached(layer, kv_cache, batch.table[row], batch.keys[row])
             q = query[batch.tokens[row]].transpose(0, 1)[None]
             asked = {"scale": self.scale, "softcap": self.softcap(), "sinks": self.sinks}
-            out = served.attend(name, q, k, v, batch.prompts[row], self.kept(name, row), **asked)
+            out = served.attend(name, batch, row, q, k, v, self.kept(name, row), **asked)
             output[batch.tokens[row]] = out[0].transpose(0, 1)
         return output

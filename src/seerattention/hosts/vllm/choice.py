@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from seerattention.hosts.transformers.family import attention_layers, full_atten
 from seerattention.hosts.transformers.gates import Gates
 from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.support import GROUPS, NO_POLICY, OFF, PAGES, SHARED
+from seerattention.hosts.vllm.support import GROUPS, NO_POLICY, OFF, PAGES, SPLIT
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
@@ -76,8 +77,6 @@ def choice_of(config: Any, settings: Settings, *, check_base: bool) -> SparseLay
     if settings.policy == DENSE:
         raise ValueError(OFF)
     chosen = checked(model, gates, None, settings.policy, DENSE, check_base)
-    if gates.shared(full_attention_layers(model)):
-        raise NotImplementedError(SHARED)
     unrotate = Unrotate(model)
     if unrotate.why_not is not None:
         raise NotImplementedError(f"keys in vLLM's pages cannot be rotated back: {unrotate.why_not}")
@@ -87,10 +86,25 @@ def choice_of(config: Any, settings: Settings, *, check_base: bool) -> SparseLay
     page, block = config.cache_config.block_size, gates.config.block_size
     if settings.summaries == "kept" and page % block:
         raise NotImplementedError(PAGES.format(page=page, block=block))
-    prefill = Phase(dict(gates.requires_grad_(False).items()), chosen.policy, gates.reach)
+    layers = full_attention_layers(model)
+    shared = gates.shared(layers)
+    for begin in _begins(config):
+        if (first := min((i for i in layers if i >= begin), default=None)) in shared:
+            raise NotImplementedError(SPLIT.format(layer=first))
+    prefill = Phase(dict(gates.requires_grad_(False).items()), chosen.policy, gates.reach, shared)
     layer = SparseLayer(prefill, Phase({}, None), unrotate, settings.backend, settings.min_tokens)
     _try(layer, gates, config.model_config.dtype)
     return layer
+
+
+def _begins(config: Any) -> list[int]:
+    """Return the first layer of every process of a pipeline."""
+    parallel = copy.copy(config.parallel_config)
+    found = []
+    for stage in range(parallel.pipeline_parallel_size):
+        parallel.rank = stage * parallel.tensor_parallel_size
+        found.append(config.model_config.get_layers_start_end_indices(parallel)[0])
+    return found
 
 
 def _try(layer: SparseLayer, gates: Gates, dtype: torch.dtype) -> None:

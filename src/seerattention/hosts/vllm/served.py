@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from typing import Any
 from weakref import ref
@@ -23,8 +24,8 @@ from vllm.model_executor.layers.rotary_embedding import (
     yarn_scaling_rope,
 )
 
-from seerattention.engine.call import AttentionCall, Given
-from seerattention.engine.layer import Observer, Phase, SparseLayer
+from seerattention.engine.call import AttentionCall, Choices, Given
+from seerattention.engine.layer import Observer, SparseLayer
 from seerattention.engine.requests import attend_request
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers.rotary import Unrotate
@@ -92,6 +93,7 @@ class Batch:
         reading: Rows with new tokens of their prompt.
         sparse: Of those, the rows whose prompts are to be sparse.
         table: int32 ``[rows, pages]``, vLLM's block table.
+        chosen: What layers chose so far, by row and by where a part of it begins.
     """
 
     tokens: list[slice]
@@ -101,6 +103,7 @@ class Batch:
     reading: set[int]
     sparse: set[int]
     table: Tensor
+    chosen: defaultdict[int, dict[int, Choices]] = field(default_factory=lambda: defaultdict(dict))
 
     @property
     def dense_tokens(self) -> int:
@@ -124,7 +127,7 @@ class Served:
         settings: The engine's settings.
 
     Attributes:
-        gates: Of every layer.
+        gates: By layer; others read what the nearest before them chose.
         layer: Computes layers.
         layers: By the name of an attention layer of vLLM's, its index.
         observe: Called as `SparseLayer.observe` is, if there is one.
@@ -138,7 +141,7 @@ class Served:
         policy, gate = whole.prefill.policy, next(iter(gates.values()))
         assert policy is not None
         self.gates = {layer: gate_of(one, rank, size) for layer, one in gates.items()}
-        prefill = Phase(self.gates, policy_of(policy, gate, rank, size), whole.prefill.reach)
+        prefill = replace(whole.prefill, scorers=self.gates, policy=policy_of(policy, gate, rank, size))
         self.layer: SparseLayer = replace(whole, prefill=prefill, observe=self._observed)
         # Of the processes that share a layer's heads one counts its tokens.
         self.counts = rank == 0
@@ -154,7 +157,7 @@ class Served:
         """Return the layer index of an attention layer of vLLM's, None if no gate is for it."""
         found = re.search(r"(?:^|\.)layers\.(\d+)\.(?:self_)?attn\.attn$", name)
         index = None if found is None else int(found[1])
-        return index if index in self.gates else None
+        return index if index in self.gates or index in self.layer.prefill.shared else None
 
     def bind(self, runner: Any) -> None:
         """Find what is served in a runner's model, once it is loaded.
@@ -168,9 +171,10 @@ class Served:
             # A draft model's layers are in the context too.
             if name in modules and (index := self.index_of(name)) is not None:
                 self.layers[name] = index
-                self.gates[index].to(runner.device)
+                if index in self.gates:
+                    self.gates[index].to(runner.device)
         first, end = self.config.model_config.get_layers_start_end_indices(self.config.parallel_config)
-        expected = {index for index in self.gates if first <= index < end}
+        expected = {index for index in (*self.gates, *self.layer.prefill.shared) if first <= index < end}
         if sorted(self.layers.values()) != sorted(expected):
             raise NotImplementedError(
                 f"layers {sorted(expected)} have gates, and vLLM's {type(runner.get_model()).__name__} has "
@@ -213,16 +217,25 @@ class Served:
         return Batch(tokens, past, keys, prompts, reading, sparse, table)
 
     def attend(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, prompt: int, kept: Paged | None, **options: Any
+        self,
+        name: str,
+        batch: Batch,
+        row: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Paged | None,
+        **options: Any,
     ) -> Tensor:
         """Compute a layer for a prompt's new tokens.
 
         Args:
             name: Of vLLM's attention layer.
+            batch: The requests of the pass.
+            row: Whose prompt it is.
             q: ``[1, Hq, Tq, D]``.
             k: ``[1, Hk, Tk, D]``, the earlier tokens' keys too.
             v: ``[1, Hk, Tk, D]``.
-            prompt: Tokens of the whole prompt.
             kept: Its summaries, if they are kept.
             options: For `AttentionCall`, e.g. ``scale``.
 
@@ -238,8 +251,8 @@ class Served:
         given = Given(q, k, v, *before)
         if kept is not None:
             options["summaries"] = kept
-        # Gates that serve several layers are refused, so that no layer reads what another chose.
-        return attend_request(self.layer, layer, given, prompt, positions=positions, chosen={}, **options)
+        options |= {"positions": positions, "chosen": batch.chosen[row]}
+        return attend_request(self.layer, layer, given, batch.prompts[row], **options)
 
 
 def served_in(config: Any) -> Served | None:

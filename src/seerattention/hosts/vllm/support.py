@@ -21,9 +21,9 @@ NO_POLICY = (
     "these gates were saved without a policy for prompts; name one in seerattention's settings, e.g. "
     "'policy': 'top_k:0.1'"
 )
-SHARED = (
-    "these gates serve several layers each, and in vLLM every layer chooses by a gate of its own; distil "
-    "gates with layers_per_gate 1"
+SPLIT = (
+    "pipeline parallelism begins a process with layer {layer}, which reads what a layer of another process "
+    "chose; split the layers where gates are, or distil gates with layers_per_gate 1"
 )
 OFF = (
     "with policy 'dense' nothing is left to choose; leave seerattention's settings out, or where the model's "
