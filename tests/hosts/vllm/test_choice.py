@@ -28,6 +28,7 @@ def config(page=128, processes=1, folder=bundled.TEACHER, stages=1, **changes):
         parallel_config=SimpleNamespace(
             tensor_parallel_size=processes, pipeline_parallel_size=stages, rank=0
         ),
+        device_config=SimpleNamespace(device_type="cpu"),
     )
 
 

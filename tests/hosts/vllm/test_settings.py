@@ -7,11 +7,12 @@ import pytest
 from seerattention.hosts.vllm.settings import Settings
 
 
-def config(extra=None, own=None, model="somewhere"):
+def config(extra=None, own=None, model="somewhere", device="cpu"):
     hf_config = SimpleNamespace() if own is None else SimpleNamespace(seerattention=own)
     return SimpleNamespace(
         additional_config={} if extra is None else {"seerattention": extra},
         model_config=SimpleNamespace(hf_config=hf_config, model=str(model)),
+        device_config=SimpleNamespace(device_type=device),
     )
 
 
@@ -22,6 +23,11 @@ def test_an_engine_without_settings_has_none():
 def test_what_is_not_given_has_defaults():
     assert Settings.of(config({"gates": "here"})) == Settings(gates="here")
     assert Settings("here").summaries == "kept"
+
+
+def test_summaries_are_made_where_none_can_be_kept():
+    assert Settings.of(config({"gates": "here"}, device="cuda")) == Settings("here", summaries="made")
+    assert Settings.of(config({"gates": "here", "summaries": "kept"}, device="cuda")) == Settings("here")
 
 
 def test_what_the_engine_is_told_goes_before_the_model():

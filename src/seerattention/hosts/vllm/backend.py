@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -56,6 +57,8 @@ class SparseBuilder:
 
     vllm_config: Any
     layer_names: list[str]
+    # Metadata that is copied to another group's pages would bring a plan of these.
+    supports_update_block_table = False
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Return the batch's metadata."""
@@ -68,7 +71,8 @@ class SparseBuilder:
         if batch.reading:
             others = [UBatchSlice(*one) for one in batch.others()]
             parts = split_attn_metadata(others, common_attn_metadata)
-            metadata = [build(0, part, fast_build) for part in parts]
+            # Fast, since otherwise FlashAttention plans all parts in one buffer, that of the whole batch.
+            metadata = [build(0, part, True) for part in parts]
             places = [other.token_slice for other in others]
             setattr(made, PLAN, Plan(batch, list(zip(places, metadata, strict=True))))
         return made
@@ -86,7 +90,9 @@ class SparseImpl:
         settings = Settings.of(config)
         #: vLLM's layers by name, those of summaries among them.
         self.context = config.compilation_config.static_forward_context
-        self.served = None if settings is None else served_in(config) or Served(config, settings)
+        # vLLM makes modules on the GPU, where angles come out otherwise than in the attached model.
+        with torch.device("cpu"):
+            self.served = None if settings is None else served_in(config) or Served(config, settings)
 
     def process_weights_after_loading(self, act_dtype: Any) -> None:
         """Add pages for summaries of this layer, before vLLM plans its cache."""

@@ -77,6 +77,14 @@ def choice_of(config: Any, settings: Settings, *, check_base: bool) -> SparseLay
     if settings.policy == DENSE:
         raise ValueError(OFF)
     chosen = checked(model, gates, None, settings.policy, DENSE, check_base)
+    device = torch.device(config.device_config.device_type)
+    # Who starts the process that computes leaves it the GPU.
+    here = device.type == "cpu" or torch.cuda.is_initialized()
+    if here:
+        # Gates rotate by the model's own code, which copies its frequencies to where it is asked to.
+        for name, module in model.named_modules():
+            if name.endswith("rotary_emb"):
+                module.to(device)
     unrotate = Unrotate(model)
     if unrotate.why_not is not None:
         raise NotImplementedError(f"keys in vLLM's pages cannot be rotated back: {unrotate.why_not}")
@@ -93,7 +101,8 @@ def choice_of(config: Any, settings: Settings, *, check_base: bool) -> SparseLay
             raise NotImplementedError(SPLIT.format(layer=first))
     prefill = Phase(dict(gates.requires_grad_(False).items()), chosen.policy, gates.reach, shared)
     layer = SparseLayer(prefill, Phase({}, None), unrotate, settings.backend, settings.min_tokens)
-    _try(layer, gates, config.model_config.dtype)
+    if here:
+        _try(layer, gates, config.model_config.dtype, device)
     return layer
 
 
@@ -107,9 +116,12 @@ def _begins(config: Any) -> list[int]:
     return found
 
 
-def _try(layer: SparseLayer, gates: Gates, dtype: torch.dtype) -> None:
+def _try(layer: SparseLayer, gates: Gates, dtype: torch.dtype, device: torch.device) -> None:
     """Have the backend compute two blocks, or say why it does not run here."""
     c, tokens = gates.config, 2 * gates.config.block_size
-    q, k = (torch.zeros(1, heads, tokens, c.head_dim, dtype=dtype) for heads in (c.num_heads, c.num_kv_heads))
-    everything = BlockSelection.full(Rows.last(tokens, tokens), (c.block_size, c.block_size))
+    q, k = (
+        torch.zeros(1, heads, tokens, c.head_dim, dtype=dtype, device=device)
+        for heads in (c.num_heads, c.num_kv_heads)
+    )
+    everything = BlockSelection.full(Rows.last(tokens, tokens), (c.block_size, c.block_size), device)
     block_sparse_attention(q, k, k, everything, backend=layer.backend)

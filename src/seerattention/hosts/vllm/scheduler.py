@@ -1,4 +1,4 @@
-"""A scheduler that ends pieces of prompts where the gates' blocks end, so that no block is cut."""
+"""Schedulers that end pieces of prompts where the gates' blocks end, so that no block is cut."""
 
 # pyright: reportMissingImports=false
 
@@ -6,17 +6,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from seerattention.hosts.transformers.checkpoint import load_gates
 from seerattention.hosts.vllm.settings import Settings
 
 
-class AlignedScheduler(Scheduler):
+class Aligned:
     """Schedules as vLLM does, of prompts whole blocks; a request for which none is left waits for a pass.
 
-    Where passes are too small for a block beside all requests that may be decoded, blocks are cut.
+    Where passes are too small for a block beside all requests that may be decoded, blocks are cut. Goes
+    before a scheduler of vLLM's.
     """
+
+    vllm_config: Any
+    running: list[Any]
+    num_spec_tokens: int
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,3 +45,11 @@ class AlignedScheduler(Scheduler):
         # What is left beside all that may be decoded: if that is no block, waiting would help nobody.
         decoded = len(self.running) * (1 + self.num_spec_tokens)
         return whole or (num_new_tokens if self.max_num_scheduled_tokens - decoded < self.gate_block else 0)
+
+
+class AlignedScheduler(Aligned, Scheduler):
+    """Waits for a pass's tokens before it plans the next."""
+
+
+class AlignedAsyncScheduler(Aligned, AsyncScheduler):
+    """Plans the next pass meanwhile."""

@@ -12,6 +12,9 @@ from seerattention.settings import build
 #: The key under which vLLM's configuration, or the model's, holds the settings.
 KEY = "seerattention"
 
+#: Kinds of device for which vLLM, in the versions that are served, plans pages of summaries.
+KEEPS = ("cpu",)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,7 +27,8 @@ class Settings:
         min_tokens: Prompts of fewer tokens are dense; default what was measured on this kind of device.
         check_base: Refuse gates of another model. A fine-tuned variant of theirs may do without.
         summaries: ``kept`` beside the keys, in pages of their own, which takes memory and saves time where
-            prompts come in pieces; or ``made`` again from the keys in every piece.
+            prompts come in pieces; or ``made`` again from the keys in every piece, as by default where vLLM
+            plans no such pages.
         aligned: End pieces of prompts where blocks end, so that every prompt is read as if it came whole,
             by a scheduler of this package in the place of vLLM's.
         backend: What computes sparse attention, a backend of ``block_sparse_attention``.
@@ -60,6 +64,8 @@ class Settings:
                 f"{KEY} in {where} must be settings, e.g. {{'gates': 'folder'}}, or false, got {given!r}"
             )
         settings = build(cls, given, f"{KEY} in {where}", f"{KEY}.")
+        if "summaries" not in given and config.device_config.device_type not in KEEPS:
+            settings = replace(settings, summaries="made")
         beside = Path(model.model, settings.gates)
         if where.endswith("model") and beside.is_dir():
             return replace(settings, gates=str(beside))

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from seerattention.hosts.transformers.rotary import by_length
-from seerattention.hosts.vllm.settings import Settings
+from seerattention.hosts.vllm.settings import KEEPS, Settings
 
-#: Versions of vLLM whose interfaces the plugin knows.
-VERSIONS = ("0.32.0",)
+#: Versions of vLLM whose interfaces the plugin knows, by vLLM's name of the kind of device.
+VERSIONS = {"cpu": ("0.32.0",), "cuda": ("0.26.0",)}
 
-VERSION = "seerattention serves in vLLM {versions}, and this is {found}; install one of these"
-PLATFORM = "seerattention serves in vLLM's CPU build so far, and this platform is {name}"
+#: What takes the place of which of vLLM's backends.
+BACKENDS = {
+    "cpu": {"CPU_ATTN": "seerattention.hosts.vllm.cpu.SparseCPUBackend"},
+    "cuda": {
+        "FLASH_ATTN": "seerattention.hosts.vllm.cuda.SparseFlashBackend",
+        "TRITON_ATTN": "seerattention.hosts.vllm.cuda.SparseTritonBackend",
+    },
+}
+
+VERSION = "on {name} seerattention serves in vLLM {versions}, and this is {found}; install one of these"
+PLATFORM = "seerattention serves in vLLM on {names}, and this platform is {name}"
+ATTENTION = "attention_config asks for the backend {asked}, and seerattention takes the place of {known}; leave it out"
 PRECISION = "kv_cache_dtype is {dtype}, and gates read keys in the model's own precision; leave it out"
 BIDIRECTIONAL = "the model's tokens see what comes after them, and gates were taught on what comes before"
 SCHEDULER = (
@@ -36,9 +46,18 @@ LENGTHS = (
     "RoPE is of type {kind}: its angles follow the length of the text, and keys of a cache cannot be "
     "rotated back"
 )
+GRAPHS = (
+    "cudagraph_mode {mode} replays batches with prompts as they were captured, and what prompts read is "
+    "chosen in each; leave it out, or set FULL_AND_PIECEWISE"
+)
+UBATCHES = "microbatches (enable_dbo, ubatch_size) cut a batch without telling whose prompts are in a part"
 RUNNER = (
     "seerattention asks vLLM's first model runner how long prompts are, and this engine takes the second; "
     "set VLLM_USE_V2_MODEL_RUNNER=0"
+)
+UNPLANNED = (
+    "vLLM {version} plans no pages for summaries; leave summaries out of seerattention's settings, or set "
+    "them to 'made'"
 )
 CONNECTOR = (
     "pages that a KV connector brings have no summaries beside them; set summaries to 'made' in "
@@ -71,10 +90,14 @@ def refusals(config: Any, settings: Settings, version: str, platform: str) -> li
     text = model.hf_text_config
     rope = getattr(text, "rope_parameters", None) or {}
     found, kept = [], settings.summaries == "kept"
-    if version not in VERSIONS:
-        found.append(VERSION.format(versions=" or ".join(VERSIONS), found=version))
-    if platform != "cpu":
-        found.append(PLATFORM.format(name=platform))
+    if platform not in VERSIONS:
+        found.append(PLATFORM.format(names=" and ".join(VERSIONS), name=platform))
+    elif version not in VERSIONS[platform]:
+        versions = " or ".join(VERSIONS[platform])
+        found.append(VERSION.format(name=platform, versions=versions, found=version))
+    asked, known = config.attention_config.backend, BACKENDS.get(platform, {})
+    if platform != "cpu" and asked is not None and asked.name not in known:
+        found.append(ATTENTION.format(asked=asked.name, known=" and ".join(known)))
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         found.append(PRECISION.format(dtype=cache.cache_dtype))
     if model.attn_type != "decoder" or getattr(text, "is_causal", True) is False:
@@ -87,10 +110,17 @@ def refusals(config: Any, settings: Settings, version: str, platform: str) -> li
         found.append(MROPE)
     elif (kind := by_length(text)) is not None:
         found.append(LENGTHS.format(kind=kind))
+    if parallel.use_ubatching:
+        found.append(UBATCHES)
+    graphs = config.compilation_config.cudagraph_mode
+    if graphs.mixed_mode().name == "FULL":
+        found.append(GRAPHS.format(mode=graphs.name))
     if config.use_v2_model_runner:
         found.append(RUNNER)
     if settings.aligned and config.scheduler_config.scheduler_cls is not None:
         found.append(SCHEDULER)
+    if kept and platform not in KEEPS:
+        found.append(UNPLANNED.format(version=version))
     if kept and config.kv_transfer_config is not None:
         found.append(CONNECTOR)
     if kept and config.speculative_config is not None:
