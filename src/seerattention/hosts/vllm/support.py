@@ -21,7 +21,7 @@ BACKENDS = {
 
 VERSION = "on {name} seerattention serves in vLLM {versions}, and this is {found}; install one of these"
 PLATFORM = "seerattention serves in vLLM on {names}, and this platform is {name}"
-ATTENTION = "attention_config asks for the backend {asked}, and seerattention takes the place of {known}; leave it out"
+ATTENTION = "attention_config asks for {asked}, and seerattention takes the place of {known}; leave it out"
 PRECISION = "kv_cache_dtype is {dtype}, and gates read keys in the model's own precision; leave it out"
 BIDIRECTIONAL = "the model's tokens see what comes after them, and gates were taught on what comes before"
 SCHEDULER = (
