@@ -96,6 +96,8 @@ def main() -> None:
             max_model_len=4608,
             max_num_batched_tokens=8192,
             gpu_memory_utilization=0.3,
+            # So that a prompt's pages can be forgotten as soon as it is answered.
+            async_scheduling=False,
             **extra,
         )
 

@@ -82,9 +82,10 @@ def choice_of(config: Any, settings: Settings, *, check_base: bool) -> SparseLay
     here = device.type == "cpu" or torch.cuda.is_initialized()
     if here:
         # Gates rotate by the model's own code, which copies its frequencies to where it is asked to.
-        for name, module in model.named_modules():
+        modules: dict[str, nn.Module] = dict(model.named_modules())
+        for name in modules:
             if name.endswith("rotary_emb"):
-                module.to(device)
+                modules[name].to(device)
     unrotate = Unrotate(model)
     if unrotate.why_not is not None:
         raise NotImplementedError(f"keys in vLLM's pages cannot be rotated back: {unrotate.why_not}")
