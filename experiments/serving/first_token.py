@@ -48,7 +48,7 @@ ANSWER = 256
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
 
 
-def make_shape(folder: Path, shape: str, tokens: int, dtype: str) -> tuple[Path, Path]:
+def make_shape(folder: Path, shape: str, tokens: int, dtype: str, shared: int) -> tuple[Path, Path]:
     """Write the configuration of a model of a shape, and untrained gates for it.
 
     Args:
@@ -56,6 +56,7 @@ def make_shape(folder: Path, shape: str, tokens: int, dtype: str) -> tuple[Path,
         shape: A name in `SHAPES`.
         tokens: The model's positions.
         dtype: Of the gates.
+        shared: Layers per gate.
 
     Returns:
         The folders of both.
@@ -63,7 +64,7 @@ def make_shape(folder: Path, shape: str, tokens: int, dtype: str) -> tuple[Path,
     import torch
     from transformers import LlamaConfig
 
-    from seerattention.gate import GateConfig
+    from seerattention.gate_config import GateConfig, design_of
     from seerattention.hosts.transformers import BaseInfo, save_gates
     from seerattention.hosts.transformers.gates import Gates
     from seerattention.hosts.vllm.choice import skeleton
@@ -77,9 +78,10 @@ def make_shape(folder: Path, shape: str, tokens: int, dtype: str) -> tuple[Path,
     )
     config.save_pretrained(folder / "model")
     model = skeleton(SimpleNamespace(hf_text_config=config, model=shape))
-    heads, layers = (config.num_attention_heads, config.num_key_value_heads), config.num_hidden_layers
+    base, layers = BaseInfo.of(model), range(config.num_hidden_layers)
+    heads = {"num_heads": base.num_heads, "num_kv_heads": base.num_kv_heads, "head_dim": base.head_dim}
     torch.manual_seed(0)
-    gates = Gates(GateConfig(*heads, config.head_dim), BaseInfo.of(model), list(range(layers)))
+    gates = Gates(GateConfig.from_dict(design_of(heads)), base, list(layers)[::shared])
     save_gates(gates.to(getattr(torch, dtype)), folder / "gates")
     return folder / "model", folder / "gates"
 
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--policy", default="top_k:0.1,sink_blocks=1", help="which blocks are read")
     parser.add_argument("--repeats", type=int, default=3, help="prompts of each length, whose median counts")
     parser.add_argument("--requests", type=int, default=0, help="answered together, of the first length")
+    parser.add_argument("--layers-per-gate", type=int, default=1, help="of gates made for a shape")
     parser.add_argument("--attention", help="one of vLLM's backends, by name")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights")
     asked = parser.parse_args()
@@ -159,7 +162,7 @@ def main() -> None:
             model, gates = bundled.TEACHER, bundled.GATES
             text = bundled.text_tokens(bundled.load_teacher()[1])[1]
         else:
-            model, gates = make_shape(Path(made), asked.shape, room, asked.dtype)
+            model, gates = make_shape(Path(made), asked.shape, room, asked.dtype, asked.layers_per_gate)
             draw = torch.Generator().manual_seed(0)
             text = torch.randint(SHAPES[asked.shape]["vocab_size"], (room + 64,), generator=draw).numpy()
         for way in asked.ways:
