@@ -86,6 +86,16 @@ def make_shape(folder: Path, shape: str, tokens: int, dtype: str, shared: int) -
     return folder / "model", folder / "gates"
 
 
+def cache_bytes(model: Path, tokens: int, dtype: str) -> int:
+    """Return what keys and values of so many tokens take."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return tokens * numbers * getattr(torch, dtype).itemsize
+
+
 def seconds(llm: Any, prompts: list[list[int]], tokens: int = 1) -> float:
     """Time until prompts that come together are answered with so many tokens each."""
     from vllm import SamplingParams
@@ -181,7 +191,9 @@ def main() -> None:
             if cpu:
                 extra |= {"enforce_eager": True, "num_gpu_blocks_override": room // 128 + 8}
             else:
-                extra |= {"compilation_config": GRAPHS, "max_num_seqs": 16, "gpu_memory_utilization": 0.85}
+                extra |= {"compilation_config": GRAPHS, "max_num_seqs": 16}
+                together = asked.requests * (asked.lengths[0] + ANSWER)
+                extra["kv_cache_memory_bytes"] = cache_bytes(model, max(room, together) + 2**12, asked.dtype)
             if asked.attention:
                 extra["attention_backend"] = asked.attention
             llm = LLM(
