@@ -95,7 +95,9 @@ def main() -> None:
             enforce_eager=True,
             max_model_len=4608,
             max_num_batched_tokens=8192,
+            # Room for both engines and the attached model.
             gpu_memory_utilization=0.3,
+            kv_cache_memory_bytes=2**30,
             # So that a prompt's pages can be forgotten as soon as it is answered.
             async_scheduling=False,
             **extra,

@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=0, help="answered together, of the first length")
     parser.add_argument("--layers-per-gate", type=int, default=1, help="of gates made for a shape")
     parser.add_argument("--attention", help="one of vLLM's backends, by name")
+    parser.add_argument("--eager", action="store_true", help="replay no graphs on a GPU")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights")
     asked = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -191,7 +192,8 @@ def main() -> None:
             if cpu:
                 extra |= {"enforce_eager": True, "num_gpu_blocks_override": room // 128 + 8}
             else:
-                extra |= {"compilation_config": GRAPHS, "max_num_seqs": 16}
+                extra |= {"enforce_eager": True} if asked.eager else {"compilation_config": GRAPHS}
+                extra["max_num_seqs"] = 16
                 together = asked.requests * (asked.lengths[0] + ANSWER)
                 extra["kv_cache_memory_bytes"] = cache_bytes(model, max(room, together) + 2**12, asked.dtype)
             if asked.attention:
