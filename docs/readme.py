@@ -791,6 +791,31 @@ def first_token() -> str:
     return parts(about, table(columns, rows))
 
 
+def first_token_gpu() -> str:
+    """Return how long vLLM takes on a GPU to a first token, and to answer requests together."""
+    report = read("h200", "first_token.json")
+    on, dense, lines = report["versions"], {}, []
+    for row in report["rows"]:
+        asked = row["length"], row["piece"], row.get("requests", 1)
+        if row["way"] == "dense":
+            dense[asked] = row.get("together") or row["seconds"]
+            continue
+        took = row.get("together") or row["seconds"]
+        what = f"{asked[2]} requests, {row['answer']} tokens each" if "together" in row else "first token"
+        lines.append({"what": what, "length": asked[0], "piece": asked[1], "dense": dense[asked]})
+        lines[-1] |= {"sparse": took, "x": dense[asked] / took}
+    return parts(
+        f"A model of the shape of Llama 3.1 8B with random weights in {report['dtype']}, the default gate, "
+        f"`{report['policy']}`, summaries made anew; eager but for replayed steps, dense and sparse alike; "
+        f"vLLM {on['vllm']} with FlashAttention 3, torch {on['torch']}, {on['device']}:",
+        table(
+            "tokens: {length:,} | in pieces of: {piece:,} | until: {what} | dense s: {dense:.2f} | "
+            "sparse s: {sparse:.2f} | over dense: {x:.2f}x",
+            lines,
+        ),
+    )
+
+
 def yarn() -> str:
     """Return the context extension: dense, with gates afterwards, jointly with them."""
     made = runpy.run_path(str(ROOT / "experiments" / "yarn" / "table.py"))
@@ -814,7 +839,7 @@ PAGES = {
         "quality": quality, "times": times, "lengths": lengths, "table": table_of_all, "gpu-short": gpu_short,
         "decode-quality": decode_quality,
     },
-    "docs/serving.md": {"first-token": first_token},
+    "docs/serving.md": {"first-token": first_token, "first-token-gpu": first_token_gpu},
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
         "bench": bench, "native": native, "gpu": gpu, "crossover": crossover, "pooled": pooled,

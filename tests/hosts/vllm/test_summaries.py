@@ -5,7 +5,7 @@ import torch
 
 from seerattention.engine.call import AttentionCall, Given
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.hosts.vllm.summaries import Paged, Stale
+from seerattention.hosts.vllm.summaries import Made, Paged, Stale
 from seerattention.rows import Rows
 
 PAGE, PAGES = 32, 12
@@ -80,3 +80,23 @@ def test_pieces_leave_the_summaries_of_all_keys(pieces, stale):
         assert kept.follow(call, gate, same) == (None,)
     whole = gate.compress(keys, positions=torch.arange(100))
     torch.testing.assert_close(kept.read(), whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("new", [100, 36, 7, 1])
+def test_those_made_anew_are_of_all_keys(new):
+    """Earlier keys are rotated back, new ones are given."""
+    gate = AttnGate(GateConfig(4, 2, 32, block_size=16))
+    for weight in gate.parameters():
+        weight.normal_()
+    keys = torch.randn(1, 2, 100, 32)
+
+    def back(layer, k, positions):
+        assert positions.tolist() == [list(range(100 - new))]
+        return k - 5
+
+    given = Given(keys[:, :, -new:], keys + 5, keys, keys[:, :, -new:], keys[:, :, -new:])
+    call = AttentionCall(layer=0, given=given, rows=Rows.last(new, 100), scale=1.0)
+    made = Made()
+    assert made.follow(call, gate, back) == (None,)
+    torch.testing.assert_close(made.read(), gate.compress(keys, positions=torch.arange(100)))

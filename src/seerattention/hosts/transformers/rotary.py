@@ -193,8 +193,9 @@ class Unrotate:
         if self.rotates is not None and not self.rotates(self.config, layer):
             return k
         cos, sin = (x.unsqueeze(1) for x in self.angles(layer, positions))
+        # Scaled RoPE may stretch keys while it turns them. Once for all heads.
+        stretched = cos.square() + sin.square()
+        cos, sin = cos / stretched, sin / stretched
         exact = k.to(cos.dtype)
         first, second = exact.chunk(2, -1)
-        back = exact * cos + torch.cat((second, -first), -1) * sin
-        # Scaled RoPE may stretch keys while it turns them.
-        return (back / (cos.square() + sin.square())).to(k.dtype)
+        return torch.addcmul(exact * cos, torch.cat((second, -first), -1), sin).to(k.dtype)

@@ -101,7 +101,8 @@ class SparseImpl:
             return
         name = next(name for name, layer in self.context.items() if getattr(layer, "impl", None) is self)
         # Weights may be loaded again, when there are pages.
-        gate = self.served.gates.get(self.served.index_of(name))
+        index = self.served.index_of(name)
+        gate = None if index is None else self.served.gates.get(index)
         if gate is not None and name + SUFFIX not in self.context:
             self.context[name + SUFFIX] = SummaryPages(gate)
 

@@ -33,7 +33,7 @@ from seerattention.hosts.vllm.choice import choice_of, skeleton
 from seerattention.hosts.vllm.metrics import count_blocks, count_tokens
 from seerattention.hosts.vllm.settings import Settings
 from seerattention.hosts.vllm.shard import gate_of, policy_of
-from seerattention.hosts.vllm.summaries import Paged
+from seerattention.hosts.vllm.summaries import Made, Paged
 from seerattention.selection import BlockSelection
 
 # As one of vLLM's, which shows no others.
@@ -236,7 +236,7 @@ class Served:
             q: ``[1, Hq, Tq, D]``.
             k: ``[1, Hk, Tk, D]``, the earlier tokens' keys too.
             v: ``[1, Hk, Tk, D]``.
-            kept: Its summaries, if they are kept.
+            kept: Its summaries, None where they are made anew.
             options: For `AttentionCall`, e.g. ``scale``.
 
         Returns:
@@ -249,9 +249,7 @@ class Served:
         positions = torch.arange(past, tokens, device=q.device)[None]
         before = (self.layer.unrotate(layer, x, positions) for x in (q, k[:, :, past:]))
         given = Given(q, k, v, *before)
-        if kept is not None:
-            options["summaries"] = kept
-        options |= {"positions": positions, "chosen": batch.chosen[row]}
+        options |= {"summaries": kept or Made(), "positions": positions, "chosen": batch.chosen[row]}
         return attend_request(self.layer, layer, given, batch.prompts[row], **options)
 
 

@@ -1,4 +1,4 @@
-"""Summaries of one request's keys in pages, and which pages hold those of other keys."""
+"""Summaries of one request's keys, made anew or in pages, and which pages hold those of other keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,31 @@ from torch import Tensor
 from seerattention.engine.call import AttentionCall, Unrotate
 from seerattention.gate import AttnGate
 from seerattention.rows import num_blocks
+
+
+class Made:
+    """The summaries of one request's keys in one layer, made of all keys in every piece of its prompt.
+
+    What `engine.summaries.Growing` does for a cache that anyone may change, a page of vLLM's needs none of:
+    nothing is compared, and nothing waits for the device.
+    """
+
+    def follow(
+        self, call: AttentionCall, scorer: AttnGate, unrotate: Unrotate | None, *, compare: bool = True
+    ) -> tuple[str | None, ...]:
+        """Summarise a call's keys, earlier ones rotated back."""
+        assert unrotate is not None
+        keys, past = call.given.k_nope, call.rows.first
+        positions = torch.arange(call.rows.num_keys, device=keys.device)
+        if past:
+            earlier = unrotate(call.layer, call.given.k[:, :, :past], positions[None, :past])
+            keys = torch.cat((earlier, keys), 2)
+        self.made = scorer.compress(keys, positions=positions)
+        return (None,)
+
+    def read(self) -> Tensor:
+        """Return the summaries of all keys so far, ``[1, H, N, E]``."""
+        return self.made
 
 
 class Paged:
