@@ -329,6 +329,16 @@ def layers(report: Report) -> str:
     )
 
 
+def pages() -> str:
+    """Return prefill over keys in pages beside keys that lie behind one another, on a GPU."""
+    report = read("h200", "prefill_pages.json")
+    columns = (
+        "tokens: {tokens:,} | block: {block:?} | backend: {backend} | density: {density:.1%} | "
+        "median ms: {ms:~} | range ms: {range_ms[0]:~}-{range_ms[1]:~} | speedup: {speedup:.2f}x"
+    )
+    return parts(measured_with(report), table(columns, report["rows"]))
+
+
 def gpu() -> str:
     """Return what was measured on a GPU: picture, attention, layers, targets, whole model."""
     report = read("h200", "prefill.json")
@@ -842,7 +852,7 @@ PAGES = {
     "docs/serving.md": {"first-token": first_token, "first-token-gpu": first_token_gpu},
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
-        "bench": bench, "native": native, "gpu": gpu, "crossover": crossover, "pooled": pooled,
+        "bench": bench, "native": native, "gpu": gpu, "pages": pages, "crossover": crossover, "pooled": pooled,
         "distill-step": distill_step, "backward": backward, "decode": decode, "decode-step": decode_step,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
