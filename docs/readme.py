@@ -852,7 +852,8 @@ PAGES = {
     "docs/serving.md": {"first-token": first_token, "first-token-gpu": first_token_gpu},
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
-        "bench": bench, "native": native, "gpu": gpu, "pages": pages, "crossover": crossover, "pooled": pooled,
+        "bench": bench, "native": native, "gpu": gpu, "pages": pages, "crossover": crossover,
+        "pooled": pooled,
         "distill-step": distill_step, "backward": backward, "decode": decode, "decode-step": decode_step,
     },
     "docs/lab/kernels.md": {"backward-sweep": backward_sweep},
