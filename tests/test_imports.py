@@ -29,6 +29,7 @@ LAYERS = [
     {"baselines"},
     {"attention", "testing"},
     {"engine"},
+    {"parallel"},
     {"hosts"},
     {"measure", "train"},
     {"calibration", "evals"},

@@ -32,8 +32,8 @@ from seerattention.hosts.transformers.rotary import Unrotate
 from seerattention.hosts.vllm.choice import choice_of, skeleton
 from seerattention.hosts.vllm.metrics import count_blocks, count_tokens
 from seerattention.hosts.vllm.settings import Settings
-from seerattention.hosts.vllm.shard import gate_of, policy_of
 from seerattention.hosts.vllm.summaries import Made, Paged
+from seerattention.parallel.heads import gate_of, policy_of
 from seerattention.selection import BlockSelection
 
 # As one of vLLM's, which shows no others.

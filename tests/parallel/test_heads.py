@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seerattention.gate import AttnGate, GateConfig
-from seerattention.hosts.vllm.shard import gate_of, heads_of, policy_of
+from seerattention.parallel.heads import gate_of, heads_of, policy_of
 from seerattention.policies import Calibrated, Calibration, TopK
 
 SHAPE = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "block_size": 16, "rope_theta": 500.0}

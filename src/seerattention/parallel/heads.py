@@ -1,4 +1,4 @@
-"""The part of gates that one process of tensor parallelism needs: of heads in order, as vLLM spreads them."""
+"""The part of gates that one process of tensor parallelism needs: of heads in order."""
 
 from __future__ import annotations
 

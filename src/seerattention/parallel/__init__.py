@@ -1,0 +1,1 @@
+"""What several processes share of one model: the heads that each has."""
