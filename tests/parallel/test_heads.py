@@ -28,11 +28,7 @@ def test_heads_in_order():
     assert [heads_of(1, rank, 2) for rank in range(2)] == [slice(0, 1)] * 2
 
 
-# A group's queries are not split where they score once.
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [(name, size) for name in DESIGNS for size in (1, 2, 4, 8) if name != MERGED or size < 8],
-)
+@pytest.mark.parametrize(("name", "size"), PARTS)
 @torch.no_grad()
 def test_a_part_scores_as_the_whole_does(name, size):
     gate = AttnGate(GateConfig(**SHAPE, **DESIGNS[name]))
@@ -46,15 +42,24 @@ def test_a_part_scores_as_the_whole_does(name, size):
         assert torch.equal(part, whole[:, kv if gate.config.per_kv_head else heads])
 
 
-@pytest.mark.parametrize("per_kv_head", [False, True])
-def test_calibrated_limits_go_with_their_heads(per_kv_head):
-    gate = AttnGate(GateConfig(**SHAPE, per_kv_head=per_kv_head))
-    laws = {
-        layer: tuple((float(head), 0.0, 0.0) for head in range(4 if per_kv_head else 8)) for layer in (0, 3)
-    }
+@pytest.mark.parametrize("heads", [4, 8])
+def test_calibrated_limits_go_with_their_heads(heads):
+    laws = {layer: tuple((float(head), 0.0, 0.0) for head in range(heads)) for layer in (0, 3)}
     policy = Calibrated(Calibration("density", 0.1, 4096, (16, 16), 0.0, 0.1, laws))
-    part = policy_of(policy, gate, 1, 2)
-    expected = [2.0, 3.0] if per_kv_head else [4.0, 5.0, 6.0, 7.0]
+    part = policy_of(policy, 1, 2)
+    expected = [2.0, 3.0] if heads == 4 else [4.0, 5.0, 6.0, 7.0]
     assert [law[0] for law in part.calibration.laws[3]] == expected
     assert dataclasses.replace(part, calibration=policy.calibration) == policy
-    assert policy_of(TopK(0.1), gate, 1, 2) == TopK(0.1)
+    assert policy_of(TopK(0.1), 1, 2) == TopK(0.1)
+
+
+def test_a_part_is_the_gates_alone():
+    """It has the precision and rotary code of the whole, and nothing of it is drawn or shared."""
+    gate, state = AttnGate(GateConfig(**SHAPE)).bfloat16(), torch.get_rng_state()
+    part = gate_of(gate, 1, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert part.rotary is gate.rotary
+    assert part.linear_q.weight.dtype == torch.bfloat16
+    before = part.linear_q.weight.clone()
+    gate.linear_q.weight.data.zero_()
+    assert torch.equal(part.linear_q.weight, before)

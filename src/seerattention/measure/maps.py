@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, intercept
+from seerattention.hosts.transformers.tensor_parallel import refuse_learning
 from seerattention.measure.compare import attached
 from seerattention.measure.perplexity import hidden_states
 from seerattention.ops.pooled_attention import pooled_map
@@ -48,8 +49,10 @@ def record_layers(
 
     Raises:
         FloatingPointError: If the gates' scores are not finite.
+        NotImplementedError: If tensor parallelism spread the model over processes.
         ValueError: If the gates are not the model's.
     """
+    refuse_learning(model)
     by_layer = dict(gates.items())
     found: dict[int, list[T]] = {layer: [] for layer in by_layer}
 

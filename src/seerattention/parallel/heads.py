@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from seerattention.gate import AttnGate
@@ -27,7 +28,9 @@ def gate_of(gate: AttnGate, rank: int, size: int) -> AttnGate:
     """
     c = gate.config
     q, kv = heads_of(c.num_heads, rank, size), heads_of(c.num_kv_heads, rank, size)
-    part = AttnGate(replace(c, num_heads=q.stop - q.start, num_kv_heads=kv.stop - kv.start))
+    # Without numbers at first: drawing them would move the generator of whoever attaches.
+    with torch.device("meta"):
+        part = AttnGate(replace(c, num_heads=q.stop - q.start, num_kv_heads=kv.stop - kv.start))
     part.use_rotary(gate.rotary)
     rows = {"linear_q": kv if c.per_kv_head else q, "linear_k": kv if c.q_proj else q}
     for name, child in gate.named_children():
@@ -36,18 +39,15 @@ def gate_of(gate: AttnGate, rank: int, size: int) -> AttnGate:
     return part
 
 
-def policy_of(policy: Policy, gate: AttnGate, rank: int, size: int) -> Policy:
+def policy_of(policy: Policy, rank: int, size: int) -> Policy:
     """Return the policy of a process's heads: calibrated limits are one per head of a gate's scores.
 
     Args:
         policy: Of all heads.
-        gate: A gate of all heads.
         rank: The process.
         size: How many there are.
     """
     if not isinstance(policy, Calibrated):
         return policy
-    c = gate.config
-    heads = heads_of(c.num_kv_heads if c.per_kv_head else c.num_heads, rank, size)
-    laws = {layer: law[heads] for layer, law in policy.calibration.laws.items()}
+    laws = {layer: law[heads_of(len(law), rank, size)] for layer, law in policy.calibration.laws.items()}
     return replace(policy, calibration=replace(policy.calibration, laws=laws))

@@ -67,6 +67,7 @@ class Distiller(Loop):
     Raises:
         ValueError: If the checkpoint is damaged or belongs to another run, the sequences of a step
             cannot be split evenly, patience is asked for without held-out text, or the reach cannot be had.
+        NotImplementedError: If tensor parallelism spread the model over processes.
         OSError: If ``out`` cannot be written.
     """
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from seerattention.files import check_writable, locked, write_json
 from seerattention.hosts.transformers import Gates, base_checksum
 from seerattention.hosts.transformers.gates import infinite
+from seerattention.hosts.transformers.tensor_parallel import refuse_learning
 from seerattention.train import objectives
 from seerattention.train.checkpoint import (
     FORMAT,
@@ -85,6 +86,7 @@ class Loop:
         accelerator: Accelerator | None,
         shard: bool | None,
     ) -> None:
+        refuse_learning(model)
         self.model, self.gates, self.batches, self.out = model, gates, batches, out
         self.config, self.dtype = config, model.dtype
         self.accelerator = accelerator or make_accelerator(str(model.device))

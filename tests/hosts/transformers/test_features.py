@@ -15,10 +15,14 @@ from transformers import (
     TextGenerationPipeline,
 )
 from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.distributed import DistributedConfig
 
 from seerattention import baselines
 from seerattention.hosts import transformers as host
 from seerattention.hosts.transformers.support import features
+from seerattention.measure.maps import record_layers
+from seerattention.train import Distiller
+from tests.hosts.transformers.ranks import load, together
 
 POLICY = "threshold:0.2"
 
@@ -530,11 +534,35 @@ def offloaded_later(tiny, tmp_path):
 
 
 def tensor_parallel(tiny, tmp_path):
+    """`test_tensor_parallel` does all else in processes."""
+    tiny.make(vocab_size=96).save_pretrained(tmp_path / "model")
+    assert together(2, tmp_path, heads_of_one, tmp_path / "model") == [2, 2]
+
+
+def heads_of_one(folder):
+    """How many heads the gates of one process have."""
+    model = load(folder)
+    host.attach(model, host.new_gates(model, block_size=16), POLICY)
+    return model.model.layers[0].self_attn.attn_gate.config.num_heads
+
+
+def spread(tiny, processes):
+    """A model as transformers marks one that it spread; a test has one process."""
     model = tiny.make()
-    gates = tiny.gates_for(model)
-    # What transformers sets on a model that it spread; a test has one process.
-    model._tp_size = 2
-    host.attach(model, gates, POLICY)
+    model.config.distributed_config = DistributedConfig(tp_size=processes)
+    model._device_mesh = "a mesh"
+    return model
+
+
+def split_heads(tiny, tmp_path):
+    host.attach(spread(tiny, 4), tiny.gates_for(tiny.make()), POLICY)
+
+
+def learning_from_parts(tiny, tmp_path):
+    model, gates = spread(tiny, 2), tiny.gates_for(tiny.make())
+    with pytest.raises(NotImplementedError, match="gates learn from all heads"):
+        record_layers(model, gates, [], lambda *call: None)
+    Distiller(model, gates, lambda step: tiny.tokens(2, 64).numpy())
 
 
 def compiled(tiny, tmp_path):
@@ -681,11 +709,13 @@ CHECKS = {
     ("base", "offloaded by Accelerate after attaching"): offloaded_later,
     ("base", "save_pretrained"): saved_whole,
     ("base", "tensor parallelism"): tensor_parallel,
+    ("base", "tensor parallelism over processes that do not divide the heads"): split_heads,
     ("base", "torch.compile"): compiled,
     ("base", "torch.compile(fullgraph=True)"): fullgraph,
     ("training", "the model"): gradients,
     ("training", "activation checkpointing"): checkpointing,
     ("training", "DDP and FSDP2, before or after attaching"): distributed,
+    ("training", "gates, and calibrating them, under tensor parallelism"): learning_from_parts,
     ("training", "attention dropout"): dropout,
 }
 

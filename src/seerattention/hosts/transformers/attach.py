@@ -25,7 +25,8 @@ from seerattention.hosts.transformers.intercept import (
     uninstall,
 )
 from seerattention.hosts.transformers.rotary import Unrotate
-from seerattention.hosts.transformers.support import PARALLEL, PREFIXES
+from seerattention.hosts.transformers.support import PREFIXES
+from seerattention.hosts.transformers.tensor_parallel import head_share
 from seerattention.policies import Policy
 
 #: What `attach` returns is what it was given: a model, compiled or wrapped by PEFT or not.
@@ -74,7 +75,8 @@ def attach(
 
     Args:
         model: A transformers model of a supported family, also compiled or wrapped by PEFT, DDP, FSDP or
-            Accelerate; adapters and wrappers may come before or after.
+            Accelerate; adapters and wrappers may come before or after. Where tensor parallelism spread it
+            over processes, all of them attach the same gates, and each chooses for its own heads.
         scorers: `Gates`, which become the child modules ``self_attn.attn_gate`` and ask for no gradient
             while they are; or one scorer for every layer, such as a baseline.
         policy: The same as ``prefill``.
@@ -100,8 +102,8 @@ def attach(
         The same model.
 
     Raises:
-        NotImplementedError: If the model's family has no file, or its layers or positions are of a kind
-            that is not supported.
+        NotImplementedError: If the model's family has no file, its layers or positions are of a kind that is
+            not supported, or its heads are spread over processes in a way that is not.
         TypeError: If ``model``, scorers or a policy is of another type.
         ValueError: If gates are for another model or not for the phase, there is no policy or one that makes
             no sense in decoding, no full-attention layer, the backend is unknown, or the call is made inside
@@ -123,31 +125,32 @@ def attach(
 
 
 def _refuse(model: nn.Module, base: PreTrainedModel) -> None:
-    """Refuse bases whose layers hold other keys or heads than gates are made for."""
+    """Refuse bases whose layers hold other keys than gates are made for, or parts of heads."""
     adapters = getattr(model, "peft_config", None) or {}
     if any(config.peft_type == "PREFIX_TUNING" for config in adapters.values()):
         raise NotImplementedError(PREFIXES)
-    if (base.tp_size or 1) > 1:
-        raise NotImplementedError(PARALLEL)
+    head_share(base)
 
 
 def _activate(model: PreTrainedModel, runtime: Runtime, name: str) -> None:
     """Make a set of scorers the one that is used; gates show as `GATES`."""
     runtime.owner.active = name
-    chosen, layers = runtime.owner.sets[name], full_attention_layers(model)
+    chosen, layers, share = runtime.owner.sets[name], full_attention_layers(model), head_share(model)
     _remove_gates(layers)
-    phases = []
-    policies = chosen.policy, chosen.decode_policy
+    phases: list[Phase] = []
+    policies = share.policy(chosen.policy), share.policy(chosen.decode_policy)
     for child, scorers, policy in zip(GATES, (chosen.scorers, chosen.decoders), policies, strict=True):
-        if isinstance(scorers, Gates):
-            phase = Phase(dict(scorers.items()), policy, scorers.reach, scorers.shared(layers))
-        else:
-            alike: Any = dict.fromkeys(layers, scorers)
-            phase = Phase(alike, policy)
-        phases.append(phase)
-        if not isinstance(scorers, Gates) or (phases[1:] and chosen.decoders is chosen.scorers):
+        if phases and chosen.decoders is chosen.scorers:
+            phases.append(replace(phases[0], policy=policy))
             continue
-        for index, gate in scorers.items():
+        if not isinstance(scorers, Gates):
+            alike: Any = dict.fromkeys(layers, scorers)
+            phases.append(Phase(alike, policy))
+            continue
+        # What is saved later is whole, whatever part of it is in use here.
+        parts = {index: share.gate(gate) for index, gate in scorers.items()}
+        phases.append(Phase(parts, policy, scorers.reach, scorers.shared(layers)))
+        for index, gate in parts.items():
             if device_of(gate) != (device := device_of(layers[index])):
                 gate.to(device)
             # Nothing passes a gradient to gates in use. Whoever trains the model itself, over several
@@ -264,9 +267,9 @@ def set_policy(
         current.policy if prefill is None else prefill,
         current.decode_policy if decode is None else decode,
     )
-    layer = sparse_layer(base)
-    prefilling = replace(layer.prefill, policy=current.policy)
-    decoding = replace(layer.decode, policy=current.decode_policy)
+    layer, share = sparse_layer(base), head_share(base)
+    prefilling = replace(layer.prefill, policy=share.policy(current.policy))
+    decoding = replace(layer.decode, policy=share.policy(current.decode_policy))
     runtime.switch.handler = replace(layer, prefill=prefilling, decode=decoding)
 
 

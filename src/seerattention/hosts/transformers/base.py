@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from seerattention.hosts.transformers.family import attention_layers
+from seerattention.hosts.transformers.tensor_parallel import whole_weight
 
 #: What gates in use are called among an attention module's children.
 GATES = ("attn_gate", "decode_gate")
@@ -54,7 +55,7 @@ class BaseInfo:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> BaseInfo:
-        """Describe a model."""
+        """Describe a model; one that is spread over processes, in all of them at once."""
         model = unwrapped(model)
         config = model.config.get_text_config()
         return cls(
@@ -147,8 +148,12 @@ def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
     return align_module_device(module, torch.device("cpu"))
 
 
-def _base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over a module's weights by name: without gates, under adapters as if there were none."""
+def _base_weights(model: PreTrainedModel, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the weights of a model's module by name: without gates, under adapters as if without.
+
+    Weights that tensor parallelism splits are put together, by all processes.
+    """
+    module = model.get_submodule(where)
     # An adapter such as LoRA wraps a layer and keeps it as `base_layer`.
     adapted = [f"{name}." for name, part in module.named_modules() if hasattr(part, "base_layer")]
     own = []
@@ -165,7 +170,7 @@ def _base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             own.append((around + inner.removeprefix("base_layer.") if around else path, part, name))
     for path, part, name in sorted(own, key=lambda entry: entry[0]):
         with _loaded(part):
-            yield path, getattr(part, name).detach()
+            yield path, whole_weight(model, f"{where}.{path}".removeprefix("."), getattr(part, name).detach())
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -174,8 +179,9 @@ def fingerprint(model: PreTrainedModel) -> str:
         # False where transformers read quantised weights, GGUF among them, and made numbers of them again.
         return ""
     digest, known = hashlib.sha256(), False
+    names = {module: name for name, module in model.named_modules()}
     for index, attention in attention_layers(model).items():
-        for name, weight in _base_weights(attention):
+        for name, weight in _base_weights(model, names[attention]):
             plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
             if not plain or weight.element_size() == 1 or weight.is_meta:
                 return ""
@@ -196,7 +202,10 @@ def _spread(size: int, count: int) -> Tensor:
 
 
 def base_checksum(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of every weight of the base model, gates left out."""
+    """Return the SHA-256 of every weight of the base model, gates left out.
+
+    A model that is spread over processes is asked for in all of them at once.
+    """
     digest = hashlib.sha256()
     for name, weight in _base_weights(unwrapped(model)):
         # A sharded weight is put together first, by all processes.

@@ -52,7 +52,8 @@ def save_gates(
     """Write gates, their configuration and their base model's identity.
 
     Args:
-        gates: The gates, or a model that uses some: then with the policies it uses.
+        gates: The gates, or a model that uses some: then with the policies it uses. Every process of a model
+            that is spread over several has them whole, and one of them writes.
         folder: Where to; gates already there are replaced once everything is written.
         policy: The policy to use them with in prefill by default. Their calibration is written whichever
             it is.

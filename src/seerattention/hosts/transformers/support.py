@@ -24,7 +24,12 @@ SLIDING = (
 )
 FULLGRAPH = "choosing blocks depends on the data, so attached attention stays outside of compiled graphs"
 PREFIXES = "prefix tuning caches keys that were never rotated, so gates cannot read them; use LoRA"
-PARALLEL = "tensor parallelism splits the heads over processes, and gates have all of them; use device_map"
+SPLIT_HEADS = "each process needs whole heads, as many as the others; start a number that divides both"
+SPLIT_PLAN = "processes must have all heads, or their own of q, k and v alike; leave the plan to the model"
+SPLIT_LEARNING = (
+    "gates learn from all heads, and tensor parallelism spread this model's over processes; load the model "
+    "without it, or shard it by FSDP2"
+)
 LONGROPE = "its angles depend on how long the text was when a key was rotated"
 STEPS = (
     "continuous batching decodes densely, since it keeps no summaries from one step to the next; "
@@ -122,11 +127,13 @@ def features() -> tuple[Feature, ...]:
             "save_pretrained",
             note="gates in use are written too, but transformers reads none; `save_gates` keeps them",
         ),
-        Feature("base", "tensor parallelism", PARALLEL),
+        Feature("base", "tensor parallelism", note="every process chooses for its own heads"),
+        Feature("base", "tensor parallelism over processes that do not divide the heads", SPLIT_HEADS),
         Feature("base", "torch.compile", note="attention itself stays outside of the graphs"),
         Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),
         Feature("training", "the model", note="the choice of blocks is a constant of the gradient"),
         Feature("training", "activation checkpointing"),
         Feature("training", "DDP and FSDP2, before or after attaching", note="attached gates do not learn"),
+        Feature("training", "gates, and calibrating them, under tensor parallelism", SPLIT_LEARNING),
         Feature("training", "attention dropout", DROPOUT),
     )

@@ -138,10 +138,10 @@ class Served:
         whole = choice_of(config, settings, check_base=False)
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
         gates = {layer: one for layer, one in whole.prefill.scorers.items() if isinstance(one, AttnGate)}
-        policy, gate = whole.prefill.policy, next(iter(gates.values()))
+        policy = whole.prefill.policy
         assert policy is not None
         self.gates = {layer: gate_of(one, rank, size) for layer, one in gates.items()}
-        prefill = replace(whole.prefill, scorers=self.gates, policy=policy_of(policy, gate, rank, size))
+        prefill = replace(whole.prefill, scorers=self.gates, policy=policy_of(policy, rank, size))
         self.layer: SparseLayer = replace(whole, prefill=prefill, observe=self._observed)
         # Of the processes that share a layer's heads one counts its tokens.
         self.counts = rank == 0
