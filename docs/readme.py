@@ -177,7 +177,6 @@ def headline() -> str:
             "needles found: {needle:.0%}",
             ({"name": name} | by[method] for method, name in HEADLINE.items()),
         ),
-        FORMER_DENSITY,
     )
 
 
@@ -199,7 +198,6 @@ def quality() -> str:
             "recall: {recall:.1%} | prefill s: {prefill_s:.2f} | speedup: {speedup:.2f}x",
             report["rows"],
         ),
-        FORMER_DENSITY,
     )
 
 
