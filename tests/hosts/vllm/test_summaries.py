@@ -83,20 +83,37 @@ def test_pieces_leave_the_summaries_of_all_keys(pieces, stale):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("new", [100, 36, 7, 1])
-def test_those_made_anew_are_of_all_keys(new):
-    """Earlier keys are rotated back, new ones are given."""
+@pytest.mark.parametrize(
+    "parts", [(100,), (64, 100), (71, 80, 100), (71, 80, 96), (50, 51, 52), (93, 96, 100)]
+)
+def test_those_made_anew_are_of_all_keys(parts):
+    """Earlier keys are rotated back once for all parts of a piece, but where one ends inside a summary."""
     gate = AttnGate(GateConfig(4, 2, 32, block_size=16))
     for weight in gate.parameters():
         weight.normal_()
-    keys = torch.randn(1, 2, 100, 32)
+    keys, turned, past, made = torch.randn(1, 2, 100, 32), [], 30, Made()
 
     def back(layer, k, positions):
-        assert positions.tolist() == [list(range(100 - new))]
+        assert positions.tolist() == [list(range(k.shape[2]))]
+        turned.append(k.shape[2])
         return k - 5
 
-    given = Given(keys[:, :, -new:], keys + 5, keys, keys[:, :, -new:], keys[:, :, -new:])
-    call = AttentionCall(layer=0, given=given, rows=Rows.last(new, 100), scale=1.0)
+    for total in parts:
+        new, k = keys[:, :, past:total], keys[:, :, :total]
+        call = AttentionCall(
+            layer=0, given=Given(new, k + 5, k, new, new), rows=Rows.last(total - past, total), scale=1.0
+        )
+        assert made.follow(call, gate, back) == (None,)
+        torch.testing.assert_close(made.read(), gate.compress(k, positions=torch.arange(total)))
+        past = total
+    expected = [30] + [n for n in parts[:-1] if n % gate.tokens_per_summary]
+    assert turned == expected
+
+
+@torch.no_grad()
+def test_what_nothing_reads_is_not_made():
+    gate, keys = AttnGate(GateConfig(4, 2, 32, block_size=16)), torch.randn(1, 2, 40, 32)
+    call = AttentionCall(layer=0, given=Given(*(keys,) * 5), rows=Rows.last(40, 40), scale=1.0)
     made = Made()
-    assert made.follow(call, gate, back) == (None,)
-    torch.testing.assert_close(made.read(), gate.compress(keys, positions=torch.arange(100)))
+    assert made.follow(call, gate, lambda *_: pytest.fail("rotated"), compare=False) == (None,)
+    assert made.tokens == 0

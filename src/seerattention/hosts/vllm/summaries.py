@@ -13,21 +13,31 @@ from seerattention.rows import num_blocks
 class Made:
     """The summaries of one request's keys in one layer, made of all keys in every piece of its prompt.
 
-    What `engine.summaries.Growing` does for a cache that anyone may change, a page of vLLM's needs none of:
-    nothing is compared, and nothing waits for the device.
+    What `engine.summaries.Growing` does for a cache that anyone may change, pages of vLLM's need nothing of:
+    nothing is compared, and nothing waits for the device. Of a piece that is computed in parts, later ones
+    add their own keys.
     """
+
+    def __init__(self) -> None:
+        self.made, self.tokens = torch.empty(0), 0
 
     def follow(
         self, call: AttentionCall, scorer: AttnGate, unrotate: Unrotate | None, *, compare: bool = True
     ) -> tuple[str | None, ...]:
-        """Summarise a call's keys, earlier ones rotated back."""
+        """Summarise a call's keys, earlier ones rotated back, unless nothing will read them."""
         assert unrotate is not None
-        keys, past = call.given.k_nope, call.rows.first
-        positions = torch.arange(call.rows.num_keys, device=keys.device)
-        if past:
+        if not compare:
+            return (None,)
+        keys, past, total = call.given.k_nope, call.rows.first, call.rows.num_keys
+        goes_on = past > 0 and past == self.tokens and past % scorer.tokens_per_summary == 0
+        begin = past if goes_on else 0
+        positions = torch.arange(begin, total, device=keys.device)
+        if begin < past:
             earlier = unrotate(call.layer, call.given.k[:, :, :past], positions[None, :past])
             keys = torch.cat((earlier, keys), 2)
-        self.made = scorer.compress(keys, positions=positions)
+        made = scorer.compress(keys, positions=positions)
+        self.made = torch.cat((self.made, made), 2) if goes_on else made
+        self.tokens = total
         return (None,)
 
     def read(self) -> Tensor:

@@ -28,6 +28,15 @@ def shares_of_sub_blocks(products: Tensor, seen: Tensor | None, subs_q: int, sub
     return _largest(_largest(products, subs_k, -1).log_softmax(-1), subs_q, -2)
 
 
+def shares_by_keys(products: Tensor, subs_q: int, subs_k: int) -> Tensor:
+    """Do the same to ``[..., Nk * subs_k, H, Nq * subs_q]``, masked already; return ``[..., H, Nq, Nk]``.
+
+    A CPU reduces sub-blocks of keys three times as fast where these do not lie side by side.
+    """
+    shares = _largest(products, subs_k, -3).log_softmax(-3)
+    return _largest(shares, subs_q, -1).movedim(-3, -1)
+
+
 def _largest(x: Tensor, size: int, dim: int) -> Tensor:
     """Return the largest of every ``size`` entries along a dimension, the last ones possibly fewer."""
     if size == 1:

@@ -8,7 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import ScoreOptions
-from seerattention.ops.score_blocks._sub_blocks import max_over_sub_blocks, shares_of_sub_blocks
+from seerattention.ops.score_blocks._sub_blocks import (
+    max_over_sub_blocks,
+    shares_by_keys,
+    shares_of_sub_blocks,
+)
 from seerattention.rows import num_blocks
 
 #: Products are reduced to block scores in slices of at most this many bytes.
@@ -53,12 +57,25 @@ def _slice(
     # A head's query summaries meet the key summaries of its group.
     heads, length = queries.shape[1:3]
     queries = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    products = (queries @ keys.mT).unflatten(2, (heads // keys.shape[1], length))
-    if options.shares:
-        seen = None if options.rows is None else _seen(options, first * options.sub_blocks[0], length, keys)
-        scores = shares_of_sub_blocks(products, seen, *options.sub_blocks).flatten(1, 2)
+    by_head = heads // keys.shape[1], length
+    seen = None
+    if options.shares and options.rows is not None:
+        seen = _seen(options, first * options.sub_blocks[0], length, keys)
+    if options.shares and not (queries.requires_grad or keys.requires_grad):
+        products = (keys @ queries.mT).unflatten(3, by_head)
+        if seen is not None:
+            # All before what the first one sees last is seen by all.
+            begin = ((options.past or 0) + options.size[0] * (first * options.sub_blocks[0])) // options.size[
+                1
+            ]
+            products[:, :, begin:].masked_fill_(~seen.mT[begin:, None], float("-inf"))
+        scores = shares_by_keys(products, *options.sub_blocks).flatten(1, 2)
     else:
-        scores = max_over_sub_blocks(products, *options.sub_blocks).flatten(1, 2)
+        products = (queries @ keys.mT).unflatten(2, by_head)
+        if options.shares:
+            scores = shares_of_sub_blocks(products, seen, *options.sub_blocks).flatten(1, 2)
+        else:
+            scores = max_over_sub_blocks(products, *options.sub_blocks).flatten(1, 2)
     if valid is None:
         return scores
     scores = scores.masked_fill(~valid[:, : scores.shape[3]], 0)
