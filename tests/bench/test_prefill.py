@@ -4,7 +4,10 @@ import pytest
 
 from seerattention.bench.ceilings import l2_tflops
 from seerattention.bench.peers import DENSE, dense
+from seerattention.bench.plan import Plan
 from seerattention.bench.prefill import causal_pairs, check_rows
+from seerattention.hosts.transformers import new_gates
+from seerattention.measure import bundled
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.block_sparse_attention.reference import token_mask
 from seerattention.ops.shapes import Shape
@@ -22,6 +25,14 @@ def shape(tokens, block=16, heads=4, kv_heads=2):
         head_dim=16,
         block_size=(block, block),
     )
+
+
+def test_the_default_gate_is_what_a_model_gets():
+    model = bundled.load_teacher()[0]
+    kinds = {"masks": ("random",), "gates": ("default",), "peers": ()}
+    sizes = {"heads": 6, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "device": "cpu"}
+    plan = Plan(tokens=(64,), densities=(0.1,), blocks=(64,), **kinds, **sizes)
+    assert plan.gate("default", 64).config == new_gates(model).config
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 100])

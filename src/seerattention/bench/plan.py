@@ -177,7 +177,8 @@ class Plan(Setting):
             sub = int(name.removeprefix("sub"))
             config = GateConfig(*sizes, block, self.head_dim, q_sub_block=sub, k_sub_block=sub)
         else:
-            config = GateConfig(*sizes, block_size=block)
+            shape = dict(zip(("num_heads", "num_kv_heads", "head_dim"), sizes, strict=True))
+            config = GateConfig.from_dict(design_of({**shape, "block_size": block}))
         return self.made(config)
 
 
