@@ -76,3 +76,12 @@ def test_a_model_is_trained_with_a_gate_for_every_layer(tiny, model, text):
     gates = tiny.gates_of(model, layers_per_gate=2)
     with pytest.raises(ValueError, match="serve several layers each, and a model is trained with a gate for"):
         Finetuner(model, gates, TextWindows(text, 128))
+
+
+def test_gates_of_other_layers_are_refused_before_anything_is_read(tiny, model, text):
+    gates = tiny.gates_of(model)
+    del gates.layers["0"]
+    with pytest.raises(
+        ValueError, match=r"these gates are for layers \[1\]; the model's full-attention layers"
+    ):
+        Distiller(model, gates, TextWindows(text, 128), DistillConfig(steps=1))

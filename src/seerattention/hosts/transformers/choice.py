@@ -144,9 +144,4 @@ def _check_gates(model: PreTrainedModel, gates: Gates, layers: list[int], check_
                 f"these gates have {name}={made}, the model has {needed}; make them by new_gates"
             )
     check_finite(gates.named_weights())
-    have = [index for index, _ in gates.items()]
-    if not any(layers[::n] == have for n in range(1, len(layers) + 1)):
-        raise ValueError(
-            f"these gates are for layers {have}; the model's full-attention layers are {layers}; "
-            "make them by new_gates"
-        )
+    gates.shared(layers)

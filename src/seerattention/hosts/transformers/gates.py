@@ -104,8 +104,17 @@ class Gates(nn.Module):
             yield int(index), gate
 
     def shared(self, layers: Iterable[int]) -> dict[int, int]:
-        """Return which layer with a gate chooses for each of some layers that have none."""
-        have = [index for index, _ in self.items()]
+        """Return which layer with a gate chooses for each of a model's full-attention layers that has none.
+
+        Raises:
+            ValueError: If the gates are not of all of these layers, nor of every second, third ... of them.
+        """
+        have, layers = [index for index, _ in self.items()], list(layers)
+        if not any(layers[::n] == have for n in range(1, len(layers) + 1)):
+            raise ValueError(
+                f"these gates are for layers {have}; the model's full-attention layers are {layers}; "
+                "make them by new_gates"
+            )
         return {i: max(j for j in have if j < i) for i in layers if i not in have}
 
     def named_weights(self) -> dict[str, Tensor]:
