@@ -18,12 +18,12 @@ from typing import Any
 
 import script
 import torch
-from end_to_end import SHAPES, make_model
 from rich.progress import Progress
 from torch import Tensor
 from transformers import AttentionInterface, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from seerattention.bench.models import SHAPES, random_config, random_model
 from seerattention.bench.peers import DENSE, dense_peers, dense_step
 from seerattention.cli.bench.decode import size_of
 from seerattention.hosts.transformers import attach, detach, new_gates, usage
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = make_model(args.shape, args.layers, args.device, dtype)
+    model = random_model(random_config(args.shape, layers=args.layers), args.device, dtype)
     gates = new_gates(model, phase="decode").to(model.dtype)
     about = script.model_settings(model, args.shape) | {"density": args.density}
     rows: list[dict[str, Any]] = []

@@ -18,9 +18,10 @@ from unittest.mock import patch
 import numpy as np
 import script
 import torch
-from end_to_end import SHAPES, Parts, make_model
+from end_to_end import Parts
 from torch.nn.attention import sdpa_kernel
 
+from seerattention.bench.models import SHAPES, random_config, random_model
 from seerattention.hosts.transformers import new_gates
 from seerattention.ops.dense_attention import CUDNN_FIRST
 from seerattention.train import DistillConfig, Distiller, distiller
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = make_model(args.shape, args.layers, args.device, dtype)
+    model = random_model(random_config(args.shape, layers=args.layers), args.device, dtype)
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         rows.append(measure(model, tokens, args.repeats))

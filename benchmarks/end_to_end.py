@@ -23,47 +23,17 @@ import script
 import torch
 from rich.progress import Progress
 from torch.nn.attention import sdpa_kernel
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from seerattention import attention
-from seerattention.engine import summaries
+from seerattention.bench.models import SHAPES, random_config, random_model
+from seerattention.engine import layer, summaries
 from seerattention.gate import GateConfig
 from seerattention.hosts.transformers import attach, detach, new_gates, usage
 from seerattention.ops.dense_attention import CUDNN_FIRST
 
 POLICY = "top_k:0.1,sink_blocks=1"
-SHAPES = {
-    "llama-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-    "tiny": {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
-}
 #: Which part a module belongs to, by the last word of its name.
 MODULES = {"mlp": "mlp"} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "projections")
 PARTS = ("attention", "selection", "mlp", "projections", "rest")
-
-
-def make_model(shape: str, layers: int | None, device: str, dtype: torch.dtype) -> Any:
-    """Return a model with random weights, made on the device."""
-    settings = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    config = LlamaConfig(**settings, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def make_gates(model: Any, design: str) -> Any:
@@ -125,8 +95,8 @@ class Parts:
         functional = torch.nn.functional
         replaced = (
             (functional, "scaled_dot_product_attention", "attention"),
-            (attention, "block_sparse_attention", "attention"),
-            (attention, "select_blocks", "selection"),
+            (layer, "block_sparse_attention", "attention"),
+            (layer, "select_blocks", "selection"),
             (summaries.Growing, "follow", "selection"),
         )
         with ExitStack() as stack:
@@ -235,7 +205,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = make_model(args.shape, args.layers, args.device, dtype)
+    model = random_model(random_config(args.shape, layers=args.layers), args.device, dtype)
     designs = args.gate or ("published", "default")
     gates = {"dense": None} | {name: make_gates(model, name) for name in designs}
     about = script.model_settings(model, args.shape) | {"policy": POLICY, "backend": args.backend}

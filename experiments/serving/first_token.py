@@ -21,26 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from seerattention.bench.models import SHAPES, random_config
+
 WAYS = {"dense": None, "made": "made", "kept": "kept"}
-#: Models with random weights, which attend almost evenly: ``top_k`` reads as much whatever the scores are.
-SHAPES = {
-    "llama-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "small": {
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 #: Tokens that every one of several requests is answered with.
 ANSWER = 256
 #: What a GPU runs eagerly and what as graphs, dense and sparse alike: nothing is compiled, since a start
@@ -53,7 +36,7 @@ def make_shape(folder: Path, shape: str, tokens: int, dtype: str, shared: int) -
 
     Args:
         folder: Where to.
-        shape: A name in `SHAPES`.
+        shape: A name in `seerattention.bench.models.SHAPES`.
         tokens: The model's positions.
         dtype: Of the gates.
         shared: Layers per gate.
@@ -62,20 +45,13 @@ def make_shape(folder: Path, shape: str, tokens: int, dtype: str, shared: int) -
         The folders of both.
     """
     import torch
-    from transformers import LlamaConfig
 
     from seerattention.gate_config import GateConfig, design_of
     from seerattention.hosts.transformers import BaseInfo, save_gates
     from seerattention.hosts.transformers.gates import Gates
     from seerattention.hosts.vllm.choice import skeleton
 
-    rope = {"rope_type": "default", "rope_theta": 5e5}
-    config = LlamaConfig(
-        **SHAPES[shape],
-        max_position_embeddings=tokens,
-        rope_parameters=rope,
-        architectures=["LlamaForCausalLM"],
-    )
+    config = random_config(shape, tokens, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder / "model")
     model = skeleton(SimpleNamespace(hf_text_config=config, model=shape))
     base, layers = BaseInfo.of(model), range(config.num_hidden_layers)

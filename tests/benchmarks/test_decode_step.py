@@ -12,7 +12,7 @@ def test_steps_of_a_tiny_model_are_timed_dense_and_sparse(run_script, tmp_path):
     out = tmp_path / "step.json"
     options = (
         "--shape",
-        "tiny",
+        "small",
         "--sizes",
         "1x512",
         "2x320",

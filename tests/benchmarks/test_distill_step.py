@@ -6,7 +6,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "distill_step.py"
 
 def test_a_step_is_measured_beside_the_forward_pass(run_script, tmp_path):
     out = tmp_path / "step.json"
-    options = ("--shape", "tiny", "--device", "cpu", "--repeats", 1, "--tokens", 256, 512)
+    options = ("--shape", "small", "--device", "cpu", "--repeats", 1, "--tokens", 256, 512)
     run_script(SCRIPT, "--out", out, *options)
     rows = json.loads(out.read_text())["rows"]
     assert [row["tokens"] for row in rows] == [256, 512]

@@ -8,7 +8,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "end_to_end.py"
 
 def test_end_to_end_runs_on_a_tiny_model(run_script, tmp_path):
     out = tmp_path / "e.json"
-    options = ("--shape", "tiny", "--tokens", 300, "--repeats", 1, "--device", "cpu", "--out", out)
+    options = ("--shape", "small", "--tokens", 300, "--repeats", 1, "--device", "cpu", "--out", out)
     printed = run_script(SCRIPT, *options)
     report = json.loads(out.read_text())
     assert [row["method"] for row in report["rows"]] == ["dense", "published", "default"]
