@@ -72,18 +72,21 @@ def test_requests_choose_as_alone(model, batch):
 def test_kernels_read_where_a_request_lies(model, monkeypatch):
     """Queries, keys and values are slices of those of the batch; copies give the same, to the bit."""
     model.bfloat16()
-    own, calls = engine.seer_attention, []
+    select, attend, calls = engine.select_blocks, engine.block_sparse_attention, []
 
-    def both(q, k, v, *rest, q_scored, **options):
-        out, selection = own(q, k, v, *rest, q_scored=q_scored, **options)
-        q, k, v, q_scored = (x.contiguous() for x in (q, k, v, q_scored))
-        again, same = own(q, k, v, *rest, q_scored=q_scored, **options)
-        assert torch.equal(selection.to_mask(), same.to_mask())
-        assert torch.equal(out, again)
+    def selecting(q, *rest, **options):
+        selection = select(q, *rest, **options)
+        assert torch.equal(selection.to_mask(), select(q.contiguous(), *rest, **options).to_mask())
+        return selection
+
+    def attending(q, k, v, selection, **options):
+        out = attend(q, k, v, selection, **options)
+        assert torch.equal(out, attend(*(x.contiguous() for x in (q, k, v)), selection, **options))
         calls.append(q.shape[2])
-        return out, selection
+        return out
 
-    monkeypatch.setattr(engine, "seer_attention", both)
+    monkeypatch.setattr(engine, "select_blocks", selecting)
+    monkeypatch.setattr(engine, "block_sparse_attention", attending)
     prompts = [torch.randint(3, 128, (length,)).tolist() for length in LENGTHS]
     serve(model, prompts, max_batch_tokens=2048, allow_block_sharing=False)
     assert sum(calls) == 2 * sum(LENGTHS)

@@ -32,7 +32,27 @@ class Unrotate(Protocol):
         ...
 
 
-class Summaries(Protocol):
+class StepSummaries(Protocol):
+    """What is kept of the keys of one layer, for steps of decoding."""
+
+    def step(self, step: Step, scorer: Scorer, unrotate: Unrotate | None) -> str | None:
+        """Make the summaries those of all keys, a step's included; return why there are none, if so."""
+        ...
+
+    def shrunk(self, past: list[int]) -> None:
+        """Remember how many tokens a cache holds per row before a step, if fewer than are summarised."""
+        ...
+
+    def buffer(self) -> Tensor:
+        """Return those of finished blocks after `step`, ``[B, H, S, E]``, with room for all of the cache."""
+        ...
+
+    def beside(self) -> StepSummaries:
+        """Return what is kept of the same keys for decoding, where that has gates of its own."""
+        ...
+
+
+class Summaries(StepSummaries, Protocol):
     """What is kept of the keys of one layer, for the rows of a batch; `Growing` follows a growing cache."""
 
     def follow(
@@ -51,20 +71,8 @@ class Summaries(Protocol):
         """
         ...
 
-    def step(self, step: Step, scorer: Scorer, unrotate: Unrotate | None) -> str | None:
-        """Do the same for a step of decoding; return why there are none."""
-        ...
-
-    def shrunk(self, past: list[int]) -> None:
-        """Remember how many tokens a cache holds per row before a step, if fewer than are summarised."""
-        ...
-
     def read(self) -> Tensor:
         """Return the summaries of all keys, ``[B, H, N, E]``, every row's from its beginning on."""
-        ...
-
-    def buffer(self) -> Tensor:
-        """Return those of finished blocks after `step`, ``[B, H, S, E]``, with room for all of the cache."""
         ...
 
     def fill(self, call: AttentionCall) -> None:
@@ -147,6 +155,10 @@ class Part(NamedTuple):
     selection: BlockSelection | None = None
 
 
+def _at_hand() -> None:
+    """Wait for nothing."""
+
+
 #: What layers have chosen in a forward pass, by layer, for later ones that read the same.
 Choices = dict[int, list[Part]]
 
@@ -182,6 +194,7 @@ class AttentionCall:
             included: the pieces then select what they would in one.
         cached: What the KV cache holds.
         chosen: What earlier layers chose in this forward pass.
+        ready: Called before keys and values are read, which may be on their way from other devices.
     """
 
     layer: int
@@ -196,6 +209,7 @@ class AttentionCall:
     prompt_tokens: int | None = None
     cached: Cached = _NOT_CACHED
     chosen: Choices = field(default_factory=dict)
+    ready: Callable[[], None] = _at_hand
 
     q = _packed("q", "queries")
     k = _packed("k", "keys")
@@ -276,18 +290,20 @@ class Step:
         softcap: See `AttentionCall`.
         sinks: See `AttentionCall`.
         chosen: See `AttentionCall`.
+        columns: Tokens that the cache can hold; None where the keys given are all of it.
     """
 
     layer: int
     given: Given
     lengths: Lengths
-    summaries: Summaries
+    summaries: StepSummaries
     cached: Cached
     call: Callable[[], AttentionCall]
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
     chosen: Choices = field(default_factory=dict)
+    columns: int | None = None
 
     @property
     def captured(self) -> bool:

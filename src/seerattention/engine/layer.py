@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from seerattention.attention import seer_attention
 from seerattention.crossover import Crossover, crossover
-from seerattention.engine.call import AttentionCall, Choices, Part, Step, Summaries, Unrotate
+from seerattention.engine.call import AttentionCall, Choices, Part, Step, StepSummaries, Unrotate
 from seerattention.engine.kept import summarised
 from seerattention.engine.summaries import Growing
 from seerattention.engine.when import DECODING, PREFILL, why_dense, why_dense_prompt, why_dense_step
 from seerattention.ops.block_sparse_attention import BACKENDS, block_sparse_attention
 from seerattention.ops.block_sparse_decode import block_sparse_decode
 from seerattention.ops.dispatch import check_backend
+from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.select_decode_blocks import select_decode_blocks
 from seerattention.policies import Policy
 from seerattention.rows import Rows, num_blocks
@@ -187,8 +187,8 @@ class SparseLayer:
         """Whether so many new tokens after earlier ones are a step of decoding, which `step` computes."""
         return self.decode.policy is not None and new < self.decode.scorer(layer).block_size[1]
 
-    def step(self, step: Step) -> Tensor:
-        """Return the output of a step of decoding, of ``step.given.q``'s shape."""
+    def choose_step(self, step: Step) -> Part:
+        """Choose what a step of decoding reads, or say why that is everything."""
         scorer, given, known = self.decode.scorers.get(step.layer), step.given, step.lengths.known
         before = self.prefill.scorers.get(step.layer)
         if before is not None and before is not scorer and known is not None:
@@ -200,6 +200,11 @@ class SparseLayer:
             part = self._choose(step, scorer, step.summaries if before is scorer else step.summaries.beside())
         self.decode.keep(step.layer, step.chosen, [part])
         self._count(part.why or SPARSE_STEP)
+        return part
+
+    def step(self, step: Step) -> Tensor:
+        """Return the output of a step of decoding, of ``step.given.q``'s shape."""
+        part, given = self.choose_step(step), step.given
         if part.selection is None:
             call = step.call()
             return call.unpacked(call.dense())
@@ -222,7 +227,7 @@ class SparseLayer:
                 self.observe(step.layer, call, selection if call.padding is None else _packed(selection))
         return out
 
-    def _choose(self, step: Step, scorer: Scorer, summaries: Summaries) -> Part:
+    def _choose(self, step: Step, scorer: Scorer, summaries: StepSummaries) -> Part:
         """Choose for a step of decoding."""
         given, known, policy = step.given, step.lengths.known, self.decode.policy
         assert policy is not None, "nothing chooses for decoding"
@@ -239,7 +244,7 @@ class SparseLayer:
             scorer.per_token(),
             policy,
             lengths=step.lengths.keys,
-            num_keys=given.k.shape[2],
+            num_keys=step.columns or given.k.shape[2],
             kv_heads=given.k.shape[1],
         )
         return Part(None, None, selection)
@@ -260,37 +265,52 @@ class SparseLayer:
         """Compute rows densely if there is a reason, else over blocks that are chosen now or were before."""
         self._count(part.why or "sparse")
         if part.why is not None:
+            call.ready()
             return call.dense(), part
-        options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": self.backend}
-        if scorer is None:
-            assert part.selection is not None
-            selection = part.selection.to(call.q.device)
-            out = block_sparse_attention(call.q, call.k, call.v, selection, rows=call.rows, **options)
-        else:
-            policy = self.prefill.policy
-            assert policy is not None
-            self._note_short(call, policy, scorer.block_size[1])
-            self._check_reach(self.prefill, [call.prompt_tokens or total for _, total in call.lengths])
+        selection = part.selection
+        if scorer is not None:
             if read is None:
                 summaries = _compressed(call, scorer)
             else:
                 summaries = read() if part.rows is None else read()[part.rows]
-            out, selection = seer_attention(
-                call.q,
-                call.k,
-                call.v,
-                scorer,
-                _policy_of(call, policy, scorer),
-                q_scored=call.q if scorer.after_rope else call.q_nope,
-                k_blocks=summaries,
-                rows=call.rows,
-                positions=call.positions,
-                **options,
-            )
+            selection = self.choose(call, scorer, summaries)
+        assert selection is not None
+        selection = selection.to(call.q.device)
+        out = self.attend(call, selection)
         if self.observe is not None:
             with _ONE_AT_A_TIME:
                 self.observe(call.layer, call, selection)
         return out, part._replace(selection=selection)
+
+    def choose(self, call: AttentionCall, scorer: Scorer, summaries: Tensor) -> BlockSelection:
+        """Choose the blocks that a call's queries read, by a scorer and its summaries of all keys."""
+        policy = self.prefill.policy
+        assert policy is not None
+        self._note_short(call, policy, scorer.block_size[1])
+        self._check_reach(self.prefill, [call.prompt_tokens or total for _, total in call.lengths])
+        return select_blocks(
+            call.q if scorer.after_rope else call.q_nope,
+            summaries,
+            scorer,
+            _policy_of(call, policy, scorer),
+            rows=call.rows,
+            positions=call.positions,
+        )
+
+    def attend(self, call: AttentionCall, selection: BlockSelection) -> Tensor:
+        """Return what a call's queries read in the blocks chosen, of ``call.q``'s shape."""
+        call.ready()
+        return block_sparse_attention(
+            call.q,
+            call.k,
+            call.v,
+            selection,
+            rows=call.rows,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            backend=self.backend,
+        )
 
     def _check_reach(self, phase: Phase, lengths: Iterable[int]) -> None:
         """Warn, once, of texts that are longer than what the scorers of a phase were taught for."""
@@ -334,6 +354,7 @@ def _packed(selection: BlockSelection) -> BlockSelection:
 
 def _compressed(call: AttentionCall, scorer: Scorer) -> Tensor:
     """Summarise all keys after RoPE."""
+    call.ready()
     if not call.rows.is_packed:
         return scorer.compress(call.k, positions=torch.arange(call.k.shape[2], device=call.k.device))
     rows = Rows.packed([(keys, keys) for _, keys in call.rows.known], call.k.device)
