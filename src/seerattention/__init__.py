@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from seerattention.gate import AttnGate as AttnGate
     from seerattention.gate import GateConfig as GateConfig
     from seerattention.gate import Scorer as Scorer
+    from seerattention.hosts.transformers import ContextParallelCache as ContextParallelCache
     from seerattention.hosts.transformers import add_gates as add_gates
     from seerattention.hosts.transformers import attach as attach
     from seerattention.hosts.transformers import dense as dense
@@ -49,8 +50,8 @@ __getattr__, __dir__, __all__ = later(
     {
         "attention": "seer_attention select_blocks",
         "gate": "AttnGate GateConfig Scorer",
-        "hosts.transformers": "add_gates attach dense detach load_gates new_gates prefill push_to_hub "
-        "save_gates set_gates set_policy",
+        "hosts.transformers": "ContextParallelCache add_gates attach dense detach load_gates new_gates "
+        "prefill push_to_hub save_gates set_gates set_policy",
         "ops.block_sparse_attention": "block_sparse_attention",
         "ops.block_sparse_decode": "block_sparse_decode",
         "ops.pooled_attention": "pooled_attention",

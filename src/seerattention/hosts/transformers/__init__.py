@@ -20,6 +20,7 @@ from seerattention.hosts.transformers.base import base_checksum as base_checksum
 from seerattention.hosts.transformers.checkpoint import load_gates as load_gates
 from seerattention.hosts.transformers.checkpoint import save_calibration as save_calibration
 from seerattention.hosts.transformers.checkpoint import save_gates as save_gates
+from seerattention.hosts.transformers.context import ContextParallelCache as ContextParallelCache
 from seerattention.hosts.transformers.family import families as families
 from seerattention.hosts.transformers.family import refused as refused
 from seerattention.hosts.transformers.gates import Gates as Gates

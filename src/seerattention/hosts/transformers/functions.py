@@ -20,6 +20,7 @@ from seerattention.engine.layer import SparseLayer
 from seerattention.engine.padding import Lengths, Padding
 from seerattention.engine.summaries import Growing
 from seerattention.hosts.transformers.config import NAME
+from seerattention.hosts.transformers.context import ContextParallelCache, attend_spread
 from seerattention.hosts.transformers.continuous import BATCH, attend_requests, gathered
 from seerattention.hosts.transformers.request import KEYWORD, LayerCall, running
 from seerattention.hosts.transformers.support import (
@@ -143,18 +144,8 @@ def _attend(
     if in_batch:
         key, value = gathered(others.get("cache"), layer, key, value, others)
     tensors = Given(query, key, value, call.q, call.k)
-    if call.q.shape != query.shape or call.k.shape[1::2] != key.shape[1::2]:
-        raise RuntimeError(
-            f"layer {layer} has q {list(query.shape)} and k {list(key.shape)} after RoPE, but before it "
-            f"{list(call.q.shape)} and {list(call.k.shape)}, with transformers {host_version}; its family's "
-            "file does not fit"
-        )
+    _check_given(call, tensors)
     cache = cache_of(call.given)
-    if cache is None and key.shape[2] != call.k.shape[2]:
-        raise RuntimeError(
-            f"layer {layer} attends to {key.shape[2]} keys, {call.k.shape[2]} of them new, and was "
-            f"given no KV cache, only {', '.join(call.given)}, by transformers {host_version}; {CACHE}"
-        )
     mixed = torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
     if mixed:
         # Rotations, norms and caches give back 32 bits where projections gave 16; torch's own attention
@@ -168,6 +159,9 @@ def _attend(
     }
     # Handlers and their ops choose their own precision.
     without_autocast = torch.autocast(query.device.type, enabled=False) if mixed else nullcontext()
+    if isinstance(cache, ContextParallelCache):
+        with without_autocast:
+            return attend_spread(call, cache, tensors, options).transpose(1, 2)
     if in_batch:
         with without_autocast:
             return attend_requests(call, tensors, others, window=sliding_window, **options).transpose(1, 2)
@@ -235,6 +229,22 @@ def _refuse_call(call: LayerCall, dropout: float, is_causal: bool | None, others
         raise NotImplementedError(f"attention is asked for {', '.join(unknown)}; {UNKNOWN}")
 
 
+def _check_given(call: LayerCall, given: Given) -> None:
+    """Refuse tensors that do not belong together, as of a model that is not as its family's file says."""
+    (query, key, _, q_nope, k_nope), layer = given, call.taps.layer
+    if q_nope.shape != query.shape or k_nope.shape[1::2] != key.shape[1::2]:
+        raise RuntimeError(
+            f"layer {layer} has q {list(query.shape)} and k {list(key.shape)} after RoPE, but before it "
+            f"{list(q_nope.shape)} and {list(k_nope.shape)}, with transformers {host_version}; its family's "
+            "file does not fit"
+        )
+    if cache_of(call.given) is None and key.shape[2] != k_nope.shape[2]:
+        raise RuntimeError(
+            f"layer {layer} attends to {key.shape[2]} keys, {k_nope.shape[2]} of them new, and was "
+            f"given no KV cache, only {', '.join(call.given)}, by transformers {host_version}; {CACHE}"
+        )
+
+
 def _step_lengths(call: LayerCall, query: Tensor, mask: Tensor | None, held: int | Tensor) -> Lengths | None:
     """Return how long the sequences are if a call is a step of decoding that a `SparseLayer` computes."""
     mode, new = call.part_of.mode, query.shape[2]
@@ -287,7 +297,7 @@ def refuse(decoder: Any, given: dict[str, Any]) -> None:
     positions = given.get("position_ids")
     if positions is None or given.get("attention_mask") is not None or capturing(positions.device):
         return
-    if paged(given):
+    if paged(given) or isinstance(cache_of(given), ContextParallelCache):
         return
     # Nothing jumps in a single token, and a step of decoding does not wait for the device.
     if positions.shape[-1] > 1:

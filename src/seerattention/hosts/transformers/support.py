@@ -30,6 +30,20 @@ SPLIT_LEARNING = (
     "gates learn from all heads, and tensor parallelism spread this model's over processes; load the model "
     "without it, or shard it by FSDP2"
 )
+SPREAD_WINDOWS = "a window's keys lie on other processes; use tensor parallelism"
+SPREAD_HEADS = "transformers spreads a model over all processes there are; load it whole on each"
+SPREAD_ROPE = (
+    "no process sees how long the text is; use tensor parallelism, or another RoPE scaling, such as yarn"
+)
+SPREAD_TURN = (
+    "a ContextParallelCache takes one prompt and what follows it, a few tokens at a time; give a longer "
+    "conversation to a new one"
+)
+SPREAD_GATES = "layers that share a choice cannot be spread yet; distil gates with layers_per_gate 1"
+SPREAD_MODE = "a ContextParallelCache is read by attached models alone, not inside dense(model) or intercept"
+SPREAD_CHANGED = (
+    "a ContextParallelCache cannot be cropped or reordered, as beams and assistants need; decode without them"
+)
 LONGROPE = "its angles depend on how long the text was when a key was rotated"
 STEPS = (
     "continuous batching decodes densely, since it keeps no summaries from one step to the next; "
@@ -131,6 +145,13 @@ def features() -> tuple[Feature, ...]:
         Feature("base", "tensor parallelism over processes that do not divide the heads", SPLIT_HEADS),
         Feature("base", "torch.compile", note="attention itself stays outside of the graphs"),
         Feature("base", "torch.compile(fullgraph=True)", FULLGRAPH),
+        Feature("shared prompt", "context parallelism", note="`ContextParallelCache`; decoding too"),
+        Feature("shared prompt", "sliding windows", SPREAD_WINDOWS),
+        Feature("shared prompt", "RoPE of type dynamic or longrope", SPREAD_ROPE),
+        Feature("shared prompt", "beside tensor parallelism", SPREAD_HEADS),
+        Feature("shared prompt", "layers that share a choice", SPREAD_GATES),
+        Feature("shared prompt", "a second long prompt", SPREAD_TURN),
+        Feature("shared prompt", "caches that are cropped or reordered, as by beams", SPREAD_CHANGED),
         Feature("training", "the model", note="the choice of blocks is a constant of the gradient"),
         Feature("training", "activation checkpointing"),
         Feature("training", "DDP and FSDP2, before or after attaching", note="attached gates do not learn"),

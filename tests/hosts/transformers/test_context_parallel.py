@@ -1,0 +1,313 @@
+"""Processes that share a prompt choose, compute and decode what one process does."""
+
+import os
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from seerattention.baselines.quest import Quest
+from seerattention.engine.layer import SparseLayer
+from seerattention.hosts import transformers as host
+from seerattention.policies import Calibrated, Calibration
+from tests.hosts.transformers.conftest import BLOCK, assert_as_close, gates_for, make
+from tests.hosts.transformers.ranks import load as load_spread
+from tests.hosts.transformers.ranks import together
+
+FULL = {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+#: A KV head less than there are processes; sinks; soft-caps.
+MODELS = {
+    "llama": {"num_key_value_heads": 1, "vocab_size": 96},
+    "gpt_oss": {"vocab_size": 96, **FULL},
+    "gemma2": {"vocab_size": 96, **FULL},
+}
+SIZES = [2, 4]
+FOLLOWING = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+#: No block divides them; the last is shorter than what one process of four has.
+LENGTHS = [27 * BLOCK + 5, 12 * BLOCK - 3, BLOCK + 1, 3]
+WHOLE, FEW = 100 * BLOCK, 4 * BLOCK
+#: Scorer, policies of prefill and decoding, tokens of a piece.
+ASKED = {
+    "decoding": ("gates", "top_k:0.4", f"token_budget:{5 * BLOCK}", WHOLE),
+    "pieces": ("gates", "top_k:0.4,sink_blocks=1", f"token_budget:{4 * BLOCK}", FEW),
+    "last rows": ("gates", "top_k:0.3,dense_last_rows=3", "dense", FEW),
+    "calibrated": ("gates", "calibrated", "dense", WHOLE),
+    "baseline": ("baseline", "top_k:0.4", f"token_budget:{4 * BLOCK}", WHOLE),
+    "dense": ("gates", "dense", f"token_budget:{4 * BLOCK}", WHOLE),
+}
+
+
+def prompts(lengths, seed=1):
+    """Rows of these lengths, padded on the left, and their mask."""
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    generator = torch.Generator().manual_seed(seed)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(3, 96, (length,), generator=generator)
+        mask[row, -length:] = 1
+    return ids, mask
+
+
+def load(folder, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if model.config.model_type == "gpt_oss":
+        # The other implementations have no fp64.
+        model.set_experts_implementation("eager")
+    # Random text never ends by itself.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def cache_for(model):
+    """One that the processes there are share, or a plain one."""
+    if not dist.is_initialized():
+        return DynamicCache(config=model.config)
+    return host.ContextParallelCache(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+class Blocks:
+    """What was read: by layer, length of the prompt, and place of the block of queries or of the token."""
+
+    def __init__(self):
+        self.seen, self.steps = {}, {}
+
+    def __call__(self, layer, call, selection):
+        mask, (block, _) = selection.to_mask(), selection.block_size
+        # Steps of decoding are not observed in a cache that is spread.
+        if block == 1:
+            return
+        assert len(mask) == 1
+        for row in range(mask.shape[2]):
+            place = call.rows.first // block + row
+            key = layer, call.prompt_tokens or call.rows.num_keys, place
+            assert key not in self.seen
+            self.seen[key] = mask[0, :, row, : place + 1]
+
+    def stepped(self, step, part, lengths):
+        """Take note of a step of decoding of prompts of these lengths."""
+        for row, length in enumerate(lengths):
+            known = step.lengths.known[row]
+            read = part.why
+            if part.selection is not None:
+                read = part.selection.to_mask()[row, :, :, : -(-known // BLOCK)]
+            self.steps[step.layer, length, known] = read
+
+
+@contextmanager
+def watched(blocks, lengths):
+    """Take note of steps of decoding."""
+    own = SparseLayer.choose_step
+
+    def choose(layer, step):
+        part = own(layer, step)
+        blocks.stepped(step, part, lengths)
+        return part
+
+    SparseLayer.choose_step = choose
+    yield
+    SparseLayer.choose_step = own
+
+
+@torch.no_grad()
+def answers(folder, gates, dtype=torch.float32, asked=ASKED):
+    """What follows prompts, and what was read of them."""
+    model, found = load(folder, dtype), {}
+    scorers = {"gates": host.load_gates(gates), "baseline": Quest((BLOCK, BLOCK))}
+    ids, mask = prompts(LENGTHS)
+    for name, (scorer, prefill, decode, piece) in asked.items():
+        blocks = Blocks()
+        host.attach(model, scorers[scorer], prefill=prefill, decode=decode, min_tokens=0, observe=blocks)
+        batches = [(ids, mask)]
+        if not dist.is_initialized():
+            batches = [(ids[i : i + 1, -n:], mask[i : i + 1, -n:]) for i, n in enumerate(LENGTHS)]
+        rows = []
+        for batch, real in batches:
+            cache, given = cache_for(model), {}
+            if dist.is_initialized():
+                given["attention_mask"] = real
+            logits = host.prefill(model, batch, cache, piece_tokens=piece, **given).logits[:, -1]
+            more = torch.cat([batch, logits.argmax(-1, keepdim=True)], 1)
+            real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
+            with watched(blocks, LENGTHS if dist.is_initialized() else [batch.shape[1]]):
+                out = model.generate(
+                    more, **FOLLOWING, **host.cache_argument(model, cache), attention_mask=real,
+                    output_logits=True, return_dict_in_generate=True,
+                )  # fmt: skip
+                # Several tokens at once, as a user's next words.
+                places = torch.arange(5) + real.sum(1, keepdim=True) + FOLLOWING["max_new_tokens"] - 1
+                words = ids[:1, -5:].expand(len(batch), -1)
+                some = model(words, position_ids=places, **host.cache_argument(model, cache))
+            following = torch.cat([torch.stack(out.logits, 1), some.logits], 1)
+            rows.append((logits, out.sequences[:, batch.shape[1] :], following))
+        found[name] = *(torch.cat(part) for part in zip(*rows, strict=True)), blocks.seen, blocks.steps
+        host.detach(model)
+    return found
+
+
+def refusals(folder, gates):
+    """What is said where something does not fit."""
+    model, said = load(folder), {}
+
+    def refused(name, act, *args, **options):
+        with pytest.raises((NotImplementedError, ValueError)) as error:
+            act(*args, **options)
+        said[name] = str(error.value)
+
+    mesh, (ids, mask) = init_device_mesh("cpu", (2,)), prompts(LENGTHS)
+    refused("nothing attached", host.prefill, model, ids, None)
+    host.attach(model, host.load_gates(gates), "top_k:0.4", min_tokens=0)
+    grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("context", "model"))
+    refused("two dimensions", host.ContextParallelCache, model, grid)
+    refused("device", host.ContextParallelCache, model, SimpleNamespace(ndim=1, device_type="cuda"))
+    # One process has another prompt; later tries use groups as if nothing had been.
+    own = ids[:1] + int(os.environ["RANK"])
+    refused("unlike", host.prefill, model, own, host.ContextParallelCache(model, mesh))
+    refused("pieces", host.prefill, model, ids, host.ContextParallelCache(model, mesh), piece_tokens=BLOCK)
+    holes = mask.clone()
+    holes[0, 7] = 0
+    refused("holes", host.prefill, model, ids, host.ContextParallelCache(model, mesh), attention_mask=holes)
+    cache = host.ContextParallelCache(model, mesh)
+    refused("unfilled", model, ids, **host.cache_argument(model, cache))
+    host.prefill(model, ids, cache)
+    refused("a second prompt", host.prefill, model, ids, cache)
+    refused("cropped", cache.crop, 5)
+    with host.dense(model):
+        refused("not attached", model, ids[:, :1], **host.cache_argument(model, cache))
+    spread = load_spread(folder.parent / "gpt_oss")
+    host.attach(spread, gates_for(spread), "top_k:0.4")
+    refused("heads too", host.ContextParallelCache, spread, mesh)
+    windows = make("gemma2", vocab_size=96)
+    host.attach(windows, gates_for(windows), "top_k:0.4")
+    refused("windows", host.ContextParallelCache, windows, mesh)
+    longrope = make("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    refused("rope", host.ContextParallelCache, longrope, mesh)
+    host.attach(model, gates_for(model, layers_per_gate=2), "top_k:0.4")
+    refused("shared layers", host.prefill, model, ids, host.ContextParallelCache(model, mesh))
+    return said
+
+
+SAID = {
+    "nothing attached": "nothing is attached to this model",
+    "two dimensions": "this one has 2: ('context', 'model'); give mesh[name]",
+    "device": "the model is on cpu and the mesh is of cuda devices",
+    "unlike": "they have 1 x 437 and 1 x 437 tokens, or others of the same number",
+    "pieces": "2 processes need pieces of at least 32 tokens each, two blocks of 16, got piece_tokens=16",
+    "holes": "has padding on its left or right, and some tokens",
+    "unfilled": "comes to a ContextParallelCache by prefill(model, input_ids, cache)",
+    "a second prompt": "takes one prompt and what follows it",
+    "cropped": "cannot be cropped or reordered",
+    "not attached": "is read by attached models alone",
+    "heads too": "2 processes share this model's heads",
+    "windows": "has layers with windows; a window's keys lie on other processes",
+    "rope": "RoPE is of type dynamic; no process sees how long the text is",
+    "shared layers": "distil gates with layers_per_gate 1",
+}
+
+
+def shared(root):
+    """All of it in one process of several."""
+    found = {name: answers(root / name, root / f"{name} gates", asked=few(name)) for name in MODELS}
+    if dist.get_world_size() == 2:
+        found["refused"] = refusals(root / "llama", root / "llama gates")
+    return found
+
+
+def few(name):
+    """What is asked of a model: of the first one everything."""
+    return ASKED if name == "llama" else {call: ASKED[call] for call in ("calibrated", "pieces")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of models and of their calibrated gates."""
+    folder = tmp_path_factory.mktemp("spread")
+    for name, changes in MODELS.items():
+        make(name, **changes).save_pretrained(folder / name)
+        own = gates_for(load(folder / name))
+        laws = {
+            layer: tuple((-0.4 - 0.1 * head - 0.1 * layer, -0.7, 0.0) for head in range(4))
+            for layer, _ in own.items()
+        }
+        host.save_gates(own, folder / f"{name} gates", policy="top_k:0.5")
+        calibration = Calibration("recall", 0.9, 256, (BLOCK, BLOCK), 0.0, None, laws)
+        host.save_calibration(folder / f"{name} gates", Calibrated(calibration))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """What one process gives, and what it gives in float64."""
+    return {
+        name: [
+            answers(root / name, root / f"{name} gates", dtype, few(name))
+            for dtype in (torch.float32, torch.float64)
+        ]
+        for name in MODELS
+    }
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def found(request, root):
+    """What every process of so many gives."""
+    return together(request.param, root, shared, root)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_that_share_a_prompt(alone, found, name):
+    expected, gold = alone[name]
+    for call in few(name):
+        assert_same([of_rank[name][call] for of_rank in found], expected[call], gold[call])
+
+
+def assert_same(ranks, expected, gold):
+    """The same answers within the error budget, of the same blocks."""
+    logits, tokens, following, blocks, steps = expected
+    seen = {}
+    for one in ranks:
+        assert torch.equal(one[1], tokens)
+        assert_as_close(one[0], logits, gold[0])
+        assert_as_close(one[2], following, gold[2])
+        # Every process chooses in decoding, and each for its own queries in prefill.
+        assert_alike(one[4], steps, gold[4])
+        assert not seen.keys() & one[3].keys()
+        seen |= one[3]
+    assert_alike(seen, blocks, gold[3])
+
+
+def assert_alike(found, expected, gold):
+    """The same blocks everywhere."""
+    assert found.keys() == expected.keys()
+    for key, read in expected.items():
+        if isinstance(read, str):
+            assert found[key] == read
+            continue
+        assert torch.equal(gold[key], read), "float64 reads others; take other prompts"
+        assert torch.equal(found[key], read), key
+
+
+def test_what_does_not_fit_is_refused(found):
+    if len(found) == 2:
+        for of_rank in found:
+            assert of_rank["refused"].keys() == SAID.keys()
+            for name, part in SAID.items():
+                assert part in of_rank["refused"][name], name
+
+
+def dies(folder, gates):
+    """One process ends without a word while the other waits for its keys."""
+    model = load(folder)
+    host.attach(model, host.load_gates(gates), "top_k:0.4", min_tokens=0)
+    cache = cache_for(model)
+    if os.environ["RANK"] == "1":
+        os._exit(3)
+    host.prefill(model, prompts(LENGTHS)[0], cache)
+
+
+def test_a_process_that_dies_ends_all(root):
+    with pytest.raises((multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException)):
+        together(2, root, dies, root / "llama", root / "llama gates")
