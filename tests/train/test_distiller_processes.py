@@ -62,10 +62,11 @@ def alone(files, run_script, monkeypatch):
     return train
 
 
-def two(files, name, *, kill_after=None, fsdp=False):
-    """Train in two processes to the end, or kill both at once after a step; return what was printed."""
+def two(files, name, *, kill_after=None, fsdp=False, processes=2):
+    """Train in some processes to the end, or kill all at once after a step; return what was printed."""
     arguments = files / "train.py", files / "base", files / "text.npy", files / name, fsdp
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch.append(f"--nproc-per-node={processes}")
     # The signal finds the next step at work, or waiting for it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILLED_AFTER": str(kill_after or 99)}
     with (
@@ -132,3 +133,49 @@ def test_two_processes_equal_one_killed_or_not_sharded_or_not(files, alone):
     sums = {run[f"base_checksum_{when}"] for run in (one, both, sharded) for when in ("before", "after")}
     assert len(sums) == 1
     assert sums != {""}
+
+
+SHARED = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+torch.set_num_threads(1)
+from transformers import LlamaForCausalLM
+from seerattention.train import DistillConfig, Distiller
+from seerattention.hosts.transformers import new_gates
+base, text, out, fsdp = sys.argv[1:5]
+text = np.load(text)
+# The last block is short, and with one text more rows than teach in a step.
+wide = lambda index: np.stack([text[:505], text[500:1005]])
+long = lambda index: text[None, 40 * index : 40 * index + 1003]
+for name, batches, reach, block in (("wide", wide, 505, 16), ("long", long, 4096, 4)):
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    model.config.max_position_embeddings = 8192
+    torch.manual_seed(1)
+    gates = new_gates(model, block_size=block, q_sub_block=block // 2, k_sub_block=block // 2)
+    config = DistillConfig(steps=6, save_every=3, eval_every=3)
+    trainer = Distiller(model, gates, batches, config, out=Path(out) / name, heldout=[text[-256:]],
+        reach=reach, shard=fsdp == "True", share_text=True)
+    for step in trainer.run():
+        pass
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_share_texts_equal_one(files, run_script, processes):
+    (files / "train.py").write_text(SHARED)
+    run_script(files / "train.py", files / "base", files / "text.npy", files / "one", False)
+    two(files, "shared", processes=processes)
+    for name in ("wide", "long"):
+        close(files / "one" / name, files / "shared" / name)
+        losses = [
+            [
+                json.loads(line)["loss"]
+                for line in (files / run / name / "metrics.jsonl").read_text().splitlines()
+            ]
+            for run in ("one", "shared")
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    if processes == 2:
+        two(files, "sharded", fsdp=True)
+        close(files / "one" / "long", files / "sharded" / "long")

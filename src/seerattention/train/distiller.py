@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from seerattention.gate import AttnGate
 from seerattention.hosts.transformers import AttentionCall, Gates, base_checksum, intercept
+from seerattention.hosts.transformers.context import refuse_spreading
 from seerattention.hosts.transformers.family import full_attention_layers
 from seerattention.hosts.transformers.gates import check_weights
 from seerattention.ops.dense_attention import dense_attention
@@ -23,13 +24,14 @@ from seerattention.ops.options import Pool
 from seerattention.ops.pooled_attention import pooled_attention, pooled_map
 from seerattention.rows import Rows
 from seerattention.train.config import DistillConfig, Step
-from seerattention.train.data import text_identity
+from seerattention.train.data import Packed, text_identity
 from seerattention.train.layer import gate_scores, learn, rows_of
 from seerattention.train.loop import Loop
 from seerattention.train.positions import Reach
 from seerattention.train.processes import shard_layers
 from seerattention.train.replay import Replay
-from seerattention.train.share import Batch, Documents, decoder_arguments
+from seerattention.train.share import Batch, Documents, Share, decoder_arguments, share_of
+from seerattention.train.shared_text import SharedText
 from seerattention.train.target import (
     DECODE_ROWS,
     LEAST_TAKEN,
@@ -61,13 +63,16 @@ class Distiller(Loop):
         reach: Up to which position the gates are taught, by gaps between the blocks of a sequence; default
             the model's own limit where it can read them, the length of the sequences for no gaps.
         seed: Of the gaps.
+        share_text: Let all processes share every sequence, each a part of its tokens, instead of taking
+            sequences of their own: for those that are longer than one GPU takes. Gates for prefill alone.
         decoder: What runs the model up to its last hidden states; default its own decoder. A model
             that is sharded already is run by the module that knows it is.
 
     Raises:
         ValueError: If the checkpoint is damaged or belongs to another run, the sequences of a step
             cannot be split evenly, patience is asked for without held-out text, or the reach cannot be had.
-        NotImplementedError: If tensor parallelism spread the model over processes.
+        NotImplementedError: If tensor parallelism spread the model over processes, or they cannot share its
+            texts.
         OSError: If ``out`` cannot be written.
     """
 
@@ -84,6 +89,7 @@ class Distiller(Loop):
         shard: bool | None = None,
         reach: int | None = None,
         seed: int = 0,
+        share_text: bool = False,
         decoder: Callable[..., Any] | None = None,
     ) -> None:
         config = config or DistillConfig()
@@ -96,6 +102,10 @@ class Distiller(Loop):
         self.shared = gates.shared(full_attention_layers(model))
         self.phases = gates.config.phases
         self.measures = ("loss", *(f"recall in {phase}" for phase in self.phases))
+        self.share_text = share_text and self.accelerator.num_processes > 1
+        if share_text:
+            refuse_spreading(model)
+            self._check_shared()
         self.best = -1.0
         self.stale = 0
         self._kept: dict[str, Tensor] = {}
@@ -123,6 +133,18 @@ class Distiller(Loop):
             model.requires_grad_(False)
             shard_layers(model, model.get_decoder(), self.accelerator)
 
+    def _check_shared(self) -> None:
+        """Refuse gates and texts that processes cannot share."""
+        if self.phases != ("prefill",):
+            raise ValueError(
+                f"processes share texts for gates for prefill, not for {' and '.join(self.phases)}; teach "
+                "gates for decoding on sequences that one GPU takes"
+            )
+        if self.shared:
+            raise ValueError("processes share texts for gates with layers_per_gate 1")
+        if isinstance(self.batches(0), Packed):
+            raise ValueError("processes share texts that are not packed; leave packing off")
+
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or held-out recall has stopped rising."""
@@ -141,6 +163,11 @@ class Distiller(Loop):
                 "the base model's weights changed during training (checksum "
                 f"{self._weights[:12]} before, {after[:12]} after); these gates belong to no saved model"
             )
+
+    def _share(self, batch: Batch) -> Share:
+        if self.share_text:
+            return share_of(batch, self.gates.config.block_size, 1, 0, self.config.grad_accum)
+        return super()._share(batch)
 
     def _report(self, values: list[float], norms: list[float], density: float, read: Any) -> Step:
         (loss, *recalls), measured = values, {}
@@ -184,8 +211,9 @@ class Distiller(Loop):
 
     def accumulate(self, batch: Batch, density: float) -> Tensor:
         """Run this process's share through the frozen model; leave gradients in the gates."""
+        forward = self._forward_shared if self.share_text else self._forward
         share = self._share(batch)
-        return torch.stack([self._forward(*one, share.learned, density) for one in share.passes]).sum(0)
+        return torch.stack([forward(*one, share.learned, density) for one in share.passes]).sum(0)
 
     def _forward(self, tokens: Tensor, documents: Documents, learned: int, density: float) -> Tensor:
         """Run the frozen model once, every layer learning from each document on its own."""
@@ -222,6 +250,45 @@ class Distiller(Loop):
 
         self._decode(tokens, positions, handler)
         return torch.stack(parts).sum(0) if parts else torch.zeros(len(self.measures), device=self.device)
+
+    def _forward_shared(self, tokens: Tensor, documents: Documents, learned: int, density: float) -> Tensor:
+        """Run this process's part of texts that all share; every layer learns from its own queries."""
+        by_layer, block = dict(self.gates.items()), self.gates.config.block_size
+        ((length, _),) = documents
+        text = SharedText(len(tokens), length, block)
+        places = self.reach.positions(self.seed, self.index, length, block)
+        parts = [torch.zeros(len(self.measures), device=self.device)]
+
+        def handler(call: AttentionCall) -> Tensor:
+            k, v, k_nope = text.keys(call)
+            gate, positions = by_layer[call.layer], places.to(k.device)
+            place = np.random.default_rng((self.seed, self.index, call.layer)).random()
+            for rows, here, share in text.taught(place):
+                target = mean_map(
+                    self.config.target,
+                    lambda pool, rows=rows, here=here: pooled_map(
+                        call.q[:, :, here], k, gate.block_size, pool=pool, rows=rows, scale=call.scale,
+                        softcap=call.softcap, sinks=call.sinks, per_kv_head=gate.config.per_kv_head,
+                    ),
+                )  # fmt: skip
+                values, _ = learn(
+                    gate, call.q_nope[:, :, here], k_nope, {"prefill": target}, self.objective,
+                    share * len(tokens) * length / learned, density, positions=positions, taught=rows,
+                )  # fmt: skip
+                parts.append(values / len(by_layer))
+            return text.dense(call, k, v)
+
+        own = text.part(places)
+        mask = torch.ones(len(tokens), len(own), dtype=torch.long, device=self.device)
+        with torch.no_grad(), intercept(self.model, handler):
+            self.decoder(
+                text.part(tokens).to(self.device),
+                position_ids=own[None].expand(len(tokens), -1).to(self.device),
+                # Without a mask that says it is one text, transformers takes gaps for bounds of several.
+                attention_mask=mask,
+                use_cache=False,
+            )
+        return torch.stack(parts).sum(0)
 
     def _learn(
         self,

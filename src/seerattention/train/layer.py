@@ -39,7 +39,7 @@ def gate_scores(
 
     Args:
         gate: The gate.
-        q_nope: ``[B, Hq, T, D]`` before the rotary embedding.
+        q_nope: ``[B, Hq, T, D]`` before the rotary embedding; for prefill the queries in ``taught`` will do.
         k_nope: ``[B, Hk, T, D]`` before the rotary embedding.
         positions: int64 ``[T]``.
         phases: Which scores.
@@ -54,9 +54,10 @@ def gate_scores(
     half, heads, length = q_nope.dtype in (torch.float16, torch.bfloat16), *k_nope.shape[1:3]
     taught, single, queries = taught or Rows.last(length, length), gate.per_token(), {}
     run = slice(taught.first, taught.num_keys)
+    asked = q_nope if q_nope.shape[2] == taught.num_queries else q_nope[:, :, run]
     with torch.autocast(q_nope.device.type, torch.bfloat16) if half else nullcontext():
         if "prefill" in phases:
-            queries["prefill"] = gate.summarise_queries(q_nope[:, :, run], positions=positions[..., run])
+            queries["prefill"] = gate.summarise_queries(asked, positions=positions[..., run])
         if "decode" in phases:
             rows = decode_rows(length, q_nope.device)
             queries["decode"] = single.summarise_queries(q_nope[:, :, rows], positions=positions[rows])
@@ -112,7 +113,7 @@ def learn(
         fp32 ``[1 + phases]`` on the device: ``weight`` times loss and recall in each phase; and the scores by
         phase, without a gradient.
     """
-    length = q_nope.shape[2]
+    length = k_nope.shape[2]
     if positions is None:
         positions = torch.arange(length, device=q_nope.device)
     with torch.enable_grad():

@@ -171,6 +171,7 @@ class Distillation(Recipe["Distiller"]):
         layers_per_gate: Layers behind one another that read what the gate of the first chose.
         reach: Up to which position gates are taught, by gaps in the positions of a sequence; default all
             that the model has, length for no gaps.
+        share_text: Let all processes share every sequence, if it is longer than one GPU takes.
         retrieval: Share of the sequences that state things and ask for them, made from the text.
         repeats: Share of the sequences in which passages of the text return.
         seed: Of new gates, gaps, the order of the text and what is made of it.
@@ -181,6 +182,7 @@ class Distillation(Recipe["Distiller"]):
     decode_policy: str = "token_budget:2048,sink_blocks=1"
     layers_per_gate: int = 1
     reach: int | None = None
+    share_text: bool = False
     retrieval: float = 0.25
     repeats: float = 0.1
 
@@ -234,7 +236,12 @@ class Distillation(Recipe["Distiller"]):
 
     def more(self, text: Text) -> dict[str, Any]:
         """Return the held-out text, on which the best gates are found, and how far they are taught."""
-        return {"heldout": text.heldout, "reach": self.reach, "seed": self.seed}
+        return {
+            "heldout": text.heldout,
+            "reach": self.reach,
+            "seed": self.seed,
+            "share_text": self.share_text,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

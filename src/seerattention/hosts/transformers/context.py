@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from seerattention.engine.call import AttentionCall, Cached, Given, Step
 from seerattention.engine.layer import Phase, SparseLayer
@@ -52,13 +52,7 @@ class ContextParallelCache(DynamicCache):
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
         base = unwrapped(model)
-        config = base.config.get_text_config()
-        if set(attention_layers(base)) != set(full_attention_layers(base)):
-            raise NotImplementedError(f"{type(base).__name__} has layers with windows; {SPREAD_WINDOWS}")
-        if (kind := by_length(config)) is not None:
-            raise NotImplementedError(f"RoPE is of type {kind}; {SPREAD_ROPE}")
-        if (sharing := processes(base)) > 1:
-            raise NotImplementedError(f"{sharing} processes share this model's heads; {SPREAD_HEADS}")
+        refuse_spreading(base)
         if mesh.ndim != 1:
             raise ValueError(
                 f"a prompt is spread over one dimension of a mesh, this one has {mesh.ndim}: "
@@ -141,6 +135,20 @@ def attend_spread(
         layer, given, lengths, own, Cached(), _no_call, **options, columns=max(*known, context.tokens)
     )
     return own.decode(handler, step)
+
+
+def refuse_spreading(model: PreTrainedModel) -> None:
+    """Refuse models whose texts processes cannot share.
+
+    Raises:
+        NotImplementedError: If this is one.
+    """
+    if set(attention_layers(model)) != set(full_attention_layers(model)):
+        raise NotImplementedError(f"{type(model).__name__} has layers with windows; {SPREAD_WINDOWS}")
+    if (kind := by_length(model.config.get_text_config())) is not None:
+        raise NotImplementedError(f"RoPE is of type {kind}; {SPREAD_ROPE}")
+    if (sharing := processes(model)) > 1:
+        raise NotImplementedError(f"{sharing} processes share this model's heads; {SPREAD_HEADS}")
 
 
 def _no_call() -> AttentionCall:
