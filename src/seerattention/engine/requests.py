@@ -78,4 +78,4 @@ def attend_request(
                 )
             )
         )
-    return torch.cat(outs, 2)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)

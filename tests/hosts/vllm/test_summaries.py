@@ -1,5 +1,6 @@
 """Summaries in pages: those of all keys, whatever wrote them, and never those of others."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,10 @@ PAGE, PAGES = 32, 12
 CPU = torch.device("cpu")
 
 
+def after(stale, table, past, keys, sparse):
+    return stale.after(table, np.array(past), np.array(keys), sparse)
+
+
 def stale_of(stale):
     return stale.stale.nonzero().flatten().tolist()
 
@@ -22,35 +27,48 @@ def test_what_was_never_summarised_is_stale():
 
 def test_a_sparse_row_brings_its_pages_up_to_date():
     stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2, 7, 0]])
-    assert stale.after(table, [0], [70], {0}) == {0: [0, 1, 2]}
+    assert after(stale, table, [0], [70], {0}) == {0: [0, 1, 2]}
     assert stale_of(stale) == [0, 1, 3, 4, 6]
-    assert stale.after(table, [70], [90], {0}) == {0: []}
+    assert after(stale, table, [70], [90], {0}) == {0: []}
 
 
 def test_what_is_decoded_is_stale_from_its_page_on():
     stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2, 7, 0]])
-    stale.after(table, [0], [60], {0})
+    after(stale, table, [0], [60], {0})
     # The 61st token is the last but three of the second page; the 65th the first of the third.
-    assert stale.after(table, [60], [61], set()) == {}
+    assert after(stale, table, [60], [61], set()) == {}
     assert stale_of(stale) == [0, 1, 2, 3, 4, 6, 7]
-    stale.after(table, [64], [65], set())
+    after(stale, table, [64], [65], set())
     # A next turn finds both, and the first page as it was.
-    assert stale.after(table, [65], [90], {0}) == {0: [1, 2]}
+    assert after(stale, table, [65], [90], {0}) == {0: [1, 2]}
 
 
 def test_a_page_that_another_row_takes_over():
     stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2], [2, 6]])
-    stale.after(table[:1], [0], [64], {0})
+    after(stale, table[:1], [0], [64], {0})
     # A dense prompt in the page of one that has gone.
-    stale.after(table[1:], [0], [40], set())
-    assert stale.after(table[:1], [64], [64 + 0], {0}) == {0: [1]}
+    after(stale, table[1:], [0], [40], set())
+    assert after(stale, table[:1], [64], [64 + 0], {0}) == {0: [1]}
 
 
 def test_rows_without_new_tokens_change_nothing():
     stale, table = Stale(8, PAGE, CPU), torch.tensor([[5, 2], [0, 0]])
-    stale.after(table, [0, 0], [40, 0], {0})
-    stale.after(table, [40, 0], [40, 0], set())
+    after(stale, table, [0, 0], [40, 0], {0})
+    after(stale, table, [40, 0], [40, 0], set())
     assert stale_of(stale) == [0, 1, 3, 4, 6, 7]
+
+
+def test_rows_that_decode_are_marked_at_once(monkeypatch):
+    stale, table = Stale(16, PAGE, CPU), torch.arange(16).reshape(4, 4)
+    after(stale, table, [0, 0, 0, 0], [100, 64, 33, 0], {0, 1, 2})
+    assert stale_of(stale) == [6, 7, 10, 11, 12, 13, 14, 15]
+    marked, mark = [], Stale._mark
+    monkeypatch.setattr(Stale, "_mark", lambda *given, stale: marked.append(mark(*given, stale=stale)))
+    # The first row's last page is open, the second begins one, the third brings 40 dense tokens, the fourth
+    # nothing, though its table has pages.
+    assert after(stale, table, [100, 64, 33, 0], [101, 65, 73, 0], set()) == {}
+    assert stale_of(stale) == [3, 6, 7, 9, 10, 11, 12, 13, 14, 15]
+    assert len(marked) == 1
 
 
 def same(layer, k, positions):

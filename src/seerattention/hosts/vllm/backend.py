@@ -68,7 +68,7 @@ class SparseBuilder:
         if served is None or not any(name in served.layers for name in self.layer_names):
             return made
         batch = served.look(common_attn_metadata)
-        if batch.reading:
+        if batch is not None:
             others = [UBatchSlice(*one) for one in batch.others()]
             parts = split_attn_metadata(others, common_attn_metadata)
             # Fast, since otherwise FlashAttention plans all parts in one buffer, that of the whole batch.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from typing import Any
 
@@ -29,6 +30,12 @@ CAUSAL = Counter(
 _COMING: deque[tuple[Any, Tensor, torch.cuda.Event]] = deque()
 
 
+@functools.lru_cache(maxsize=16)
+def _causal(queries: int, keys: int, block_size: tuple[int, int]) -> int:
+    """Count the blocks that dense attention reads for a piece of a prompt, alike in all layers."""
+    return int(causal_blocks(queries, keys, block_size).sum())
+
+
 def count_tokens(layer: int, attention: str, tokens: int) -> None:
     """Count tokens of prompts.
 
@@ -46,7 +53,7 @@ def count_blocks(layer: int, call: AttentionCall, selection: BlockSelection) -> 
     A GPU is not waited for: what it has not told yet is counted with a later call.
     """
     heads = selection.shape[0] * selection.shape[1]
-    valid = causal_blocks(call.rows.num_queries, call.rows.num_keys, selection.block_size)
+    causal = _causal(call.rows.num_queries, call.rows.num_keys, selection.block_size)
     told, read = READ.labels(str(layer)), selection.counts.sum(dtype=torch.int64)
     if read.is_cuda:
         _COMING.append((told, read.to("cpu", non_blocking=True), torch.cuda.Event()))
@@ -56,4 +63,4 @@ def count_blocks(layer: int, call: AttentionCall, selection: BlockSelection) -> 
     while _COMING and _COMING[0][2].query():
         counter, number, _ = _COMING.popleft()
         counter.inc(int(number))
-    CAUSAL.labels(str(layer)).inc(heads * int(valid.sum()))
+    CAUSAL.labels(str(layer)).inc(heads * causal)

@@ -59,8 +59,9 @@ class SummaryBuilder(AttentionMetadataBuilder[SummaryTable]):
         if self.stale is None:
             pages = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
             self.stale = Stale(len(pages.kv_cache), pages.page_tokens, table.device)
-        batch = served.look(common_attn_metadata)
-        return SummaryTable(table, self.stale.after(table, batch.past, batch.keys, batch.sparse))
+        batch, found = served.look(common_attn_metadata), served.lengths(common_attn_metadata)
+        sparse = set() if batch is None else batch.sparse
+        return SummaryTable(table, self.stale.after(table, found.past, found.keys, sparse))
 
 
 class SummaryBackend(AttentionBackend):

@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,6 +80,30 @@ class UnrotateByTable(Unrotate):
         cos, sin = table.to(torch.promote_types(table.dtype, torch.float32)).chunk(2, -1)
         cos, sin = nn.functional.pad(cos, (0, still), value=1.0), nn.functional.pad(sin, (0, still))
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
+class Lengths(NamedTuple):
+    """How long the requests of a pass are, row by row, in arrays that the host has.
+
+    Attributes:
+        edges: int ``[rows + 1]``, where each one's new tokens begin among the pass's, and the last ones end.
+        keys: int ``[rows]``, tokens with them.
+        prompts: int ``[rows]``, tokens of each one's whole prompt.
+    """
+
+    edges: np.ndarray
+    keys: np.ndarray
+    prompts: np.ndarray
+
+    @property
+    def past(self) -> np.ndarray:
+        """Tokens before the new ones, int ``[rows]``."""
+        return self.keys - np.diff(self.edges)
+
+    @property
+    def reading(self) -> np.ndarray:
+        """Which rows have new tokens of their prompt, bool ``[rows]``."""
+        return self.past < np.minimum(self.prompts, self.keys)
 
 
 @dataclass(frozen=True)
@@ -198,21 +223,30 @@ class Served:
             unrotate = UnrotateByTable(skeleton(self.config.model_config), parents)
             self.layer = replace(self.layer, unrotate=unrotate)
 
-    def look(self, given: Any) -> Batch:
-        """Look at the requests of a pass.
+    def lengths(self, given: Any) -> Lengths:
+        """Return how long the requests of a pass are.
 
         Args:
             given: vLLM's common metadata of attention in it.
         """
-        runner = self.runner()
+        runner, count = self.runner(), given.num_reqs
         assert runner is not None
-        starts, count = given.query_start_loc_cpu.tolist(), given.num_reqs
-        tokens = [slice(*both) for both in pairwise(starts[: count + 1])]
-        keys = given.seq_lens_cpu_upper_bound.tolist()[:count]
-        prompts = runner.input_batch.num_prompt_tokens[:count].tolist()
-        past = [total - (new.stop - new.start) for total, new in zip(keys, tokens, strict=True)]
-        reading = {row for row in range(count) if past[row] < min(prompts[row], keys[row])}
-        table = given.block_table_tensor
+        edges = given.query_start_loc_cpu[: count + 1].numpy()
+        keys = given.seq_lens_cpu_upper_bound[:count].numpy()
+        return Lengths(edges, keys, runner.input_batch.num_prompt_tokens[:count])
+
+    def look(self, given: Any) -> Batch | None:
+        """Look at the requests of a pass; None if all are decoded, as in most passes.
+
+        Args:
+            given: vLLM's common metadata of attention in it.
+        """
+        found = self.lengths(given)
+        if not (reads := found.reading).any():
+            return None
+        tokens = [slice(*both) for both in pairwise(found.edges.tolist())]
+        past, keys, prompts = found.past.tolist(), found.keys.tolist(), found.prompts.tolist()
+        reading, table = set(reads.nonzero()[0].tolist()), given.block_table_tensor
         sparse = {row for row in reading if self.layer.why_dense(prompts[row], table.device) is None}
         return Batch(tokens, past, keys, prompts, reading, sparse, table)
 

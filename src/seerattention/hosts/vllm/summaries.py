@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,23 +107,35 @@ class Stale:
         self.page_tokens = page_tokens
 
     def after(
-        self, table: Tensor, past: list[int], keys: list[int], sparse: set[int]
+        self, table: Tensor, past: np.ndarray, keys: np.ndarray, sparse: set[int]
     ) -> dict[int, list[int]]:
         """Note what a pass writes, and return which of their pages sparse rows find stale before it.
 
         Args:
-            table: int ``[rows, N]``, every row's pages.
-            past: Of every row, how many tokens there are before the pass, and
+            table: int ``[rows or more, N]``, every row's pages.
+            past: int ``[rows]``, how many tokens there are before the pass, and
             keys: after it.
             sparse: Rows that bring all of their pages up to date.
         """
         found = {}
         for row in sparse:
-            pages = table[row, : num_blocks(keys[row], self.page_tokens)].long()
+            pages = table[row, : num_blocks(int(keys[row]), self.page_tokens)].long()
             found[row] = self.stale[pages].nonzero().flatten().tolist()
-        for row, (before, after) in enumerate(zip(past, keys, strict=True)):
-            first = 0 if row in sparse else before // self.page_tokens
-            if after > before:
-                pages = table[row, first : num_blocks(after, self.page_tokens)].long()
-                self.stale[pages] = row not in sparse
+        # All rows at once, since every step of decoding comes here: a page or two of each.
+        written = keys > past
+        written[list(sparse)] = False
+        first, end = past // self.page_tokens, -(-keys // self.page_tokens)
+        self._mark(table, first, np.where(written, end, first), stale=True)
+        for row in sparse:
+            if keys[row] > past[row]:
+                self._mark(table[row : row + 1], np.zeros(1, int), end[row : row + 1], stale=False)
         return found
+
+    def _mark(self, table: Tensor, first: np.ndarray, end: np.ndarray, *, stale: bool) -> None:
+        """Mark every row's pages from its first to before its end."""
+        if not (counts := end - first).any():
+            return
+        rows = np.repeat(np.arange(len(counts)), counts)
+        columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) + first[rows]
+        rows, columns = (torch.from_numpy(x).to(table.device) for x in (rows, columns))
+        self.stale[table[rows, columns].long()] = stale
