@@ -16,6 +16,7 @@ from seerattention.ops.block_sparse_decode import _triton_kernel as _decode_kern
 from seerattention.ops.block_sparse_decode import triton as decoding
 from seerattention.ops.language import padded
 from seerattention.ops.pooled_attention import triton as pooled
+from seerattention.ops.rotate_back import triton as rotating
 from seerattention.ops.score_blocks import _shares_kernel, _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
 from seerattention.ops.select_blocks import triton as choosing
@@ -163,6 +164,22 @@ def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
 
 
 @compiles
+def test_the_kernel_that_rotates_back_compiles_for_hopper() -> None:
+    constants = {"HALF": 64, "TURNS": 64, "PAD": 64, "TOKENS": rotating.TOKENS, "HEADS": rotating.HEADS}
+    constants |= {f"{name}_d": 1 for name in ("x", "out", "cos", "sin")}
+    types = {"x": "*bf16", "out": "*bf16", "cos": "*fp32", "sin": "*fp32"}
+    # Strides are known to be multiples of 16, so a thread moves 16 bytes at once.
+    strides = {f"{name}_{of}": "i32" for name in types for of in "bt"} | {"x_h": "i32", "out_h": "i32"}
+    kernel = rotating._rotate_back
+    names = kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, *strides)}
+    source = ASTSource(kernel, **typed(kernel, constants, types | strides), attrs=aligned)
+    made = triton.compile(source, target=HOPPER, options={"num_warps": 4})
+    assert made.metadata.shared <= 16 * 1024
+    assert "ld.global.v4" in made.asm["ptx"]
+
+
+@compiles
 @pytest.mark.parametrize("sequences", [0, 8])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_kernel_of_prefill_compiles_for_hopper(dim: int, sequences: int) -> None:
@@ -271,7 +288,7 @@ def test_the_kernels_that_choose_for_tokens_compile_for_hopper(dim: int, subs: i
         ("block_sparse_attention/interpreted_gradients", "select_blocks/interpreted_triton"),
         ("pooled_attention/interpreted_triton", "score_blocks/interpreted_triton"),
         ("block_sparse_decode/interpreted_triton", "select_decode_blocks/interpreted_triton"),
-        ("update_summaries/interpreted_triton",),
+        ("update_summaries/interpreted_triton", "rotate_back/interpreted_triton"),
     ],
     ids=" ".join,
 )

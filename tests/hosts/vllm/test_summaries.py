@@ -1,5 +1,7 @@
 """Summaries in pages: those of all keys, whatever wrote them, and never those of others."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_pieces_leave_the_summaries_of_all_keys(pieces, stale):
     "parts", [(100,), (64, 100), (71, 80, 100), (71, 80, 96), (50, 51, 52), (93, 96, 100)]
 )
 def test_those_made_anew_are_of_all_keys(parts):
-    """Earlier keys are rotated back once for all parts of a piece, but where one ends inside a summary."""
+    """Keys are rotated back once for all parts of a piece, but where one ends inside a summary."""
     gate = AttnGate(GateConfig(4, 2, 32, block_size=16))
     for weight in gate.parameters():
         weight.normal_()
@@ -124,8 +126,8 @@ def test_those_made_anew_are_of_all_keys(parts):
         assert made.follow(call, gate, back) == (None,)
         torch.testing.assert_close(made.read(), gate.compress(k, positions=torch.arange(total)))
         past = total
-    expected = [30] + [n for n in parts[:-1] if n % gate.tokens_per_summary]
-    assert turned == expected
+    again = [total for before, total in pairwise(parts) if before % gate.tokens_per_summary]
+    assert turned == [parts[0], *again]
 
 
 @torch.no_grad()

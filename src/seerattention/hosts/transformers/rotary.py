@@ -16,6 +16,7 @@ from seerattention.hosts.transformers.base import head_dim_of
 from seerattention.hosts.transformers.family import family_of, has_windows
 from seerattention.hosts.transformers.request import LayerCall, running
 from seerattention.hosts.transformers.support import LONGROPE
+from seerattention.ops.rotate_back import rotate_back
 
 
 def no_rotation(dim: int) -> Rotary:
@@ -173,9 +174,14 @@ class Unrotate:
                 self.why_not = str(error)
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``, ``[B, T, D]`` each."""
+        """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``.
+
+        Of the pairs that are turned, at most half of a head's values: ``[B, T, R]`` each.
+        """
         assert self.rotary is not None
-        return self.rotary(positions)
+        cos, sin = self.rotary(positions)
+        pairs = cos.shape[-1] // 2
+        return cos[..., :pairs], sin[..., :pairs]
 
     def __call__(self, layer: int, k: Tensor, positions: Tensor) -> Tensor:
         """Rotate back.
@@ -192,10 +198,4 @@ class Unrotate:
             k = k[..., self.order.to(k.device)]
         if self.rotates is not None and not self.rotates(self.config, layer):
             return k
-        cos, sin = (x.unsqueeze(1) for x in self.angles(layer, positions))
-        # Scaled RoPE may stretch keys while it turns them. Once for all heads.
-        stretched = cos.square() + sin.square()
-        cos, sin = cos / stretched, sin / stretched
-        exact = k.to(cos.dtype)
-        first, second = exact.chunk(2, -1)
-        return torch.addcmul(exact * cos, torch.cat((second, -first), -1), sin).to(k.dtype)
+        return rotate_back(k, *self.angles(layer, positions))

@@ -73,13 +73,8 @@ class UnrotateByTable(Unrotate):
                     )
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``, ``[B, T, D]`` each."""
-        module = self.modules[layer]
-        table = module.cos_sin_cache[positions]
-        still = (module.head_size - module.rotary_dim) // 2
-        cos, sin = table.to(torch.promote_types(table.dtype, torch.float32)).chunk(2, -1)
-        cos, sin = nn.functional.pad(cos, (0, still), value=1.0), nn.functional.pad(sin, (0, still))
-        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        """Return cosine and sine of a layer's rotation to positions int64 ``[B, T]``, ``[B, T, R]`` each."""
+        return self.modules[layer].cos_sin_cache[positions].chunk(2, -1)
 
 
 class Lengths(NamedTuple):

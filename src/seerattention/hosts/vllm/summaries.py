@@ -29,13 +29,12 @@ class Made:
         assert unrotate is not None
         if not compare:
             return (None,)
-        keys, past, total = call.given.k_nope, call.rows.first, call.rows.num_keys
+        past, total = call.rows.first, call.rows.num_keys
         goes_on = past > 0 and past == self.tokens and past % scorer.tokens_per_summary == 0
         begin = past if goes_on else 0
-        positions = torch.arange(begin, total, device=keys.device)
-        if begin < past:
-            earlier = unrotate(call.layer, call.given.k[:, :, :past], positions[None, :past])
-            keys = torch.cat((earlier, keys), 2)
+        positions = torch.arange(begin, total, device=call.given.k.device)
+        # Of all keys once more, since to put the new ones behind the earlier would copy both.
+        keys = call.given.k_nope if begin == past else unrotate(call.layer, call.given.k, positions[None])
         made = scorer.compress(keys, positions=positions)
         self.made = torch.cat((self.made, made), 2) if goes_on else made
         self.tokens = total
