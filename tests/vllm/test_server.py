@@ -29,7 +29,7 @@ MIXED = (1200, 700, 333, 130, 65, 64, 20, 1)
 class Server:
     """A server in a process of its own, on a port of this machine's."""
 
-    def __init__(self, folder, given=None):
+    def __init__(self, folder, given, *more):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -42,7 +42,7 @@ class Server:
             "--dtype=float32",
         ]
         command += ["--enforce-eager", "--max-model-len=4096", "--max-num-batched-tokens=512"]
-        command += ["--num-gpu-blocks-override=96", f"--additional-config={json.dumps(given or {})}"]
+        command += ["--num-gpu-blocks-override=96", f"--additional-config={json.dumps(given or {})}", *more]
         counts = folder / "counts"
         counts.mkdir()
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PROMETHEUS_MULTIPROC_DIR": str(counts)}
@@ -98,9 +98,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder, given=None):
-    """A server that answers."""
-    made = Server(folder, given)
+def serving(folder, given=None, *more):
+    """A server that answers; more are options of vLLM's."""
+    made = Server(folder, given, *more)
     try:
         made.wait()
         yield made
@@ -187,3 +187,14 @@ def test_without_its_worker_it_ends(server):
     assert told
     assert server.process.wait(PATIENCE) is not None
     assert psutil.wait_procs(children, PATIENCE)[1] == []
+
+
+def test_engines_that_share_the_requests(tmp_path):
+    prompts = texts(1500, 777, 700, 600, begin=20000)
+    expected, _ = Alone().answers(prompts)
+    with serving(tmp_path, {"seerattention": settings(aligned=True)}, "--data-parallel-size=2") as both:
+        assert sum(name.startswith("VLLM::EngineCore_DP") for name in both.children()) == 2
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert list(pool.map(both.answer, prompts)) == expected
+        counted = both.metrics()["seerattention_prompt_tokens_total", "0", "sparse"]
+    assert counted == sum(map(len, prompts))
