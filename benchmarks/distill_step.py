@@ -2,13 +2,17 @@
 
 python benchmarks/distill_step.py --out benchmarks/results/h200/distill_step.json
 
-The forward pass is the decoder alone with cuDNN's attention; a training step is one sequence.
+The forward pass is the decoder alone with cuDNN's attention; a training step is one sequence. Processes
+that torchrun starts share the sequence, and the forward pass beside their step is the same without learning:
+
+torchrun --nproc-per-node 2 benchmarks/distill_step.py --tokens 131072 --out shared.json
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median
@@ -25,6 +29,7 @@ from seerattention.bench.models import SHAPES, random_config, random_model
 from seerattention.hosts.transformers import new_gates
 from seerattention.ops.dense_attention import CUDNN_FIRST
 from seerattention.train import DistillConfig, Distiller, distiller
+from seerattention.train.shared_text import SharedText
 
 PARTS = ("pooled attention", "gate", "optimizer", "rest")
 #: Tokens of the published recipe, which took about 40 A100 hours (arXiv 2410.13276, section 4).
@@ -98,6 +103,38 @@ def measure(model: Any, tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_shared(model: Any, tokens: int, repeats: int) -> dict[str, Any]:
+    """Measure a training step of processes that share a sequence, and the same without learning."""
+    batch = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
+    torch.manual_seed(0)
+    gates, cuda = new_gates(model), model.device.type == "cuda"
+    config = DistillConfig(steps=repeats + 1)
+    training = Distiller(model, gates, lambda step: batch, config, share_text=True)
+    wait = training.accelerator.wait_for_everyone
+
+    def together(run: Callable[[], object]) -> None:
+        wait()
+        run()
+        wait()
+
+    with patch.object(SharedText, "taught", lambda *place: iter(())):
+        dense, dense_gb = timed(lambda: together(lambda: training.accumulate(batch, 0.1)), cuda, repeats)
+    steps = training.run()
+    train, train_gb = timed(lambda: together(lambda: next(steps)), cuda, repeats)
+    step, base = median(train), median(dense)
+    return {
+        "tokens": tokens,
+        "processes": training.accelerator.num_processes,
+        "forward_s": round(base, 4),
+        "forward_range_s": [round(min(dense), 4), round(max(dense), 4)],
+        "step_s": round(step, 4),
+        "step_range_s": [round(min(train), 4), round(max(train), 4)],
+        "ratio": round(step / base, 3),
+        "forward_peak_gb": dense_gb,
+        "step_peak_gb": train_gb,
+    }
+
+
 def main() -> None:
     """Measure every length; the report is written after each."""
     parser = script.parser(__doc__, [32768, 65536], repeats=3)
@@ -106,12 +143,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = random_model(random_config(args.shape, layers=args.layers), args.device, dtype)
+    shared, first = torch.distributed.is_torchelastic_launched(), os.environ.get("RANK", "0") == "0"
+    if shared and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    config = random_config(args.shape, max(args.tokens), args.layers)
+    model = random_model(config, args.device, dtype)
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
-        rows.append(measure(model, tokens, args.repeats))
-        script.write(args.out, rows, args.device, **script.model_settings(model, args.shape))
-        print(json.dumps(rows[-1], indent=2), flush=True)
+        rows.append((measure_shared if shared else measure)(model, tokens, args.repeats))
+        if first:
+            script.write(args.out, rows, args.device, **script.model_settings(model, args.shape))
+            print(json.dumps(rows[-1], indent=2), flush=True)
+    if shared:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
