@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.crossover import cudnn_from
+from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.dispatch import outside_autocast
+from seerattention.rows import Rows
+from seerattention.selection import BlockSelection
 
 #: Kernels of dense attention in the order in which `cudnn_first` takes them.
 CUDNN_FIRST = [
@@ -17,6 +20,9 @@ CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+#: What the kernels of sparse attention, which then read every block, take on a GPU; and tokens per block.
+HALF, WHOLE_BLOCK = (torch.float16, torch.bfloat16), 64
 
 #: Query tokens per slice where causal attention with more keys than queries needs an explicit mask.
 MASKED_ROWS = 512
@@ -63,6 +69,14 @@ def dense_attention(
             return cudnn_first(q, k, v, scale=scale)
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    if q.is_cuda and q.dtype in HALF and window is None and positions is None and past:
+        # Torch's kernels need a mask for queries that are the last of more keys, and with one copies of the
+        # keys for every query head, or the whole map.
+        rows = Rows.last(q.shape[2], k.shape[2])
+        everything = BlockSelection.full(rows, (WHOLE_BLOCK, WHOLE_BLOCK), q.device)
+        return block_sparse_attention(
+            q, k, v, everything, rows=rows, scale=scale, softcap=softcap, sinks=sinks
+        )
     outs = []
     step = MASKED_ROWS if plain else _explicit_rows(q, k)
     for start in range(0, q.shape[2], step):

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattention.hosts.transformers import AttentionCall
-from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.dense_attention import dense_attention
 from seerattention.parallel.context import Context, Exchange
 from seerattention.rows import Rows, num_blocks
-from seerattention.selection import BlockSelection
 from seerattention.train.target import SKIPPED_ROWS, taught_rows
 
 
@@ -50,24 +49,14 @@ class SharedText:
         return k, v, nope
 
     def dense(self, call: AttentionCall, k: Tensor, v: Tensor) -> Tensor:
-        """Return dense attention of this process's queries, of ``call.q``'s shape, zeros for padding.
-
-        By the sparse kernels with everything selected, which take queries that are not the last tokens.
-        """
-        out = torch.zeros_like(call.q)
-        size = self.block, self.block
+        """Return dense attention of this process's queries, of ``call.q``'s shape, zeros for padding."""
+        out, options = torch.zeros_like(call.q), {"softcap": call.softcap, "sinks": call.sinks}
         for chunk in self.context.latest:
-            if (tokens := min(self.length - chunk.first, chunk.tokens)) > 0:
-                rows, here = Rows.at(chunk.first, tokens), slice(chunk.place, chunk.place + tokens)
-                out[:, :, here] = block_sparse_attention(
-                    call.q[:, :, here],
-                    k,
-                    v,
-                    BlockSelection.full(rows, size, k.device),
-                    rows=rows,
-                    scale=call.scale,
-                    softcap=call.softcap,
-                    sinks=call.sinks,
+            if (end := min(self.length, chunk.first + chunk.tokens)) > chunk.first:
+                here = slice(chunk.place, chunk.place + end - chunk.first)
+                keys, values = k[:, :, :end], v[:, :, :end]
+                out[:, :, here] = dense_attention(
+                    call.q[:, :, here], keys, values, scale=call.scale, **options
                 )
         return out
 
