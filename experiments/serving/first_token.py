@@ -90,7 +90,8 @@ def measured(llm: Any, prompts: Any, asked: argparse.Namespace, way: str) -> lis
     rows = []
 
     def tell(**row: Any) -> None:
-        rows.append({"way": way, **row})
+        aligned = {"aligned": True} if asked.aligned and way != "dense" else {}
+        rows.append({"way": way, **aligned, **row})
         print(json.dumps(rows[-1]), flush=True)
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="prompts of each length, whose median counts")
     parser.add_argument("--requests", type=int, default=0, help="answered together, of the first length")
     parser.add_argument("--layers-per-gate", type=int, default=1, help="of gates made for a shape")
+    parser.add_argument("--aligned", action="store_true", help="end pieces of prompts where blocks end")
     parser.add_argument("--attention", help="one of vLLM's backends, by name")
     parser.add_argument("--eager", action="store_true", help="replay no graphs on a GPU")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights")
@@ -157,6 +159,7 @@ def main() -> None:
                 "gates": str(gates),
                 "policy": asked.policy,
                 "summaries": WAYS[way],
+                "aligned": asked.aligned,
                 "min_tokens": 0,
                 "check_base": asked.shape is None,
             }
