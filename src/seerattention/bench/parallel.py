@@ -321,14 +321,23 @@ def _first_tokens(
 
     torch.manual_seed(0)
     attach(model, new_gates(model).to(model.dtype), plan.policy, min_tokens=0)
+    cache = DynamicCache()
 
     def sparse() -> int:
+        nonlocal cache
         alone = shared.count == 1 or by == "tensor"
         cache = DynamicCache() if alone else ContextParallelCache(model, shared.mesh)
         logits = prefill(model, ids, cache, piece_tokens=tokens, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
 
+    def token() -> int:
+        """Decode a token densely."""
+        place = torch.tensor([[cache.get_seq_length()]], device=ids.device)
+        logits = model(ids[:, :1], position_ids=place, **cache_argument(model, cache)).logits
+        return int(logits[0, -1].argmax())
+
     row("gates", sparse)
+    rows[-1]["next_token_ms"] = round(median(shared.seconds(token, 8 * plan.repeats)) * 1e3, 3)
     detach(model)
     if plan.dense:
         try:

@@ -10,18 +10,20 @@ own part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from seerattention.rows import num_blocks
+
+T = TypeVar("T")
 
 # Since torch 2.13 under another name.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,6 +79,7 @@ class Context:
     block: int
     lengths: list[int] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
+    _kept: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def rank(self) -> int:
@@ -150,6 +153,13 @@ class Context:
     def own_blocks(self, block: int) -> list[int]:
         """Return which blocks of so many tokens this process has."""
         return [one.first // block + i for one in self.chunks(self.rank) for i in range(one.tokens // block)]
+
+    def kept(self, name: object, make: Callable[[], T]) -> T:
+        """Return what is made once for all layers and steps, until there is another piece."""
+        key = name, len(self.pieces)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def gathered(self, own: Tensor) -> Tensor:
         """Return a tensor of every process, ``[size, ...]``."""

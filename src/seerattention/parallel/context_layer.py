@@ -143,22 +143,27 @@ class ContextLayer:
     def _own(self, step: Step, selection: BlockSelection | None, held: int) -> tuple[Tensor, Tensor]:
         """Attend to what this process has of the prompts; fp32, with the softmax's denominators."""
         q, k, v = step.given.q, step.given.k[:, :, :held], step.given.v[:, :, :held]
-        lengths = on_device(self.context.own_lengths(), q.device).int()
+        context, device = self.context, q.device
+        lengths = context.kept(
+            ("own lengths", device), lambda: on_device(context.own_lengths(), device).int()
+        )
+        if selection is None:
+            chosen = [context.kept(("everything", device), lambda: _everything(held, device))] * q.shape[2]
+        else:
+            size = selection.block_size[1]
+            blocks = context.kept(
+                ("own blocks", size, device), lambda: on_device(context.own_blocks(size), device)
+            )
+            own = selection.to_mask().index_select(3, blocks).split(1, 2)
+            chosen = [BlockSelection.from_mask(mask, (1, size), check=False) for mask in own]
         outs = []
-        for token in range(q.shape[2]):
-            if selection is None:
-                block = DENSE_BLOCK
-                mask = torch.ones(1, 1, 1, num_blocks(held, block), dtype=torch.bool, device=q.device)
-            else:
-                block = selection.block_size[1]
-                blocks = on_device(self.context.own_blocks(block), q.device)
-                mask = selection.to_mask()[:, :, token : token + 1].index_select(3, blocks)
+        for token, part in enumerate(chosen):
             outs.append(
                 block_sparse_decode(
                     q[:, :, token : token + 1],
                     k,
                     v,
-                    BlockSelection.from_mask(mask, (1, block), check=False),
+                    part,
                     lengths=lengths,
                     scale=step.scale,
                     softcap=step.softcap,
@@ -176,7 +181,10 @@ class ContextLayer:
         seen = column <= column[-new:, None]
         seen = seen.expand(len(q), 1, -1, -1)
         if selection is not None:
-            position = on_device(self.context.lengths, q.device)[:, None] + column
+            lengths = self.context.kept(
+                ("lengths", q.device), lambda: on_device(self.context.lengths, q.device)
+            )
+            position = lengths[:, None] + column
             blocks = (position // selection.block_size[1])[:, None, None].expand(
                 -1, selection.shape[1], new, -1
             )
@@ -252,6 +260,12 @@ class _OfRows:
 
     def beside(self) -> _OfRows:
         return _OfRows(self.layer, self.rows)
+
+
+def _everything(tokens: int, device: torch.device) -> BlockSelection:
+    """Return the selection of one query that reads all of a shard."""
+    mask = torch.ones(1, 1, 1, num_blocks(tokens, DENSE_BLOCK), dtype=torch.bool, device=device)
+    return BlockSelection.from_mask(mask, (1, DENSE_BLOCK), check=False)
 
 
 def _of_sinks(step: Step, out: Tensor) -> tuple[Tensor, Tensor]:

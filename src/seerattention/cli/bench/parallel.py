@@ -32,6 +32,7 @@ FIRST_TOKENS = {
     "first token s": "{seconds:.4g}",
     "speedup": "{speedup:.2f}x",
     "efficiency": "{efficiency:.0%}",
+    "next token ms": "{next}",
     "peak GB": "{peak}",
 }
 
@@ -109,7 +110,10 @@ def run(
                     write_json(out, report)
         rows = [row | {"dense": _or_nothing(row.get("dense_ms"))} for row in report["layers"]]
         console.print(formatted(LAYERS, rows))
-        rows = [row | {"peak": _or_nothing(row["peak_gb"])} for row in report["first_tokens"]]
+        rows = [
+            row | {"peak": _or_nothing(row["peak_gb"]), "next": _or_nothing(row.get("next_token_ms"))}
+            for row in report["first_tokens"]
+        ]
         console.print(formatted(FIRST_TOKENS, rows))
         console.print(f"{out} has these numbers")
     finally:
