@@ -131,6 +131,9 @@ def shared(folders, gates, out):
         found[name] = *answers(folder, gates[name], saved=out / name), taught(folder)
     found["uses"] = uses(folders["llama"], gates["llama"])
     model = load(folders["llama"])
+    with torch.inference_mode():
+        host.attach(model, host.load_gates(gates["llama"]), "top_k:0.4")
+        host.detach(model)
     found["refused"] = refusal(host.attach, model, host.load_gates(gates["other"]), "top_k:0.4")
     if out.name == "2":
         found["teacher"] = bundled()

@@ -173,6 +173,8 @@ def _base_weights(model: PreTrainedModel, where: str = "") -> Iterator[tuple[str
             yield path, whole_weight(model, f"{where}.{path}".removeprefix("."), getattr(part, name).detach())
 
 
+# Spread weights cannot be detached in inference mode.
+@torch.inference_mode(mode=False)
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a cheap fingerprint of attention weights (see `BaseInfo`), "" of quantised or missing ones."""
     if hasattr(model, "is_quantized"):
@@ -201,6 +203,7 @@ def _spread(size: int, count: int) -> Tensor:
     return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
+@torch.inference_mode(mode=False)
 def base_checksum(model: PreTrainedModel) -> str:
     """Return the SHA-256 of every weight of the base model, gates left out.
 
