@@ -19,7 +19,14 @@ from seerattention.rows import num_blocks
 
 #: Of a tile, ``block_m`` is the tokens and ``block_n`` how many of each block are loaded between two turns of
 #: the loop. ``pool`` is for one pool without projection, ``wide`` for vectors of more than 256 bytes.
-LAUNCHES = {"pool": Launch(1024, 8, 4, 1), "project": Launch(1024, 4, 8, 1), "wide": Launch(16, 2, 8, 1)}
+LAUNCHES = {
+    "pool": Launch(1024, 8, 4, 1),
+    "project": Launch(128, 2, 4, 1, programs=3),
+    "wide": Launch(16, 2, 8, 1),
+}
+
+#: Bytes of the largest matrix of a head that a program keeps in shared memory, to go on from tile to tile.
+HELD_BYTES = 48 * 2**10
 
 
 def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
@@ -74,11 +81,16 @@ def summarise(
     names = pools.split()
     if weight is None:
         dim = width
-    launch = _launch(
-        size, max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1
-    )
+    kind = _kind(max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1)
+    tile = _tile(LAUNCHES[kind], size)
+    halves = padded(num_blocks(width, 2)), padded(num_blocks(dim, 2))
+    nbytes = 4 * len(names) * halves[0] * halves[1] * out.element_size()
+    held = weight is not None and heads_out == heads and nbytes <= HELD_BYTES
+    programs = num_blocks(blocks, tile["ROWS"])
+    if held:
+        programs = min(programs, max(1, LAUNCHES[kind].most_programs(x.device) // (batch * heads)))
     with torch.cuda.device_of(x):
-        _summarise[batch * heads, num_blocks(blocks, launch["ROWS"])](
+        _summarise[batch * heads, programs](
             x,
             None if weight is None else weight.contiguous(),
             norm,
@@ -96,12 +108,13 @@ def summarise(
             D=width,
             E=dim,
             # Half of a vector each.
-            D_PAD=padded(num_blocks(width, 2)),
-            E_PAD=padded(num_blocks(dim, 2)),
+            D_PAD=halves[0],
+            E_PAD=halves[1],
             SIZE=size,
             PLACES=places(names),
+            HELD=held,
             PRECISION=products(x),
-            **launch,
+            **tile,
         )
     return out
 
@@ -123,13 +136,19 @@ summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summar
 summarise_op.register_fake(_empty)
 
 
-def _launch(size: int, nbytes: int, *, projects: bool) -> dict[str, int]:
-    launch = LAUNCHES["wide" if nbytes > 256 else "project" if projects else "pool"]
+def _kind(nbytes: int, *, projects: bool) -> str:
+    return "wide" if nbytes > 256 else "project" if projects else "pool"
+
+
+def _tile(launch: Launch, size: int) -> dict[str, int]:
     # 16 rows are the least that a product takes; more than 64 do not fit into registers.
     rows = min(64, max(16, launch.block_m // size))
     rows = 1 << (rows.bit_length() - 1)
     unroll = math.gcd(size, launch.block_n)
-    return {"ROWS": rows, "UNROLL": unroll, "num_warps": launch.warps, "num_stages": launch.stages}
+    given = {"ROWS": rows, "UNROLL": unroll, "num_warps": launch.warps, "num_stages": launch.stages}
+    if launch.registers and torch.version.hip is None:
+        given["maxnreg"] = launch.registers
+    return given
 
 
 # Every vector is held as two halves, so that a rotation, which mixes entry i with entry i + E / 2, needs
@@ -163,58 +182,94 @@ def _summarise(
     PLACES: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
+    HELD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Summarise `ROWS` blocks of one head; PLACES are those of max, min and avg, -1 if not wanted."""
+    """Summarise a head's blocks, `ROWS` at a time; PLACES are those of max, min and avg, -1 if not wanted."""
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     E_HALF: tl.constexpr = (E + 1) // 2
     POOLS: tl.constexpr = (PLACES[0] >= 0) + (PLACES[1] >= 0) + (PLACES[2] >= 0)
     # Without a projection the pools lie behind one another.
     WIDTH: tl.constexpr = E if weight is not None else POOLS * E
     e = tl.arange(0, E_PAD)
-    kept_a = (row < blocks)[:, None] & (e < E_HALF)[None, :]
-    kept_b = (row < blocks)[:, None] & (E_HALF + e < E)[None, :]
     x += batch * stride_b + head * stride_h
     like = out.dtype.element_ty
-    pools = pool(
-        x, edges, row, tokens, blocks, stride_t, stride_d, like, D, D_PAD, SIZE, PLACES, ROWS, UNROLL
-    )
-    for group in range(GROUPS):
-        head_out = head * GROUPS + group
-        w = weight
-        if weight is not None:
-            w = weight + head_out * (POOLS * D * E)
-        turn = batch * stride_turn + row[:, None] * E + e[None, :]
-        first, second = finish(
-            pools, w, norm, cos, sin, turn, kept_a, kept_b, eps, D, E, E_PAD, PLACES, ROWS, PRECISION
-        )
-        to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
-        if WIDTH == E:
-            tl.store(to, first, mask=kept_a)
-            tl.store(to + E_HALF, second, mask=kept_b)
-        else:
-            for kind in tl.static_range(3):
-                if PLACES[kind] >= 0:
-                    a, b = pools[kind]
-                    tl.store(to + PLACES[kind] * E, a, mask=kept_a)
-                    tl.store(to + PLACES[kind] * E + E_HALF, b, mask=kept_b)
+    kept = tl.float32 if weight is None else like
+    parts = None
+    if HELD:
+        # One head's matrix stays in shared memory while blocks pass.
+        parts = ()
+        for part in tl.static_range(4 * POOLS):
+            own = _part(weight + head * (POOLS * D * E), part, D, E, D_PAD, E_PAD)
+            parts = parts + (own,)  # noqa: RUF005, Triton has no stars
+    for tile in range(tl.program_id(1) * ROWS, blocks, tl.num_programs(1) * ROWS):
+        row = tile + tl.arange(0, ROWS)
+        here = (row < blocks)[:, None]
+        kept_a, kept_b = here & (e < E_HALF)[None, :], here & (E_HALF + e < E)[None, :]
+        pools = pool(
+            x, edges, row, tokens, blocks, stride_t, stride_d, like, kept, D, D_PAD, SIZE, PLACES, ROWS,
+            UNROLL,
+        )  # fmt: skip
+        for group in range(GROUPS):
+            head_out = head * GROUPS + group
+            w = weight
+            if weight is not None:
+                w = weight + head_out * (POOLS * D * E)
+            turn = batch * stride_turn + row[:, None] * E + e[None, :]
+            first, second = finish(
+                pools, w, parts, norm, cos, sin, turn, kept_a, kept_b, eps, D, E, D_PAD, E_PAD, PLACES, ROWS,
+                PRECISION,
+            )  # fmt: skip
+            to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
+            if WIDTH == E:
+                tl.store(to, first, mask=kept_a)
+                tl.store(to + E_HALF, second, mask=kept_b)
+            else:
+                for kind in tl.static_range(3):
+                    if PLACES[kind] >= 0:
+                        a, b = pools[kind]
+                        tl.store(to + PLACES[kind] * E, a, mask=kept_a)
+                        tl.store(to + PLACES[kind] * E + E_HALF, b, mask=kept_b)
+
+
+@jit
+def _part(
+    weight, number: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr
+):
+    """Load one of the four parts of a pool's ``[D, E]``, half of either; numbers go on from pool to pool."""
+    D_HALF: tl.constexpr = (D + 1) // 2
+    E_HALF: tl.constexpr = (E + 1) // 2
+    d, e = tl.arange(0, D_PAD)[:, None], tl.arange(0, E_PAD)[None, :]
+    row, column = (number // 2 % 2) * D_HALF + d, (number % 2) * E_HALF + e
+    inside = (d < D_HALF) & (row < D) & (e < E_HALF) & (column < E)
+    return tl.load(weight + (number // 4 * D + row) * E + column, mask=inside, other=0.0)
 
 
 @jit
 def finish(
-    pools, weight, norm, cos, sin, turn, kept_a, kept_b, eps, D: tl.constexpr, E: tl.constexpr,
-    E_PAD: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    pools, weight, parts, norm, cos, sin, turn, kept_a, kept_b, eps, D: tl.constexpr, E: tl.constexpr,
+    D_PAD: tl.constexpr, E_PAD: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Project pools by one head's weight, normalise and rotate by the angles at ``turn``; in two halves."""
+    """Project pools by one head's weight, normalise and rotate by the angles at ``turn``; in two halves.
+
+    ``parts`` are those of the weight, if they are loaded already.
+    """
     E_HALF: tl.constexpr = (E + 1) // 2
     if weight is not None:
         first = tl.zeros([ROWS, E_PAD], tl.float32)
         second = first
         for kind in tl.static_range(3):
             if PLACES[kind] >= 0:
-                a, b = pools[kind]
-                first, second = _project(a, b, weight + PLACES[kind] * D * E, first, second, D, E, PRECISION)
+                for half in tl.static_range(2):
+                    number = pools[kind][half]
+                    if parts is not None:
+                        a, b = parts[PLACES[kind] * 4 + half * 2], parts[PLACES[kind] * 4 + half * 2 + 1]
+                    else:
+                        a = _part(weight, PLACES[kind] * 4 + half * 2, D, E, D_PAD, E_PAD)
+                        b = _part(weight, PLACES[kind] * 4 + half * 2 + 1, D, E, D_PAD, E_PAD)
+                    first = tl.dot(number, a, first, input_precision=PRECISION)
+                    second = tl.dot(number, b, second, input_precision=PRECISION)
     else:
         # The first that is wanted; where there are several they are stored as they are.
         first, second = pools[0 if PLACES[0] >= 0 else 1 if PLACES[1] >= 0 else 2]
@@ -240,6 +295,7 @@ def pool(
     stride_t,
     stride_d,
     like: tl.constexpr,
+    kept: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
@@ -247,35 +303,42 @@ def pool(
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Return the maxima, minima and means of `ROWS` blocks, each as two halves; unwanted ones are empty."""
+    """Return the maxima, minima and means of `ROWS` blocks, each as two halves; unwanted ones are empty.
+
+    Tokens are rounded to the type ``like`` first, what comes of them is of the type ``kept``.
+    """
     D_HALF: tl.constexpr = (D + 1) // 2
     first, end = row * SIZE, tokens
     if edges is not None:
         first = tl.load(edges + row, mask=row < blocks, other=0)
         end = tl.load(edges + blocks + row, mask=row < blocks, other=1)
-    lo = tl.arange(0, D_PAD)
-    inside_a, inside_b = (lo < D_HALF)[None, :], (D_HALF + lo < D)[None, :]
-    high_a = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
-    high_b, low_a, low_b = high_a, -high_a, -high_a
-    sum_a = tl.zeros([ROWS, D_PAD], tl.float32)
-    sum_b = sum_a
-    for start in range(0, SIZE, UNROLL):
-        for step in tl.static_range(UNROLL):
-            token = first + start + step
-            # Past the end the last token is read again: it is of the same block, so maxima and minima
-            # stay; sums leave it out.
-            at = x + tl.minimum(token, end - 1).to(tl.int64)[:, None] * stride_t + lo[None, :] * stride_d
-            a = tl.load(at, mask=inside_a, other=0.0).to(like).to(tl.float32)
-            b = tl.load(at + D_HALF * stride_d, mask=inside_b, other=0.0).to(like).to(tl.float32)
-            if PLACES[0] >= 0:
-                high_a, high_b = tl.maximum(high_a, a), tl.maximum(high_b, b)
-            if PLACES[1] >= 0:
-                low_a, low_b = tl.minimum(low_a, a), tl.minimum(low_b, b)
-            if PLACES[2] >= 0:
-                here = (token < end)[:, None]
-                sum_a, sum_b = sum_a + tl.where(here, a, 0.0), sum_b + tl.where(here, b, 0.0)
     count = tl.maximum(tl.minimum(end - first, SIZE), 1).to(tl.float32)[:, None]
-    return (high_a, high_b), (low_a, low_b), (sum_a / count, sum_b / count)
+    lo = tl.arange(0, D_PAD)
+    highs, lows, means = (), (), ()
+    # One half after the other: numbers of fp32 of both would not fit into registers.
+    for half in tl.static_range(2):
+        inside = (half * D_HALF + lo < tl.minimum(D, (half + 1) * D_HALF))[None, :]
+        high = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
+        low = -high
+        total = tl.zeros([ROWS, D_PAD], tl.float32)
+        for start in range(0, SIZE, UNROLL):
+            for step in tl.static_range(UNROLL):
+                token = first + start + step
+                # Past the end the last token is read again: it is of the same block, so maxima and minima
+                # stay; sums leave it out.
+                at = x + tl.minimum(token, end - 1).to(tl.int64)[:, None] * stride_t
+                at += (half * D_HALF + lo)[None, :] * stride_d
+                number = tl.load(at, mask=inside, other=0.0).to(like).to(tl.float32)
+                if PLACES[0] >= 0:
+                    high = tl.maximum(high, number)
+                if PLACES[1] >= 0:
+                    low = tl.minimum(low, number)
+                if PLACES[2] >= 0:
+                    total += tl.where((token < end)[:, None], number, 0.0)
+        highs = highs + (high.to(kept),)  # noqa: RUF005, Triton has no stars
+        lows = lows + (low.to(kept),)  # noqa: RUF005
+        means = means + ((total / count).to(kept),)  # noqa: RUF005
+    return highs, lows, means
 
 
 @jit
@@ -288,25 +351,3 @@ def _normalise(first, second, norm, eps, E: tl.constexpr):
     first *= factor * tl.load(norm, mask=e < E_HALF, other=0.0).to(tl.float32)
     second *= factor * tl.load(norm + E_HALF, mask=E_HALF + e < E, other=0.0).to(tl.float32)
     return first, second
-
-
-@jit
-def _project(a, b, w, first, second, D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the product of one pool, two halves of its width, with a `[D, E]` matrix, to two halves of E."""
-    D_HALF: tl.constexpr = (D + 1) // 2
-    d = tl.arange(0, a.shape[1])[:, None]
-    a, b = a.to(w.dtype.element_ty), b.to(w.dtype.element_ty)
-    first = _product(a, w, d, d < D_HALF, 0, first, E, PRECISION)
-    first = _product(b, w, D_HALF + d, D_HALF + d < D, 0, first, E, PRECISION)
-    E_HALF: tl.constexpr = (E + 1) // 2
-    second = _product(a, w, d, d < D_HALF, E_HALF, second, E, PRECISION)
-    second = _product(b, w, D_HALF + d, D_HALF + d < D, E_HALF, second, E, PRECISION)
-    return first, second
-
-
-@jit
-def _product(pool, w, row, here, column: tl.constexpr, total, E: tl.constexpr, PRECISION: tl.constexpr):
-    e = tl.arange(0, total.shape[1])[None, :]
-    inside = (column + e < E) & (e < (E + 1) // 2)
-    part = tl.load(w + row * E + column + e, mask=here & inside, other=0.0)
-    return tl.dot(pool, part, total, input_precision=PRECISION)

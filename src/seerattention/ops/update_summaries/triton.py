@@ -142,8 +142,8 @@ def _update(
         E_HALF: tl.constexpr = (E + 1) // 2
         row, e = tl.arange(0, ROWS), tl.arange(0, E_PAD)
         pools = pool(
-            tail, None, row, BLOCK_K, SUBS, tail_strides[2], 1, summaries.dtype.element_ty, D, D_PAD,
-            BLOCK_K // SUBS, PLACES, ROWS, UNROLL,
+            tail, None, row, BLOCK_K, SUBS, tail_strides[2], 1, summaries.dtype.element_ty,
+            summaries.dtype.element_ty, D, D_PAD, BLOCK_K // SUBS, PLACES, ROWS, UNROLL,
         )  # fmt: skip
         entry = before // BLOCK_K * SUBS + row
         kept = ((row < SUBS) & (entry < room))[:, None]
@@ -152,8 +152,8 @@ def _update(
         for group in range(GROUPS):
             head_out = head * GROUPS + group
             first, second = finish(
-                pools, weight + head_out * (POOLS * D * E), norm, cos, sin, turn, kept_a, kept_b, eps, D, E,
-                E_PAD, PLACES, ROWS, PRECISION,
+                pools, weight + head_out * (POOLS * D * E), None, norm, cos, sin, turn, kept_a, kept_b, eps,
+                D, E, D_PAD, E_PAD, PLACES, ROWS, PRECISION,
             )  # fmt: skip
             to = summaries + b * summary_strides[0] + head_out * summary_strides[1]
             to += entry.to(tl.int64)[:, None] * summary_strides[2] + e[None, :]
