@@ -32,15 +32,13 @@ KERNELS: dict[str, Any] = {name: op.BACKENDS["triton"] for name, op in
 
 #: Tried by ``--sweep``.
 SCORE_SETTINGS = [
-    Launch(rows, columns, warps, stages, resident=resident)
-    for rows, columns, resident, warps, stages in itertools.product(
-        (64, 128), (64, 128), (1, 2, 4, 8), (4, 8), (1, 2, 3)
-    )
-    if rows * columns <= 2048 * warps
+    Launch(rows, columns, warps, stages)
+    for rows, columns, warps, stages in itertools.product((64, 128), (64, 128, 256), (4, 8), (1, 2, 3))
+    if rows * columns <= 4096 * warps
 ]
 SUMMARY_SETTINGS = [
-    Launch(tokens, unroll, warps, 1)
-    for tokens, unroll, warps in itertools.product((128, 256, 512, 1024, 2048), (2, 4, 8, 16), (4, 8))
+    Launch(tokens, unroll, warps, 1, programs=programs)
+    for tokens, unroll, warps, programs in itertools.product((64, 128, 256), (2, 4, 8), (4, 8), (2, 3, 4))
 ]
 
 

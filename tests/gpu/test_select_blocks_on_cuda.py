@@ -213,7 +213,7 @@ def test_compiles_as_one_graph(case: Case) -> None:
 def test_packed_sequences_choose_as_alone_in_as_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(next(c for c in MIDDLING if c.name == "packed"), torch.bfloat16)
     launches = []
-    for name in ("_score", "_choose"):
+    for name in ("score", "choose"):
         inner = getattr(kernel, name)
         monkeypatch.setattr(kernel, name, _Counted(inner, launches))
     for policy in POLICIES:
@@ -242,12 +242,13 @@ class _Counted:
 def test_tiles_and_chunks_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(MIDDLING[1], torch.bfloat16)
     certain = Certain.of(policy=TopK(0.1), **args)
-    for rows, columns, resident, warps, size in (
-        (64, 128, 2, 8, 2**18),
-        (128, 64, 4, 8, 1),
-        (16, 32, 1, 4, 2**22),
+    for rows, columns, warps, held, size in (
+        (64, 128, 4, 2**15, 2**18),
+        (128, 256, 8, 2**16, 1),
+        (64, 32, 4, 2**12, 2**22),
     ):
-        monkeypatch.setitem(kernel.LAUNCHES, "narrow", Launch(rows, columns, warps, 2, resident=resident))
+        monkeypatch.setitem(kernel.LAUNCHES, "narrow", Launch(rows, columns, warps, 2))
+        monkeypatch.setattr(kernel, "HELD_BYTES", held)
         monkeypatch.setattr(kernel, "SCORE_BYTES", size)
         monkeypatch.setattr(kernel, "SUMMARY_BYTES", 4 * size)
         certain.check(select_blocks(policy=TopK(0.1), **args))

@@ -128,35 +128,43 @@ def test_the_kernels_of_shares_compile_for_hopper(kernel: Any) -> None:
 @compiles
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shares", [False, True])
-@pytest.mark.parametrize("dim", [96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed: bool) -> None:
     started = choosing.LAUNCHES["narrow shares" if shares else "narrow"]
-    options = started.tile() | {"RESIDENT": started.resident}
+    options = choosing._tile(started, dim, 2, "tf32x3", 1 if shares else 16, 16)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
     constants |= {"SUBS_Q": 1, "BLOCK_Q": 4, "EXACT": True} if shares else {"EXACT": False}
-    constants |= choosing._widths(dim, "tf32x3")
     types = {"queries": "*bf16", "keys": "*bf16", "scores": "*fp32", "sequences": "*i32", "scale": "fp32"}
-    made = compiled(choosing._score, constants, types, launch)
+    made = compiled(choosing.score, constants, types, launch)
     assert made.metadata.shared <= 99 * 1024
     assert "wgmma.mma_async" in made.asm["ptx"]
     types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}
     types |= {"value": "fp32", "row_exponent": "fp32"}
     for kind in range(len(choosing.KINDS)):
         constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512, "EACH": 16 if shares else 0}
+        constants["TOGETHER"] = choosing.TOGETHER
         if not packed and kind:
             constants["values"] = None
-        compiled(choosing._choose, constants, types, {"num_warps": 1})
+        compiled(choosing.choose, constants, types, {"num_warps": 1})
 
 
 @compiles
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_summarising_kernel_compiles_for_hopper(packed: bool) -> None:
-    options = summarising._launch(4, 256, projects=True)
+@pytest.mark.parametrize(("dim", "packed"), [(64, False), (96, False), (96, True)])
+def test_the_summarising_kernel_compiles_for_hopper(dim: int, packed: bool) -> None:
+    options = summarising._tile(summarising.LAUNCHES["project"], 4)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
-    constants = {"HEADS": 32, "GROUPS": 1, "D": 128, "E": 96, "D_PAD": 64, "E_PAD": 64, "SIZE": 4}
-    constants |= {"PLACES": (0, 1, 2), "PRECISION": "tf32x3", "norm": None} | options
+    constants = {
+        "HEADS": 32,
+        "GROUPS": 1,
+        "D": 128,
+        "E": dim,
+        "D_PAD": 64,
+        "E_PAD": padded(dim // 2),
+        "SIZE": 4,
+    }
+    constants |= {"PLACES": (0, 1, 2), "HELD": dim == 64, "PRECISION": "tf32x3", "norm": None} | options
     constants |= {} if packed else {"edges": None}
     types = dict.fromkeys(("x", "weight", "out"), "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
     made = compiled(summarising._summarise, constants, types | {"edges": "*i32", "eps": "fp32"}, launch)

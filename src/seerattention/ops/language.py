@@ -258,19 +258,18 @@ def sequence_of(
 
 @jit
 def best_products(
-    queries, keys, row, column, last_q, last_k, E: tl.constexpr, E_LOW: tl.constexpr, E_REST: tl.constexpr,
+    queries, keys, row, column, last_q, last_k, E: tl.constexpr, E_PAD: tl.constexpr,
     SUBS_Q: tl.constexpr, SUBS_K: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
     KEEP: tl.constexpr, latest, KEY_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Return block pairs' largest products over their pairs of summaries, and with KEEP the pairs' numbers.
 
     ``row`` and ``column`` are the blocks of a tile. Summaries of ``E`` numbers lie behind one another from
-    ``queries`` and ``keys`` on, the last of them ``last_q`` and ``last_k``; a product takes their first
-    ``E_LOW`` numbers and, if any, the ``E_REST`` after them. A query block's are held ``RESIDENT`` at a time.
-    With ``KEY_TOKENS``, how many a summary of keys is of, none counts that begins after the row's ``latest``.
+    ``queries`` and ``keys`` on, the last of them ``last_q`` and ``last_k``. A query block's are held
+    ``RESIDENT`` at a time. With ``KEY_TOKENS``, how many a summary of keys is of, none counts that begins
+    after the row's ``latest``.
     """
-    e = tl.arange(0, E_LOW)
-    PARTS: tl.constexpr = 2 if E_REST > 0 else 1
+    e = tl.arange(0, E_PAD)
     # One product per pair of places within a block: the maximum over sub-blocks is then one between whole
     # tiles. A short last block repeats its last summary: equal to an earlier pair, it never wins.
     best = tl.full([row.shape[0], column.shape[0]], float("-inf"), tl.float32)
@@ -281,21 +280,11 @@ def best_products(
             at_q = queries + tl.minimum(row * SUBS_Q + held + sub, last_q)[:, None] * E
             query = tl.load(at_q + e[None, :], mask=(e < E)[None, :], other=0.0)
             parts = parts + (query,)  # noqa: RUF005, Triton has no stars
-            if E_REST > 0:
-                more = E_LOW + tl.arange(0, E_REST)
-                query = tl.load(at_q + more[None, :], mask=(more < E)[None, :], other=0.0)
-                parts = parts + (query,)  # noqa: RUF005
         for sub_k in range(SUBS_K):
             at_k = keys + tl.minimum(column * SUBS_K + sub_k, last_k)[None, :] * E
             key = tl.load(at_k + e[:, None], mask=(e < E)[:, None], other=0.0)
-            if E_REST > 0:
-                more = E_LOW + tl.arange(0, E_REST)
-                key_rest = tl.load(at_k + more[:, None], mask=(more < E)[:, None], other=0.0)
             for sub in tl.static_range(RESIDENT):
-                product = tl.dot(parts[sub * PARTS], key, input_precision=PRECISION)
-                if E_REST > 0:
-                    rest = tl.dot(parts[sub * PARTS + 1], key_rest, product, input_precision=PRECISION)
-                    product = rest
+                product = tl.dot(parts[sub], key, input_precision=PRECISION)
                 if KEY_TOKENS > 0:
                     begins = (column * SUBS_K + sub_k) * KEY_TOKENS
                     product = tl.where(begins[None, :] <= latest[:, None], product, float("-inf"))

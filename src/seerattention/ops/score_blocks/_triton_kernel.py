@@ -56,7 +56,7 @@ def score(
         last_query = past + row * BLOCK_Q + (BLOCK_Q - 1)
         best, winner = best_products(
             queries + head * query_subs * E, keys + (head // GROUP) * key_subs * E, row, column,
-            query_subs - 1, key_subs - 1, E, E_PAD, 0, SUBS_Q, SUBS_K, RESIDENT, PRECISION, KEEP,
+            query_subs - 1, key_subs - 1, E, E_PAD, SUBS_Q, SUBS_K, RESIDENT, PRECISION, KEEP,
             last_query, BLOCK_K // SUBS_K if EXACT else 0,
         )  # fmt: skip
         best *= scale

@@ -7,13 +7,11 @@ taken. Where shares are compared, the first one fills a row for every query summ
 one by softmax and maximum.
 """
 
-# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any
@@ -21,33 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import (
-    best_products,
-    jit,
-    padded,
-    power_of_two,
-    products,
-    tl,
-    unsupported_dtype,
-    unsupported_here,
-)
+from seerattention.ops.language import padded, power_of_two, products, unsupported_dtype, unsupported_here
 from seerattention.ops.launch import Launch, width
-from seerattention.ops.rules import KINDS, MAX_BLOCKS, store_bits, take
+from seerattention.ops.rules import KINDS, MAX_BLOCKS
+from seerattention.ops.select_blocks._triton_kernel import choose, score
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer, compares_shares
 from seerattention.selection import WORD, BlockSelection
 
-#: Launches of the score kernel, by what `width` says; either takes less than 100 KB of shared memory.
+#: Launches of the score kernel, by what `width` says; ``block_n`` are the summaries of keys in a product.
 LAUNCHES = {
-    "narrow": Launch(64, 64, 4, 2, resident=4),
-    "wide": Launch(64, 32, 8, 1),
-    "narrow shares": Launch(64, 64, 4, 3),
-    "wide shares": Launch(64, 32, 8, 1),
+    "narrow": Launch(64, 256, 4, 2),
+    "wide": Launch(64, 64, 8, 1),
+    "narrow shares": Launch(64, 256, 4, 2),
+    "wide shares": Launch(64, 64, 8, 1),
 }
+
+#: Bytes of key summaries that a program of the score kernel holds, and the tiles of rows that pass by.
+HELD_BYTES, STRIP = 64 * 2**10, 8
 
 #: Scores of a row that one warp of the policy kernel holds.
 SCORES_PER_WARP = 512
+
+#: Query summaries whose scores it loads together.
+TOGETHER = 4
 
 #: Bytes of block scores of a chunk of rows, to be read back from a GPU's L2 cache.
 SCORE_BYTES = 32 * 2**20
@@ -174,6 +170,7 @@ def choose_rows(
     # Rows of scores for each row of blocks.
     each = subs[0] if shares else 1
     launch = LAUNCHES[width(keys) + (" shares" if shares else "")]
+    tile = _tile(launch, dim, keys.element_size(), products(keys), subs[0] // each, subs[1])
     widths = [0] * down
     for queries_of_one, keys_of_one in zip(lengths[::2], lengths[1::2], strict=True):
         for row in range(first, min(last, num_blocks(queries_of_one, block_q))):
@@ -189,8 +186,8 @@ def choose_rows(
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             seen = widths[stop - 1]
-            tiles = num_blocks((stop - start) * each, launch.block_m) * num_blocks(seen, launch.block_n)
-            _score[batch * heads, tiles](
+            strips = num_blocks((stop - start) * each, tile["STRIP"]) * num_blocks(seen, tile["BLOCK_N"])
+            score[batch * heads, strips](
                 queries,
                 keys,
                 scores,
@@ -206,18 +203,16 @@ def choose_rows(
                 HEADS=heads,
                 GROUP=heads // keys.shape[1],
                 E=dim,
-                **_widths(dim, products(keys)),
                 SUBS_Q=subs[0] // each,
                 SUBS_K=subs[1],
                 BLOCK_Q=block_q // each,
                 BLOCK_K=block_k,
                 EXACT=shares,
-                RESIDENT=math.gcd(subs[0] // each, launch.resident),
                 PRECISION=products(keys),
-                **launch.tile(),
+                **tile,
             )
             wide = max(WORD, power_of_two(seen))
-            _choose[batch * heads, stop - start](
+            choose[batch * heads, stop - start](
                 scores,
                 bits,
                 sequences,
@@ -238,6 +233,7 @@ def choose_rows(
                 BLOCK_K=block_k,
                 HEADS=heads,
                 EACH=each if shares else 0,
+                TOGETHER=math.gcd(each, TOGETHER),
                 KIND=kind,
                 SLOPED=row_exponent != 0,
                 WIDTH=wide,
@@ -246,7 +242,7 @@ def choose_rows(
 
 
 def _sequences(rows: Rows, scorer: Any, device: torch.device) -> Tensor:
-    """Where each packed sequence that has queries lies, int32 ``[S, 7]``, as `_score` and `_choose` read it.
+    """Where each packed sequence that has queries lies, int32 ``[S, 7]``, as `score` and `choose` read it.
 
     Its place among the rectangle's rows, its first summary of queries and how many there are, its summaries
     of keys, its query tokens and those before them, and its first row.
@@ -289,6 +285,42 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
+def _tile(launch: Launch, dim: int, nbytes: int, precision: str, subs_q: int, subs_k: int) -> dict[str, int]:
+    """Return the score kernel's tiles: as many blocks as can be held with all of their summaries.
+
+    At least 16; of blocks with more summaries than fit a part is held at a time.
+
+    Args:
+        launch: Of the kernel.
+        dim: Numbers of a summary.
+        nbytes: Bytes of a number.
+        precision: How fp32 is multiplied.
+        subs_q: Summaries of queries per row of scores.
+        subs_k: Summaries of keys per block.
+    """
+    widths = _widths(dim, precision if nbytes == 4 else "ieee")
+    # Three products of fp32 hold it twice; and tiles of wide queries need room.
+    fit = HELD_BYTES // (sum(widths.values()) * nbytes * (2 if nbytes == 4 or dim > 128 else 1))
+    blocks = _power(max(16, min(launch.block_n // 2, fit // subs_k)))
+    # Nor is there any for a second tile of such queries, where each is scored at once.
+    stages = 1 if dim > 96 and subs_q == 1 else launch.stages
+    held = max(n for n in range(1, subs_k + 1) if subs_k % n == 0 and (n == 1 or n * blocks <= fit))
+    return {
+        **replace(launch, stages=stages).tile(),
+        **widths,
+        "BLOCK_N": blocks,
+        "HELD": held,
+        "JOINED": math.gcd(held, max(1, launch.block_n // blocks)),
+        "NEAR": _power(min(128, max(16, fit // 4))),
+        "STRIP": launch.block_m * max(1, STRIP // subs_q),
+    }
+
+
+def _power(n: int) -> int:
+    """Return the largest power of two that is not larger than ``n``."""
+    return 1 << (n.bit_length() - 1)
+
+
 def _widths(dim: int, precision: str) -> dict[str, int]:
     """Cover the summaries' values by one tile that is a power of two wide, or by two where that is less.
 
@@ -321,133 +353,3 @@ def _stride(width: int) -> int:
 
 choose_op = torch.library.custom_op("seerattention::choose_rows", choose_rows, mutates_args=("bits",))
 choose_op.register_fake(lambda *_: None)
-
-
-@jit("query_subs", "key_subs", "start", "stop", "width", "past")
-def _score(
-    queries,
-    keys,
-    scores,
-    sequences,
-    query_subs,
-    key_subs,
-    start,
-    stop,
-    width,
-    stride,
-    past,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    E: tl.constexpr,
-    E_LOW: tl.constexpr,
-    E_REST: tl.constexpr,
-    SUBS_Q: tl.constexpr,
-    SUBS_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write a tile of block scores; rows count from the first query summary, at position ``past``.
-
-    With EXACT, of the block that a row ends in only those summaries of keys count that begin by its end.
-    """
-    across = tl.cdiv(width, BLOCK_N)
-    row = start + (tl.program_id(1) // across) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(1) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = tl.program_id(0).to(tl.int64)
-    batch, first_q = head // HEADS, queries + head * query_subs * E
-    last_q, last_k = query_subs - 1, key_subs - 1
-    if sequences is not None:
-        entry = sequences + batch * 7
-        batch = tl.load(entry).to(tl.int64)
-        first_q = queries + ((head % HEADS) * query_subs + tl.load(entry + 1)) * E
-        last_q, last_k, past = tl.load(entry + 2) - 1, tl.load(entry + 3) - 1, tl.load(entry + 5)
-    tile_first = start + (tl.program_id(1) // across) * BLOCK_M
-    latest = past + (tile_first + BLOCK_M) * BLOCK_Q - 1
-    wanted = (tl.program_id(1) % across) * BLOCK_N * BLOCK_K <= latest
-    if sequences is not None:
-        wanted &= tile_first * SUBS_Q <= last_q
-    if wanted:
-        first_k = keys + (batch * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
-        ends = past + (row + 1) * BLOCK_Q - 1
-        if EXACT and (tl.program_id(1) % across + 1) * BLOCK_N * BLOCK_K > past + tile_first * BLOCK_Q:
-            best, _ = best_products(
-                first_q, first_k, row, column, last_q, last_k, E, E_LOW, E_REST, SUBS_Q, SUBS_K, RESIDENT,
-                PRECISION, False, ends, BLOCK_K // SUBS_K,
-            )  # fmt: skip
-        else:
-            best, _ = best_products(
-                first_q, first_k, row, column, last_q, last_k, E, E_LOW, E_REST, SUBS_Q, SUBS_K, RESIDENT,
-                PRECISION, False, ends, 0,
-            )  # fmt: skip
-        to = scores + head * (stop - start) * stride
-        kept = (row < stop)[:, None] & (column < width)[None, :]
-        tl.store(to + (row - start)[:, None] * stride + column[None, :], best * scale, mask=kept)
-
-
-@jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
-def _choose(
-    scores,
-    bits,
-    sequences,
-    first,
-    rows,
-    stride,
-    all_rows,
-    words,
-    tokens,
-    past,
-    value,
-    values,
-    row_exponent,
-    sink,
-    local,
-    dense_from,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HEADS: tl.constexpr,
-    EACH: tl.constexpr,
-    KIND: tl.constexpr,
-    SLOPED: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores."""
-    row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
-    row_of_bits = head * all_rows + row
-    if sequences is not None:
-        entry = sequences + (head // HEADS) * 7
-        tokens, past, value = tl.load(entry + 4), tl.load(entry + 5), tl.load(values + head)
-        row_of_bits = (head % HEADS) * all_rows + tl.load(entry + 6) + row
-        dense_from += tl.cdiv(tokens, BLOCK_Q) - all_rows
-        if row * BLOCK_Q >= tokens:
-            return
-    elif values is not None:
-        value = tl.load(values + head % HEADS)
-    last = (tl.minimum((row + 1) * BLOCK_Q, tokens) - 1 + past) // BLOCK_K
-    own = (row * BLOCK_Q + past) // BLOCK_K
-    block = tl.arange(0, WIDTH)
-    valid = block <= last
-    if EACH > 0:
-        at = scores + (head * rows + tl.program_id(1)) * EACH * stride
-        score = tl.full([WIDTH], float("-inf"), tl.float32)
-        for sub in range(EACH):
-            begins = row * BLOCK_Q + sub * (BLOCK_Q // EACH)
-            seen = block * BLOCK_K < begins + BLOCK_Q // EACH + past
-            product = tl.load(at + sub * stride + block, mask=valid & seen, other=float("-inf"))
-            product -= tl.max(product, 0)
-            share = product - tl.log(tl.sum(tl.exp(product), 0))
-            score = tl.where(begins < tokens, tl.maximum(score, share), score)
-    else:
-        at = scores + (head * rows + tl.program_id(1)) * stride
-        score = tl.load(at + block, mask=valid, other=float("-inf"))
-    always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
-    if SLOPED:
-        value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
-    read = tl.sum(always.to(tl.int32), 0)
-    taken = take(score, valid, always, read, value, KIND, 1) | always
-    store_bits(taken & valid, bits + row_of_bits * words, words)

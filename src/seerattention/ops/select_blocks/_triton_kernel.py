@@ -1,0 +1,238 @@
+"""The kernels of `select_blocks`: block scores of a chunk of rows, and what a rule takes of each row."""
+
+# Triton reads annotations such as `tl.constexpr`, whose module may be missing.
+# pyright: reportInvalidTypeForm=false
+
+from __future__ import annotations
+
+from seerattention.ops.language import jit, tl
+from seerattention.ops.rules import store_bits, take
+
+
+@jit("query_subs", "key_subs", "start", "stop", "width", "past")
+def score(
+    queries,
+    keys,
+    scores,
+    sequences,
+    query_subs,
+    key_subs,
+    start,
+    stop,
+    width,
+    stride,
+    past,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    E: tl.constexpr,
+    E_LOW: tl.constexpr,
+    E_REST: tl.constexpr,
+    SUBS_Q: tl.constexpr,
+    SUBS_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STRIP: tl.constexpr,
+    HELD: tl.constexpr,
+    JOINED: tl.constexpr,
+    NEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the scores of STRIP rows for BLOCK_N blocks; rows count from the first query summary.
+
+    That one is at position ``past``. With EXACT, of the block that a row ends in only those summaries of
+    keys count that begin by its end. HELD summaries of each block stay in shared memory while rows pass.
+    """
+    across = tl.cdiv(width, BLOCK_N)
+    top, left = start + (tl.program_id(1) // across) * STRIP, (tl.program_id(1) % across) * BLOCK_N
+    bottom = tl.minimum(top + STRIP, stop)
+    head = tl.program_id(0).to(tl.int64)
+    batch, first_q = head // HEADS, queries + head * query_subs * E
+    last_q, last_k = query_subs - 1, key_subs - 1
+    if sequences is not None:
+        entry = sequences + batch * 7
+        batch = tl.load(entry).to(tl.int64)
+        first_q = queries + ((head % HEADS) * query_subs + tl.load(entry + 1)) * E
+        last_q, last_k, past = tl.load(entry + 2) - 1, tl.load(entry + 3) - 1, tl.load(entry + 5)
+        bottom = tl.minimum(bottom, last_q // SUBS_Q + 1)
+    first_k = keys + (batch * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
+    to = scores + head * (stop - start) * stride
+    # Tiles of rows that end before the blocks begin are left out.
+    top += tl.maximum((left * BLOCK_K - past) // BLOCK_Q - top, 0) // BLOCK_M * BLOCK_M
+    if top < bottom:
+        place, column = tl.arange(0, JOINED * BLOCK_N), left + tl.arange(0, BLOCK_N)
+        for held in tl.static_range(0, SUBS_K, HELD):
+            parts = ()
+            # A product has the summaries of some places in all blocks, those of one place side by side.
+            for sub in tl.static_range(held, held + HELD, JOINED):
+                summary = (left + place % BLOCK_N) * SUBS_K + sub + place // BLOCK_N
+                parts = parts + _keys(first_k, summary, last_k, E, E_LOW, E_REST)
+            if held > 0:
+                tl.debug_barrier()
+            for tile in range(top, bottom, BLOCK_M):
+                row = tile + tl.arange(0, BLOCK_M)
+                best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+                for sub_q in range(SUBS_Q):
+                    query = _queries(first_q, row * SUBS_Q + sub_q, last_q, E, E_LOW, E_REST)
+                    for part in tl.static_range(HELD // JOINED):
+                        product = _product(query, parts, part, E_REST, PRECISION)
+                        # The maximum over places is one within a thread, and so is that over products.
+                        best = tl.maximum(best, tl.max(tl.reshape(product, [BLOCK_M, JOINED, BLOCK_N]), 1))
+                best *= scale
+                at = to + (row - start)[:, None] * stride + column[None, :]
+                kept = (row < bottom)[:, None] & (column < width)[None, :]
+                if held > 0:
+                    best = tl.maximum(best, tl.load(at, mask=kept, other=float("-inf")))
+                tl.store(at, best, mask=kept)
+        if EXACT:
+            tl.debug_barrier()
+            after = tl.cdiv(tl.maximum((left + BLOCK_N) * BLOCK_K - past, 0), BLOCK_Q)
+            for tile in range(top, tl.minimum(bottom, after), BLOCK_M):
+                row = tile + tl.arange(0, BLOCK_M)
+                query = _queries(first_q, row, last_q, E, E_LOW, E_REST)
+                own, best = _own_block(
+                    query, first_k, tile, last_k, past, E, E_LOW, E_REST, SUBS_K, BLOCK_Q, BLOCK_K, BLOCK_M,
+                    NEAR, PRECISION,
+                )  # fmt: skip
+                kept = (row < bottom) & (own >= left) & (own < tl.minimum(left + BLOCK_N, width))
+                tl.store(to + (row - start) * stride + own, best * scale, mask=kept)
+
+
+@jit
+def _own_block(
+    query, keys, tile, last_k, past, E: tl.constexpr, E_LOW: tl.constexpr, E_REST: tl.constexpr,
+    SUBS_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    NEAR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the block that each row ends in and the row's largest product there, without what begins later.
+
+    A product of its own, with summaries as they lie: masks in the loop over all blocks would take the
+    registers of a third program.
+    """
+    TOKENS: tl.constexpr = BLOCK_K // SUBS_K
+    ends = past + (tile + tl.arange(0, BLOCK_M) + 1) * BLOCK_Q - 1
+    own = ends // BLOCK_K
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    first = (past + (tile + 1) * BLOCK_Q - 1) // BLOCK_K * SUBS_K
+    last = (past + (tile + BLOCK_M) * BLOCK_Q - 1) // TOKENS
+    for begin in range(first, last + 1, NEAR):
+        near = begin + tl.arange(0, NEAR)
+        product = _product(query, _keys(keys, near, last_k, E, E_LOW, E_REST), 0, E_REST, PRECISION)
+        seen = (near // SUBS_K)[None, :] == own[:, None]
+        seen &= (near * TOKENS)[None, :] <= ends[:, None]
+        best = tl.maximum(best, tl.max(tl.where(seen, product, float("-inf")), 1))
+    return own, best
+
+
+@jit
+def _queries(queries, row, last, E: tl.constexpr, E_LOW: tl.constexpr, E_REST: tl.constexpr):
+    """Load summaries ``[rows, E_LOW]`` and, if any, the ``E_REST`` numbers after them; the last past it."""
+    e = tl.arange(0, E_LOW)
+    at = queries + tl.minimum(row, last)[:, None] * E
+    query = tl.load(at + e[None, :], mask=(e < E)[None, :], other=0.0)
+    rest = query
+    if E_REST > 0:
+        more = E_LOW + tl.arange(0, E_REST)
+        rest = tl.load(at + more[None, :], mask=(more < E)[None, :], other=0.0)
+    return query, rest
+
+
+@jit
+def _keys(keys, column, last, E: tl.constexpr, E_LOW: tl.constexpr, E_REST: tl.constexpr):
+    """Load summaries as `_queries` does, turned: ``[E_LOW, columns]`` and the rest, one tuple."""
+    e = tl.arange(0, E_LOW)
+    # A short last block repeats its last summary: equal to an earlier one, it changes no maximum.
+    at = keys + tl.minimum(column, last)[None, :] * E
+    parts = (tl.load(at + e[:, None], mask=(e < E)[:, None], other=0.0),)
+    if E_REST > 0:
+        more = E_LOW + tl.arange(0, E_REST)
+        rest = tl.load(at + more[:, None], mask=(more < E)[:, None], other=0.0)
+        parts = parts + (rest,)  # noqa: RUF005, Triton has no stars
+    return parts
+
+
+@jit
+def _product(query, parts, part: tl.constexpr, E_REST: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the product of summaries that `_queries` loaded and some of those that `_keys` did."""
+    PARTS: tl.constexpr = 2 if E_REST > 0 else 1
+    product = tl.dot(query[0], parts[part * PARTS], input_precision=PRECISION)
+    if E_REST > 0:
+        rest = tl.dot(query[1], parts[part * PARTS + 1], product, input_precision=PRECISION)
+        product = rest
+    return product
+
+
+@jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
+def choose(
+    scores,
+    bits,
+    sequences,
+    first,
+    rows,
+    stride,
+    all_rows,
+    words,
+    tokens,
+    past,
+    value,
+    values,
+    row_exponent,
+    sink,
+    local,
+    dense_from,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEADS: tl.constexpr,
+    EACH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    KIND: tl.constexpr,
+    SLOPED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores."""
+    row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
+    row_of_bits = head * all_rows + row
+    if sequences is not None:
+        entry = sequences + (head // HEADS) * 7
+        tokens, past, value = tl.load(entry + 4), tl.load(entry + 5), tl.load(values + head)
+        row_of_bits = (head % HEADS) * all_rows + tl.load(entry + 6) + row
+        dense_from += tl.cdiv(tokens, BLOCK_Q) - all_rows
+        if row * BLOCK_Q >= tokens:
+            return
+    elif values is not None:
+        value = tl.load(values + head % HEADS)
+    last = (tl.minimum((row + 1) * BLOCK_Q, tokens) - 1 + past) // BLOCK_K
+    own = (row * BLOCK_Q + past) // BLOCK_K
+    block = tl.arange(0, WIDTH)
+    valid = block <= last
+    if EACH > 0:
+        at = scores + (head * rows + tl.program_id(1)) * EACH * stride
+        score = tl.full([WIDTH], float("-inf"), tl.float32)
+        for first_sub in range(0, EACH, TOGETHER):
+            # Of some rows at a time, so that no load waits for the sums of the row before.
+            products = ()
+            for sub in tl.static_range(TOGETHER):
+                ends = row * BLOCK_Q + (first_sub + sub + 1) * (BLOCK_Q // EACH) + past
+                product = tl.load(
+                    at + (first_sub + sub) * stride + block,
+                    mask=valid & (block * BLOCK_K < ends),
+                    other=float("-inf"),
+                )
+                products = products + (product,)  # noqa: RUF005, Triton has no stars
+            for sub in tl.static_range(TOGETHER):
+                product = products[sub] - tl.max(products[sub], 0)
+                share = product - tl.log(tl.sum(tl.exp(product), 0))
+                here = row * BLOCK_Q + (first_sub + sub) * (BLOCK_Q // EACH) < tokens
+                score = tl.where(here, tl.maximum(score, share), score)
+    else:
+        at = scores + (head * rows + tl.program_id(1)) * stride
+        score = tl.load(at + block, mask=valid, other=float("-inf"))
+    always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
+    if SLOPED:
+        value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
+    read = tl.sum(always.to(tl.int32), 0)
+    taken = take(score, valid, always, read, value, KIND, 1) | always
+    store_bits(taken & valid, bits + row_of_bits * words, words)
