@@ -132,7 +132,7 @@ def test_the_kernels_of_shares_compile_for_hopper(kernel: Any) -> None:
 def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed: bool) -> None:
     started = choosing.LAUNCHES["narrow shares" if shares else "narrow"]
     options = choosing._tile(started, dim, 2, "tf32x3", 1 if shares else 16, 16)
-    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
     constants |= {"SUBS_Q": 1, "BLOCK_Q": 4, "EXACT": True} if shares else {"EXACT": False}

@@ -64,23 +64,26 @@ def _order(score):
 
 
 @jit
-def _above(key, weight, most, COUNT: tl.constexpr):
+def _above(key, weight, most):
     """Return what the blocks weigh whose key is larger than ``most``."""
-    larger = key > most
-    return tl.sum(larger.to(tl.int32) if COUNT else tl.where(larger, weight, 0.0), 0)
+    return tl.sum(tl.where(key > most, weight, 0.0), 0)
 
 
 @jit
-def _limit(key, limit):
+def _limit(key, limit, BITS: tl.constexpr):
     """Return the smallest key that fewer than ``limit`` are larger than, and how many are larger than it.
 
     Or else any that exactly as many are larger than, which ends most searches early. One sum, whose digits
-    count, compares with three keys at a time, or with two in a long row.
+    count, compares with three keys at a time, or with two in a long row. With ``BITS`` 1 the search begins
+    between the row's own keys: two sums for the seven or so that sign and exponent would take.
     """
     LONG: tl.constexpr = key.shape[0] > 512
     DIGIT: tl.constexpr = 16 if LONG else 10
     MASK: tl.constexpr = (1 << DIGIT) - 1
     low, high = tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
+    if BITS == 1:
+        low, high = tl.min(tl.where(key > 0, key, high), 0) - 1, tl.max(key, 0)
+    all_above = low
     # None is left where the limit is not above 0.
     low = tl.where(limit > 0, low, high)
     before = tl.full([], 0, tl.int32)
@@ -88,7 +91,7 @@ def _limit(key, limit):
         span = high - low
         part = span // 3 if LONG else span // 4
         # Nothing is searched where all are taken.
-        first = tl.where(low == 0, low, low + part)
+        first = tl.where(low == all_above, low, low + part)
         middle = low + span // 2
         last = high - 1 - part
         counts = (key > first).to(tl.int32) + ((key > last).to(tl.int32) << DIGIT)
@@ -121,33 +124,53 @@ def _best(key, weight, limit, COUNT: tl.constexpr, BITS: tl.constexpr):
     Blocks whose key is 0 are not taken. Each weighs one if ``COUNT``, ``weight`` else: then the weight of
     blocks that tie is their key, as a float.
     """
-    if COUNT and BITS > 1:
-        found, before = _limit(key, limit)
+    if COUNT:
+        found, before = _limit(key, limit, BITS)
     else:
         # By digits from the highest on; exact ones end the search as in `_limit`.
         found = tl.full([], 0, tl.uint32)
         shift = tl.full([], 32 - BITS, tl.int32)
         while shift >= 0:
             if BITS == 1:
-                before = _above(key, weight, found + ((1 << shift) - 1).to(tl.uint32, bitcast=True), COUNT)
+                before = _above(key, weight, found + ((1 << shift) - 1).to(tl.uint32, bitcast=True))
                 digit = (before >= limit).to(tl.int32)
                 exact = before == limit
             else:
                 digits = tl.arange(0, 1 << BITS)
                 most = found + (((digits + 1) << shift) - 1).to(tl.uint32, bitcast=True)
-                before = _above(key[:, None], weight[:, None], most[None, :], COUNT)
+                before = _above(key[:, None], weight[:, None], most[None, :])
                 digit = tl.sum((before >= limit).to(tl.int32), 0)
                 exact = tl.sum((before == limit).to(tl.int32), 0) > 0
             # All of them are left where the limit is not above 0.
             step = tl.where(exact, (digit << shift) - 1, tl.minimum(digit, (1 << BITS) - 1) << shift)
             found += step.to(tl.uint32, bitcast=True)
             shift = tl.where(exact, -1, shift - BITS)
-        before = _above(key, weight, found, COUNT)
+        before = _above(key, weight, found)
     larger = key > found
     if before < limit:
         tie = (key == found) & (key > 0)
-        earlier = tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
-        if not COUNT:
-            earlier = earlier.to(tl.float32) * found.to(tl.float32, bitcast=True)
-        larger |= tie & (before + earlier < limit)
+        if COUNT and BITS == 1:
+            larger |= tie & (tl.arange(0, key.shape[0]) < _place(tie, limit - before))
+        else:
+            earlier = tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
+            if not COUNT:
+                earlier = earlier.to(tl.float32) * found.to(tl.float32, bitcast=True)
+            larger |= tie & (before + earlier < limit)
     return larger
+
+
+@jit
+def _place(marks, count):
+    """Return the place after the first ``count`` marks of a row, its end if there are fewer.
+
+    A search: a sum of all before each place is fewer steps, but takes twice the registers.
+    """
+    place = tl.arange(0, marks.shape[0])
+    low, high = tl.full([], 0, tl.int32), tl.full([], marks.shape[0], tl.int32)
+    while low < high:
+        middle = (low + high) // 2
+        if tl.sum((marks & (place < middle)).to(tl.int32), 0) < count:
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -9,7 +9,7 @@ from seerattention.ops.language import jit, tl
 from seerattention.ops.rules import store_bits, take
 
 
-@jit("query_subs", "key_subs", "start", "stop", "width", "past")
+@jit("query_subs", "key_subs", "start", "stop", "width", "past", "strip")
 def score(
     queries,
     keys,
@@ -23,6 +23,7 @@ def score(
     stride,
     past,
     scale,
+    strip,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     E: tl.constexpr,
@@ -35,20 +36,19 @@ def score(
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STRIP: tl.constexpr,
     HELD: tl.constexpr,
     JOINED: tl.constexpr,
     NEAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the scores of STRIP rows for BLOCK_N blocks; rows count from the first query summary.
+    """Write the scores of ``strip`` rows for BLOCK_N blocks; rows count from the first query summary.
 
     That one is at position ``past``. With EXACT, of the block that a row ends in only those summaries of
     keys count that begin by its end. HELD summaries of each block stay in shared memory while rows pass.
     """
     across = tl.cdiv(width, BLOCK_N)
-    top, left = start + (tl.program_id(1) // across) * STRIP, (tl.program_id(1) % across) * BLOCK_N
-    bottom = tl.minimum(top + STRIP, stop)
+    top, left = start + (tl.program_id(1) // across) * strip, (tl.program_id(1) % across) * BLOCK_N
+    bottom = tl.minimum(top + strip, stop)
     head = tl.program_id(0).to(tl.int64)
     batch, first_q = head // HEADS, queries + head * query_subs * E
     last_q, last_k = query_subs - 1, key_subs - 1
@@ -208,28 +208,27 @@ def choose(
     own = (row * BLOCK_Q + past) // BLOCK_K
     block = tl.arange(0, WIDTH)
     valid = block <= last
+    # Up to the edge of a cache line, which rows of scores end at: loads of four then.
+    stored = block < tl.cdiv(last + 1, 32) * 32
+    at = scores + (head * rows + tl.program_id(1)) * tl.maximum(EACH, 1) * stride
     if EACH > 0:
-        at = scores + (head * rows + tl.program_id(1)) * EACH * stride
         score = tl.full([WIDTH], float("-inf"), tl.float32)
         for first_sub in range(0, EACH, TOGETHER):
             # Of some rows at a time, so that no load waits for the sums of the row before.
             products = ()
             for sub in tl.static_range(TOGETHER):
-                ends = row * BLOCK_Q + (first_sub + sub + 1) * (BLOCK_Q // EACH) + past
-                product = tl.load(
-                    at + (first_sub + sub) * stride + block,
-                    mask=valid & (block * BLOCK_K < ends),
-                    other=float("-inf"),
-                )
+                product = tl.load(at + (first_sub + sub) * stride + block, mask=stored, other=0.0)
                 products = products + (product,)  # noqa: RUF005, Triton has no stars
             for sub in tl.static_range(TOGETHER):
-                product = products[sub] - tl.max(products[sub], 0)
-                share = product - tl.log(tl.sum(tl.exp(product), 0))
-                here = row * BLOCK_Q + (first_sub + sub) * (BLOCK_Q // EACH) < tokens
-                score = tl.where(here, tl.maximum(score, share), score)
+                token = row * BLOCK_Q + (first_sub + sub) * (BLOCK_Q // EACH)
+                end = tl.minimum((token + BLOCK_Q // EACH - 1 + past) // BLOCK_K, last)
+                product = tl.where(block <= tl.where(token < tokens, end, -1), products[sub], float("-inf"))
+                # 0 where no query is left, whose shares are then those of -inf.
+                product -= tl.maximum(tl.max(product, 0), -3e38)
+                total = tl.sum(tl.exp2(product * 1.4426950408889634), 0)
+                score = tl.maximum(score, product - tl.log(tl.maximum(total, 1.0)))
     else:
-        at = scores + (head * rows + tl.program_id(1)) * stride
-        score = tl.load(at + block, mask=valid, other=float("-inf"))
+        score = tl.where(valid, tl.load(at + block, mask=stored, other=0.0), float("-inf"))
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))

@@ -32,24 +32,25 @@ from seerattention.selection import WORD, BlockSelection
 LAUNCHES = {
     "narrow": Launch(64, 256, 4, 2),
     "wide": Launch(64, 64, 8, 1),
-    "narrow shares": Launch(64, 256, 4, 2),
+    "narrow shares": Launch(64, 256, 4, 1),
     "wide shares": Launch(64, 64, 8, 1),
 }
 
-#: Bytes of key summaries that a program of the score kernel holds, and the tiles of rows that pass by.
-HELD_BYTES, STRIP = 64 * 2**10, 8
+#: Bytes of key summaries that a program of the score kernel holds, and the tiles of rows that pass by: at
+#: most so many, as long as there are so many programs.
+HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 8, 1024
 
 #: Scores of a row that one warp of the policy kernel holds.
 SCORES_PER_WARP = 512
 
 #: Query summaries whose scores it loads together.
-TOGETHER = 4
+TOGETHER = 2
 
 #: Bytes of block scores of a chunk of rows, to be read back from a GPU's L2 cache.
 SCORE_BYTES = 32 * 2**20
 
 #: The same of shares, a row for every query summary: fewer and longer chunks are faster than what is cached.
-SHARE_BYTES = 128 * 2**20
+SHARE_BYTES = 256 * 2**20
 
 #: Bytes of query summaries made at a time.
 SUMMARY_BYTES = 32 * 2**20
@@ -186,7 +187,9 @@ def choose_rows(
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             seen = widths[stop - 1]
-            strips = num_blocks((stop - start) * each, tile["STRIP"]) * num_blocks(seen, tile["BLOCK_N"])
+            across = num_blocks(seen, tile["BLOCK_N"])
+            strip = _strip(tile, (stop - start) * each, batch * heads * across)
+            strips = num_blocks((stop - start) * each, strip) * across
             score[batch * heads, strips](
                 queries,
                 keys,
@@ -209,7 +212,7 @@ def choose_rows(
                 BLOCK_K=block_k,
                 EXACT=shares,
                 PRECISION=products(keys),
-                **tile,
+                **tile | {"strip": strip},
             )
             wide = max(WORD, power_of_two(seen))
             choose[batch * heads, stop - start](
@@ -312,8 +315,16 @@ def _tile(launch: Launch, dim: int, nbytes: int, precision: str, subs_q: int, su
         "HELD": held,
         "JOINED": math.gcd(held, max(1, launch.block_n // blocks)),
         "NEAR": _power(min(128, max(16, fit // 4))),
-        "STRIP": launch.block_m * max(1, STRIP // subs_q),
+        "strip": launch.block_m * max(1, STRIP // subs_q),
     }
+
+
+def _strip(tile: dict[str, int], rows: int, others: int) -> int:
+    """Return how many rows pass by in a program of which there are ``others`` for each strip of ``rows``."""
+    strip = tile["strip"]
+    while strip > tile["BLOCK_M"] and num_blocks(rows, strip) * others < PROGRAMS:
+        strip //= 2
+    return strip
 
 
 def _power(n: int) -> int:
