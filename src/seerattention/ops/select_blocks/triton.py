@@ -304,7 +304,9 @@ def _tile(launch: Launch, dim: int, nbytes: int, precision: str, subs_q: int, su
     widths = _widths(dim, precision if nbytes == 4 else "ieee")
     # Three products of fp32 hold it twice; and tiles of wide queries need room.
     fit = HELD_BYTES // (sum(widths.values()) * nbytes * (2 if nbytes == 4 or dim > 128 else 1))
-    blocks = _power(max(16, min(launch.block_n // 2, fit // subs_k)))
+    # In one product if possible: with more blocks than that, what passes from one to the next spills.
+    most = min(launch.block_n // 2, max(32, launch.block_n // subs_k))
+    blocks = _power(max(16, min(most, fit // subs_k)))
     # Nor is there any for a second tile of such queries, where each is scored at once.
     stages = 1 if dim > 96 and subs_q == 1 else launch.stages
     held = max(n for n in range(1, subs_k + 1) if subs_k % n == 0 and (n == 1 or n * blocks <= fit))
