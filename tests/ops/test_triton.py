@@ -137,11 +137,16 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed:
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
     constants |= {"SUBS_Q": 1, "BLOCK_Q": 4, "EXACT": True} if shares else {"EXACT": False}
     types = {"queries": "*bf16", "keys": "*bf16", "scores": "*fp32", "sequences": "*i32", "scale": "fp32"}
+    totals = {"totals": "*fp32"} if shares else {}
+    heads |= {} if shares else {"totals": None}
+    constants |= heads | ({"BLOCK_Q": 4} if shares else {})
+    types |= totals
     made = compiled(choosing.score, constants, types, launch)
     assert made.metadata.shared <= 99 * 1024
     assert "wgmma.mma_async" in made.asm["ptx"]
     types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}
-    types |= {"value": "fp32", "row_exponent": "fp32"}
+    types |= {"value": "fp32", "row_exponent": "fp32"} | totals
+    heads |= {"TILE": options["BLOCK_N"], "SUBS": 16}
     for kind in range(len(choosing.KINDS)):
         constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512, "EACH": 16 if shares else 0}
         constants["TOGETHER"] = choosing.TOGETHER

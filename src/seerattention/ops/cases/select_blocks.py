@@ -72,6 +72,8 @@ CASES = (
     _case("shares", 500, gate={**SIXTEEN, "shares": True}, heads=4, kv_heads=2),
     _case("shares-four", 330, heads=1, gate={"shares": True}),
     _case("shares-unaligned-chunk", 77, 431, gate={**EIGHT, "shares": True}),
+    # Its last summary of queries would end in a block that there is not.
+    _case("shares-cut-short", 61, 128, gate={"shares": True}),
     _case("shares-uneven", 200, block_size=(16, 16), gate={**EIGHT, "q_sub_block": 2, "shares": True}),
     _packed("packed", ODD, block_size=(16, 16), gate={"q_sub_block": 4, "k_sub_block": 8}),
     _packed("packed-shares", ODD, block_size=(16, 16), gate={**EIGHT, "shares": True}),

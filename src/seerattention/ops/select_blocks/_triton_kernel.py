@@ -14,6 +14,7 @@ def score(
     queries,
     keys,
     scores,
+    totals,
     sequences,
     query_subs,
     key_subs,
@@ -44,7 +45,9 @@ def score(
     """Write the scores of ``strip`` rows for BLOCK_N blocks; rows count from the first query summary.
 
     That one is at position ``past``. With EXACT, of the block that a row ends in only those summaries of
-    keys count that begin by its end. HELD summaries of each block stay in shared memory while rows pass.
+    keys count that begin by its end, and ``totals`` ``[B * H, tiles of blocks, 2, rows]`` get the largest
+    score before that block and the sum of exponentials of differences from it. HELD summaries of each block
+    stay in shared memory while rows pass.
     """
     across = tl.cdiv(width, BLOCK_N)
     top, left = start + (tl.program_id(1) // across) * strip, (tl.program_id(1) % across) * BLOCK_N
@@ -60,6 +63,8 @@ def score(
         bottom = tl.minimum(bottom, last_q // SUBS_Q + 1)
     first_k = keys + (batch * (HEADS // GROUP) + (head % HEADS) // GROUP) * key_subs * E
     to = scores + head * (stop - start) * stride
+    if EXACT:
+        totals += (head * across + left // BLOCK_N) * 2 * (stop - start)
     # Tiles of rows that end before the blocks begin are left out.
     top += tl.maximum((left * BLOCK_K - past) // BLOCK_Q - top, 0) // BLOCK_M * BLOCK_M
     if top < bottom:
@@ -87,6 +92,11 @@ def score(
                 if held > 0:
                     best = tl.maximum(best, tl.load(at, mask=kept, other=float("-inf")))
                 tl.store(at, best, mask=kept)
+                if EXACT and held + HELD == SUBS_K:
+                    _store_totals(
+                        best, totals + (row - start), stop - start, past + (row + 1) * BLOCK_Q - 1,
+                        past + (tile + 1) * BLOCK_Q - 1, left, width, row < bottom, BLOCK_K, BLOCK_N,
+                    )  # fmt: skip
         if EXACT:
             tl.debug_barrier()
             after = tl.cdiv(tl.maximum((left + BLOCK_N) * BLOCK_K - past, 0), BLOCK_Q)
@@ -99,6 +109,23 @@ def score(
                 )  # fmt: skip
                 kept = (row < bottom) & (own >= left) & (own < tl.minimum(left + BLOCK_N, width))
                 tl.store(to + (row - start) * stride + own, best * scale, mask=kept)
+
+
+@jit
+def _store_totals(
+    scores, to, step, ends, first_end, left, width, kept, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store of rows that end at ``ends``, the first of them first, what `score` says of totals."""
+    # Most tiles lie before the blocks that their rows end in, and need no mask.
+    if left + BLOCK_N > tl.minimum(first_end // BLOCK_K, width):
+        stop = tl.minimum(ends // BLOCK_K, width)
+        before = (left + tl.arange(0, BLOCK_N))[None, :] < stop[:, None]
+        scores = tl.where(before, scores, float("-inf"))
+    largest = tl.maximum(tl.max(scores, 1), -3e38)
+    # Triton's exp takes five operations, its exp2 one.
+    total = tl.sum(tl.exp2((scores - largest[:, None]) * 1.4426950408889634), 1)
+    tl.store(to, largest, mask=kept)
+    tl.store(to + step, total, mask=kept)
 
 
 @jit
@@ -165,14 +192,16 @@ def _product(query, parts, part: tl.constexpr, E_REST: tl.constexpr, PRECISION: 
     return product
 
 
-@jit("first", "rows", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
+@jit("first", "rows", "across", "all_rows", "words", "tokens", "past", "sink", "local", "dense_from")
 def choose(
     scores,
+    totals,
     bits,
     sequences,
     first,
     rows,
     stride,
+    across,
     all_rows,
     words,
     tokens,
@@ -191,8 +220,14 @@ def choose(
     KIND: tl.constexpr,
     SLOPED: tl.constexpr,
     WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    SUBS: tl.constexpr,
 ):
-    """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores."""
+    """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores.
+
+    Of these, ``totals`` has the sums of ``across`` tiles of TILE blocks, as `score` writes them; SUBS is EACH
+    or the power of two above it.
+    """
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
     if sequences is not None:
@@ -212,9 +247,14 @@ def choose(
     stored = block < tl.cdiv(last + 1, 32) * 32
     at = scores + (head * rows + tl.program_id(1)) * tl.maximum(EACH, 1) * stride
     if EACH > 0:
+        totals += head * across * 2 * rows * EACH + tl.program_id(1) * EACH
+        total = _totals(
+            at, stride, totals, rows * EACH, row, last, tokens, past, BLOCK_Q, BLOCK_K, EACH, SUBS, TILE,
+            WIDTH,
+        )  # fmt: skip
         score = tl.full([WIDTH], float("-inf"), tl.float32)
         for first_sub in range(0, EACH, TOGETHER):
-            # Of some rows at a time, so that no load waits for the sums of the row before.
+            # Some rows at a time, so that enough is on its way.
             products = ()
             for sub in tl.static_range(TOGETHER):
                 product = tl.load(at + (first_sub + sub) * stride + block, mask=stored, other=0.0)
@@ -223,10 +263,8 @@ def choose(
                 token = row * BLOCK_Q + (first_sub + sub) * (BLOCK_Q // EACH)
                 end = tl.minimum((token + BLOCK_Q // EACH - 1 + past) // BLOCK_K, last)
                 product = tl.where(block <= tl.where(token < tokens, end, -1), products[sub], float("-inf"))
-                # 0 where no query is left, whose shares are then those of -inf.
-                product -= tl.maximum(tl.max(product, 0), -3e38)
-                total = tl.sum(tl.exp2(product * 1.4426950408889634), 0)
-                score = tl.maximum(score, product - tl.log(tl.maximum(total, 1.0)))
+                one = tl.sum(tl.where(tl.arange(0, SUBS) == first_sub + sub, total, 0.0), 0)
+                score = tl.maximum(score, product - one)
     else:
         score = tl.where(valid, tl.load(at + block, mask=stored, other=0.0), float("-inf"))
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
@@ -235,3 +273,26 @@ def choose(
     read = tl.sum(always.to(tl.int32), 0)
     taken = take(score, valid, always, read, value, KIND, 1) | always
     store_bits(taken & valid, bits + row_of_bits * words, words)
+
+
+@jit
+def _totals(
+    scores, stride, totals, step, row, last, tokens, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EACH: tl.constexpr, SUBS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the logarithms of the sums of exponentials of a row's EACH rows of scores, 0 where none is.
+
+    Of tiles before the block that each ends in, as `score` writes them, and of that one, unless it is past
+    ``last``.
+    """
+    sub, tile = tl.arange(0, SUBS), tl.arange(0, (WIDTH + TILE - 1) // TILE)
+    token = row * BLOCK_Q + sub * (BLOCK_Q // EACH)
+    end, here = (token + BLOCK_Q // EACH - 1 + past) // BLOCK_K, (sub < EACH) & (token < tokens)
+    begun = here[:, None] & ((tile * TILE)[None, :] < tl.minimum(end, last + 1)[:, None])
+    at = totals + tile[None, :] * 2 * step + sub[:, None]
+    highest = tl.load(at, mask=begun, other=-3e38)
+    total = tl.load(at + step, mask=begun, other=0.0)
+    own = tl.load(scores + sub * stride + end, mask=here & (end <= last), other=-3e38)
+    largest = tl.maximum(tl.max(highest, 1), own)
+    total = tl.sum(total * tl.exp(highest - largest[:, None]), 1) + tl.exp(own - largest)
+    return tl.where(here, largest + tl.log(total), 0.0)

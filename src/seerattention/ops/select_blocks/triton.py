@@ -32,7 +32,7 @@ from seerattention.selection import WORD, BlockSelection
 LAUNCHES = {
     "narrow": Launch(64, 256, 4, 2),
     "wide": Launch(64, 64, 8, 1),
-    "narrow shares": Launch(64, 256, 4, 1),
+    "narrow shares": Launch(64, 256, 4, 1, registers=168),
     "wide shares": Launch(64, 64, 8, 1),
 }
 
@@ -184,16 +184,21 @@ def choose_rows(
     chunks = list(_chunks(widths, most, whole))
     space = max((stop - start) * each * _stride(widths[stop - 1]) for start, stop in chunks)
     scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
+    across = [num_blocks(seen, tile["BLOCK_N"]) for seen in widths]
+    totals = None
+    if shares:
+        space = max((stop - start) * each * across[stop - 1] for start, stop in chunks)
+        totals = torch.empty(2 * batch * heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             seen = widths[stop - 1]
-            across = num_blocks(seen, tile["BLOCK_N"])
-            strip = _strip(tile, (stop - start) * each, batch * heads * across)
-            strips = num_blocks((stop - start) * each, strip) * across
+            strip = _strip(tile, (stop - start) * each, batch * heads * across[stop - 1])
+            strips = num_blocks((stop - start) * each, strip) * across[stop - 1]
             score[batch * heads, strips](
                 queries,
                 keys,
                 scores,
+                totals,
                 sequences,
                 queries.shape[2],
                 keys.shape[2],
@@ -217,11 +222,13 @@ def choose_rows(
             wide = max(WORD, power_of_two(seen))
             choose[batch * heads, stop - start](
                 scores,
+                totals,
                 bits,
                 sequences,
                 first + start,
                 stop - start,
                 _stride(seen),
+                across[stop - 1],
                 bits.shape[2],
                 bits.shape[3],
                 tokens,
@@ -240,6 +247,8 @@ def choose_rows(
                 KIND=kind,
                 SLOPED=row_exponent != 0,
                 WIDTH=wide,
+                TILE=tile["BLOCK_N"],
+                SUBS=power_of_two(each),
                 num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
 
@@ -311,7 +320,7 @@ def _tile(launch: Launch, dim: int, nbytes: int, precision: str, subs_q: int, su
     stages = 1 if dim > 96 and subs_q == 1 else launch.stages
     held = max(n for n in range(1, subs_k + 1) if subs_k % n == 0 and (n == 1 or n * blocks <= fit))
     return {
-        **replace(launch, stages=stages).tile(),
+        **replace(launch, stages=stages, registers=launch.registers if blocks <= 32 else None).tile(),
         **widths,
         "BLOCK_N": blocks,
         "HELD": held,
