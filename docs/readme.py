@@ -810,6 +810,7 @@ def first_token_gpu() -> str:
             continue
         took = row.get("together") or row["seconds"]
         what = f"{asked[2]} requests, {row['answer']} tokens each" if "together" in row else "first token"
+        what += ", `aligned`" if row.get("aligned") else ""
         lines.append({"what": what, "length": asked[0], "piece": asked[1], "dense": dense[asked]})
         lines[-1] |= {"sparse": took, "x": dense[asked] / took}
     return parts(

@@ -38,7 +38,7 @@ LAUNCHES = {
 
 #: Bytes of key summaries that a program of the score kernel holds, and the tiles of rows that pass by: at
 #: most so many, as long as there are so many programs.
-HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 8, 1024
+HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 16, 1024
 
 #: Scores of a row that one warp of the policy kernel holds.
 SCORES_PER_WARP = 512
@@ -50,7 +50,7 @@ TOGETHER = 2
 SCORE_BYTES = 32 * 2**20
 
 #: The same of shares, a row for every query summary: fewer and longer chunks are faster than what is cached.
-SHARE_BYTES = 256 * 2**20
+SHARE_BYTES = 512 * 2**20
 
 #: Bytes of query summaries made at a time.
 SUMMARY_BYTES = 32 * 2**20
