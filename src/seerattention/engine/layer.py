@@ -199,7 +199,7 @@ class SparseLayer:
         else:
             part = self._choose(step, scorer, step.summaries if before is scorer else step.summaries.beside())
         self.decode.keep(step.layer, step.chosen, [part])
-        self._count(part.why or SPARSE_STEP)
+        self.count(part.why or SPARSE_STEP)
         return part
 
     def step(self, step: Step) -> Tensor:
@@ -255,7 +255,8 @@ class SparseLayer:
     def _crossover(self, q: Tensor) -> Crossover | None:
         return self.crossovers.get(q.device.type)
 
-    def _count(self, how: str) -> None:
+    def count(self, how: str) -> None:
+        """Count a layer that ran sparse, or dense and why."""
         with _ONE_AT_A_TIME:
             self.usage[how] += 1
 
@@ -263,7 +264,7 @@ class SparseLayer:
         self, call: AttentionCall, scorer: Scorer | None, part: Part, read: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Part]:
         """Compute rows densely if there is a reason, else over blocks that are chosen now or were before."""
-        self._count(part.why or "sparse")
+        self.count(part.why or "sparse")
         if part.why is not None:
             call.ready()
             return call.dense(), part

@@ -12,6 +12,7 @@ from seerattention.engine.call import AttentionCall, Given, Step, Unrotate
 from seerattention.engine.layer import SparseLayer
 from seerattention.engine.padding import on_device
 from seerattention.engine.steps import Steps
+from seerattention.engine.when import DECODING
 from seerattention.ops.block_sparse_decode import block_sparse_decode
 from seerattention.parallel.context import Chunk, Context, Exchange, merged
 from seerattention.rows import Rows, num_blocks
@@ -131,6 +132,8 @@ class ContextLayer:
         selection = None
         if handler.steps(step.layer, step.given.q.shape[2]):
             selection = handler.choose_step(step).selection
+        else:
+            handler.count(DECODING)
         held = self.context.own_tokens
         own_out, own_lse = self._own(step, selection, held)
         both = self.context.gathered(torch.cat((own_out, own_lse[..., None]), 3))

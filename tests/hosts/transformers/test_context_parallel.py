@@ -1,5 +1,6 @@
 """Processes that share a prompt choose, compute and decode what one process does."""
 
+import copy
 import os
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -149,6 +150,25 @@ def answers(folder, gates, dtype=torch.float32, asked=ASKED):
     return found
 
 
+@torch.no_grad()
+def sides(folder, gates):
+    """What follows prompts that are padded on the left and on the right, and what was counted."""
+    model, found = load(folder), []
+    ids, mask = prompts(LENGTHS)
+    for left in (True, False):
+        host.attach(model, host.load_gates(gates), "top_k:0.4", decode="dense", min_tokens=0)
+        if not left:
+            turned = [(row[real.bool()], row[~real.bool()]) for row, real in zip(ids, mask, strict=True)]
+            ids, mask = torch.stack([torch.cat(row) for row in turned]), mask.flip(1)
+        cache = cache_for(model)
+        first = host.prefill(model, ids, cache, attention_mask=mask).logits[:, -1].argmax(-1, keepdim=True)
+        more, real = torch.cat([ids, first], 1), torch.cat([mask, torch.ones_like(first)], 1)
+        before = sum(host.usage(model).values())
+        tokens = model.generate(more, **FOLLOWING, **host.cache_argument(model, cache), attention_mask=real)
+        found.append((tokens[:, ids.shape[1] :], sum(host.usage(model).values()) - before))
+    return found
+
+
 def refusals(folder, gates):
     """What is said where something does not fit."""
     model, said = load(folder), {}
@@ -167,7 +187,18 @@ def refusals(folder, gates):
     # One process has another prompt; later tries use groups as if nothing had been.
     own = ids[:1] + int(os.environ["RANK"])
     refused("unlike", host.prefill, model, own, host.ContextParallelCache(model, mesh))
-    refused("pieces", host.prefill, model, ids, host.ContextParallelCache(model, mesh), piece_tokens=BLOCK)
+    # Of the same length, and of the same sum by places.
+    own = torch.tensor([[5, 3]] if int(os.environ["RANK"]) else [[3, 4]])
+    refused("unlike by a little", host.prefill, model, own, host.ContextParallelCache(model, mesh))
+    own = mask.clone()
+    own[0, : int(os.environ["RANK"])] = 0
+    cache = host.ContextParallelCache(model, mesh)
+    refused("unlike masks", host.prefill, model, ids, cache, attention_mask=own)
+    piece = 64 + 32 * int(os.environ["RANK"])
+    refused("unlike pieces", host.prefill, model, ids, cache, piece_tokens=piece)
+    refused("pieces", host.prefill, model, ids, cache, piece_tokens=BLOCK)
+    # What was refused left nothing behind.
+    host.prefill(model, ids, cache)
     holes = mask.clone()
     holes[0, 7] = 0
     refused("holes", host.prefill, model, ids, host.ContextParallelCache(model, mesh), attention_mask=holes)
@@ -176,6 +207,18 @@ def refusals(folder, gates):
     host.prefill(model, ids, cache)
     refused("a second prompt", host.prefill, model, ids, cache)
     refused("cropped", cache.crop, 5)
+    refused("copied", copy.deepcopy, cache)
+    refused("gradient", model, ids[:, :1], **host.cache_argument(model, cache))
+    cache.reset()
+    host.prefill(model, ids, cache)
+    with torch.no_grad():
+        refused("many following", model, ids[:, :BLOCK], **host.cache_argument(model, cache))
+    places = torch.zeros(2, 1, dtype=torch.int64)
+    refused("rows", model, ids[:2, :1], position_ids=places, **host.cache_argument(model, cache))
+    refused("nothing new", model.generate, ids, **FOLLOWING, **host.cache_argument(model, cache))
+    padded = host.ContextParallelCache(model, mesh)
+    host.prefill(model, ids, padded, attention_mask=mask)
+    refused("padding forgotten", model, ids[:, :1], **host.cache_argument(model, padded))
     with host.dense(model):
         refused("not attached", model, ids[:, :1], **host.cache_argument(model, cache))
     spread = load_spread(folder.parent / "gpt_oss")
@@ -195,12 +238,21 @@ SAID = {
     "nothing attached": "nothing is attached to this model",
     "two dimensions": "this one has 2: ('context', 'model'); give mesh[name]",
     "device": "the model is on cpu and the mesh is of cuda devices",
-    "unlike": "they have 1 x 437 and 1 x 437 tokens, or others of the same number",
+    "unlike": "they have 1 x 437 by 8192 and 1 x 437 by 8192 tokens, or others of the same number",
+    "unlike by a little": "they have 1 x 2 by 8192 and 1 x 2 by 8192 tokens",
+    "unlike masks": "the same whole prompt, mask and piece_tokens",
+    "unlike pieces": "they have 4 x 437 by 64 and 4 x 437 by 96 tokens",
     "pieces": "2 processes need pieces of at least 32 tokens each, two blocks of 16, got piece_tokens=16",
     "holes": "has padding on its left or right, and some tokens",
     "unfilled": "comes to a ContextParallelCache by prefill(model, input_ids, cache)",
     "a second prompt": "takes one prompt and what follows it",
-    "cropped": "cannot be cropped or reordered",
+    "cropped": "cannot be copied, cropped or reordered",
+    "copied": "cannot be copied, cropped or reordered",
+    "gradient": "no gradient passes between processes that share a prompt",
+    "many following": "a few tokens at a time",
+    "rows": "cannot be copied, cropped or reordered",
+    "nothing new": "give generate what prefill was given and at least a token more",
+    "padding forgotten": "holds [437, 189, 17, 3] tokens of its rows, and 1 more come at positions [437, 4",
     "not attached": "is read by attached models alone",
     "heads too": "2 processes share this model's heads",
     "windows": "has layers with windows; a window's keys lie on other processes",
@@ -213,6 +265,7 @@ def shared(root):
     """All of it in one process of several."""
     found = {name: answers(root / name, root / f"{name} gates", asked=few(name)) for name in MODELS}
     if dist.get_world_size() == 2:
+        found["sides"] = sides(root / "llama", root / "llama gates")
         found["refused"] = refusals(root / "llama", root / "llama gates")
     return found
 
@@ -288,6 +341,15 @@ def assert_alike(found, expected, gold):
             continue
         assert torch.equal(gold[key], read), "float64 reads others; take other prompts"
         assert torch.equal(found[key], read), key
+
+
+def test_padding_on_the_right_is_padding_on_the_left(found):
+    if len(found) == 2:
+        for of_rank in found:
+            (left, steps), (right, others) = of_rank["sides"]
+            assert torch.equal(left, right)
+            # One of every layer and token, dense ones too.
+            assert steps == others == 2 * FOLLOWING["max_new_tokens"]
 
 
 def test_what_does_not_fit_is_refused(found):

@@ -749,6 +749,16 @@ def beams_shared(tiny, tmp_path):
     )
 
 
+def gradient_shared(tiny, tmp_path):
+    model = attached(tiny)
+    filled(
+        tiny,
+        tmp_path,
+        model,
+        lambda ids, cache: model(ids[:, :1], **host.cache_argument(model, cache)),
+    )
+
+
 def dropout(tiny, tmp_path):
     attached(tiny, attention_dropout=0.1).train()(tiny.tokens(1, 64))
 
@@ -800,7 +810,8 @@ CHECKS = {
     ("shared prompt", "beside tensor parallelism"): heads_shared_too,
     ("shared prompt", "layers that share a choice"): layers_shared_too,
     ("shared prompt", "a second long prompt"): second_prompt,
-    ("shared prompt", "caches that are cropped or reordered, as by beams"): beams_shared,
+    ("shared prompt", "caches that are copied, cropped or reordered, as by beams"): beams_shared,
+    ("shared prompt", "with a gradient"): gradient_shared,
     ("training", "the model"): gradients,
     ("training", "activation checkpointing"): checkpointing,
     ("training", "DDP and FSDP2, before or after attaching"): distributed,

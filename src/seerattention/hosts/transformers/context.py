@@ -21,6 +21,7 @@ from seerattention.hosts.transformers.rotary import by_length
 from seerattention.hosts.transformers.support import (
     SPREAD_CHANGED,
     SPREAD_GATES,
+    SPREAD_GRADIENT,
     SPREAD_HEADS,
     SPREAD_MODE,
     SPREAD_ROPE,
@@ -71,16 +72,22 @@ class ContextParallelCache(DynamicCache):
         self.of_layers: dict[int, ContextLayer] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def begin(self, layer: SparseLayer, lengths: list[int], columns: int) -> Context:
-        """Get ready for prompts of so many tokens, in rows of so many columns."""
+    def begin(self, layer: SparseLayer, lengths: list[int], columns: int, piece_tokens: int) -> Context:
+        """Get ready for prompts of so many tokens, in rows of so many columns, given in such pieces."""
         if self.context is not None:
             raise NotImplementedError(SPREAD_TURN)
         phases: list[Phase] = [layer.prefill, layer.decode]
         if any(phase.shared for phase in phases):
             raise NotImplementedError(SPREAD_GATES)
         sizes = {size for phase in phases for scorer in phase.scorers.values() for size in scorer.block_size}
-        self.context, self.columns = Context(self.group, math.lcm(*sizes), lengths), columns
-        return self.context
+        context = Context(self.group, math.lcm(*sizes), lengths)
+        if (least := context.unit // context.size) > piece_tokens:
+            raise ValueError(
+                f"{context.size} processes need pieces of at least {least} tokens each, two blocks of "
+                f"{context.block}, got piece_tokens={piece_tokens}"
+            )
+        self.context, self.columns = context, columns
+        return context
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens all processes have of a layer, a padded batch's columns."""
@@ -88,6 +95,10 @@ class ContextParallelCache(DynamicCache):
         if self.context is None or not isinstance(held, Tensor):
             return 0
         return self.columns + held.shape[2] - self.context.own_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many columns a mask has, those of all processes, and that none is before them."""
+        return self.get_seq_length(layer_idx) + query_length, 0
 
     def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add a layer's new keys and values to those of this process."""
@@ -104,10 +115,47 @@ class ContextParallelCache(DynamicCache):
             raise NotImplementedError(SPREAD_CHANGED)
         return super().update(key_states, *args, **kwargs)
 
+    def check_places(self, new: int, positions: Tensor | None, mask: Tensor | None) -> None:
+        """Refuse new tokens that are not at the places that follow their prompts.
+
+        Nothing else would tell: a spread cache reads what it holds, whatever a mask says.
+
+        Args:
+            new: New tokens.
+            positions: Their position ids, ``[B or 1, new]``; None counts a batch's columns.
+            mask: Which tokens are real, ``[B, columns]``.
+
+        Raises:
+            NotImplementedError: If the batch has other rows.
+            ValueError: If they are elsewhere.
+        """
+        if self.context is None or (following := self.get_seq_length() - self.columns) < 0:
+            # A piece of the prompt.
+            return
+        known = [n + following for n in self.context.lengths]
+        first = [self.columns + following] if positions is None else positions[:, 0].tolist()
+        if len(first) not in (1, len(known)):
+            raise NotImplementedError(SPREAD_CHANGED)
+        if len(first) == 1:
+            first *= len(known)
+        real = known if mask is None else (mask.bool().sum(1) - new).tolist()
+        if not first == known == real:
+            raise ValueError(
+                f"this cache holds {known} tokens of its rows, and {new} more come at positions {first}, by "
+                f"the mask after {real}; give generate what prefill was given and at least a token more, "
+                "with an attention_mask of both, and a model that is called by itself the position_ids too"
+            )
+
+    def reset(self) -> None:
+        """Forget the prompt and what followed it, for another one."""
+        super().reset()
+        self.context, self.columns = None, 0
+        self.of_layers.clear()
+
     def _changed(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(SPREAD_CHANGED)
 
-    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _changed
+    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = __reduce_ex__ = _changed
 
 
 def attend_spread(
@@ -126,9 +174,13 @@ def attend_spread(
     assert context is not None
     own = cache.of_layers.setdefault(layer, ContextLayer(context))
     new, following = given.q.shape[2], given.k.shape[2] - context.own_tokens
+    if given.q.requires_grad:
+        raise NotImplementedError(SPREAD_GRADIENT)
     if not following:
         rows = Rows.last(new, given.k.shape[2])
         return own.prefill(handler, AttentionCall(layer, given, rows, **options), cache.stream)
+    if new >= handler.row_tokens:
+        raise NotImplementedError(SPREAD_TURN)
     known = [n + following for n in context.lengths]
     lengths = Lengths(on_device(known, given.q.device).int(), None, [0] * len(known), known, None)
     step = Step(
@@ -155,19 +207,26 @@ def _no_call() -> AttentionCall:
     raise AssertionError("a step over a spread cache is computed by its parts")
 
 
-def refuse_unlike(ids: Tensor, group: dist.ProcessGroup) -> None:
-    """Refuse prompts that differ between processes.
+def refuse_unlike(ids: Tensor, lengths: list[int], piece_tokens: int, group: dist.ProcessGroup) -> None:
+    """Refuse prompts that differ between processes, or pieces of them.
+
+    Args:
+        ids: ``[B, T]``, every row from the first column on.
+        lengths: Of the rows.
+        piece_tokens: Tokens per piece.
+        group: The processes.
 
     Raises:
         ValueError: If they do, on every process.
     """
-    mixed = (ids.flatten() + 1) * torch.arange(1, ids.numel() + 1, device=ids.device)
-    own = torch.tensor([*ids.shape], device=ids.device)
-    own = torch.cat((own, mixed.sum()[None]))
-    every = gathered(own, group)
-    if len(every.unique(dim=0)) > 1:
-        shapes = " and ".join(f"{rows} x {tokens}" for rows, tokens, _ in every.tolist())
-        raise ValueError(
-            f"every process must be given the same whole prompt; they have {shapes} tokens, "
-            "or others of the same number"
-        )
+    own = torch.tensor([[*ids.shape, piece_tokens]], device=ids.device)
+    every = gathered(own, group)[:, 0]
+    if len(every.unique(dim=0)) == 1:
+        own = torch.cat((ids, on_device(lengths, ids.device)[:, None]), 1)
+        if all(torch.equal(own, other) for other in gathered(own, group)):
+            return
+    given = " and ".join(f"{rows} x {tokens} by {piece}" for rows, tokens, piece in every.tolist())
+    raise ValueError(
+        f"every process must be given the same whole prompt, mask and piece_tokens; they have {given} "
+        "tokens, or others of the same number"
+    )

@@ -295,9 +295,14 @@ def refuse(decoder: Any, given: dict[str, Any]) -> None:
         if isinstance(tokens := given.get(name), Tensor) and tokens.numel() == 0:
             raise ValueError(f"empty prompt: {name} is {list(tokens.shape)}; give at least one token")
     positions = given.get("position_ids")
+    if isinstance(cache := cache_of(given), ContextParallelCache):
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        assert tokens is not None
+        cache.check_places(tokens.shape[1], positions, given.get("attention_mask"))
+        return
     if positions is None or given.get("attention_mask") is not None or capturing(positions.device):
         return
-    if paged(given) or isinstance(cache_of(given), ContextParallelCache):
+    if paged(given):
         return
     # Nothing jumps in a single token, and a step of decoding does not wait for the device.
     if positions.shape[-1] > 1:

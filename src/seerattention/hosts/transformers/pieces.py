@@ -88,14 +88,10 @@ def _prefill_spread(
             "leave logits_to_keep out"
         )
     base, sparse = unwrapped(model), sparse_layer(model)
-    refuse_unlike(input_ids, cache.group)
     ids, lengths = _from_the_left(input_ids, attention_mask)
-    context = cache.begin(sparse, lengths, input_ids.shape[1])
-    if (least := context.unit) > (most := piece_tokens * context.size):
-        raise ValueError(
-            f"{context.size} processes need pieces of at least {least // context.size} tokens each, two "
-            f"blocks of {context.block}, got piece_tokens={piece_tokens}"
-        )
+    refuse_unlike(ids, lengths, piece_tokens, cache.group)
+    context = cache.begin(sparse, lengths, input_ids.shape[1], piece_tokens)
+    most = piece_tokens * context.size
     sizes = piece_sizes(max(lengths), most, context.unit, sparse.prefill.policy)
     hidden = None
     for size in sizes:

@@ -42,7 +42,11 @@ SPREAD_TURN = (
 SPREAD_GATES = "layers that share a choice cannot be spread yet; distil gates with layers_per_gate 1"
 SPREAD_MODE = "a ContextParallelCache is read by attached models alone, not inside dense(model) or intercept"
 SPREAD_CHANGED = (
-    "a ContextParallelCache cannot be cropped or reordered, as beams and assistants need; decode without them"
+    "a ContextParallelCache cannot be copied, cropped or reordered, as beams and assistants need; decode "
+    "without them"
+)
+SPREAD_GRADIENT = (
+    "no gradient passes between processes that share a prompt; call the model in torch.no_grad()"
 )
 LONGROPE = "its angles depend on how long the text was when a key was rotated"
 STEPS = (
@@ -151,7 +155,8 @@ def features() -> tuple[Feature, ...]:
         Feature("shared prompt", "beside tensor parallelism", SPREAD_HEADS),
         Feature("shared prompt", "layers that share a choice", SPREAD_GATES),
         Feature("shared prompt", "a second long prompt", SPREAD_TURN),
-        Feature("shared prompt", "caches that are cropped or reordered, as by beams", SPREAD_CHANGED),
+        Feature("shared prompt", "caches that are copied, cropped or reordered, as by beams", SPREAD_CHANGED),
+        Feature("shared prompt", "with a gradient", SPREAD_GRADIENT),
         Feature("training", "the model", note="the choice of blocks is a constant of the gradient"),
         Feature("training", "activation checkpointing"),
         Feature("training", "DDP and FSDP2, before or after attaching", note="attached gates do not learn"),
