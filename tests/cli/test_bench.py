@@ -274,20 +274,22 @@ def test_bench_alone_lists_its_commands():
 def test_processes_that_share_a_prompt_are_timed(tmp_path):
     out = tmp_path / "parallel.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["seerattention.cli", "bench", "parallel", "--tokens", "500", "--repeats", "1"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    command += ["seerattention.cli", "bench", "parallel", "--tokens", "500", "--tokens", "1"]
+    command += ["--repeats", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"{out} has these numbers" in done.stdout
     report = json.loads(out.read_text())
     assert (report["benchmark"], report["model"], report["model_layers"]) == ("parallel", "small", 2)
-    assert [row["processes"] for row in report["layers"]] == [1, 2]
-    for row in report["layers"]:
+    measured = [(row["tokens"], row["processes"]) for row in report["layers"]]
+    assert measured == [(500, 1), (500, 2), (1, 1), (1, 2)]
+    for row in report["layers"][:2]:
         assert min(row[f"{part}ms"] for part in ("", "choosing_", "exchange_", "attention_")) > 0
         # Two chunks of whole blocks for each; keys and values of the other's heads in fp32.
         assert row["bytes_received"] == (row["processes"] - 1) * 256 * 2 * 2 * 64 * 4
     shared = [(row["processes"], row["shared"], row["way"]) for row in report["first_tokens"]]
-    assert shared == [(1, "", "gates"), (2, "context", "gates"), (2, "tensor", "gates")]
-    alone, *others = report["first_tokens"]
+    assert shared == [(1, "", "gates"), (2, "context", "gates"), (2, "tensor", "gates")] * 2
+    alone, *others = report["first_tokens"][:3]
     assert alone["speedup"] == alone["efficiency"] == 1
     for row in others:
         assert row["speedup"] == pytest.approx(alone["seconds"] / row["seconds"], rel=2e-2)

@@ -43,6 +43,9 @@ from seerattention.parallel.context_layer import ContextLayer
 from seerattention.policies import parse
 from seerattention.rows import Rows
 
+#: Tokens that any process can take in one piece, whatever the gates' blocks.
+SHORT = 8192
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan(Setting):
@@ -69,6 +72,8 @@ class ParallelPlan(Setting):
     def __post_init__(self) -> None:
         self.among(shape=((self.shape,), tuple(SHAPES)))
         self.counts(tokens=self.tokens, processes=self.processes)
+        if self.layers < 0:
+            raise ValueError(f"layers must be at least 0, got {self.layers}")
         parse(self.policy)
         most = dist.get_world_size()
         if max(self.processes) > most:
@@ -327,7 +332,9 @@ def _first_tokens(
         nonlocal cache
         alone = shared.count == 1 or by == "tensor"
         cache = DynamicCache() if alone else ContextParallelCache(model, shared.mesh)
-        logits = prefill(model, ids, cache, piece_tokens=tokens, logits_to_keep=1).logits
+        # A short prompt is less than a block for every chunk.
+        piece = max(tokens, SHORT)
+        logits = prefill(model, ids, cache, piece_tokens=piece, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
 
     def token() -> int:
