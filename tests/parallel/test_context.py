@@ -84,6 +84,12 @@ def test_parts_of_the_keys_add_up():
     torch.testing.assert_close(merged(torch.stack(outs), torch.stack(lses)), expected)
 
 
+def test_large_scores_do_not_overflow():
+    outs, lses = torch.ones(2, 1, 1, 1, 4), torch.full((2, 1, 1, 1), 100.0)
+    outs[1] = 3
+    torch.testing.assert_close(merged(outs, lses), torch.full((1, 1, 1, 4), 2.0))
+
+
 def test_reading_nothing_gives_zeros():
     outs, lses = torch.zeros(2, 1, 1, 1, 4), torch.full((2, 1, 1, 1), -torch.inf)
     assert torch.equal(merged(outs, lses), torch.zeros(1, 1, 1, 4))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from seerattention.baselines.quest import Quest
 from seerattention.engine.layer import SparseLayer
 from seerattention.hosts import transformers as host
+from seerattention.parallel.context_layer import NOT_SUMMARISED
 from seerattention.policies import Calibrated, Calibration
 from tests.hosts.transformers.conftest import BLOCK, assert_as_close, gates_for, make
 from tests.hosts.transformers.ranks import load as load_spread
@@ -358,6 +359,60 @@ def test_what_does_not_fit_is_refused(found):
             assert of_rank["refused"].keys() == SAID.keys()
             for name, part in SAID.items():
                 assert part in of_rank["refused"][name], name
+
+
+@pytest.fixture
+def one(root, tmp_path):
+    """An attached model, a prompt and its first token, of one process that could have others."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+    model, ids = load(root / "llama"), prompts(LENGTHS[:1])[0]
+    host.attach(model, host.load_gates(root / "llama gates"), "top_k:0.4", decode=DECODE, min_tokens=0)
+    plain = DynamicCache(config=model.config)
+    first = host.prefill(model, ids, plain, logits_to_keep=1).logits.argmax(-1)
+    yield model, ids, torch.cat([ids, first], 1)
+    dist.destroy_process_group()
+
+
+DECODE = f"token_budget:{4 * BLOCK}"
+
+
+def following(model, cache, tokens, count):
+    """The text with so many tokens more."""
+    options = FOLLOWING | {"max_new_tokens": count, "attention_mask": torch.ones_like(tokens)}
+    return model.generate(tokens, **options, **host.cache_argument(model, cache))
+
+
+def test_decoding_that_began_in_inference_mode_goes_on(one):
+    model, ids, more = one
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = cache_for(model)
+        with mode():
+            host.prefill(model, ids, cache)
+            begun = following(model, cache, more, 2)
+        found.append(following(model, cache, begun.clone(), BLOCK + 2))
+    assert torch.equal(*found)
+
+
+def test_tokens_that_were_not_summarised_are_read_densely(one):
+    """Decoding was dense for a while, or other gates decoded."""
+    model, ids, more = one
+    cache = cache_for(model)
+    host.prefill(model, ids, cache)
+    tokens = following(model, cache, more, 2)
+    host.set_policy(model, decode="dense")
+    tokens = following(model, cache, tokens, 3)
+    host.set_policy(model, decode=DECODE)
+    tokens = following(model, cache, tokens, 4)
+    host.add_gates(model, "other", gates_for(model, block_size=2 * BLOCK), "top_k:0.4", decode=DECODE)
+    host.set_gates(model, "other")
+    following(model, cache, tokens, 5)
+    assert {why: count for why, count in host.usage(model).items() if "decoding" in why} == {
+        "sparse: decoding step": 2 * 2,
+        "dense: decoding step": 2 * 3,
+        NOT_SUMMARISED: 2 * (4 + 5),
+    }
 
 
 def dies(folder, gates):
