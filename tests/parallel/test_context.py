@@ -130,3 +130,21 @@ def test_keys_are_waited_for(tmp_path, monkeypatch, policy):
         assert not expected[2, :, 40:].any()
     finally:
         dist.destroy_process_group()
+
+
+def test_what_reads_nothing_waits_too(tmp_path, monkeypatch):
+    """A process whose chunks are padding: memory of what is on its way must not be given back."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        context = Context(dist.group.WORLD, BLOCK, [0])
+        context.add_piece(2 * BLOCK)
+        q, k, v = (torch.randn(1, 2, context.own_tokens, 32) for _ in range(3))
+        waited = []
+        monkeypatch.setattr(Exchange, "wait", lambda exchange: waited.append(exchange))
+        rows = Rows.last(context.own_tokens, context.own_tokens)
+        call = AttentionCall(0, Given(q, k, v, q, k), rows, scale=0.2)
+        handler = SparseLayer(Phase({}, None), Phase({}, None), SimpleNamespace(why_not=None))
+        assert not ContextLayer(context).prefill(handler, call).any()
+        assert len(waited) == 1
+    finally:
+        dist.destroy_process_group()

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from seerattention.baselines.quest import Quest
+from seerattention.engine import steps
 from seerattention.engine.layer import SparseLayer
 from seerattention.hosts import transformers as host
 from seerattention.parallel.context_layer import NOT_SUMMARISED
@@ -395,24 +396,53 @@ def test_decoding_that_began_in_inference_mode_goes_on(one):
     assert torch.equal(*found)
 
 
-def test_tokens_that_were_not_summarised_are_read_densely(one):
-    """Decoding was dense for a while, or other gates decoded."""
+@pytest.mark.parametrize("first", ["sparse", "dense"])
+def test_tokens_that_were_not_summarised_are_read_densely(one, first):
+    """Decoding is dense for a while, at once or later, and then other gates decode."""
     model, ids, more = one
+    host.add_gates(model, "other", gates_for(model, block_size=2 * BLOCK), "top_k:0.4", decode=DECODE)
     cache = cache_for(model)
     host.prefill(model, ids, cache)
-    tokens = following(model, cache, more, 2)
+    tokens = following(model, cache, more, 2) if first == "sparse" else more
+    if first == "sparse":
+        # Until now these were summarised, by others.
+        host.set_gates(model, "other")
+        tokens = following(model, cache, tokens, 1)
+        host.set_gates(model, "default")
     host.set_policy(model, decode="dense")
     tokens = following(model, cache, tokens, 3)
     host.set_policy(model, decode=DECODE)
-    tokens = following(model, cache, tokens, 4)
-    host.add_gates(model, "other", gates_for(model, block_size=2 * BLOCK), "top_k:0.4", decode=DECODE)
-    host.set_gates(model, "other")
-    following(model, cache, tokens, 5)
-    assert {why: count for why, count in host.usage(model).items() if "decoding" in why} == {
-        "sparse: decoding step": 2 * 2,
-        "dense: decoding step": 2 * 3,
-        NOT_SUMMARISED: 2 * (4 + 5),
-    }
+    following(model, cache, tokens, 4)
+    counted = {"dense: decoding step": 2 * 3, NOT_SUMMARISED: 2 * 4}
+    if first == "sparse":
+        counted = {"sparse: decoding step": 2 * 2, "dense: decoding step": 2 * 3, NOT_SUMMARISED: 2 * 5}
+    assert {why: count for why, count in host.usage(model).items() if "decoding" in why} == counted
+
+
+def test_summaries_of_a_long_answer_find_room(one, monkeypatch):
+    model, ids, more = one
+    found = []
+    for _ in range(2):
+        cache = cache_for(model)
+        host.prefill(model, ids, cache)
+        found.append(following(model, cache, more, 2 * BLOCK + 3))
+        monkeypatch.setattr(steps, "ample", lambda tokens: tokens)
+    assert torch.equal(*found)
+    assert not any("dense" in why for why in host.usage(model))
+
+
+def test_blocks_that_divide_neither_stay_together(one):
+    """Gates for decoding have blocks of 24 tokens, those for prefill of 16: chunks are of 48."""
+    model, ids, more = one
+    own, size = host.new_gates(model, block_size=BLOCK), BLOCK * 3 // 2
+    others = gates_for(model, block_size=size, q_sub_block=size // 2, k_sub_block=size // 2)
+    host.attach(model, own, "top_k:0.4", decode=f"token_budget:{4 * size}", decode_gates=others, min_tokens=0)
+    found = []
+    for cache in (DynamicCache(config=model.config), cache_for(model)):
+        host.prefill(model, ids, cache, logits_to_keep=1)
+        found.append(following(model, cache, more, 2 * size))
+    assert torch.equal(*found)
+    assert cache.context.block == 48
 
 
 def dies(folder, gates):
