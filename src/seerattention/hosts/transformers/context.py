@@ -148,7 +148,11 @@ class ContextParallelCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget the prompt and what followed it, for another one."""
-        super().reset()
+        layers: list[Any] = self.layers
+        for layer in layers:
+            # Not as some versions do it, which keep the tensors and write zeros into them.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.context, self.columns = None, 0
         self.of_layers.clear()
 
