@@ -85,6 +85,44 @@ def test_shared_selections(selection_heads, selection_batch):
     check(shape_of(500, 500, batch=2), heads=selection_heads, batch=selection_batch)
 
 
+#: (query heads, KV heads, lists): in the first two neighbouring heads share a ring, in the last they may not.
+SHARED_LISTS = [(8, 4, 4), (8, 2, 2), (16, 2, 2), (8, 1, 1), (6, 1, 1), (8, 4, 1), (8, 2, 1)]
+LONE_LISTS = [(6, 2, 2), (6, 2, 1), (10, 2, 2), (4, 4, 1)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "lists"), SHARED_LISTS + LONE_LISTS)
+@pytest.mark.parametrize("lengths", [(1, 1), (65, 65), (1000, 1000), (77, 301), (513, 2048)])
+def test_lists_of_several_heads(heads, kv_heads, lists, lengths):
+    shape = shape_of(*lengths, heads=heads, kv_heads=kv_heads, batch=2)
+    check(shape, heads=lists, batch=1)
+    check(shape, heads=lists, sinks=torch.linspace(-2, 3, heads, device="cuda"))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [(64, 64), (64, 128), (192, 64)])
+def test_lists_of_several_heads_in_every_head_dimension_and_dtype(dim, dtype, block):
+    check(shape_of(777, 777, block, dim), dtype, heads=2)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("lists", [1, 2])
+def test_lists_of_several_heads_are_read_as_lists_of_each(lists, density):
+    # With a list each, heads do not share a ring; what is computed is the same in the same order.
+    shape = shape_of(1500, 2900)
+    selection = random_selection(shape, density=density, heads=lists, device="cuda")
+    bits = selection.bits.repeat_interleave(shape.heads // lists, 1)
+    apart = replace(selection, bits=bits, shape=(1, shape.heads, *selection.shape[2:]))
+    qkv = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
+    options = {"backend": "hopper", "return_lse": True, "sinks": torch.linspace(-2, 3, 8, device="cuda")}
+    for found, expected in zip(
+        block_sparse_attention(*qkv, selection, **options),
+        block_sparse_attention(*qkv, apart, **options),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("block", [(64, 64), (128, 128)])
 def test_densities(density, block):
@@ -96,10 +134,10 @@ def test_sinks(block):
     check(shape_of(700, 700, block), sinks=torch.linspace(-2, 3, 8, device="cuda"))
 
 
-@pytest.mark.parametrize("block", [(64, 64), (128, 64)])
-def test_lse(block):
+@pytest.mark.parametrize(("block", "lists"), [((64, 64), 8), ((64, 64), 2), ((128, 64), 8)])
+def test_lse(block, lists):
     shape = shape_of(700, 900, block)
-    selection = random_selection(shape, density=0.3, device="cuda")
+    selection = random_selection(shape, density=0.3, heads=lists, device="cuda")
     qkv = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
     budget = Budget.of(
         lambda q, k, v: block_sparse_attention(q, k, v, selection, backend="reference", return_lse=True)[1],
@@ -130,11 +168,11 @@ def test_views_are_read_by_their_strides():
     assert torch.equal(expected, block_sparse_attention(*views, selection, backend="hopper"))
 
 
-@pytest.mark.parametrize("block", [(64, 64), (128, 128)])
-def test_unselected_keys_and_values_are_never_read(block):
-    shape = shape_of(512, 2048, block, heads=2, kv_heads=2)
+@pytest.mark.parametrize(("block", "heads"), [((64, 64), 2), ((64, 64), 4), ((128, 128), 2)])
+def test_unselected_keys_and_values_are_never_read(block, heads):
+    shape = shape_of(512, 2048, block, heads=heads, kv_heads=2)
     q, k, v = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
-    selection = random_selection(shape, density=0.1, device="cuda")
+    selection = random_selection(shape, density=0.1, heads=2, device="cuda")
     before = block_sparse_attention(q, k, v, selection, backend="hopper")
     poisoned = poison(k, v, selection)
     assert bool(poisoned[0].isnan().any()), "every block is read; nothing would be tested"
@@ -150,18 +188,21 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "lists"),
     [
-        shape_of(513, 2048),
-        shape_of(700, 900),
-        shape_of(2048, 2048),
-        shape_of(1024, 1024, (128, 128), heads=32, kv_heads=8),
+        (shape_of(513, 2048), 8),
+        (shape_of(700, 900), 8),
+        (shape_of(2048, 2048), 8),
+        (shape_of(1024, 1024, (128, 128), heads=32, kv_heads=8), 32),
+        (shape_of(513, 2048), 2),
+        (shape_of(700, 900), 1),
+        (shape_of(1024, 1024, heads=32, kv_heads=8), 8),
     ],
-    ids=lambda shape: f"{shape.queries}-{shape.keys}-{shape.block_size[0]}",
+    ids=lambda x: f"{x.queries}-{x.keys}-{x.block_size[0]}" if isinstance(x, Shape) else str(x),
 )
-def test_many_calls_agree(shape):
+def test_many_calls_agree(shape, lists):
     # Of a race between a copy and the reads before it, single calls may see nothing.
-    selection = random_selection(shape, density=0.5, device="cuda")
+    selection = random_selection(shape, density=0.5, heads=lists, device="cuda")
     qkv = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
     budget = Budget.of(lambda q, k, v: block_sparse_attention(q, k, v, selection, backend="reference"), *qkv)
     first = block_sparse_attention(*qkv, selection, backend="hopper")

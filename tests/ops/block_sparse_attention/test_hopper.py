@@ -19,8 +19,15 @@ from seerattention.rows import Rows
 
 PLAIN = Options(rows=Rows.last(128, 128), scale=1.0)
 
-#: The kernel with and without sharing, of both head dimensions, with all outputs and with the map.
-KINDS = [(0, 128, 0, 0), (1, 128, 1, 0), (0, 64, 0, 0), (1, 128, 0, 1)]
+#: The kernel with every size of an item (heads, tiles), of both head dimensions, with all outputs and with
+#: the map.
+KINDS = [
+    (1, 1, 128, 0, 0),
+    (1, 2, 128, 1, 0),
+    (2, 1, 128, 1, 0),
+    (1, 1, 64, 0, 0),
+    (1, 2, 128, 0, 1),
+]
 
 COMPILE = """
 import json, sys
@@ -30,14 +37,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from seerattention.ops.block_sparse_attention.kernels import hopper as kernel
 
 made = []
-for share, dim, options, pooled in json.loads(sys.argv[1]):
+for heads, tiles, dim, options, pooled in json.loads(sys.argv[1]):
     tile = f"tensordesc<bf16[1, 1, 64, {dim}],{kernel.TILES!r}>"
     pointers = {"out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "bits": "*i32", "counter": "*i32"}
     pointers |= {"maxima": "*fp32", "shares": "*fp32", "scale": "fp32"}
     constants = {
-        "D": dim, "BLOCK_Q": 128 if share else 64, "PARTS": 2 if share else 1,
-        "STAGES": 229376 // (128 * dim) // (1 if share else 2), "WORDS": 32,
-        "SHARE": bool(share), "LSE": bool(options), "SINKS": bool(options), "MAP": bool(pooled),
+        "D": dim, "BLOCK_Q": 64 * tiles, "PARTS": tiles,
+        "STAGES": 229376 // (128 * dim) // (2 // (heads * tiles)), "WORDS": 32,
+        "ITEM_HEADS": heads, "ITEM_TILES": tiles,
+        "LSE": bool(options), "SINKS": bool(options), "MAP": bool(pooled),
     }
     names = kernel.attend.arg_names
     kinds = {name: pointers.get(name, "i32") for name in names} | dict.fromkeys(("qd", "kd", "vd"), tile)
@@ -88,6 +96,42 @@ def test_views_that_tma_cannot_read() -> None:
         assert any(r.startswith("q must be 16-byte aligned") for r in found) == wrong
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sel_heads", "block", "expected"),
+    [
+        # Halves of a query block, whatever the lists.
+        (32, 8, 32, 128, (1, 2)),
+        (32, 8, 8, 256, (1, 2)),
+        # Lists of 2, 4 and all heads, smaller than, as large as and larger than a KV head's group.
+        (32, 8, 16, 64, (2, 1)),
+        (32, 8, 8, 64, (2, 1)),
+        (32, 8, 4, 64, (2, 1)),
+        (32, 8, 1, 64, (2, 1)),
+        (32, 8, 8, 192, (2, 1)),
+        (8, 1, 4, 64, (2, 1)),
+        # A list for each head; lists of three heads; two heads of a list may have different KV heads.
+        (32, 8, 32, 64, (1, 1)),
+        (6, 2, 2, 64, (1, 1)),
+        (6, 2, 1, 64, (1, 1)),
+        (12, 2, 4, 64, (1, 1)),
+        (4, 4, 1, 64, (1, 1)),
+        (1, 1, 1, 64, (1, 1)),
+    ],
+)
+def test_two_parts_that_read_one_list_make_an_item(heads, kv_heads, sel_heads, block, expected) -> None:
+    assert hopper.item_size(heads, kv_heads, sel_heads, block) == expected
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (12, 2), (8, 8), (6, 1), (24, 6), (16, 2)])
+def test_an_item_never_mixes_lists_or_kv_heads(heads, kv_heads) -> None:
+    for sel_heads in (n for n in range(1, heads + 1) if heads % n == 0):
+        item_heads, _ = hopper.item_size(heads, kv_heads, sel_heads, 64)
+        for first in range(0, heads, item_heads):
+            item = range(first, first + item_heads)
+            assert len({head // (heads // sel_heads) for head in item}) == 1
+            assert len({head // (heads // kv_heads) for head in item}) == 1
+
+
 def test_the_kernel_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -95,7 +139,7 @@ def test_the_kernel_compiles_for_hopper() -> None:
     command = [sys.executable, "-c", COMPILE, json.dumps(KINDS)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for (_, dim, _, _), (shared, products) in zip(KINDS, json.loads(done.stdout), strict=True):
+    for (_, _, dim, _, _), (shared, products) in zip(KINDS, json.loads(done.stdout), strict=True):
         # A Hopper multiprocessor lends a program 227 KiB.
         assert shared <= 227 * 1024
         # Per consumer: the first pair, the first alone, the loop's scores and values, the last values.

@@ -79,6 +79,29 @@ def run(
     return out, lse if options.return_lse else None
 
 
+def item_size(heads: int, kv_heads: int, sel_heads: int, block_queries: int) -> tuple[int, int]:
+    """Return how many query heads and how many query tiles of each make an item of work.
+
+    The two warpgroups of a multiprocessor take an item of two together: where both parts read the same list
+    of the same KV head, each tile of K and V is loaded once for both. Such are the halves of a query block of
+    128 tokens, and one tile of two neighbouring heads of a list.
+
+    Args:
+        heads: Query heads.
+        kv_heads: KV heads.
+        sel_heads: Lists per query block, a divisor of ``heads``.
+        block_queries: Tokens per query block, a multiple of `TILE`.
+
+    Returns:
+        The heads and the tiles: (1, 2), (2, 1), or (1, 1) where nothing can be shared.
+    """
+    if block_queries % (2 * TILE) == 0:
+        return 1, 2
+    if heads // sel_heads % 2 == 0 and heads // kv_heads % 2 == 0:
+        return 2, 1
+    return 1, 1
+
+
 def start(
     q: Tensor,
     k: Tensor,
@@ -104,11 +127,10 @@ def start(
     batch, heads, num_queries, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = out.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
-    # Both warpgroups of a multiprocessor take halves of one query block where it has 128 tokens: they
-    # read the same list, so each tile is loaded once for both.
-    share = block_size[0] % (2 * TILE) == 0
+    item_heads, item_tiles = item_size(heads, k.shape[1], bits.shape[1], block_size[0])
+    share = item_heads * item_tiles == 2
     tiles, tiles_k = num_blocks(num_queries, TILE), num_blocks(k.shape[2], TILE)
-    items = batch * heads * num_blocks(tiles, 2 if share else 1)
+    items = batch * (heads // item_heads) * num_blocks(tiles, item_tiles)
     stages = RING_BYTES // (TILE * dim * q.element_size()) // (1 if share else 2)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(processors, num_blocks(items, 1 if share else 2))
@@ -143,7 +165,8 @@ def start(
             PARTS=block_size[1] // TILE,
             STAGES=stages,
             WORDS=max(32, 1 << (bits.shape[3] - 1).bit_length()),
-            SHARE=share,
+            ITEM_HEADS=item_heads,
+            ITEM_TILES=item_tiles,
             LSE=options.return_lse,
             SINKS=options.sinks is not None,
             MAP=shares is not None,

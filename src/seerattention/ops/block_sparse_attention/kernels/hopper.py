@@ -5,7 +5,11 @@ producers (a warp each). A producer takes the next query tile from a counter, re
 selection's bits from the last block to the first and copies keys and values into a ring of 64-token
 tiles by TMA. Its consumer multiplies tiles two by two: while softmax works on one pair, the tensor cores
 multiply the probabilities of the pair before. Only tiles at a row's end need a causal mask, and they come
-first. With SHARE both consumers read the ring of one producer.
+first.
+
+An item of work is ITEM_TILES query tiles of ITEM_HEADS neighbouring query heads, one or two in all. Two read
+the same list of the same KV head: the halves of a query block, or one tile of two heads of a list. Then the
+consumers take one each and read the ring of one producer, so each tile of K and V is loaded once for both.
 
 `c` numbers a consumer, `r` a ring, `g` counts uses of a ring's slots since the start.
 """
@@ -61,24 +65,22 @@ def descriptor(x: Tensor, tile: int) -> Any:
 
 
 @gluon.jit
-def _place(item, sizes, SHARE: gl.constexpr):
-    """Return an item's batch entry, KV head, head and first tile; a KV head's longest come first."""
+def _place(item, sizes, ITEM_HEADS: gl.constexpr, ITEM_TILES: gl.constexpr):
+    """Return an item's batch entry, KV head, first head and tile; a KV head's longest come first."""
     heads, kv_heads, tiles_q, _past, _queries = sizes
-    groups = heads // kv_heads
-    per: gl.constexpr = 2 if SHARE else 1
-    steps = gl.cdiv(tiles_q, per)
+    groups = heads // kv_heads // ITEM_HEADS
+    steps = gl.cdiv(tiles_q, ITEM_TILES)
     outer = item // (steps * groups)
     inner = item % (steps * groups)
-    head = outer % kv_heads * groups + inner % groups
-    return outer // kv_heads, outer % kv_heads, head, (steps - 1 - inner // groups) * per
+    head = (outer % kv_heads * groups + inner % groups) * ITEM_HEADS
+    return outer // kv_heads, outer % kv_heads, head, (steps - 1 - inner // groups) * ITEM_TILES
 
 
 @gluon.jit
-def _last_key_tile(tile, sizes, SHARE: gl.constexpr):
+def _last_key_tile(tile, sizes, ITEM_TILES: gl.constexpr):
     """Return the tile of the last key that an item's queries may see."""
     _heads, _kv_heads, _tiles_q, past, queries = sizes
-    end = (tile + 2) * 64 if SHARE else (tile + 1) * 64
-    return (past + gl.minimum(end, queries) - 1) // 64
+    return (past + gl.minimum((tile + ITEM_TILES) * 64, queries) - 1) // 64
 
 
 @gluon.jit
@@ -149,7 +151,8 @@ def _count(row, word, below, own, WORDS: gl.constexpr):
 def _produce(
     source,
     r: gl.constexpr,
-    SHARE: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,
+    ITEM_TILES: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -160,9 +163,9 @@ def _produce(
     g = 0
     item = gl.atomic_add(counter, 1)
     while item < items:
-        b, kv_head, head, tile = _place(item, sizes, SHARE)
+        b, kv_head, head, tile = _place(item, sizes, ITEM_HEADS, ITEM_TILES)
         following_item = gl.atomic_add(counter, 1)
-        last_tile = _last_key_tile(tile, sizes, SHARE)
+        last_tile = _last_key_tile(tile, sizes, ITEM_TILES)
         row = _row(lists, b, head, tile, sizes, BLOCK_Q)
         word = last_tile // PARTS // 32
         # The own block is always read; bits above it would be acausal.
@@ -174,8 +177,8 @@ def _produce(
         _note(channel, g, item, n, r, STAGES)
         _put(qd, b, head, tile, channel, g, r, STAGES)
         g += 1
-        if SHARE:
-            _put(qd, b, head, tile + 1, channel, g, r, STAGES)
+        if ITEM_HEADS * ITEM_TILES == 2:
+            _put(qd, b, head + ITEM_HEADS - 1, tile + ITEM_TILES - 1, channel, g, r, STAGES)
             g += 1
         # An odd first tile goes alone, its values right behind its keys.
         t = -(n & 1)
@@ -333,7 +336,8 @@ def _pool(maxima, shares, m, total, line, tile, last_tile, tiles_k, scale, sizes
 def _consume(  # noqa: PLR0915
     target,
     c: gl.constexpr,
-    SHARE: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,
+    ITEM_TILES: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
     LSE: gl.constexpr,
@@ -343,6 +347,7 @@ def _consume(  # noqa: PLR0915
     """Compute attention of the items that a ring brings."""
     out, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel = target
     heads, _kv_heads, _tiles_q, past, queries = sizes
+    SHARE: gl.constexpr = ITEM_HEADS * ITEM_TILES == 2
     r: gl.constexpr = 0 if SHARE else c
     dtype: gl.constexpr = channel[0].dtype
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -354,12 +359,12 @@ def _consume(  # noqa: PLR0915
     item = _read_note(channel, g, 0, r, STAGES)
     while item >= 0:
         n = _read_note(channel, g, 1, r, STAGES)
-        b, _kv_head, head, tile = _place(item, sizes, SHARE)
-        last_tile = _last_key_tile(tile, sizes, SHARE)
+        b, _kv_head, head, tile = _place(item, sizes, ITEM_HEADS, ITEM_TILES)
+        last_tile = _last_key_tile(tile, sizes, ITEM_TILES)
         q = _load_queries(channel, g, c, SHARE, r, STAGES)
         g += 2 if SHARE else 1
-        if SHARE:
-            tile += c
+        head += c * (ITEM_HEADS - 1)
+        tile += c * (ITEM_TILES - 1)
         first_query = past + tile * 64
         # Tiles at the front that hold keys after the first query: they need the causal mask.
         late = last_tile - first_query // 64 + 1
@@ -466,7 +471,8 @@ def attend(
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     WORDS: gl.constexpr,
-    SHARE: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,
+    ITEM_TILES: gl.constexpr,
     LSE: gl.constexpr,
     SINKS: gl.constexpr,
     MAP: gl.constexpr,
@@ -476,7 +482,7 @@ def attend(
     `qd`, `kd` and `vd` describe q ``[B, Hq, Tq, D]`` and k, v ``[B, Hk, Tk, D]``. `out` is a contiguous
     ``[B, Hq, Tq, D]``, `lse` fp32 ``[B, Hq, Tq]`` (written with LSE), `sinks` fp32 ``[Hq]`` (read with
     SINKS), `bits` int32 ``[sel_batch, sel_heads, sel_rows, words]``. `counter` is zero and counts the
-    `items` taken: tiles of queries of all heads, pairs of tiles with SHARE. `past` is the number of keys
+    `items` taken, ITEM_HEADS times ITEM_TILES tiles of queries each. `past` is the number of keys
     before the first query, `scale` the softmax scale times log2(e). A KV block has PARTS tiles, WORDS is
     `words` rounded up to a power of two.
 
@@ -484,6 +490,7 @@ def attend(
     tiles_k]``, gets the largest probability of each 64 queries and 64 keys; `maxima` is room for fp32
     ``[programs, 2, tiles_k + 1, 64]``.
     """
+    SHARE: gl.constexpr = ITEM_HEADS * ITEM_TILES == 2
     rings: gl.constexpr = 1 if SHARE else 2
     ring = gl.allocate_shared_memory(qd.dtype, [rings * STAGES, 1, 1, 64, D], qd.layout)
     note_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -502,9 +509,9 @@ def attend(
     if SHARE:
         gl.warp_specialize(
             [
-                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS, MAP)),
-                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS, MAP)),
-                (_produce, (source, 0, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
+                (_consume, (target, 0, ITEM_HEADS, ITEM_TILES, D, STAGES, LSE, SINKS, MAP)),
+                (_consume, (target, 1, ITEM_HEADS, ITEM_TILES, D, STAGES, LSE, SINKS, MAP)),
+                (_produce, (source, 0, ITEM_HEADS, ITEM_TILES, BLOCK_Q, PARTS, STAGES, WORDS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -512,10 +519,10 @@ def attend(
     else:
         gl.warp_specialize(
             [
-                (_consume, (target, 0, SHARE, D, STAGES, LSE, SINKS, MAP)),
-                (_consume, (target, 1, SHARE, D, STAGES, LSE, SINKS, MAP)),
-                (_produce, (source, 0, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
-                (_produce, (source, 1, SHARE, BLOCK_Q, PARTS, STAGES, WORDS)),
+                (_consume, (target, 0, ITEM_HEADS, ITEM_TILES, D, STAGES, LSE, SINKS, MAP)),
+                (_consume, (target, 1, ITEM_HEADS, ITEM_TILES, D, STAGES, LSE, SINKS, MAP)),
+                (_produce, (source, 0, ITEM_HEADS, ITEM_TILES, BLOCK_Q, PARTS, STAGES, WORDS)),
+                (_produce, (source, 1, ITEM_HEADS, ITEM_TILES, BLOCK_Q, PARTS, STAGES, WORDS)),
             ],
             [4, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
