@@ -28,12 +28,14 @@ def test_masks_have_the_density_asked_for(mask, tokens):
     scores = torch.randn(3, 3, 24, 24)
     made = {
         "random": lambda: masks.random(sizes, 0.2, "cpu"),
+        "group": lambda: masks.group(sizes, 0.2, "cpu"),
         "band": lambda: masks.band(sizes, 0.2, "cpu"),
         "gate": lambda: masks.gate(sizes, 0.2, "cpu", scores),
     }[mask]()
-    assert made.shape == (1, 4, 64, 64)
+    # A list per KV head, of which there are two, or per query head.
+    assert made.shape == (1, 2 if mask == "group" else 4, 64, 64)
     valid = causal_blocks(tokens, tokens, (16, 16))
-    if mask == "random":
+    if mask in ("random", "group"):
         # Own and first block come on top: two of on average 32.
         assert 0.2 - 1 / 64 <= made.density(valid) <= 0.2 + 2 / 32
     else:

@@ -1,4 +1,4 @@
-"""Selections of a given density to time kernels on: random, a band, and a trained gate's.
+"""Selections of a given density to time kernels on: random ones, a band, and a trained gate's.
 
 All are built on the device head by head, since ``[Hq, N, N]`` scores at 256k tokens would take 2 GB.
 Every row reads its own block and the first one.
@@ -19,7 +19,7 @@ from seerattention.rows import Rows, num_blocks
 from seerattention.selection import BlockSelection
 
 #: Kinds of masks.
-MASKS = ("random", "gate", "band")
+MASKS = ("random", "group", "gate", "band")
 
 #: How far a repeated passage's scores move, in standard deviations of the head's scores.
 PASSAGE_SPREAD = 0.5
@@ -28,11 +28,24 @@ PASSAGE_SPREAD = 0.5
 def full(shape: Shape, device: str) -> BlockSelection:
     """Select everything, with one list per head as the other masks have."""
     valid = Rows.last(shape.queries, shape.keys).causal(shape.block_size, device)
-    return _per_head(shape, lambda head: valid)
+    return _each(shape.heads, shape, lambda head: valid)
 
 
-def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSelection:
-    """Select each earlier block with probability ``density``, per query head."""
+def random(
+    shape: Shape, density: float, device: str, seed: int = 0, lists: int | None = None
+) -> BlockSelection:
+    """Select each earlier block with probability ``density``.
+
+    Args:
+        shape: The sizes.
+        density: The probability, in [0, 1].
+        device: Where to build it.
+        seed: Of the random numbers.
+        lists: Heads of the selection; default one list per query head.
+
+    Returns:
+        The selection, ``[1, lists, Nq, Nk]``.
+    """
     rows = Rows.last(shape.queries, shape.keys)
     valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
     own[:, 0] = True
@@ -42,7 +55,12 @@ def random(shape: Shape, density: float, device: str, seed: int = 0) -> BlockSel
         draws = torch.rand(valid.shape, generator=generator, device=device)
         return ((draws < density) & valid) | own
 
-    return _per_head(shape, one)
+    return _each(lists or shape.heads, shape, one)
+
+
+def group(shape: Shape, density: float, device: str) -> BlockSelection:
+    """Select as `random` does, with one list for all query heads of a KV head: ``[1, Hk, Nq, Nk]``."""
+    return random(shape, density, device, lists=shape.kv_heads)
 
 
 def band(shape: Shape, density: float, device: str) -> BlockSelection:
@@ -51,7 +69,7 @@ def band(shape: Shape, density: float, device: str) -> BlockSelection:
     valid, own = rows.causal(shape.block_size, device), rows.own(shape.block_size, device)
     latest = max(1, TopK(density).blocks(valid.shape[1]) - 1)
     mask = TopK(density, sink_blocks=1, local_blocks=latest).always(own, valid)
-    return _per_head(shape, lambda head: mask)
+    return _each(shape.heads, shape, lambda head: mask)
 
 
 def gate(shape: Shape, density: float, device: str, scores: Tensor) -> BlockSelection:
@@ -78,7 +96,7 @@ def gate(shape: Shape, density: float, device: str, scores: Tensor) -> BlockSele
         rows = Rows.last(shape.queries, shape.keys)
         return select(policy, longer, rows=rows, block_size=shape.block_size).to_mask()[0, 0]
 
-    return _per_head(shape, one)
+    return _each(shape.heads, shape, one)
 
 
 def pick_heads(groups: int, per_group: int, wanted_groups: int, wanted_heads: int) -> list[tuple[int, int]]:
@@ -143,16 +161,14 @@ def _coarser(scores: Tensor, factor: int) -> Tensor:
     return tail.unflatten(-2, (-1, factor)).amax(-2)
 
 
-def _per_head(shape: Shape, mask: Callable[[int], Tensor]) -> BlockSelection:
-    """Build a selection from one bool ``[Nq, Nk]`` mask per query head."""
+def _each(lists: int, shape: Shape, mask: Callable[[int], Tensor]) -> BlockSelection:
+    """Build a selection from one bool ``[Nq, Nk]`` mask per list."""
     heads = [
         BlockSelection.from_mask(mask(head)[None, None], shape.block_size, check=False)
-        for head in range(shape.heads)
+        for head in range(lists)
     ]
     _, _, nq, nk = heads[0].shape
-    return BlockSelection(
-        torch.cat([one.bits for one in heads], 1), (1, shape.heads, nq, nk), shape.block_size
-    )
+    return BlockSelection(torch.cat([one.bits for one in heads], 1), (1, lists, nq, nk), shape.block_size)
 
 
 def teacher_scores(device: str, tokens: int = 8192) -> Tensor:

@@ -83,7 +83,11 @@ def measure(plan: Plan, reporter: Reporter) -> Iterator[dict[str, Any]]:
     reporter.stage("ceilings of the device", 1)
     with torch.inference_mode():
         limits = ceilings(plan.device, plan.kind)
-        makers: dict[str, Callable[..., BlockSelection]] = {"random": masks.random, "band": masks.band}
+        makers: dict[str, Callable[..., BlockSelection]] = {
+            "random": masks.random,
+            "group": masks.group,
+            "band": masks.band,
+        }
         if "gate" in plan.masks and any(density < 1 for density in plan.densities):
             reporter.stage(f"scores of the bundled gates on {plan.teacher_tokens:,} tokens of text", 1)
             scores = masks.teacher_scores(plan.device, plan.teacher_tokens)

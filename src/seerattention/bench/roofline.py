@@ -9,7 +9,7 @@ from seerattention.bench.ceilings import l2_tflops
 from seerattention.measure.plot import COLOURS, drawn
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STYLES = {"random": "o-", "gate": "s--", "band": "^:"}
+STYLES = {"random": "o-", "group": "D-.", "gate": "s--", "band": "^:"}
 
 
 def draw_roofline(report: dict[str, Any], path: Path) -> None:

@@ -48,7 +48,10 @@ def run(
     density: Annotated[list[float] | None, typer.Option(help="Share of blocks read; repeatable.")] = None,
     block: Annotated[list[int] | None, typer.Option(help="Tokens per block; repeatable.")] = None,
     mask: Annotated[
-        list[str] | None, typer.Option(help="random, gate (the bundled gates') or band; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="random, group (random, a list per KV head), gate (the bundled gates') or band; repeatable."
+        ),
     ] = None,
     gate: Annotated[
         list[str] | None,
