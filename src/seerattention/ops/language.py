@@ -50,6 +50,26 @@ def unsupported_here(x: Tensor) -> list[str]:
     return [] if triton else ["triton is not installed; `pip install triton` brings it"]
 
 
+def unsupported_on_hopper(device: torch.device, dtype: torch.dtype, kernel: Any) -> list[str]:
+    """Return the reasons why a Hopper kernel, None where Gluon is missing, does not run on a device."""
+    reasons = []
+    if kernel is None:
+        reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
+    if device.type != "cuda":
+        reasons.append("it needs a Hopper GPU")
+    elif not _is_hopper(device):
+        reasons.append(f"it needs a Hopper GPU (sm_90), this is {torch.cuda.get_device_name(device)}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"its tensor-core products take bfloat16 and float16, not {dtype}")
+    return reasons
+
+
+# A bool, since some compilers of PyTorch cannot compare a constant tuple.
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def unsupported_dtype(dtype: torch.dtype) -> list[str]:
     """Return the reasons why kernels do not multiply matrices of a dtype."""
     if dtype not in DTYPES:

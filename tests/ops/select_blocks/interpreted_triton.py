@@ -12,7 +12,7 @@ from seerattention import baselines
 from seerattention.ops import language
 from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.ops.launch import Launch
-from seerattention.ops.select_blocks import BACKENDS, select_blocks
+from seerattention.ops.select_blocks import BACKENDS, _scores, select_blocks
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
@@ -54,9 +54,9 @@ POLICIES = [
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and chunks at the sizes that an interpreter computes."""
     small = Launch(16, 64, 4, 1)
-    monkeypatch.setattr(kernel, "LAUNCHES", dict.fromkeys(kernel.LAUNCHES, small))
-    monkeypatch.setattr(kernel, "HELD_BYTES", 8 * 2**10)
-    monkeypatch.setattr(kernel, "STRIP", 2)
+    monkeypatch.setattr(_scores, "LAUNCHES", dict.fromkeys(_scores.LAUNCHES, small))
+    monkeypatch.setattr(_scores, "HELD_BYTES", 8 * 2**10)
+    monkeypatch.setattr(_scores, "STRIP", 2)
     monkeypatch.setattr(kernel, "SCORE_BYTES", 4 * 2 * 16 * 32)
     monkeypatch.setattr(kernel, "SHARE_BYTES", 4 * 2 * 16 * 32)
     return
@@ -374,7 +374,7 @@ def test_chunks_cover_all_rows_within_the_buffer() -> None:
         rows = [row for start, stop in reversed(chunks) for row in range(start, stop)]
         assert rows == list(range(len(widths)))
         for start, stop in chunks:
-            assert stop - start == 1 or (stop - start) * kernel._stride(widths[stop - 1]) <= scores
+            assert stop - start == 1 or (stop - start) * _scores.stride(widths[stop - 1]) <= scores
 
 
 @torch.no_grad()

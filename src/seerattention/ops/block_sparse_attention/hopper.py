@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seerattention.ops.block_sparse_attention.kernels.backward import backward
+from seerattention.ops.language import unsupported_on_hopper
 from seerattention.ops.options import Options
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
@@ -39,15 +40,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], options: Options) -> list[str]:
     """Return the reasons why the kernel cannot run."""
-    reasons = []
-    if kernel is None:
-        reasons.append("triton with the Gluon language (triton >= 3.6) is not installed")
-    if q.device.type != "cuda":
-        reasons.append("it needs a Hopper GPU")
-    elif not _is_hopper(q.device):
-        reasons.append(f"it needs a Hopper GPU (sm_90), this is {torch.cuda.get_device_name(q.device)}")
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"its tensor-core products take bfloat16 and float16, not {q.dtype}")
+    reasons = unsupported_on_hopper(q.device, q.dtype, kernel)
     if q.shape[3] not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {HEAD_DIMS}, got {q.shape[3]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -173,9 +166,3 @@ def start(
             num_warps=4,
         )
     return out, lse
-
-
-# A bool, since some compilers of PyTorch cannot compare a constant tuple.
-@torch.compiler.assume_constant_result
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any
@@ -19,32 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import padded, power_of_two, products, unsupported_dtype, unsupported_here
-from seerattention.ops.launch import Launch, width
+from seerattention.ops.language import power_of_two, unsupported_dtype, unsupported_here
 from seerattention.ops.rules import KINDS, MAX_BLOCKS
-from seerattention.ops.select_blocks._triton_kernel import choose, score
+from seerattention.ops.select_blocks._scores import Scores, stride
+from seerattention.ops.select_blocks._triton_kernel import choose
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer, compares_shares
 from seerattention.selection import WORD, BlockSelection
 
-#: Launches of the score kernel, by what `width` says; ``block_n`` are the summaries of keys in a product.
-LAUNCHES = {
-    "narrow": Launch(64, 256, 4, 2),
-    "wide": Launch(64, 64, 8, 1),
-    "narrow shares": Launch(64, 256, 4, 1, registers=168),
-    "wide shares": Launch(64, 64, 8, 1),
-}
-
-#: Bytes of key summaries that a program of the score kernel holds, and the tiles of rows that pass by: at
-#: most so many, as long as there are so many programs.
-HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 16, 1024
-
 #: Scores of a row that one warp of the policy kernel holds.
-SCORES_PER_WARP = 512
+SCORES_PER_WARP = 256
 
 #: Query summaries whose scores it loads together.
-TOGETHER = 2
+TOGETHER = 4
 
 #: Bytes of block scores of a chunk of rows, to be read back from a GPU's L2 cache.
 SCORE_BYTES = 32 * 2**20
@@ -77,9 +64,16 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, row
 
 @torch.no_grad()
 def run(
-    q: Tensor, k_blocks: Tensor, scorer: Any, policy: Policy, rows: Rows, *, positions: Tensor
+    q: Tensor,
+    k_blocks: Tensor,
+    scorer: Any,
+    policy: Policy,
+    rows: Rows,
+    *,
+    positions: Tensor,
+    hopper: bool = False,
 ) -> BlockSelection:
-    """Return the selection."""
+    """Return the selection; with ``hopper`` from scores by the Hopper kernel."""
     block_q, block_k = scorer.block_size
     down, columns = rows.num_blocks(scorer.block_size)
     packed = rows if rows.is_packed else None
@@ -116,6 +110,7 @@ def run(
             values,
             rules[0].row_exponent,
             [policy.sink_blocks, policy.local_blocks, policy.dense_last_rows],
+            hopper,
         )
         # The next part's summaries may take the memory of these.
         del queries
@@ -139,6 +134,7 @@ def choose_rows(
     values: Tensor | None,
     row_exponent: float,
     knobs: list[int],
+    hopper: bool,
 ) -> None:
     """Write the bits of the rows whose summaries are given.
 
@@ -160,74 +156,49 @@ def choose_rows(
         values: fp32 ``[H]``, the rule's value for each head, else; of packed sequences ``[S, H]``.
         row_exponent: Of the rule.
         knobs: Sink blocks, local blocks, dense last rows.
+        hopper: Whether the Hopper kernel scores.
     """
-    heads, dim = queries.shape[1], queries.shape[3]
-    block_q, block_k = block_size
+    heads, (block_q, block_k) = queries.shape[1], block_size
     tokens, past = lengths[0], lengths[1] - lengths[0]
-    batch, down = queries.shape[0], num_blocks(queries.shape[2], subs[0])
+    down = num_blocks(queries.shape[2], subs[0])
     if sequences is not None:
-        batch, down = len(sequences), max(num_blocks(n, block_q) for n in lengths[::2])
-    last = first + down
+        down = max(num_blocks(n, block_q) for n in lengths[::2])
     # Rows of scores for each row of blocks.
     each = subs[0] if shares else 1
-    launch = LAUNCHES[width(keys) + (" shares" if shares else "")]
-    tile = _tile(launch, dim, keys.element_size(), products(keys), subs[0] // each, subs[1])
-    widths = [0] * down
-    for queries_of_one, keys_of_one in zip(lengths[::2], lengths[1::2], strict=True):
-        for row in range(first, min(last, num_blocks(queries_of_one, block_q))):
-            keys_seen = min((row + 1) * block_q - queries_of_one, 0) + keys_of_one
-            widths[row - first] = max(widths[row - first], num_blocks(keys_seen, block_k))
-    # A packed sequence may see more in an earlier row than the ones that have later rows.
-    widths = list(accumulate(widths, max))
-    whole = max(1, launch.block_m // each)
-    most = (SHARE_BYTES if shares else SCORE_BYTES) // (4 * batch * heads * each)
-    chunks = list(_chunks(widths, most, whole))
-    space = max((stop - start) * each * _stride(widths[stop - 1]) for start, stop in chunks)
-    scores = torch.empty(batch * heads * space, dtype=torch.float32, device=queries.device)
-    across = [num_blocks(seen, tile["BLOCK_N"]) for seen in widths]
+    scored = Scores(
+        queries,
+        keys,
+        sequences,
+        (subs[0] // each, subs[1]),
+        (block_q // each, block_k),
+        shares,
+        first * block_q + past,
+        scale,
+        hopper,
+    )
+    widths = _seen(lengths, first, down, block_size)
+    most = (SHARE_BYTES if shares else SCORE_BYTES) // (4 * scored.heads * each)
+    chunks = list(_chunks(widths, most, max(1, scored.rows // each)))
+    space = max((stop - start) * each * stride(widths[stop - 1]) for start, stop in chunks)
+    scores = torch.empty(scored.heads * space, dtype=torch.float32, device=queries.device)
+    across = [num_blocks(seen, scored.blocks) for seen in widths]
     totals = None
     if shares:
         space = max((stop - start) * each * across[stop - 1] for start, stop in chunks)
-        totals = torch.empty(2 * batch * heads * space, dtype=torch.float32, device=queries.device)
+        totals = torch.empty(2 * scored.heads * space, dtype=torch.float32, device=queries.device)
     with torch.cuda.device_of(queries):
         for start, stop in chunks:
             seen = widths[stop - 1]
-            strip = _strip(tile, (stop - start) * each, batch * heads * across[stop - 1])
-            strips = num_blocks((stop - start) * each, strip) * across[stop - 1]
-            score[batch * heads, strips](
-                queries,
-                keys,
-                scores,
-                totals,
-                sequences,
-                queries.shape[2],
-                keys.shape[2],
-                start * each,
-                stop * each,
-                seen,
-                _stride(seen),
-                first * block_q + past,
-                scale,
-                HEADS=heads,
-                GROUP=heads // keys.shape[1],
-                E=dim,
-                SUBS_Q=subs[0] // each,
-                SUBS_K=subs[1],
-                BLOCK_Q=block_q // each,
-                BLOCK_K=block_k,
-                EXACT=shares,
-                PRECISION=products(keys),
-                **tile | {"strip": strip},
-            )
+            scored.fill(scores, totals, start * each, stop * each, seen)
             wide = max(WORD, power_of_two(seen))
-            choose[batch * heads, stop - start](
+            choose[scored.heads, stop - start](
                 scores,
                 totals,
                 bits,
                 sequences,
                 first + start,
                 stop - start,
-                _stride(seen),
+                stride(seen),
                 across[stop - 1],
                 bits.shape[2],
                 bits.shape[3],
@@ -247,10 +218,21 @@ def choose_rows(
                 KIND=kind,
                 SLOPED=row_exponent != 0,
                 WIDTH=wide,
-                TILE=tile["BLOCK_N"],
+                TILE=scored.blocks,
                 SUBS=power_of_two(each),
                 num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
+
+
+def _seen(lengths: list[int], first: int, down: int, block_size: list[int]) -> list[int]:
+    """Return how many KV blocks any sequence sees in each of ``down`` rows from row ``first`` on."""
+    widths = [0] * down
+    for queries, keys in zip(lengths[::2], lengths[1::2], strict=True):
+        for row in range(first, min(first + down, num_blocks(queries, block_size[0]))):
+            seen = min((row + 1) * block_size[0] - queries, 0) + keys
+            widths[row - first] = max(widths[row - first], num_blocks(seen, block_size[1]))
+    # A packed sequence may see more in an earlier row than the ones that have later rows.
+    return list(accumulate(widths, max))
 
 
 def _sequences(rows: Rows, scorer: Any, device: torch.device) -> Tensor:
@@ -297,80 +279,16 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def _tile(launch: Launch, dim: int, nbytes: int, precision: str, subs_q: int, subs_k: int) -> dict[str, int]:
-    """Return the score kernel's tiles: as many blocks as can be held with all of their summaries.
-
-    At least 16; of blocks with more summaries than fit a part is held at a time.
-
-    Args:
-        launch: Of the kernel.
-        dim: Numbers of a summary.
-        nbytes: Bytes of a number.
-        precision: How fp32 is multiplied.
-        subs_q: Summaries of queries per row of scores.
-        subs_k: Summaries of keys per block.
-    """
-    widths = _widths(dim, precision if nbytes == 4 else "ieee")
-    # Three products of fp32 hold it twice; and tiles of wide queries need room.
-    fit = HELD_BYTES // (sum(widths.values()) * nbytes * (2 if nbytes == 4 or dim > 128 else 1))
-    # In one product if possible: with more blocks than that, what passes from one to the next spills.
-    most = min(launch.block_n // 2, max(32, launch.block_n // subs_k))
-    blocks = _power(max(16, min(most, fit // subs_k)))
-    # Nor is there any for a second tile of such queries, where each is scored at once.
-    stages = 1 if dim > 96 and subs_q == 1 else launch.stages
-    held = max(n for n in range(1, subs_k + 1) if subs_k % n == 0 and (n == 1 or n * blocks <= fit))
-    return {
-        **replace(launch, stages=stages, registers=launch.registers if blocks <= 32 else None).tile(),
-        **widths,
-        "BLOCK_N": blocks,
-        "HELD": held,
-        "JOINED": math.gcd(held, max(1, launch.block_n // blocks)),
-        "NEAR": _power(min(128, max(16, fit // 4))),
-        "strip": launch.block_m * max(1, STRIP // subs_q),
-    }
-
-
-def _strip(tile: dict[str, int], rows: int, others: int) -> int:
-    """Return how many rows pass by in a program of which there are ``others`` for each strip of ``rows``."""
-    strip = tile["strip"]
-    while strip > tile["BLOCK_M"] and num_blocks(rows, strip) * others < PROGRAMS:
-        strip //= 2
-    return strip
-
-
-def _power(n: int) -> int:
-    """Return the largest power of two that is not larger than ``n``."""
-    return 1 << (n.bit_length() - 1)
-
-
-def _widths(dim: int, precision: str) -> dict[str, int]:
-    """Cover the summaries' values by one tile that is a power of two wide, or by two where that is less.
-
-    Not where three products make one of fp32: added to what is there already they lose digits.
-    """
-    whole = padded(dim)
-    low = whole // 2
-    rest = padded(dim - low)
-    if precision == "tf32x3" or low < 16 or low + rest == whole:
-        return {"E_LOW": whole, "E_REST": 0}
-    return {"E_LOW": low, "E_REST": rest}
-
-
 def _chunks(widths: list[int], scores: int, tile: int) -> Iterator[tuple[int, int]]:
     """Rows ``start <= row < stop`` whose scores are at most ``scores`` per head, the last rows first."""
     stop = len(widths)
     while stop:
-        rows = max(1, scores // _stride(widths[stop - 1]))
+        rows = max(1, scores // stride(widths[stop - 1]))
         # Whole tiles, as long as there is room for one.
         rows = rows // tile * tile or rows
         start = max(0, stop - rows)
         yield start, stop
         stop = start
-
-
-def _stride(width: int) -> int:
-    """Distance between rows of scores: rows begin at the edge of a cache line."""
-    return num_blocks(width, WORD) * WORD
 
 
 choose_op = torch.library.custom_op("seerattention::choose_rows", choose_rows, mutates_args=("bits",))

@@ -1,0 +1,405 @@
+"""Scores of shares in Gluon, Triton's language with explicit layouts, barriers and warp roles.
+
+A multiprocessor runs one persistent program of two consumers (a warpgroup each) and two producers (a warp
+each). An item is a tile of 32 blocks of keys, all of whose summaries lie in shared memory while a strip
+of rows, query summaries, passes in tiles of 64. The consumers take these in turn: while one's products run,
+the other takes its last maxima and stores. A product is of 64 rows and of some places within all the blocks.
+
+`c` numbers a consumer, `g` counts uses of a ring's slots since the start. Items are numbered from the last
+strip of rows and its first blocks, heads next to each other; program `i` of `n` takes `i`, `i + n`, ...
+"""
+
+# Gluon is a language of its own: a type checker of Python does not know it.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+#: Rows of a tile, those of a warpgroup's wgmma; blocks of keys in a tile, and their places in a product.
+ROWS, BLOCKS, PLACES = gl.constexpr(64), gl.constexpr(32), gl.constexpr(4)
+COLUMNS = gl.constexpr(128)
+
+#: Slots for tiles of rows of each consumer, and for tiles of keys.
+QUERY_STAGES, KEY_STAGES = gl.constexpr(3), gl.constexpr(2)
+
+#: Registers per thread: two consumers of 128 threads and the producers' warpgroup share 65,536.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
+
+#: How a warpgroup holds a product, and rows as its left side.
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+QUERIES = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
+
+#: How it holds scores: a thread has 8 blocks side by side, of two rows.
+SCORES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 32],
+    )
+)
+
+#: How summaries of 64 numbers lie in shared memory, for TMA and wgmma alike: tiles of rows, boxes of keys.
+QUERY_TILES, KEY_TILES = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 5)
+
+# The copy is called async_load since triton 3.7.
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+def describe_queries(queries: Tensor) -> Any:
+    """Describe summaries ``[B, H, rows, E]`` for TMA copies of 64 rows; those past the end read as zero."""
+    batch, heads, rows, dim = queries.shape
+    shape, strides = [batch * heads, rows, dim], [rows * dim, dim, 1]
+    return TensorDescriptor(queries, shape, strides, [1, ROWS.value, dim], QUERY_TILES)
+
+
+def describe_keys(keys: Tensor, subs: int) -> Any:
+    """Describe summaries ``[B, H, Nk * subs, E]`` for TMA copies of one place of 32 KV blocks.
+
+    A thread of a warpgroup holds a product's columns in pairs, two of every eight. A box brings blocks in the
+    order that makes what it holds neighbours: it counts pairs, then quarters of the tile, then the two of a
+    pair. ``Nk`` must be a multiple of 8, whole quarters.
+    """
+    batch, heads, rows, dim = keys.shape
+    block = subs * dim
+    shape = [batch * heads, 4, rows // (8 * subs), 2, block]
+    return TensorDescriptor(
+        keys, shape, [rows * dim, 2 * block, 8 * block, block, 1], [1, 4, 4, 2, dim], KEY_TILES
+    )
+
+
+@gluon.jit
+def _block(column):
+    """Return the block of a product's column, among those of its place: see `describe_keys`."""
+    return column % 8 // 2 * (BLOCKS // 4) + column // 8 * 2 + column % 2
+
+
+@gluon.jit
+def _strip(strip, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Return a strip's first row, the row after its last, and how many tiles of keys its rows see."""
+    start, stop, past, across, rows = sizes
+    bottom = stop - strip * rows
+    seen = gl.minimum(across, (past + bottom * BLOCK_Q - 1) // (BLOCK_K * BLOCKS) + 1)
+    return gl.maximum(start, bottom - rows), bottom, seen
+
+
+@gluon.jit
+def _find(item, strip, before, heads, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Return an item's strip, how many items there are before that strip, and whether there is one.
+
+    It is sought from `strip` on, which `before` items come before.
+    """
+    start, stop, _past, _across, rows = sizes
+    strips = gl.cdiv(stop - start, rows)
+    _top, _bottom, seen = _strip(strip, sizes, BLOCK_Q, BLOCK_K)
+    while (strip < strips) & (item >= before + seen * heads):
+        before += seen * heads
+        strip += 1
+        _top, _bottom, seen = _strip(strip, sizes, BLOCK_Q, BLOCK_K)
+    return strip, before, strip < strips
+
+
+@gluon.jit
+def _place(within, strip, heads, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Return the head, tile of keys and rows of an item of a strip; no tile ends before the keys."""
+    top, bottom, _seen = _strip(strip, sizes, BLOCK_Q, BLOCK_K)
+    tile = within // heads
+    first = (tile * BLOCKS * BLOCK_K - sizes[2]) // BLOCK_Q
+    top += gl.maximum(first - top, 0) // ROWS * ROWS
+    return within % heads, tile, top, bottom
+
+
+@gluon.jit
+def _put(desc, coordinates, tiles, full, empty, g, first: gl.constexpr, STAGES: gl.constexpr):
+    """Copy a tile of rows into the next slot of the ring that begins at slot `first`, once it is free."""
+    slot = first + g % STAGES
+    mbarrier.wait(empty.index(slot), ((g // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), ROWS * desc.block_shape[2] * 2)
+    _load_tile(desc, coordinates, full.index(slot), tiles.index(slot))
+    return g + 1
+
+
+@gluon.jit
+def _bring_queries(
+    queries, tiles, full, empty, heads, sizes,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Copy the rows of all items, tiles to one consumer and the other in turn."""
+    g0 = 0
+    g1 = 0
+    item = gl.program_id(0)
+    strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
+    while more:
+        head, _tile, top, bottom = _place(item - before, strip, heads, sizes, BLOCK_Q, BLOCK_K)
+        for row in range(top, bottom, 2 * ROWS):
+            g0 = _put(queries, [head, row, 0], tiles, full, empty, g0, 0, QUERY_STAGES)
+            if row + ROWS < bottom:
+                g1 = _put(queries, [head, row + ROWS, 0], tiles, full, empty, g1, QUERY_STAGES, QUERY_STAGES)
+        item += gl.num_programs(0)
+        strip, before, more = _find(item, strip, before, heads, sizes, BLOCK_Q, BLOCK_K)
+
+
+@gluon.jit
+def _bring_keys(
+    keys, tiles, full, empty, heads, group, sizes, SUBS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Copy all summaries of the blocks of all items, place by place."""
+    E: gl.constexpr = keys.block_shape[4]
+    g = 0
+    item = gl.program_id(0)
+    strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
+    while more:
+        head, tile, _top, _bottom = _place(item - before, strip, heads, sizes, BLOCK_Q, BLOCK_K)
+        slot = g % KEY_STAGES
+        mbarrier.wait(empty.index(slot), ((g // KEY_STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), SUBS * BLOCKS * E * 2)
+        for part in gl.static_range(SUBS // PLACES):
+            for place in gl.static_range(PLACES):
+                to = tiles.index(slot * (SUBS // PLACES) + part).slice(place, 1, 0)
+                at = [head // group, 0, tile * 4, 0, (part * PLACES + place) * E]
+                _load_tile(keys, at, full.index(slot), to)
+        g += 1
+        item += gl.num_programs(0)
+        strip, before, more = _find(item, strip, before, heads, sizes, BLOCK_Q, BLOCK_K)
+
+
+@gluon.jit
+def _product(query, keys, part):
+    zero = gl.zeros([ROWS, COLUMNS], gl.float32, PRODUCT)
+    tile = keys.index(part).reshape([COLUMNS, keys.shape[5]])
+    return warpgroup_mma(query, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _by_place(product):
+    """Return the maximum over the places of a product, ``[64, 32]``: one within each thread."""
+    return gl.max(product.reshape([ROWS, PLACES, BLOCKS]), 1)
+
+
+@gluon.jit
+def _larger(best, product):
+    """Return the larger of `best` and the maximum over the places of a product."""
+    best = gl.maximum(best, _by_place(product))
+    # Compilers put maxima off until all products are there, which takes the registers of all of them. They
+    # move nothing over this, which does nothing.
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [best], gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _nothing():
+    return _by_place(gl.full([ROWS, COLUMNS], float("-inf"), gl.float32, PRODUCT))
+
+
+@gluon.jit
+def _scores(query, keys, first, turns, c: gl.constexpr, PARTS: gl.constexpr):
+    """Return the largest product of each row with each block, ``[64, 32]``, and end the consumer's turn.
+
+    The blocks' summaries are PARTS tiles of `keys` from the `first` on.
+    """
+    # Products are started and waited for in one branch: a branch in between may copy registers that the
+    # tensor cores are still writing.
+    waiting = _product(query, keys, first)
+    best = _nothing()
+    for part in gl.static_range(1, PARTS):
+        following = _product(query, keys, first + part)
+        if part + 1 == PARTS:
+            mbarrier.arrive(turns.index(1 - c), count=1)
+        best = _larger(best, warpgroup_mma_wait(1, deps=[waiting]))
+        waiting = following
+    best = _larger(best, warpgroup_mma_wait(0, deps=[waiting]))
+    if PARTS == 1:
+        mbarrier.arrive(turns.index(1 - c), count=1)
+    return best
+
+
+@gluon.jit
+def _seen_scores(
+    query, keys, first, end, turns, c: gl.constexpr, SUBS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Return the same of summaries that begin by a row's end; the first row's is `end`, from the keys on."""
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, PRODUCT))
+    # What differs between threads goes to the other side: constants are left on this, and not registers.
+    same = _block(column % BLOCKS // 8 * 8 + column % 2) * BLOCK_K
+    begin = same + column // BLOCKS * (BLOCK_K // SUBS)
+    other = _block(column % 8 // 2 * 2) * BLOCK_K
+    best = _nothing()
+    for part in range(SUBS // PLACES):
+        product = warpgroup_mma_wait(0, deps=[_product(query, keys, first + part)])
+        last = end - part * (PLACES * BLOCK_K // SUBS)
+        ends = last + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)) * BLOCK_Q
+        seen = begin[None, :] <= ends[:, None] - other[None, :]
+        best = _larger(best, gl.where(seen, product, float("-inf")))
+    mbarrier.arrive(turns.index(1 - c), count=1)
+    return best
+
+
+@gluon.jit
+def _store(
+    best, to, totals, row, kept, left, end, sizes, stride, ALL: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Write scores and totals of 64 rows before row `kept`; with ALL they see all blocks to the end."""
+    # Columns into the order of blocks: nothing moves but the names.
+    best = best.reshape([ROWS, BLOCKS // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, BLOCKS])
+    best = gl.convert_layout(best, SCORES)
+    at = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    block = left + gl.arange(0, BLOCKS, gl.SliceLayout(0, SCORES))
+    largest = gl.maximum(gl.max(best, 1), -3e38)
+    before = (best - largest[:, None]) * LOG2E
+    if not ALL:
+        own = (end + (at - row) * BLOCK_Q) // BLOCK_K
+        before = gl.where(block[None, :] < own[:, None], before, float("-inf"))
+    total = gl.sum(gl.exp2(before), 1)
+    rows = sizes[1] - sizes[0]
+    gl.store(to + at.to(gl.int64)[:, None] * stride + block[None, :], best, mask=(at < kept)[:, None])
+    gl.store(totals + at, largest, mask=at < kept)
+    gl.store(totals + rows + at, total, mask=at < kept)
+
+
+@gluon.jit
+def _consume(
+    target, c: gl.constexpr, SUBS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Score every second tile of rows of all items."""
+    scores, totals, stride, scale, heads, sizes, rings, turns = target
+    queries, query_full, query_empty, keys, key_full, key_empty = rings
+    start, stop, past, across, _rows = sizes
+    PARTS: gl.constexpr = SUBS // PLACES
+    g = 0
+    k = 0
+    turn = 0
+    item = gl.program_id(0)
+    strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
+    while more:
+        head, tile, top, bottom = _place(item - before, strip, heads, sizes, BLOCK_Q, BLOCK_K)
+        left = tile * BLOCKS
+        to = scores + head.to(gl.int64) * (stop - start) * stride
+        to_totals = totals + (head * across + tile).to(gl.int64) * 2 * (stop - start)
+        mbarrier.wait(key_full.index(k % KEY_STAGES), (k // KEY_STAGES) & 1)
+        first = k % KEY_STAGES * PARTS
+        for pair in range(top, bottom, 2 * ROWS):
+            row = pair + c * ROWS
+            # Both have as many turns; the first of all is consumer 0's.
+            mbarrier.wait(turns.index(c), turn & 1 ^ (1 - c))
+            turn += 1
+            if row < bottom:
+                slot = c * QUERY_STAGES + g % QUERY_STAGES
+                mbarrier.wait(query_full.index(slot), (g // QUERY_STAGES) & 1)
+                query = queries.index(slot).reshape([ROWS, queries.shape[3]]).load(QUERIES)
+                end = past + (row + 1) * BLOCK_Q - 1
+                if end // BLOCK_K >= left + BLOCKS:
+                    best = _scores(query, keys, first, turns, c, PARTS)
+                    # Only now: behind a product of them the copy into registers has happened.
+                    mbarrier.arrive(query_empty.index(slot), count=1)
+                    _store(
+                        best * scale, to, to_totals, row - start, bottom - start, left, end, sizes, stride,
+                        True, BLOCK_Q, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    best = _seen_scores(
+                        query, keys, first, end - left * BLOCK_K, turns, c, SUBS, BLOCK_Q, BLOCK_K
+                    )
+                    mbarrier.arrive(query_empty.index(slot), count=1)
+                    _store(
+                        best * scale, to, to_totals, row - start, bottom - start, left, end, sizes, stride,
+                        False, BLOCK_Q, BLOCK_K,
+                    )  # fmt: skip
+                g += 1
+            else:
+                mbarrier.arrive(turns.index(1 - c), count=1)
+        mbarrier.arrive(key_empty.index(k % KEY_STAGES), count=1)
+        k += 1
+        item += gl.num_programs(0)
+        strip, before, more = _find(item, strip, before, heads, sizes, BLOCK_Q, BLOCK_K)
+
+
+# Sizes change with every prompt; compiling anew for round ones would gain nothing.
+@gluon.jit(do_not_specialize=["heads", "group", "start", "stop", "past", "across", "rows"])
+def score(
+    queries,
+    keys,
+    scores,
+    totals,
+    heads,
+    group,
+    start,
+    stop,
+    past,
+    across,
+    rows,
+    stride,
+    scale,
+    SUBS: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+):
+    """Write the scores of rows `start` to `stop`; launched with a program per multiprocessor.
+
+    A row is a query summary of BLOCK_Q tokens, the first at position `past`; a KV block has BLOCK_K tokens
+    and SUBS summaries. `queries` and `keys` describe ``[B, H, all rows, 64]`` and ``[B, H / group, Nk * SUBS,
+    64]``; `heads` are ``B * H``. `scores`, fp32 ``[heads, stop - start, stride]``, get the largest product of
+    each row with the summaries of each block that some row sees, times `scale`; of the block that a row ends
+    in only those count that begin by its end. `totals`, fp32 ``[heads, across, 2, stop - start]``, get for
+    each tile of 32 blocks, of which there are `across`, a row's largest score and the sum of exponentials of
+    differences from it before the row's own block. A strip has `rows` of them, a multiple of 64.
+    """
+    E: gl.constexpr = queries.block_shape[2]
+    query_tiles = gl.allocate_shared_memory(queries.dtype, [2 * QUERY_STAGES, 1, ROWS, E], queries.layout)
+    # Places side by side, as products take them.
+    key_tiles = gl.allocate_shared_memory(
+        keys.dtype, [KEY_STAGES * (SUBS // PLACES), PLACES, 4, 4, 2, E], keys.layout
+    )
+    query_full = gl.allocate_shared_memory(gl.int64, [2 * QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(gl.int64, [2 * QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * QUERY_STAGES):
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(query_empty.index(i), count=1)
+    for i in gl.static_range(KEY_STAGES):
+        mbarrier.init(key_full.index(i), count=1)
+        mbarrier.init(key_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    fence_async_shared()
+    sizes = (start, stop, past, across, rows)
+    rings = (query_tiles, query_full, query_empty, key_tiles, key_full, key_empty)
+    target = (scores, totals, stride, scale, heads, sizes, rings, turns)
+    gl.warp_specialize(
+        [
+            (_consume, (target, 0, SUBS, BLOCK_Q, BLOCK_K)),
+            (_consume, (target, 1, SUBS, BLOCK_Q, BLOCK_K)),
+            (
+                _bring_keys,
+                (keys, key_tiles, key_full, key_empty, heads, group, sizes, SUBS, BLOCK_Q, BLOCK_K),
+            ),
+            (
+                _bring_queries,
+                (queries, query_tiles, query_full, query_empty, heads, sizes, BLOCK_Q, BLOCK_K),
+            ),
+        ],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+    )
