@@ -147,7 +147,7 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed:
     assert "wgmma.mma_async" in made.asm["ptx"]
     types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}
     types |= {"value": "fp32", "row_exponent": "fp32"} | totals
-    heads |= {"TILE": options["BLOCK_N"], "SUBS": 16}
+    heads |= {"TILE": options["BLOCK_N"], "SUBS": 16, "WITHIN": not packed}
     for kind in range(len(choosing.KINDS)):
         constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512, "EACH": 16 if shares else 0}
         constants["TOGETHER"] = choosing.TOGETHER

@@ -171,10 +171,11 @@ class Scores:
         """Queries and keys as the Hopper kernel reads them: whole quarters of tiles of blocks."""
         keys, quarter = self.keys, HOPPER_BLOCKS // 4 * self.subs[1]
         if keys.shape[2] % quarter:
-            # What is added is in no sum, nor seen; it is not written.
+            # A short last block repeats its last summary, which no maximum notices.
             whole = num_blocks(keys.shape[2], quarter) * quarter
             keys = keys.new_empty(*keys.shape[:2], whole, keys.shape[3])
             keys[:, :, : self.keys.shape[2]] = self.keys
+            keys[:, :, self.keys.shape[2] :] = self.keys[:, :, -1:]
         return hopper_kernel.describe_queries(self.queries), hopper_kernel.describe_keys(keys, self.subs[1])
 
 

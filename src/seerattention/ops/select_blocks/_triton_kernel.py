@@ -222,11 +222,12 @@ def choose(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     SUBS: tl.constexpr,
+    WITHIN: tl.constexpr,
 ):
     """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores.
 
     Of these, ``totals`` has the sums of ``across`` tiles of TILE blocks, as `score` writes them; SUBS is EACH
-    or the power of two above it.
+    or the power of two above it. With WITHIN all queries of a row are within one block.
     """
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
@@ -260,11 +261,13 @@ def choose(
                 product = tl.load(at + (first_sub + sub) * stride + block, mask=stored, other=0.0)
                 products = products + (product,)  # noqa: RUF005, Triton has no stars
             for sub in tl.static_range(TOGETHER):
-                token = row * BLOCK_Q + (first_sub + sub) * (BLOCK_Q // EACH)
-                end = tl.minimum((token + BLOCK_Q // EACH - 1 + past) // BLOCK_K, last)
-                product = tl.where(block <= tl.where(token < tokens, end, -1), products[sub], float("-inf"))
+                product = products[sub]
+                if not WITHIN:
+                    end = (row * BLOCK_Q + (first_sub + sub + 1) * (BLOCK_Q // EACH) - 1 + past) // BLOCK_K
+                    product = tl.where(block <= end, product, float("-inf"))
                 one = tl.sum(tl.where(tl.arange(0, SUBS) == first_sub + sub, total, 0.0), 0)
                 score = tl.maximum(score, product - one)
+        score = tl.where(valid, score, float("-inf"))
     else:
         score = tl.where(valid, tl.load(at + block, mask=stored, other=0.0), float("-inf"))
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
@@ -280,7 +283,7 @@ def _totals(
     scores, stride, totals, step, row, last, tokens, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     EACH: tl.constexpr, SUBS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return the logarithms of the sums of exponentials of a row's EACH rows of scores, 0 where none is.
+    """Return the logarithms of the sums of exponentials of a row's EACH rows of scores, inf where none is.
 
     Of tiles before the block that each ends in, as `score` writes them, and of that one, unless it is past
     ``last``.
@@ -295,4 +298,4 @@ def _totals(
     own = tl.load(scores + sub * stride + end, mask=here & (end <= last), other=-3e38)
     largest = tl.maximum(tl.max(highest, 1), own)
     total = tl.sum(total * tl.exp(highest - largest[:, None]), 1) + tl.exp(own - largest)
-    return tl.where(here, largest + tl.log(total), 0.0)
+    return tl.where(here, largest + tl.log(total), float("inf"))

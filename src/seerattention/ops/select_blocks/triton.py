@@ -28,7 +28,7 @@ from seerattention.scorer import Scorer, compares_shares
 from seerattention.selection import WORD, BlockSelection
 
 #: Scores of a row that one warp of the policy kernel holds.
-SCORES_PER_WARP = 256
+SCORES_PER_WARP = 512
 
 #: Query summaries whose scores it loads together.
 TOGETHER = 4
@@ -220,6 +220,7 @@ def choose_rows(
                 WIDTH=wide,
                 TILE=scored.blocks,
                 SUBS=power_of_two(each),
+                WITHIN=sequences is None and past % block_k == 0 and block_k % block_q == 0,
                 num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
 
