@@ -271,7 +271,8 @@ def _store(
         before = gl.where(block[None, :] < own[:, None], before, float("-inf"))
     total = gl.sum(gl.exp2(before), 1)
     rows = sizes[1] - sizes[0]
-    gl.store(to + at.to(gl.int64)[:, None] * stride + block[None, :], best, mask=(at < kept)[:, None])
+    where = to + at.to(gl.int64)[:, None] * stride + block[None, :]
+    gl.store(where, (best - largest[:, None]).to(gl.float16), mask=(at < kept)[:, None])
     gl.store(totals + at, largest, mask=at < kept)
     gl.store(totals + rows + at, total, mask=at < kept)
 
@@ -358,11 +359,11 @@ def score(
 
     A row is a query summary of BLOCK_Q tokens, the first at position `past`; a KV block has BLOCK_K tokens
     and SUBS summaries. `queries` and `keys` describe ``[B, H, all rows, 64]`` and ``[B, H / group, Nk * SUBS,
-    64]``; `heads` are ``B * H``. `scores`, fp32 ``[heads, stop - start, stride]``, get the largest product of
-    each row with the summaries of each block that some row sees, times `scale`; of the block that a row ends
-    in only those count that begin by its end. `totals`, fp32 ``[heads, across, 2, stop - start]``, get for
-    each tile of 32 blocks, of which there are `across`, a row's largest score and the sum of exponentials of
-    differences from it before the row's own block. A strip has `rows` of them, a multiple of 64.
+    64]``; `heads` are ``B * H``. `totals`, fp32 ``[heads, across, 2, stop - start]``, get for each tile of 32
+    blocks, of which there are `across`, a row's largest score, times `scale`, and the sum of exponentials of
+    differences from it before the row's own block. `scores`, fp16 ``[heads, stop - start, stride]``, get the
+    difference of each block's largest score from that; of the block that a row ends in only summaries count
+    that begin by its end. A strip has `rows` of them, a multiple of 64.
     """
     E: gl.constexpr = queries.block_shape[2]
     query_tiles = gl.allocate_shared_memory(queries.dtype, [2 * QUERY_STAGES, 1, ROWS, E], queries.layout)

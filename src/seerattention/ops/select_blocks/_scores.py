@@ -80,6 +80,11 @@ class Scores:
         """Query heads per head of keys."""
         return self.queries.shape[1] // self.keys.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Scores are kept in it: fp16, differences from the largest of a tile, by the Hopper kernel."""
+        return torch.float16 if self.hopper else torch.float32
+
     @cached_property
     def tile(self) -> dict[str, int]:
         """Tiles of Triton's kernel."""
@@ -100,7 +105,7 @@ class Scores:
         """Write the scores of rows ``start`` to ``stop``.
 
         Args:
-            scores: fp32 ``[heads, stop - start, stride(seen)]``, or longer.
+            scores: ``[heads, stop - start, stride(seen)]``, or longer, of `dtype`.
             totals: Where shares are compared fp32 ``[heads, tiles of blocks, 2, stop - start]``, or longer:
                 largest score and sum of exponentials of differences from it, before a row's own block.
             start: The first row.

@@ -226,8 +226,9 @@ def choose(
 ):
     """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores.
 
-    Of these, ``totals`` has the sums of ``across`` tiles of TILE blocks, as `score` writes them; SUBS is EACH
-    or the power of two above it. With WITHIN all queries of a row are within one block.
+    Of these, ``totals`` has the sums of ``across`` tiles of TILE blocks, as `score` writes them; scores of
+    fp16 are differences from a tile's largest. SUBS is EACH or the power of two above it. With WITHIN all
+    queries of a row are within one block.
     """
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
@@ -245,7 +246,7 @@ def choose(
     block = tl.arange(0, WIDTH)
     valid = block <= last
     # Up to the edge of a cache line, which rows of scores end at: loads of four then.
-    stored = block < tl.cdiv(last + 1, 32) * 32
+    stored = tl.cdiv(last + 1, 32) * 32
     at = scores + (head * rows + tl.program_id(1)) * tl.maximum(EACH, 1) * stride
     if EACH > 0:
         totals += head * across * 2 * rows * EACH + tl.program_id(1) * EACH
@@ -253,29 +254,52 @@ def choose(
             at, stride, totals, rows * EACH, row, last, tokens, past, BLOCK_Q, BLOCK_K, EACH, SUBS, TILE,
             WIDTH,
         )  # fmt: skip
-        score = tl.full([WIDTH], float("-inf"), tl.float32)
-        for first_sub in range(0, EACH, TOGETHER):
-            # Some rows at a time, so that enough is on its way.
-            products = ()
-            for sub in tl.static_range(TOGETHER):
-                product = tl.load(at + (first_sub + sub) * stride + block, mask=stored, other=0.0)
-                products = products + (product,)  # noqa: RUF005, Triton has no stars
-            for sub in tl.static_range(TOGETHER):
-                product = products[sub]
-                if not WITHIN:
-                    end = (row * BLOCK_Q + (first_sub + sub + 1) * (BLOCK_Q // EACH) - 1 + past) // BLOCK_K
-                    product = tl.where(block <= end, product, float("-inf"))
-                one = tl.sum(tl.where(tl.arange(0, SUBS) == first_sub + sub, total, 0.0), 0)
-                score = tl.maximum(score, product - one)
+        score = _largest_shares(
+            at, stride, stored, total, totals, rows * EACH, row, past, BLOCK_Q, BLOCK_K, EACH, SUBS, TOGETHER,
+            WIDTH, WITHIN,
+        )  # fmt: skip
         score = tl.where(valid, score, float("-inf"))
     else:
-        score = tl.where(valid, tl.load(at + block, mask=stored, other=0.0), float("-inf"))
+        score = tl.where(valid, tl.load(at + block, mask=block < stored, other=0.0), float("-inf"))
     always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
     read = tl.sum(always.to(tl.int32), 0)
     taken = take(score, valid, always, read, value, KIND, 1) | always
     store_bits(taken & valid, bits + row_of_bits * words, words)
+
+
+@jit
+def _largest_shares(
+    scores, stride, stored, total, totals, step, row, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EACH: tl.constexpr, SUBS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    WITHIN: tl.constexpr,
+):  # fmt: skip
+    """Return the logarithms of the largest shares of a row's blocks, ``[WIDTH]``; any past its last."""
+    tile = tl.arange(0, WIDTH // 32)
+    block = tile[:, None] * 32 + tl.arange(0, 32)[None, :]
+    best = tl.full([WIDTH // 32, 32], float("-inf"), tl.float32)
+    for first in range(0, EACH, TOGETHER):
+        # Some rows at a time, so that enough is on its way.
+        products, largest = (), ()
+        for sub in tl.static_range(TOGETHER):
+            product = tl.load(scores + (first + sub) * stride + block, mask=block < stored, other=0.0)
+            products = products + (product,)  # noqa: RUF005, Triton has no stars
+            if scores.dtype.element_ty == tl.float16:
+                one = tl.load(totals + tile * 2 * step + first + sub, mask=tile * 32 < stored, other=0.0)
+                largest = largest + (one,)  # noqa: RUF005
+        for sub in tl.static_range(TOGETHER):
+            product = products[sub].to(tl.float32)
+            less = tl.sum(tl.where(tl.arange(0, SUBS) == first + sub, total, 0.0), 0)
+            if scores.dtype.element_ty == tl.float16:
+                product += (largest[sub] - less)[:, None]
+            else:
+                product -= less
+            if not WITHIN:
+                end = (row * BLOCK_Q + (first + sub + 1) * (BLOCK_Q // EACH) - 1 + past) // BLOCK_K
+                product = tl.where(block <= end, product, float("-inf"))
+            best = tl.maximum(best, product)
+    return tl.reshape(best, [WIDTH])
 
 
 @jit
@@ -295,7 +319,12 @@ def _totals(
     at = totals + tile[None, :] * 2 * step + sub[:, None]
     highest = tl.load(at, mask=begun, other=-3e38)
     total = tl.load(at + step, mask=begun, other=0.0)
-    own = tl.load(scores + sub * stride + end, mask=here & (end <= last), other=-3e38)
+    there = here & (end <= last)
+    own = tl.load(scores + sub * stride + end, mask=there, other=-3e38).to(tl.float32)
+    if scores.dtype.element_ty == tl.float16:
+        own = tl.where(
+            there, own + tl.load(totals + end // TILE * 2 * step + sub, mask=there, other=0.0), -3e38
+        )
     largest = tl.maximum(tl.max(highest, 1), own)
     total = tl.sum(total * tl.exp(highest - largest[:, None]), 1) + tl.exp(own - largest)
     return tl.where(here, largest + tl.log(total), float("inf"))

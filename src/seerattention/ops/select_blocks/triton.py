@@ -177,10 +177,10 @@ def choose_rows(
         hopper,
     )
     widths = _seen(lengths, first, down, block_size)
-    most = (SHARE_BYTES if shares else SCORE_BYTES) // (4 * scored.heads * each)
+    most = (SHARE_BYTES if shares else SCORE_BYTES) // (scored.dtype.itemsize * scored.heads * each)
     chunks = list(_chunks(widths, most, max(1, scored.rows // each)))
     space = max((stop - start) * each * stride(widths[stop - 1]) for start, stop in chunks)
-    scores = torch.empty(scored.heads * space, dtype=torch.float32, device=queries.device)
+    scores = torch.empty(scored.heads * space, dtype=scored.dtype, device=queries.device)
     across = [num_blocks(seen, scored.blocks) for seen in widths]
     totals = None
     if shares:
