@@ -27,6 +27,14 @@ def tiles(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
     return described
 
 
+def can_copy(x: Tensor) -> bool:
+    """Return whether TMA can copy tiles of ``[B, H, T, D]``: address and strides are of whole 16 bytes."""
+    strides = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    # A compiler cannot read addresses; there the descriptor asserts it.
+    aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
+    return x.stride(3) == 1 and all(strides) and not any(s % 16 for s in strides) and aligned
+
+
 def line(numbers: int, x: Tensor) -> object:
     """Describe pieces of a contiguous tensor, as if it had one dimension.
 

@@ -140,7 +140,8 @@ def test_gather_needs_no_dense_map(block_size: tuple[int, int]) -> None:
 
 
 def test_kernels_on_gpus_have_a_backward() -> None:
-    assert triton.backward is hopper.backward
+    assert callable(triton.backward)
+    assert callable(hopper.backward)
     full = BlockSelection.full(Rows.last(64, 64), (64, 64))
     q = torch.zeros(1, 1, 64, 64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="triton: it needs a GPU"):

@@ -1,6 +1,7 @@
 """Hopper GPUs: TMA and wgmma, two query tiles per multiprocessor, lists read straight from the bits.
 
-The kernel is in ``kernels/hopper.py``; docs/kernels.md has its design and its measurements.
+The kernel is in ``kernels/hopper.py``, that of the gradients of keys and values in
+``kernels/hopper_columns.py``; docs/kernels.md has their design and their measurements.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.block_sparse_attention.kernels.backward import backward
+from seerattention.ops.block_sparse_attention.kernels.hopper_backward import backward
 from seerattention.ops.language import unsupported_on_hopper
 from seerattention.ops.options import Options
+from seerattention.ops.tma import can_copy
 from seerattention.rows import num_blocks
 from seerattention.selection import BlockSelection
 
@@ -44,10 +46,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], option
     if q.shape[3] not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {HEAD_DIMS}, got {q.shape[3]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        strides = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-        # A compiler cannot read addresses; there the descriptor asserts it.
-        aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
-        if x.stride(3) != 1 or any(s % 16 for s in strides) or not all(strides) or not aligned:
+        if not can_copy(x):
             reasons.append(f"{name} must be 16-byte aligned with a contiguous last dimension; copy it first")
     if not options.scale > 0:
         reasons.append(

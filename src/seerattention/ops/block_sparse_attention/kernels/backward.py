@@ -8,6 +8,8 @@ for bit. Design and floor: docs/kernels.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,7 @@ def backward(
     lse: Tensor,
     selection: BlockSelection,
     options: Options,
+    columns: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, and fp32 ``[B, Hq, Tq]`` with what sinks gain from each query.
 
@@ -76,13 +79,14 @@ def backward(
         lse: fp32 ``[B, Hq, Tq]``, contiguous.
         selection: The blocks that were read.
         options: The options.
+        columns: What makes the gradients of keys and values instead of `keys`, from the same arguments.
     """
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     # Triton launches on the current device.
     with torch.cuda.device_of(q):
         shift, delta = rows(grad, grad_lse.contiguous(), out, lse)
         dq = queries(grad, q, k, v, shift, delta, selection, options)
-        dk, dv = keys(grad, q, k, v, shift, delta, selection, options)
+        dk, dv = (columns or keys)(grad, q, k, v, shift, delta, selection, options)
     return dq, dk, dv, delta[..., : q.shape[2]]
 
 
@@ -186,32 +190,14 @@ def keys(
         launch = _launch_of(KEYS_TIGHT, q, selection.block_size)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     bits = selection.bits
-    group = q.shape[1] // k.shape[1]
     programs = launch.most_programs(q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     places = starts(options, counter)
-    columns = num_blocks(k.shape[2], selection.block_size[1])
-    # Every sequence ends in at most one short block.
-    columns += max(0, options.sequences - 1)
     constants = launch.constants(q, k, selection.block_size, options)
-    counts = torch.empty(q.shape[0] * k.shape[1] * columns, dtype=torch.int32, device=q.device)
-    count_kernel[(len(counts),)](
-        bits,
-        counts,
-        *places,
-        *bit_strides(bits),
-        columns,
-        q.shape[2],
-        k.shape[2],
-        options.sequences,
-        KV_HEADS=k.shape[1],
-        GROUP=group,
-        SHARED=q.shape[1] // bits.shape[1],
-        **{name: constants[name] for name in ("BLOCK_Q", "BLOCK_K", "SEQUENCES")},
-    )
+    counts, columns = readers(q, k, selection, options, constants["SEQUENCES"])
     counts = counts.repeat_interleave(selection.block_size[1] // launch.block_n)
     owner, plan = split_columns(counts, programs)
-    length = group * bits.shape[2] + 1
+    length = q.shape[1] // k.shape[1] * bits.shape[2] + 1
     scratch = torch.empty(programs * length, dtype=torch.int32, device=q.device)
     # A column that is split has more entries than a part may have: no more than 4 parts per program.
     partial = torch.empty(
@@ -263,6 +249,38 @@ def keys(
         **{n: constants[n] for n in kept},
     )
     return dk, dv
+
+
+def readers(
+    q: Tensor, k: Tensor, selection: BlockSelection, options: Options, most_sequences: int = 0
+) -> tuple[Tensor, int]:
+    """Count what reads every KV block: (query head of the group, row of the selection) pairs.
+
+    Returns:
+        int32 ``[B * Hk * columns]``, and the number of columns of a KV head.
+    """
+    columns = num_blocks(k.shape[2], selection.block_size[1])
+    # Every sequence ends in at most one short block.
+    columns += max(0, options.sequences - 1)
+    bits = selection.bits
+    counts = torch.empty(q.shape[0] * k.shape[1] * columns, dtype=torch.int32, device=q.device)
+    count_kernel[(len(counts),)](
+        bits,
+        counts,
+        *starts(options, counts),
+        *bit_strides(bits),
+        columns,
+        q.shape[2],
+        k.shape[2],
+        options.sequences,
+        KV_HEADS=k.shape[1],
+        GROUP=q.shape[1] // k.shape[1],
+        SHARED=q.shape[1] // bits.shape[1],
+        BLOCK_Q=selection.block_size[0],
+        BLOCK_K=selection.block_size[1],
+        SEQUENCES=most_sequences,
+    )
+    return counts, columns
 
 
 def split_columns(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:

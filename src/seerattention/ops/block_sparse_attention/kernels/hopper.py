@@ -54,7 +54,7 @@ QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 _synchronise = getattr(gl, "thread_barrier", None) or gl.barrier
 
 # The copy is called async_load since triton 3.7.
-_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 def descriptor(x: Tensor, tile: int) -> Any:
@@ -111,7 +111,7 @@ def _put(desc, b, head, tile, channel, g, r: gl.constexpr, STAGES: gl.constexpr)
     slot = _slot(g, r, STAGES)
     _wait_free(channel, g, r, STAGES)
     mbarrier.expect(full.index(slot), 64 * D * 2)
-    _load_tile(desc, [b, head, tile * 64, 0], full.index(slot), ring.index(slot))
+    load_tile(desc, [b, head, tile * 64, 0], full.index(slot), ring.index(slot))
 
 
 @gluon.jit
