@@ -135,7 +135,7 @@ def test_the_kernel_compiles_for_hopper() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for (dim, *_), (shared, products) in zip(KINDS, json.loads(done.stdout), strict=True):
-        # A Hopper multiprocessor lends a program 227 KiB.
-        assert shared <= 227 * 1024
+        # A Hopper multiprocessor lends a program 227 KiB; another version of Triton may want more of them.
+        assert shared <= 227 * 1024 - 500
         # Per consumer: scores and their gradients over the head dimension, then dv and dk over 64 queries.
         assert products == 2 * (2 * dim // 16 + 2 * 64 // 16)

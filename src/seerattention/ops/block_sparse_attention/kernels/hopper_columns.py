@@ -73,14 +73,21 @@ def _wait_free(channel, g, c: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _put(desc, numbers_desc, b, head, first, place, channel, g, c: gl.constexpr, STAGES: gl.constexpr):
-    """Copy 64 tokens from `first` on, and a number of each from `place` on, into the ring's next slot."""
+def _line(g, c: gl.constexpr, STAGES: gl.constexpr):
+    """Return where a step's shifts lie, right before its deltas: room for half as many steps as slots."""
+    PAIRS: gl.constexpr = STAGES // 2
+    return (c * PAIRS + (g >> 1) % PAIRS) * 2
+
+
+@gluon.jit
+def _put(desc, numbers: gl.constexpr, b, head, first, channel, g, c: gl.constexpr, STAGES: gl.constexpr):
+    """Copy 64 tokens from `first` on into the ring's next slot; `numbers` bytes come with them."""
     D: gl.constexpr = desc.block_shape[3]
     slot = _slot(g, c, STAGES)
     full = channel[3].index(slot)
-    mbarrier.expect(full, 64 * D * 2 + 64 * 4)
+    mbarrier.expect(full, 64 * D * 2 + numbers)
     load_tile(desc, [b, head, first, 0], full, channel[0].index(slot))
-    load_tile(numbers_desc, [place], full, channel[1].index(slot))
+    return full
 
 
 @gluon.jit
@@ -130,7 +137,7 @@ def _produce(  # noqa: PLR0915
     bits, stride_b, stride_h, stride_row = lists
     counter, plan, units = work
     kv_heads, queries, keys = sizes
-    ring, _numbers, notes, full, empty = channel
+    ring, numbers, notes, full, empty = channel
     D: gl.constexpr = qd.block_shape[3]
     # What stays is behind the ring's slots.
     own: gl.constexpr = 2 * STAGES + c
@@ -188,9 +195,13 @@ def _produce(  # noqa: PLR0915
                         ahead = keys - queries + first - first_key
                         more = gl.where((left > 0) | (first + 64 < end), 1, 0)
                         _write(channel[2].index(_slot(g, c, STAGES)), ahead * 2 + more)
-                        _put(qd, shift_desc, b, head, first, at, channel, g, c, STAGES)
+                        _put(qd, 0, b, head, first, channel, g, c, STAGES)
                         _wait_free(channel, g + 1, c, STAGES)
-                        _put(gd, delta_desc, b, head, first, at, channel, g + 1, c, STAGES)
+                        landed = _put(gd, 2 * 64 * 4, b, head, first, channel, g + 1, c, STAGES)
+                        # This slot is free, so the step whose numbers these replace has read them.
+                        line = _line(g, c, STAGES)
+                        load_tile(shift_desc, [at], landed, numbers.index(line))
+                        load_tile(delta_desc, [at], landed, numbers.index(line + 1))
                         g += 2
                         first += 64
             start += 32
@@ -244,11 +255,12 @@ def _step(k, v, dk, dv, channel, g, scale, c: gl.constexpr, STAGES: gl.constexpr
     grad = channel[0].index(other).reshape([64, D])
     dp = _multiply(v, grad)
     note = _read(channel[2].index(one))
-    shift = channel[1].index(one).load(across)
+    line = _line(g, c, STAGES)
+    shift = channel[1].index(line).load(across)
     s = warpgroup_mma_wait(1, deps=[s])
     p = _probabilities(s, shift, note >> 1, scale)
     dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), grad, dv, is_async=True)
-    delta = channel[1].index(other).load(across)
+    delta = channel[1].index(line + 1).load(across)
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = p * (dp - delta[None, :])
     dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), left), q, dk, is_async=True)
@@ -348,7 +360,7 @@ def attend_back(
     """
     # Keys and values of the two consumers lie behind their rings, and so do their notes and barriers.
     ring = gl.allocate_shared_memory(qd.dtype, [2 * STAGES + 4, 1, 1, 64, D], qd.layout)
-    numbers = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], shift_desc.layout)
+    numbers = gl.allocate_shared_memory(gl.float32, [4 * (STAGES // 2), 64], shift_desc.layout)
     note_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     notes = gl.allocate_shared_memory(gl.int32, [2 * STAGES + 6, 1], note_layout)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 2, 1], mbarrier.MBarrierLayout())
