@@ -20,7 +20,7 @@ from seerattention import BlockSelection, block_sparse_attention
 from seerattention.bench import peers
 from seerattention.measure.timing import interleaved, peak_mb
 from seerattention.ops.block_sparse_attention import BACKENDS, ORDER
-from seerattention.ops.block_sparse_attention.kernels import backward
+from seerattention.ops.block_sparse_attention.kernels import backward, hopper_backward
 from seerattention.ops.cases.block_sparse_attention import Case
 from seerattention.ops.launch import Launch
 from seerattention.ops.options import Options
@@ -103,11 +103,14 @@ class Work:
             out, lse = block_sparse_attention(q, k, v, self.selection, return_lse=True)
             shift, delta = backward.rows(self.grad, torch.zeros_like(lse), out, lse)
         rest = self.grad, q, k, v, shift, delta, self.selection, self.options
-        return {
+        found: dict[str, Callable[[], object]] = {
             "rows": lambda: backward.rows(self.grad, torch.zeros_like(lse), out, lse),
             "queries": lambda: backward.queries(*rest),
             "keys": lambda: backward.keys(*rest),
         }
+        if "hopper" in self.backends():
+            found["keys, hopper"] = lambda: hopper_backward.keys(*rest)
+        return found
 
     def backends(self) -> list[str]:
         """Return the backends on this device that have a backward of their own, the fastest first."""
@@ -144,7 +147,7 @@ def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
     for name, found in seconds.items():
         share = 1.0 if name.startswith("dense") else work.density
         # Both recompute the scores; the sparse backward does so twice, which is not counted as work done.
-        count = products.get(name, 7 if name.endswith("backward") else 2)
+        count = products.get(name.partition(",")[0], 7 if name.endswith("backward") else 2)
         row = {
             "tokens": shape.keys,
             "variant": name,
