@@ -78,16 +78,54 @@ def test_split_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Tensor] = []
     made = backward.split_columns
 
-    def watched(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
-        owner, plan = made(counts, programs)
-        plans.append(plan)
-        return owner, plan
+    def watched(counts: Tensor, tiles: int, programs: int) -> Tensor:
+        plans.append(made(counts, tiles, programs))
+        return plans[-1]
 
     monkeypatch.setattr(backward, "split_columns", watched)
     found = call.gradients(gradients.by_name("triton"))
     for name, budget in call.budgets().items():
         budget.check(found[name])
-    assert plans[0][:-2].view(3, -1)[1].tolist() == [2, 1, 1, 1, 1]
+    assert plans[0][5:10].tolist() == [2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("programs", [1, 2, 132])
+def test_the_plan_covers_every_column_within_its_workspace(
+    programs: int, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backward, "PLANNED", 256)
+    generator = torch.Generator().manual_seed(0)
+    for blocks in (
+        torch.zeros(5, dtype=torch.int32),
+        torch.full((7,), 1000, dtype=torch.int32),
+        torch.tensor([100_000, *range(300)], dtype=torch.int32),
+        torch.randint(0, 5000, (999,), generator=generator, dtype=torch.int32),
+    ):
+        plan = backward.split_columns(blocks, tiles, programs)
+        counts = blocks.repeat_interleave(tiles)
+        units = len(counts)
+        first, parts, slot = plan[: 3 * units].view(3, -1)
+        items, limit = plan[3 * units : 3 * units + 2].tolist()
+        kept, owner = plan[3 * units + 2 :].split([units, units + 2 * programs])
+        assert torch.equal(kept, counts)
+        assert items == parts.sum() <= len(owner)
+        assert limit >= backward.FEWEST
+        assert (parts >= 1).all()
+        assert (parts * limit >= counts).all()
+        assert ((parts - 1) * limit < counts.clamp(min=1)).all()
+        assert torch.equal(owner[:items], torch.arange(units, dtype=torch.int32).repeat_interleave(parts))
+        assert torch.equal(owner[first], torch.arange(units, dtype=torch.int32))
+        several = parts > 1
+        taken = [
+            s + i
+            for s, n in zip(slot[several].tolist(), parts[several].tolist(), strict=True)
+            for i in range(n)
+        ]
+        assert taken == list(range(len(taken)))
+        assert len(taken) <= 4 * programs
+        # No part is longer than half a program's share, unless it is short anyway.
+        assert limit <= max(backward.FEWEST, -(-int(counts.sum()) // (2 * programs)))
 
 
 def test_a_scale_that_is_not_positive() -> None:

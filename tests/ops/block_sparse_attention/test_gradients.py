@@ -10,7 +10,6 @@ from torch import Tensor
 
 from seerattention import BlockSelection, block_sparse_attention
 from seerattention.ops.block_sparse_attention import gather, hopper, triton
-from seerattention.ops.block_sparse_attention.kernels.backward import FEWEST, split_columns
 from seerattention.ops.cases.block_sparse_attention import CASES, OPTION_CASES, Case
 from seerattention.ops.shapes import Shape
 from seerattention.rows import Rows
@@ -146,34 +145,3 @@ def test_kernels_on_gpus_have_a_backward() -> None:
     q = torch.zeros(1, 1, 64, 64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="triton: it needs a GPU"):
         block_sparse_attention(q, q, q, full, backend="triton")
-
-
-@pytest.mark.parametrize("programs", [1, 2, 132])
-def test_the_plan_covers_every_column_within_its_workspace(programs: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for counts in (
-        torch.zeros(5, dtype=torch.int32),
-        torch.full((7,), 1000, dtype=torch.int32),
-        torch.tensor([100_000, *range(300)], dtype=torch.int32),
-        torch.randint(0, 5000, (999,), generator=generator, dtype=torch.int32),
-    ):
-        owner, plan = split_columns(counts, programs)
-        first, parts, slot = plan[:-2].view(3, -1)
-        items, limit = plan[-2:].tolist()
-        assert items == parts.sum() <= len(owner)
-        assert limit >= FEWEST
-        assert (parts >= 1).all()
-        assert (parts * limit >= counts).all()
-        assert ((parts - 1) * limit < counts.clamp(min=1)).all()
-        assert torch.equal(owner[:items].bincount(minlength=len(counts)), parts)
-        assert torch.equal(owner[first], torch.arange(len(counts), dtype=torch.int32))
-        several = parts > 1
-        taken = [
-            s + i
-            for s, n in zip(slot[several].tolist(), parts[several].tolist(), strict=True)
-            for i in range(n)
-        ]
-        assert taken == list(range(len(taken)))
-        assert len(taken) <= 4 * programs
-        # No part is longer than half a program's share, unless it is short anyway.
-        assert limit <= max(FEWEST, -(-int(counts.sum()) // (2 * programs)))

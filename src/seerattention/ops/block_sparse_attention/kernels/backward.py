@@ -17,6 +17,7 @@ from seerattention.ops.block_sparse_attention.kernels.backward_columns import (
     count_kernel,
     join_kernel,
     keys_kernel,
+    plan_kernel,
 )
 from seerattention.ops.block_sparse_attention.kernels.backward_rows import queries_kernel, rows_kernel
 from seerattention.ops.language import padded, power_of_two
@@ -53,6 +54,8 @@ KEYS_TIGHT = KEYS | {
 ROWS, TILE = 32, 128
 #: Entries of a list below which no part of a column is worth the writing and adding up of its share.
 FEWEST = 16
+#: Columns that the plan's only program takes at a time.
+PLANNED = 2048
 
 
 def backward(
@@ -195,17 +198,17 @@ def keys(
     places = starts(options, counter)
     constants = launch.constants(q, k, selection.block_size, options)
     counts, columns = readers(q, k, selection, options, constants["SEQUENCES"])
-    counts = counts.repeat_interleave(selection.block_size[1] // launch.block_n)
-    owner, plan = split_columns(counts, programs)
+    parts = selection.block_size[1] // launch.block_n
+    units, plan = len(counts) * parts, split_columns(counts, parts, programs)
     length = q.shape[1] // k.shape[1] * bits.shape[2] + 1
     scratch = torch.empty(programs * length, dtype=torch.int32, device=q.device)
     # A column that is split has more entries than a part may have: no more than 4 parts per program.
     partial = torch.empty(
         8 * programs * launch.block_n * padded(q.shape[3]), dtype=torch.float32, device=q.device
     )
-    sizes = len(counts), columns, q.shape[2]
+    sizes = units, columns, q.shape[2]
     strides = dk.stride()[:3], dv.stride()[:3]
-    keys_kernel[(min(programs, len(owner)),)](
+    keys_kernel[(programs,)](
         q,
         k,
         v,
@@ -219,7 +222,6 @@ def keys(
         bits,
         scratch,
         counter,
-        owner,
         plan,
         partial,
         *places,
@@ -236,7 +238,7 @@ def keys(
         **constants,
     )
     kept = ("KV_HEADS", "D", "BLOCK_D", "BLOCK_Q", "BLOCK_K", "BLOCK_N", "SEQUENCES")
-    join_kernel[(len(counts),)](
+    join_kernel[(units,)](
         dk,
         dv,
         plan,
@@ -283,28 +285,23 @@ def readers(
     return counts, columns
 
 
-def split_columns(counts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+def split_columns(counts: Tensor, tiles: int, programs: int) -> Tensor:
     """Split columns so that no part is more than half of what a program gets, without asking the device.
 
     Args:
-        counts: Entries per column, ``[C]``.
+        counts: int32, entries per KV block.
+        tiles: Tiles per KV block, whose columns are equal; there are ``C`` in all.
         programs: How many share them, ``P``.
 
     Returns:
-        ``owner``, int32 ``[C + 2 P]``, the column of every part. And int32 ``[3 C + 2]``: every column's
-        first part, how many it has, and its first place in the workspace, if it has several, no place being
-        ``4 P`` or later; then the number of parts, and the most entries of a part.
+        The plan, int32 ``[5 C + 2 + 2 P]``: every column's first part, how many it has, and its first place
+        in the workspace, if it has several, no place being ``4 P`` or later; then the number of parts, and
+        the most entries of a part; every column's entries; and the column of every part.
     """
-    total = counts.sum()
-    limit = ((total + 2 * programs - 1) // (2 * programs)).clamp(min=FEWEST)
-    # A column that nobody reads has one part, which writes zeros.
-    parts = ((counts + limit - 1) // limit).clamp(min=1)
-    ends = parts.cumsum(0)
-    several = torch.where(parts > 1, parts, 0)
-    numbers = torch.arange(len(counts) + 2 * programs, device=counts.device)
-    owner = torch.searchsorted(ends, numbers, right=True)
-    plan = torch.cat([ends - parts, parts, several.cumsum(0) - several, ends[-1:], limit[None]])
-    return owner.to(torch.int32), plan.to(torch.int32)
+    units = len(counts) * tiles
+    plan = torch.empty(5 * units + 2 + 2 * programs, dtype=torch.int32, device=counts.device)
+    plan_kernel[(1,)](counts, plan, units, programs, FEWEST=FEWEST, TILES=tiles, CHUNK=PLANNED, num_warps=8)
+    return plan
 
 
 def _launch_of(launches: dict[tuple[int, int], Launch], x: Tensor, block_size: tuple[int, int]) -> Launch:

@@ -89,6 +89,38 @@ def count_kernel(
     tl.store(counts_ptr + unit, count)
 
 
+@jit("units", "programs")
+def plan_kernel(
+    counts_ptr, plan_ptr, units, programs, FEWEST: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Make the plan of `backward.split_columns`, in one program."""
+    total = tl.zeros([], dtype=tl.int64)
+    for start in range(0, units, CHUNK):
+        unit = start + tl.arange(0, CHUNK)
+        count = tl.load(counts_ptr + unit // TILES, mask=unit < units, other=0)
+        total += tl.sum(count.to(tl.int64), 0)
+    limit = tl.maximum((total + 2 * programs - 1) // (2 * programs), FEWEST).to(tl.int32)
+    items, slots = tl.zeros([], dtype=tl.int32), tl.zeros([], dtype=tl.int32)
+    for start in range(0, units, CHUNK):
+        unit = start + tl.arange(0, CHUNK)
+        inside = unit < units
+        count = tl.load(counts_ptr + unit // TILES, mask=inside, other=0)
+        # A column that nobody reads has one part, which writes zeros.
+        parts = tl.where(inside, tl.maximum((count + limit - 1) // limit, 1), 0)
+        several = tl.where(parts > 1, parts, 0)
+        first = items + tl.cumsum(parts, 0) - parts
+        tl.store(plan_ptr + unit, first, mask=inside)
+        tl.store(plan_ptr + units + unit, parts, mask=inside)
+        tl.store(plan_ptr + 2 * units + unit, slots + tl.cumsum(several, 0) - several, mask=inside)
+        tl.store(plan_ptr + 3 * units + 2 + unit, count, mask=inside)
+        for part in range(0, tl.max(parts, 0)):
+            tl.store(plan_ptr + 4 * units + 2 + first + part, unit, mask=part < parts)
+        items += tl.sum(parts, 0)
+        slots += tl.sum(several, 0)
+    tl.store(plan_ptr + 3 * units, items)
+    tl.store(plan_ptr + 3 * units + 1, limit)
+
+
 @jit(*LENGTHS, "units", "padded")
 def keys_kernel(  # noqa: PLR0915
     q_ptr,
@@ -106,7 +138,6 @@ def keys_kernel(  # noqa: PLR0915
     bits_ptr,
     scratch_ptr,
     counter_ptr,
-    owner_ptr,
     plan_ptr,
     partial_ptr,
     starts_q_ptr,
@@ -152,7 +183,7 @@ def keys_kernel(  # noqa: PLR0915
     planned, limit = tl.load(plan_ptr + 3 * units), tl.load(plan_ptr + 3 * units + 1)
     item = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < planned:
-        unit = tl.load(owner_ptr + item)
+        unit = tl.load(plan_ptr + 4 * units + 2 + item)
         lowest = (item - tl.load(plan_ptr + unit)) * limit
         parts = tl.load(plan_ptr + units + unit)
         column, tile = unit // TILES, unit % TILES

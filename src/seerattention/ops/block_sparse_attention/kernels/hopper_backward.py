@@ -67,9 +67,9 @@ def keys(
     bits, parts = selection.bits, selection.block_size[1] // TILE
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     counts, columns = anywhere.readers(q, k, selection, options)
-    counts = counts.repeat_interleave(parts)
+    units = len(counts) * parts
     # Every consumer counts as a program.
-    owner, plan = anywhere.split_columns(counts, 2 * processors)
+    plan = anywhere.split_columns(counts, parts, 2 * processors)
     partial = torch.empty(16 * processors * TILE * q.shape[3], dtype=torch.float32, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     kernel.attend_back[(processors,)](
@@ -81,8 +81,8 @@ def keys(
         bits,
         *anywhere.bit_strides(bits),
         counter,
-        torch.cat([plan, counts, owner]),
-        len(counts),
+        plan,
+        units,
         k.shape[1],
         q.shape[2],
         k.shape[2],
@@ -95,7 +95,7 @@ def keys(
         STAGES=STAGES[q.shape[3]],
         num_warps=4,
     )
-    anywhere.join_kernel[(len(counts),)](
+    anywhere.join_kernel[(units,)](
         dk,
         dv,
         plan,
@@ -105,7 +105,7 @@ def keys(
         counter,
         dk.stride()[:3],
         dv.stride()[:3],
-        len(counts),
+        units,
         columns,
         q.shape[2],
         k.shape[2],

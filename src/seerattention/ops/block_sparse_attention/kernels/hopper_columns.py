@@ -354,9 +354,9 @@ def attend_back(
     `qd` and `gd` describe q and the output's gradient ``[B, Hq, Tq, D]``, `kd` and `vd` k and v
     ``[B, Hk, Tk, D]``, `shift_desc` and `delta_desc` pieces of fp32 ``[B, Hq, padded]``. `dk` and `dv` are
     shaped as k, with the strides given. `counter` is zero and counts the parts taken. `plan` is that of
-    `backward.split_columns` for `units` columns of 64 keys, behind it their entries and the owners of parts;
-    `partial` is where parts of split columns go. A KV block has PARTS tiles of 64 keys, GROUP query heads
-    share a KV head and SHARED query heads a row of `bits`.
+    `backward.split_columns` for `units` columns of 64 keys, `partial` is where parts of split columns go.
+    A KV block has PARTS tiles of 64 keys, GROUP query heads share a KV head and SHARED query heads a row of
+    `bits`.
     """
     # Keys and values of the two consumers lie behind their rings, and so do their notes and barriers.
     ring = gl.allocate_shared_memory(qd.dtype, [2 * STAGES + 4, 1, 1, 64, D], qd.layout)
