@@ -65,8 +65,8 @@ POLICIES = [TopK(0.1), TopK(0.3, sink_blocks=2, dense_last_rows=1), Threshold(5e
 def test_it_chooses_as_any_right_backend(case: Case, dtype: torch.dtype) -> None:
     args = arguments(case, dtype, "cuda")
     for policy in POLICIES:
-        certain = Certain.of(policy=policy, **args)
-        assert certain.share > 0.97
+        certain = Certain.of(policy=policy, **args, rounding=_scores.HOPPER_ROUNDING)
+        assert certain.share > 0.9
         certain.check(select_blocks(policy=policy, **args, backend="hopper"))
 
 
@@ -80,7 +80,7 @@ def test_calls_repeat_to_the_bit(name: str) -> None:
 
 def test_chunks_and_strips_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(shares("long", 9001), torch.bfloat16, "cuda")
-    certain = Certain.of(policy=TopK(0.1), **args)
+    certain = Certain.of(policy=TopK(0.1), **args, rounding=_scores.HOPPER_ROUNDING)
     triton = select_op.BACKENDS["triton"]
     for strip, items, size, summaries in ((1, 1, 2**30, 2**30), (3, 1, 2**22, 2**22), (64, 1, 2**20, 2**19)):
         monkeypatch.setattr(_scores, "HOPPER_STRIP", strip)

@@ -97,7 +97,9 @@ class Certain:
     left: Tensor
 
     @classmethod
-    def of(cls, scorer: Any, policy: Policy, q: Tensor, k_blocks: Tensor, rows: Rows) -> Certain:
+    def of(
+        cls, scorer: Any, policy: Policy, q: Tensor, k_blocks: Tensor, rows: Rows, rounding: float = 0.0
+    ) -> Certain:
         """Decide from the scores in fp64 of the summaries that backends get.
 
         Args:
@@ -106,9 +108,11 @@ class Certain:
             q: ``[B, Hq, Tq, D]``, or packed sequences.
             k_blocks: Summaries of all keys.
             rows: Where the queries lie among the keys.
+            rounding: How far a score may be from its sum besides, as a part of its distance from the largest
+                of its row: half the precision in which a backend keeps that distance.
         """
         if rows.is_packed:
-            args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows}
+            args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows, "rounding": rounding}
             return cls._of_packed(policy, args)
         valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
         rule = rule_of(policy, valid.shape[1], scorer.block_size[1])
@@ -121,7 +125,9 @@ class Certain:
         # One head at a time: fp64 scores of all of them are large.
         for h in range(queries.shape[1]):
             keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
-            scores, slack = _scores(queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale, seen)
+            scores, slack = _scores(
+                queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale, seen, rounding
+            )
             sure, never = _decide(_of_head(rule, h), scores, slack, valid, always)
             taken.append(sure)
             left.append(never)
@@ -198,14 +204,20 @@ class Certain:
 
 
 def _scores(
-    q: Tensor, k: Tensor, subs: tuple[int, int], scale: float, seen: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    subs: tuple[int, int],
+    scale: float,
+    seen: Tensor | None = None,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Scores ``[B, Nq, Nk]`` in fp64, and how far fp32 sums in any order may be from them.
 
     With the summaries of keys that those of queries see, bool ``[Sq, Sk]``, scores are shares.
 
     A sum of E products is at most ``E * eps * sum |q_i k_i|`` off, whatever the order and even if
-    intermediate results are cut off instead of rounded; scaling adds two more roundings. The maximum
+    intermediate results are cut off instead of rounded; scaling adds two more roundings. Kept as a difference
+    from the row's largest, it is rounded again, see `Certain.of`. The maximum
     of sums is no further off than the worst of them. The logarithm of a sum of N exponentials is as far off
     as the worst of them, and as N roundings of it and those of the exponents.
     """
@@ -214,6 +226,8 @@ def _scores(
     if seen is not None:
         exact, size = exact.masked_fill(~seen, float("-inf")), size.masked_fill(~seen, 0)
     exact, slack = _largest(exact, each, float("-inf")), (q.shape[-1] + 2) * EPS * _largest(size, each, 0.0)
+    distance = exact.amax(-1, keepdim=True) - exact
+    slack = slack + rounding * distance.masked_fill(torch.isinf(distance), 0)
     if seen is None:
         return exact, slack
     share = exact.log_softmax(-1)

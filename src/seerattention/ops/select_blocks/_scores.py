@@ -37,6 +37,9 @@ HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 16, 1024
 #: KV blocks of a tile of the Hopper kernel, its summaries' numbers, and how many summaries a block may have.
 HOPPER_BLOCKS, HOPPER_DIM, HOPPER_SUBS = 32, 64, (4, 8, 12, 16)
 
+#: How far a score that it keeps may be off, as a part of its distance from the largest of its tile: fp16's.
+HOPPER_ROUNDING = 2.0**-11
+
 #: Rows in a tile of it; tiles that pass by at most, and items that every multiprocessor gets before they do.
 HOPPER_ROWS, HOPPER_STRIP, HOPPER_ITEMS = 64, 16, 8
 
