@@ -1,6 +1,7 @@
 """Time the way from q and k to a selection on a GPU, part by part, beside the same in PyTorch.
 
 python benchmarks/select_blocks.py --tokens 32768 131072 --out benchmarks/results/<device>/select_blocks.json
+python benchmarks/select_blocks.py --gates default --policies top_k:0.1 --kernels-only
 python benchmarks/select_blocks.py --gates sixteen --set select.narrow.block_n=128 select.narrow.warps=8
 python benchmarks/select_blocks.py --gates sixteen --sweep
 """
@@ -11,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,12 @@ from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.ops.launch import Launch
+from seerattention.ops.select_blocks import _scores
 from seerattention.policies import Policy, parse
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
 
-KERNELS: dict[str, Any] = {name: op.BACKENDS["triton"] for name, op in
-                           (("select", select_op), ("summarise", summarise_op))}  # fmt: skip
+KERNELS: dict[str, Any] = {"select": _scores, "summarise": summarise_op.BACKENDS["triton"]}
 
 #: Tried by ``--sweep``.
 SCORE_SETTINGS = [
@@ -63,8 +65,10 @@ def in_torch() -> Iterator[None]:
         summarise_op.ORDER, score_op.ORDER = orders
 
 
-def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Return what is timed, by name."""
+def parts(
+    case: Case, policies: list[Policy], dtype: torch.dtype, *, composing: bool
+) -> dict[str, Callable[[], object]]:
+    """Return what is timed, by name; with ``composing`` also without kernels of select_blocks."""
     q, k, _ = random_qkv(case, dtype=dtype, device="cuda")
     # As a model hands them over: heads after tokens in memory.
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
@@ -85,7 +89,7 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
     class Made:
         """The gate with its queries' summaries at hand."""
 
-        block_size, sub_blocks, scale = gate.block_size, gate.sub_blocks, gate.scale
+        block_size, sub_blocks, scale, shares = gate.block_size, gate.sub_blocks, gate.scale, gate.shares
         tokens_per_summary = gate.tokens_per_summary
 
         def summarise_queries(self, q: torch.Tensor, **_: object) -> torch.Tensor:
@@ -93,13 +97,24 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
             return queries[:, :, first : first + -(-q.shape[2] // gate.config.q_sub)]
 
     timed: dict[str, Callable[[], object]] = {"summarise q": summarise_q, "summarise k": summarise_k}
-    for policy in policies:
-        timed[f"score+policy {policy}"] = lambda policy=policy: select_op.select_blocks(
-            q, k_blocks, policy=policy, **(args | {"scorer": Made()}), backend="triton"
+    kernels = [
+        name
+        for name in ("hopper", "triton")
+        if not select_op.BACKENDS[name].unsupported(q=q, k_blocks=k_blocks, policy=policies[0], **args)
+    ]
+    for policy, backend in itertools.product(policies, kernels):
+        timed[f"score+policy {policy} {backend}"] = partial(
+            select_op.select_blocks,
+            q,
+            k_blocks,
+            policy=policy,
+            **(args | {"scorer": Made()}),
+            backend=backend,
         )
-        timed[f"total {policy}"] = lambda policy=policy: select_op.select_blocks(
-            q, summarise_k(), policy=policy, **args, backend="triton"
+        timed[f"total {policy} {backend}"] = lambda policy=policy, backend=backend: select_op.select_blocks(
+            q, summarise_k(), policy=policy, **args, backend=backend
         )
+    for policy in policies if composing else ():
 
         def composed(policy: Policy = policy) -> object:
             return select_op.select_blocks(q, summarise_k(), policy=policy, **args, backend="composed")
@@ -113,9 +128,11 @@ def parts(case: Case, policies: list[Policy], dtype: torch.dtype) -> dict[str, C
     return timed
 
 
-def measure(case: Case, policies: list[Policy], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    case: Case, policies: list[Policy], dtype: torch.dtype, repeats: int, *, composing: bool
+) -> list[dict[str, Any]]:
     """Time every part of one case."""
-    rows, timed = [], parts(case, policies, dtype)
+    rows, timed = [], parts(case, policies, dtype, composing=composing)
     for name, found in interleaved(timed, repeats=repeats, device="cuda").items():
         run = timed[name]
         row = {"case": case.name, "part": name, **times(found, 4)}
@@ -132,11 +149,11 @@ def measure(case: Case, policies: list[Policy], dtype: torch.dtype, repeats: int
 
 def try_launches(case: Case, policy: Policy, dtype: torch.dtype) -> None:
     """Print the times of every part under many launch settings, the best first."""
-    timed, wide = parts(case, [policy], dtype), dtype == torch.float32
+    timed, wide = parts(case, [policy], dtype, composing=False), dtype == torch.float32
     for part, kernel, group, settings in (
         ("summarise q", "summarise", "pool" if case.published else "project", SUMMARY_SETTINGS),
         ("summarise k", "summarise", "project", SUMMARY_SETTINGS),
-        (f"score+policy {policy}", "select", "narrow", SCORE_SETTINGS),
+        (f"score+policy {policy} triton", "select", "narrow", SCORE_SETTINGS),
     ):
         places: list[Place] = [(KERNELS[kernel].LAUNCHES, "wide" if wide else group)]
         sweep(f"{case.name:16} {part:28}", places, settings, timed[part])
@@ -147,6 +164,7 @@ def main() -> None:
     parser = kernel_parser(__doc__, [32768, 131072])
     parser.add_argument("--gates", nargs="+", default=["published", "sixteen", "eight", "default"])
     parser.add_argument("--policies", nargs="+", default=["top_k:0.1", "threshold:5e-4"])
+    parser.add_argument("--kernels-only", action="store_true", help="leave out what PyTorch computes")
     args = parser.parse_args()
     places: dict[str, list[Place]] = {}
     for name, module in KERNELS.items():
@@ -163,7 +181,7 @@ def main() -> None:
                 if args.sweep:
                     try_launches(case, policies[0], dtype)
                 else:
-                    rows += measure(case, policies, dtype, args.repeats)
+                    rows += measure(case, policies, dtype, args.repeats, composing=not args.kernels_only)
                 torch.cuda.empty_cache()
     write(args.out, rows, dtype=args.dtype, set=args.set)
 

@@ -227,13 +227,15 @@ def _scores(
         exact, size = exact.masked_fill(~seen, float("-inf")), size.masked_fill(~seen, 0)
     exact, slack = _largest(exact, each, float("-inf")), (q.shape[-1] + 2) * EPS * _largest(size, each, 0.0)
     distance = exact.amax(-1, keepdim=True) - exact
-    slack = slack + rounding * distance.masked_fill(torch.isinf(distance), 0)
+    kept = slack + rounding * distance.masked_fill(torch.isinf(distance), 0)
     if seen is None:
-        return exact, slack
+        return exact, kept
     share = exact.log_softmax(-1)
     least = share.masked_fill(torch.isinf(share), 0)
-    rounding = (least.abs().amax(-1, keepdim=True) + share.shape[-1] + 8) * EPS
-    slack = slack + slack.amax(-1, keepdim=True) + rounding + least.abs() * EPS
+    # Sums are made before scores are kept, but for the row's own block: a distance d weighs exp(-d) there.
+    total = slack.amax(-1, keepdim=True) + rounding / 2
+    total = total + (least.abs().amax(-1, keepdim=True) + share.shape[-1] + 8) * EPS
+    slack = kept + total + least.abs() * EPS
     rows = subs[0], 1
     return _largest(share, rows, float("-inf")), _largest(slack, rows, 0.0)
 

@@ -289,7 +289,7 @@ def _largest_shares(
                 one = tl.load(totals + tile * 2 * step + first + sub, mask=tile * 32 < stored, other=0.0)
                 largest = largest + (one,)  # noqa: RUF005
         for sub in tl.static_range(TOGETHER):
-            product = products[sub].to(tl.float32)
+            product = tl.cast(products[sub], tl.float32)
             less = tl.sum(tl.where(tl.arange(0, SUBS) == first + sub, total, 0.0), 0)
             if scores.dtype.element_ty == tl.float16:
                 product += (largest[sub] - less)[:, None]

@@ -20,7 +20,7 @@ from seerattention.selection import BlockSelection
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = unsupported_on_hopper(q.device, k_blocks.dtype, _scores.hopper_kernel)
-    reasons += triton.unsupported(q, k_blocks, scorer, policy, rows)
+    reasons += triton.why_not(k_blocks, scorer, policy, rows)
     if not compares_shares(scorer):
         reasons.append("it takes scorers that compare shares")
     if k_blocks.shape[3] != _scores.HOPPER_DIM:

@@ -45,7 +45,12 @@ SUMMARY_BYTES = 32 * 2**20
 
 def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
     """Return the reasons why this backend cannot run."""
-    reasons = unsupported_here(q) + unsupported_dtype(k_blocks.dtype)
+    return unsupported_here(q) + unsupported_dtype(k_blocks.dtype) + why_not(k_blocks, scorer, policy, rows)
+
+
+def why_not(k_blocks: Tensor, scorer: Scorer, policy: Policy, rows: Rows) -> list[str]:
+    """Return the reasons why no kernel takes the scorer, the policy or the rows, on whatever device."""
+    reasons = []
     if getattr(scorer, "sub_blocks", None) is None:
         reasons.append(f"{type(scorer).__name__} does not say that its scores are products (sub_blocks)")
     if rows.is_packed and rows.lengths is None:
