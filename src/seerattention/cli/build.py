@@ -6,11 +6,11 @@ from seerattention.cli._show import console_of
 
 
 def run() -> None:
-    """Compile the kernel of block-sparse attention for this machine's CPU; prefill uses it from then on.
+    """Compile the kernels for this machine's CPU; prefill uses them from then on.
 
-    That takes seconds and a C++ compiler, g++ or clang++. Without it prefill on a CPU is PyTorch's products.
+    That takes seconds and a C++ compiler, g++ or clang++. Without them prefill on a CPU runs in PyTorch.
     """
-    from seerattention.ops.block_sparse_attention import native
+    from seerattention.ops import native
 
     made = native.build()
-    console_of().print(f"the CPU's kernel ({native.level()}) is in {made}", soft_wrap=True, markup=False)
+    console_of().print(f"the CPU's kernels ({native.level()}) are in {made}", soft_wrap=True, markup=False)

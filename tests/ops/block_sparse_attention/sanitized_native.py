@@ -15,20 +15,8 @@ from seerattention.testing.inputs import random_qkv, random_selection
 from seerattention.testing.paged import check_paged
 
 SMALL = [case for case in (*CASES, *OPTION_CASES) if not case.large]
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1".split()
 
-
-@pytest.fixture(params=native.LEVELS, autouse=True, scope="module")
-def _sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Each kind of CPU that this one can be."""
-    if not native._cpu().issuperset(native.LEVELS[request.param].split()):
-        pytest.skip(f"this CPU has no {request.param}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "level", lambda: request.param)
-        patch.setattr(native, "FLAGS", (*native.FLAGS, *SANITIZE))
-        torch.hub.set_dir(tmp_path_factory.mktemp("torch") / "hub")
-        native.build()
-        yield
+pytestmark = pytest.mark.usefixtures("sanitized")
 
 
 def test_sanitizers_are_in_this_process() -> None:

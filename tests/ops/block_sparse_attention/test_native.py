@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,45 +26,12 @@ BY_NAME = {case.name: case for case in (*SMALL, *OPTION_CASES)}
 HALF = [torch.bfloat16, torch.float16]
 
 
-def why_not_here() -> str:
-    """Say why the kernel cannot be compiled here, if it cannot."""
-    try:
-        native.level()
-    except NotImplementedError as error:
-        return str(error)
-    return "" if shutil.which("g++") or shutil.which("clang++") else "there is no C++ compiler"
-
-
-compiled = pytest.mark.skipif(bool(why_not_here()), reason=why_not_here() or "it can be compiled")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("torch") / "hub"
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A kind of CPU, for which the kernel is compiled."""
-    if not native._cpu().issuperset(native.LEVELS[request.param].split()):
-        pytest.skip(f"this CPU has no {request.param}")
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "level", lambda: request.param)
-        before = torch.hub.get_dir()
-        torch.hub.set_dir(folder)
-        native.build()
-        yield request.param
-        torch.hub.set_dir(before)
-
-
-@compiled
 @pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
 def test_conforms(level: str, case: Case) -> None:
     conformance.check_attention(native, case)
     conformance.attention_lse_matches_reference(native, case)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
 def test_half_precision(level: str, case: Case, dtype: torch.dtype) -> None:
@@ -78,7 +42,6 @@ def test_half_precision(level: str, case: Case, dtype: torch.dtype) -> None:
         conformance.attention_ignores_unread(native, case, dtype)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("case", OPTION_CASES, ids=[case.name for case in OPTION_CASES])
 def test_options(level: str, case: Case, dtype: torch.dtype) -> None:
@@ -86,14 +49,12 @@ def test_options(level: str, case: Case, dtype: torch.dtype) -> None:
     conformance.attention_lse_matches_reference(native, case, dtype)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("case", PAGED_CASES, ids=[case.name for case in PAGED_CASES])
 def test_pages(level: str, case: Case, dtype: torch.dtype) -> None:
     check_paged(native, case, dtype)
 
 
-@compiled
 def test_a_page_that_there_is_not(level: str) -> None:
     case = PAGED_CASES[0]
     q, k, v, selection, options = paged_inputs(case)
@@ -105,7 +66,6 @@ def test_a_page_that_there_is_not(level: str) -> None:
             native.run(q, keys, values, selection, options)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_runs_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> None:
     case = BY_NAME["batch"]
@@ -121,7 +81,6 @@ def test_runs_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> None:
         assert torch.equal(lse, runs[0][1])
 
 
-@compiled
 def test_rows_do_not_see_nan_that_only_others_read(level: str) -> None:
     shape = Shape(name="", heads=4, kv_heads=2, queries=500, keys=500, head_dim=64)
     for dtype in (torch.float32, *HALF):
@@ -135,7 +94,6 @@ def test_rows_do_not_see_nan_that_only_others_read(level: str) -> None:
         assert poisoned[reads].isnan().all()
 
 
-@compiled
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_any_scale(level: str, scale: float, dtype: torch.dtype) -> None:
@@ -147,7 +105,6 @@ def test_any_scale(level: str, scale: float, dtype: torch.dtype) -> None:
         Budget.of(reference, q, k, v).check(native.run(q, k, v, selection, options)[0])
 
 
-@compiled
 def test_a_query_that_sees_nothing_gets_zeros(level: str) -> None:
     q, k, v = random_qkv(Shape(name="", heads=1, kv_heads=1, queries=128, keys=128, head_dim=16))
     mask = torch.tensor([[[[True, False]]]])
@@ -161,7 +118,6 @@ def test_a_query_that_sees_nothing_gets_zeros(level: str) -> None:
     torch.testing.assert_close(out[:, :, 64:], alone)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_layouts(level: str, dtype: torch.dtype) -> None:
     case = BY_NAME["kv-selection"]
@@ -182,14 +138,12 @@ def test_layouts(level: str, dtype: torch.dtype) -> None:
     assert torch.equal(native.run(*some, fewer, Options.of(*some[:2]))[0], plain[:, :, 128:256])
 
 
-@compiled
 def test_bugs_are_noticed(level: str) -> None:
     for bug in (wrong_scale, dropped_last_block, swapped_head_map):
         with pytest.raises(AssertionError):
             conformance.check_attention(Mutant(bug, native), BY_NAME["unaligned-chunk"])
 
 
-@compiled
 def test_chosen_once_it_is_compiled(level: str, tmp_path: Path) -> None:
     case = BY_NAME["thousand"]
     q, k, v = random_qkv(case)
@@ -212,7 +166,6 @@ def test_chosen_once_it_is_compiled(level: str, tmp_path: Path) -> None:
         block_sparse_attention(*call, backend="native")
 
 
-@compiled
 def test_compiled_without_a_break(level: str) -> None:
     shape = Shape(name="", heads=4, kv_heads=2, queries=100, keys=100, head_dim=16, block_size=(16, 16))
     qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(shape)]
@@ -226,19 +179,6 @@ def test_compiled_without_a_break(level: str) -> None:
         assert out.stride() == qkv[0].stride()
 
 
-@compiled
-def test_two_build_at_once(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.hub.set_dir(tmp_path / "hub")
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: native.build(), range(2))
-    assert first == second == native.library(level)
-    # Nothing else is left, and there is nothing to do a second time.
-    assert list(first.parent.iterdir()) == [first]
-    made = first.stat().st_mtime_ns
-    assert native.build().stat().st_mtime_ns == made
-
-
 def call(**changed: object) -> list[str]:
     shape = {"heads": 2, "kv_heads": 1, "queries": 64, "keys": 64, "head_dim": 64} | changed
     q, k, v = random_qkv(Shape(name="", **shape))
@@ -247,7 +187,7 @@ def call(**changed: object) -> list[str]:
 
 
 def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_missing", lambda: None)
+    monkeypatch.setattr(native, "missing", lambda: None)
     assert call() == call(block_size=(24, 48)) == []
     assert call(head_dim=72) == ["head_dim must be a multiple of 16 up to 256, got 72"]
     assert call(head_dim=272) == ["head_dim must be a multiple of 16 up to 256, got 272"]
@@ -260,47 +200,3 @@ def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     meta = [x.to("meta") for x in (q, k, v)]
     assert native.unsupported(*meta, full, options) == ["it runs on a CPU, not on meta"]
-
-
-def test_machines_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(native.platform, "system", lambda: "Linux")
-    assert call() == ["its code is for x86-64 on Linux, not for aarch64 on Linux"]
-    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(native, "_cpu", lambda: frozenset({"sse2", "avx"}))
-    assert call() == ["its code needs a CPU with AVX2, FMA and F16C"]
-    with pytest.raises(NotImplementedError, match="its code needs a CPU with AVX2"):
-        native.build()
-    for name, needs in native.LEVELS.items():
-        monkeypatch.setattr(native, "_cpu", lambda needs=needs: frozenset({*needs.split(), "sse2"}))
-        assert native.level() == name
-
-
-def test_builds_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "level", lambda: "avx2")
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(tmp_path / "hub")
-    try:
-        for tool, said in (
-            ("echo native.cpp: error: unknown >&2; exit 1", "cannot compile .*: native.cpp: error: unknown"),
-            ("echo killed >&2; exit 1", "cannot compile the CPU's kernel: killed"),
-        ):
-            compiler = tmp_path / "g++"
-            compiler.write_text(f"#!/bin/sh\n{tool}\n")
-            compiler.chmod(0o755)
-            monkeypatch.setenv("PATH", str(tmp_path))
-            with pytest.raises(NotImplementedError, match=said):
-                native.build()
-        # A library that cannot be loaded is none, and not kept.
-        compiler.write_text('#!/bin/sh\nfor last; do :; done\necho nothing > "$last"\n')
-        with pytest.raises(OSError, match=r"file too short|invalid ELF header"):
-            native.build()
-        compiler.unlink()
-        with pytest.raises(NotImplementedError, match=r"a C\+\+ compiler is needed, g\+\+ or clang\+\+"):
-            native.build()
-        assert not list(native.library("avx2").parent.iterdir())
-        native.library("avx2").write_text("damaged")
-        (reason,) = call()
-        assert "file too short" in reason
-    finally:
-        torch.hub.set_dir(before)

@@ -3,12 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
-#include "native_vectors.h"
+#include "products.h"
 
-// What a call is told; the same fields in the same order in native.py.
+// What a call is told; the same fields in the same order in block_sparse_attention/native.py.
 struct Call {
   const void *q, *k, *v;
   void* out;
@@ -25,40 +24,10 @@ struct Call {
 
 namespace {
 
-constexpr double LOG2E = 1.4426950408889634;
-
 // Queries computed together, and keys whose scores are held at a time.
 constexpr int TILE_Q = 64, TILE_K = 64;
 constexpr int MOST_VECS = TILE_Q / LANES;
 constexpr int MOST_DIM = 256;
-
-// Rows of a panel: of 16 keys, or 16 numbers of values, each next to the other's, so that a row is an offset.
-constexpr int PANEL = 16;
-
-#ifdef __AVX512BF16__
-constexpr bool PAIRS = true;
-#else
-constexpr bool PAIRS = false;
-#endif
-
-// Whether products are of pairs of bfloat16, or of floats.
-template <typename T>
-constexpr bool BY_PAIRS = PAIRS && std::is_same_v<T, Bfloat>;
-
-// A word of packed keys and values: a float, or a pair.
-template <bool PAIR>
-using Word = std::conditional_t<PAIR, uint32_t, float>;
-
-template <bool PAIR>
-constexpr int PER_WORD = PAIR ? 2 : 1;
-
-// c + a b, where a is one word for all lanes and b a register in memory.
-INLINE Vec product(Vec c, float a, const float* b) { return fma(all(a), load(b), c); }
-#ifdef __AVX512BF16__
-INLINE Vec product(Vec c, uint32_t a, const uint32_t* b) {
-  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
-}
-#endif
 
 // One row of the selection's map: a query block.
 struct Row {
@@ -120,33 +89,6 @@ void mark_read(const Call& call, const Plan& plan, int64_t b, int64_t kv_head, u
       for (int64_t block = next_block(bits, at, 0); block < at.blocks; block = next_block(bits, at, block + 1))
         read[at.block + block] = 1;
     }
-}
-
-// Lay LANES rows of words side by side, to[word * stride + row], with bits flipped.
-template <typename T, typename RowAt>
-INLINE void transpose_rows(const RowAt& row, int64_t words, Word<BY_PAIRS<T>>* to, int64_t stride, uint32_t flipped) {
-  constexpr bool PAIR = BY_PAIRS<T>;
-  int64_t word = 0;
-  for (; word + LANES <= words; word += LANES) {
-    Vec rows[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      const T* from = row(i) + word * PER_WORD<PAIR>;
-      if constexpr (PAIR) rows[i] = load(reinterpret_cast<const float*>(from));
-      else rows[i] = load_wide(from);
-    }
-    transpose(rows);
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i)
-      store(reinterpret_cast<float*>(to + (word + i) * stride), flip_bits(rows[i], flipped));
-  }
-  if constexpr (PAIR)
-    for (; word < words; ++word)
-      for (int i = 0; i < LANES; ++i) {
-        uint32_t pair;
-        std::memcpy(&pair, row(i) + 2 * word, 4);
-        to[word * stride + i] = pair ^ flipped;
-      }
 }
 
 // Call with what returns where the n-th token of a block lies, of one head of a batch entry.

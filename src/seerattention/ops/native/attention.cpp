@@ -4,7 +4,7 @@
 // added up across. Scores of a tile are S^T = K Q^T and its output is O^T = V^T P^T: the left factors, keys and values,
 // are broadcast, one number or one pair of bfloat16 at a time.
 
-#include "native_call.h"
+#include "attention.h"
 
 #include <omp.h>
 
@@ -28,22 +28,6 @@ struct Room {
 template <typename W>
 INLINE void prefetch(const W* from, int64_t words) {
   for (int64_t word = 0; word < words; word += 16) _mm_prefetch(reinterpret_cast<const char*>(from + word), _MM_HINT_T0);
-}
-
-// Return in sums the sum over n of left[n][m] right[n][lanes], for M rows of a panel and V registers of lanes.
-template <int M, int V, typename W>
-INLINE void multiply(Vec (&sums)[M][V], const W* left, int64_t count, const W* right, int64_t stride) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[m][v] = all(0.0f);
-  for (int64_t n = 0; n < count; ++n, left += PANEL, right += stride) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[m][v] = product(sums[m][v], left[m], right + v * LANES);
-    }
-  }
 }
 
 // Attention of up to VECS registers of queries of one head. VECS registers are a power of two.

@@ -1,0 +1,129 @@
+"""Kernels in C++ for x86-64 CPUs, which ``seerattention build`` compiles once for the machine, and no call.
+
+docs/kernels.md has their design and their measurements. A backend adds `missing` to the reasons why it cannot
+run, and calls what `function` returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+#: Kinds of CPUs, the best first: what the system calls their instructions, which compilers call the same but
+#: for underscores. Each has its own library, so that machines may share a home.
+LEVELS = {
+    "avx512_bf16": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16",
+    "avx512": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl",
+    "avx2": "avx2 fma f16c",
+}
+
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+
+SOURCES = Path(__file__).parent
+
+#: What kernels call the dtypes that they take.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def build() -> Path:
+    """Compile the kernels for this machine, if that is not done yet, and return their library.
+
+    Raises:
+        NotImplementedError: If the machine has no code here, no compiler, or one that fails.
+        OSError: If what was compiled cannot be loaded, or there is no room for it.
+    """
+    to = library(level())
+    if to.exists():
+        return to
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NotImplementedError("a C++ compiler is needed, g++ or clang++, and none is on the PATH")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all, whoever else builds it meanwhile.
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        made = Path(folder) / to.name
+        command = [compiler, *_flags(level()), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
+            raise NotImplementedError(f"{compiler} cannot compile the CPU's kernels: {said[0]}")
+        _opened(made)
+        made.replace(to)
+    return to
+
+
+def level() -> str:
+    """Return the best of ``LEVELS`` that this machine's CPU has.
+
+    Raises:
+        NotImplementedError: If it has none, or the system does not say.
+    """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise NotImplementedError(
+            f"its code is for x86-64 on Linux, not for {platform.machine()} on {platform.system()}"
+        )
+    has = _cpu()
+    for name, needs in LEVELS.items():
+        if has.issuperset(needs.split()):
+            return name
+    raise NotImplementedError("its code needs a CPU with AVX2, FMA and F16C")
+
+
+def library(name: str) -> Path:
+    """Return where the library of one of ``LEVELS`` is once built: beside what else PyTorch keeps.
+
+    Its name has a digest of all that it is made from.
+    """
+    sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    parts = [" ".join(_flags(name)).encode(), *(path.read_bytes() for path in sources)]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    return Path(torch.hub.get_dir()).with_name("seerattention") / f"{name}-{digest}.so"
+
+
+def _flags(name: str) -> list[str]:
+    return [*FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[name].split())]
+
+
+@functools.cache
+def _cpu() -> frozenset[str]:
+    """Return the names of the CPU's instructions, of the first one where they are several."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+# What lies in a folder is no business of a compiler of PyTorch.
+@torch.compiler.assume_constant_result
+def missing() -> str | None:
+    """Say why there are no kernels on this machine, if there are none."""
+    try:
+        found = library(level())
+        if not found.exists():
+            return "it is not compiled on this machine; `seerattention build` does that in seconds"
+        _opened(found)
+    except (NotImplementedError, OSError) as error:
+        return str(error)
+    return None
+
+
+def function(name: str) -> Callable[..., int]:
+    """Return a function of this machine's library, of which `missing` says whether there is one."""
+    return getattr(_opened(library(level())), name)
+
+
+@functools.cache
+def _opened(path: Path) -> ctypes.CDLL:
+    """Open a library.
+
+    Raises:
+        OSError: If it cannot be loaded.
+    """
+    return ctypes.CDLL(str(path))

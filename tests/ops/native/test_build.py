@@ -1,0 +1,66 @@
+"""How the CPU's kernels are compiled, and where that cannot be done."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from seerattention.ops import native
+
+
+def test_two_build_at_once(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.hub.set_dir(tmp_path / "hub")
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: native.build(), range(2))
+    assert first == second == native.library(level)
+    # Nothing else is left, and there is nothing to do a second time.
+    assert list(first.parent.iterdir()) == [first]
+    made = first.stat().st_mtime_ns
+    assert native.build().stat().st_mtime_ns == made
+
+
+def test_machines_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(native.platform, "system", lambda: "Linux")
+    assert native.missing() == "its code is for x86-64 on Linux, not for aarch64 on Linux"
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native, "_cpu", lambda: frozenset({"sse2", "avx"}))
+    assert native.missing() == "its code needs a CPU with AVX2, FMA and F16C"
+    with pytest.raises(NotImplementedError, match="its code needs a CPU with AVX2"):
+        native.build()
+    for name, needs in native.LEVELS.items():
+        monkeypatch.setattr(native, "_cpu", lambda needs=needs: frozenset({*needs.split(), "sse2"}))
+        assert native.level() == name
+
+
+def test_builds_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "level", lambda: "avx2")
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path / "hub")
+    try:
+        for tool, said in (
+            ("echo native.cpp: error: unknown >&2; exit 1", "cannot compile .*: native.cpp: error: unknown"),
+            ("echo killed >&2; exit 1", "cannot compile the CPU's kernels: killed"),
+        ):
+            compiler = tmp_path / "g++"
+            compiler.write_text(f"#!/bin/sh\n{tool}\n")
+            compiler.chmod(0o755)
+            monkeypatch.setenv("PATH", str(tmp_path))
+            with pytest.raises(NotImplementedError, match=said):
+                native.build()
+        # A library that cannot be loaded is none, and not kept.
+        compiler.write_text('#!/bin/sh\nfor last; do :; done\necho nothing > "$last"\n')
+        with pytest.raises(OSError, match=r"file too short|invalid ELF header"):
+            native.build()
+        compiler.unlink()
+        with pytest.raises(NotImplementedError, match=r"a C\+\+ compiler is needed, g\+\+ or clang\+\+"):
+            native.build()
+        assert not list(native.library("avx2").parent.iterdir())
+        native.library("avx2").write_text("damaged")
+        assert "file too short" in (native.missing() or "")
+    finally:
+        torch.hub.set_dir(before)
