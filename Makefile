@@ -36,10 +36,10 @@ test-newest: .venv/newest/.ready
 test-vllm: .venv/vllm/.ready
 	.venv/vllm/bin/python -m pytest --numprocesses 2 --dist loadfile tests/vllm tests/hosts/vllm
 
-# The CPU's kernel under gcc's sanitizers, for which Python is no leak.
+# The CPU's kernels under gcc's sanitizers, for which Python is no leak.
 test-native: $(READY)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/ops/block_sparse_attention/sanitized_native.py
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/ops/*/sanitized_native.py
 
 # An older transformers takes older tokenizers and huggingface_hub along; all else is as in .venv.
 .venv/oldest/.ready: $(READY)

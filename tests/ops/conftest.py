@@ -45,7 +45,7 @@ def level(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Monk
         torch.hub.set_dir(before)
 
 
-@pytest.fixture(params=native.LEVELS, scope="module")
+@pytest.fixture(params=native.LEVELS, scope="session")
 def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Each kind of CPU that this one can be, with kernels that stop at reads and writes out of bounds."""
     if not native._cpu().issuperset(native.LEVELS[request.param].split()):

@@ -1,18 +1,48 @@
-"""What every backend of `update_summaries` must do."""
+"""What every backend of `summarise_blocks` and `update_summaries` must do."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattention.gate import AttnGate, GateConfig
 from seerattention.ops.cases.select_decode_blocks import Case
+from seerattention.ops.cases.summarise_blocks import Case as SummaryCase
+from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.testing.budget import Budget
 from seerattention.testing.conformance import Backend
 from seerattention.testing.inputs import random_qkv
+
+
+def inputs(case: SummaryCase, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    """Return what `summarise_blocks` is called with, but for size and pools."""
+    width = len(case.pools) * case.width
+    weight = torch.randn(case.heads_out, width, case.dim) / width**0.5 if case.heads_out else None
+    angle = torch.rand(case.batch, case.blocks, case.dim) * 6
+    given: dict[str, Any] = {
+        # Heads after tokens in memory, as a model's own projections leave them.
+        "x": torch.randn(case.batch, case.tokens, case.heads, case.width).transpose(1, 2),
+        "weight": weight,
+        "norm": torch.rand(case.dim) + 0.5 if case.norm else None,
+    }
+    given = {n: None if t is None else t.to(device, dtype) for n, t in given.items()}
+    turns = (angle.cos().to(device), angle.sin().to(device)) if case.rope else None
+    return given | {"rotary": turns, "rows": case.rows}
+
+
+def budget(case: SummaryCase, given: dict[str, Any]) -> Budget:
+    """Return how far summaries may be from the reference's in fp64."""
+    names = [n for n in ("x", "weight", "norm") if given[n] is not None]
+
+    def reference(*tensors: Tensor) -> Tensor:
+        called = given | dict(zip(names, tensors, strict=True))
+        return summarise_blocks(called.pop("x"), case.size, case.pools, **called, backend="reference")
+
+    return Budget.of(reference, *(given[n] for n in names))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,39 +15,25 @@ from seerattention.ops.launch import Launch
 from seerattention.ops.select_blocks import BACKENDS, _scores, select_blocks
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
+from seerattention.testing.choices import (
+    POLICIES,
+    RULELESS,
+    TIED,
+    check_choice,
+    check_count,
+    check_extremes,
+    check_mass_of_ties,
+    check_packed_choice,
+    check_ties,
+    check_unread,
+)
 from seerattention.testing.inputs import random_qkv
-from seerattention.testing.selections import Certain, alone, arguments
+from seerattention.testing.selections import Certain, arguments
 
 pytest.importorskip("triton")
 
 kernel = BACKENDS["triton"]
 by_case = pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids=lambda case: case.name)
-POLICIES = [
-    Threshold(0.06),
-    Threshold(0.0),
-    TopK(0.3),
-    TopK(1.0),
-    TopP(0.6),
-    TopP(0.95),
-    TokenBudget(192),
-    TokenBudget(1),
-    Threshold(0.9, sink_blocks=1, local_blocks=3),
-    TopK(0.1, sink_blocks=2, dense_last_rows=2),
-    TopK(0.05, sink_blocks=2, local_blocks=3),
-    TokenBudget(320, sink_blocks=2, local_blocks=2),
-    TokenBudget(320, local_blocks=99),
-    TopP(0.1, local_blocks=99),
-    # Of each of two heads, with the number of blocks a row sees; with its density, and without.
-    Calibrated(
-        Calibration("density", 0.3, 1000, (64, 64), -0.5, 0.3, {0: ((-1.0, -0.1, -0.4), (-0.2, -0.3, -0.5))}),
-        sink_blocks=1,
-    ).at(0),
-    Calibrated(
-        Calibration("recall", 0.9, 1000, (64, 64), 0.0, None, {0: ((-3.0, 0.0, 0.0), (-2.0, 0.0, 0.0))})
-    )
-    .at(0)
-    .for_prompt(40, 64, rows_after=0),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -62,33 +48,22 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> None:
-    args = arguments(case, dtype)
-    certain = Certain.of(policy=policy, **args)
-    # A check that decides hardly anything would pass whatever happens.
-    assert certain.share > 0.98
-    for backend in ("reference", "composed", "triton"):
-        selection = select_blocks(policy=policy, **args, backend=backend)
-        certain.check(selection)
-        assert selection.block_size == case.block_size
-
-
 @by_case
 @torch.no_grad()
 def test_kernel_chooses_as_the_reference(case: Case) -> None:
     # What the other rules take from a row of scores has nothing to do with where the scores come from.
-    check(case, TopK(0.3))
+    check_choice(case, TopK(0.3), "triton")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @torch.no_grad()
 def test_policies_and_knobs(policy: Policy) -> None:
-    check(next(c for c in CASES if c.name == "no-sub-blocks"), policy)
+    check_choice(next(c for c in CASES if c.name == "no-sub-blocks"), policy, "triton")
 
 
 @torch.no_grad()
 def test_half_precision() -> None:
-    check(next(c for c in CASES if c.name == "later-chunk"), TopK(0.3), torch.float16)
+    check_choice(next(c for c in CASES if c.name == "later-chunk"), TopK(0.3), "triton", torch.float16)
 
 
 PACKED = [case for case in CASES if case.lengths]
@@ -100,11 +75,7 @@ PACKED = [case for case in CASES if case.lengths]
 )
 @torch.no_grad()
 def test_packed_sequences_choose_as_alone(case: Case, policy: Policy) -> None:
-    args = arguments(case)
-    together = select_blocks(policy=policy, **args, backend="triton")
-    masks = [select_blocks(policy=policy, **own, backend="triton").to_mask() for _, own in alone(args)]
-    masks = [torch.nn.functional.pad(m, (0, together.shape[3] - m.shape[3])) for m in masks]
-    assert torch.equal(together.to_mask(), torch.cat(masks, 2))
+    check_packed_choice(case, policy, "triton")
 
 
 @torch.no_grad()
@@ -112,23 +83,14 @@ def test_limits_of_each_head_in_packed_sequences() -> None:
     # A law in the length: other limits for every sequence.
     laws = {0: ((-0.5, -0.3, 0.0), (-1.0, -0.4, 0.0))}
     policy = Calibrated(Calibration("recall", 0.9, 1000, (16, 16), -0.2, None, laws)).at(0)
-    check(PACKED[0], policy)
+    check_choice(PACKED[0], policy, "triton")
 
 
 # What the others leave are maxima of NaNs, of which numpy warns.
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @torch.no_grad()
 def test_other_sequences_and_what_they_leave_are_not_read() -> None:
-    args = arguments(PACKED[0])
-    whole = select_blocks(policy=TopK(0.3), **args, backend="triton").bits
-    q, k_blocks, rows = args["q"].clone(), args["k_blocks"].clone(), args["rows"]
-    read, own = 5, torch.zeros(len(k_blocks), k_blocks.shape[2], dtype=torch.bool)
-    own[read, : -(-rows.lengths[read][1] // args["scorer"].tokens_per_summary)] = True
-    k_blocks.masked_fill_(~own[:, None, :, None], torch.nan)
-    one, (down, _) = next(x for x in rows.maps(args["scorer"].block_size) if x[0].index == read)
-    q[:, :, : one.queries.start] = q[:, :, one.queries.stop :] = torch.nan
-    poisoned = select_blocks(policy=TopK(0.3), **args | {"q": q, "k_blocks": k_blocks}, backend="triton").bits
-    assert torch.equal(whole[:, :, down], poisoned[:, :, down])
+    check_unread(PACKED[0], "triton")
 
 
 def test_lengths_that_only_a_device_knows() -> None:
@@ -142,62 +104,9 @@ def test_lengths_that_only_a_device_knows() -> None:
 # --- exact scores: ties are decided alike ---------------------------------------------------------------
 
 
-@dataclass
-class Given:
-    """Takes vectors of integers as summaries, so that every backend's scores are exact."""
-
-    block_size: tuple[int, int] = (4, 4)
-    sub_blocks: tuple[int, int] | None = (1, 1)
-    scale: float = 1.0
-    after_rope: ClassVar[bool] = True
-    tokens_per_summary: ClassVar[int] = 4
-
-    def compress(self, k: Tensor, *, positions: Tensor) -> Tensor:
-        return k[:, :, ::4].contiguous()
-
-    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
-        return q[:, :, :: self.block_size[0]]
-
-    def score(self, q: Tensor, k_blocks: Tensor, *, positions: Tensor, valid: Tensor) -> Tensor:
-        return self.summarise_queries(q, positions=positions) @ k_blocks.mT
-
-
-def both(scorer: Given, q: Tensor, k: Tensor, policy: Policy) -> list[Tensor]:
-    """Masks of the reference and of the kernel; the queries are the last tokens."""
-    args: dict[str, Any] = {
-        "k_blocks": scorer.compress(k, positions=torch.arange(k.shape[2])),
-        "rows": Rows.last(q.shape[2], k.shape[2]),
-    }
-    plain, composed, kernels = (
-        select_blocks(q, scorer=scorer, policy=policy, **args, backend=name).to_mask()
-        for name in ("reference", "composed", "triton")
-    )
-    assert torch.equal(plain, composed)
-    return [plain, kernels]
-
-
-@pytest.mark.parametrize(
-    ("policy", "levels"),
-    [
-        (TopK(0.1), 1),
-        (TopK(0.5), 3),
-        (TokenBudget(20), 3),
-        (TokenBudget(4), 1),
-        (Threshold(0.2), 3),
-        (TokenBudget(20, sink_blocks=1), 3),
-        (TokenBudget(24, sink_blocks=2, local_blocks=2), 1),
-        (TokenBudget(12, sink_blocks=2, local_blocks=3), 3),
-        (TopK(0.5, sink_blocks=1, local_blocks=2, dense_last_rows=2), 3),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("policy", "levels"), TIED, ids=str)
 def test_ties_go_to_the_lower_block(policy: Policy, levels: int) -> None:
-    q = torch.zeros(1, 2, 60, 16)
-    q[..., 0] = 1
-    q[:, 1, :, 0] = -1
-    k = torch.zeros(1, 2, 60, 16)
-    k[..., 0] = torch.randint(0, levels, (1, 2, 60)) - levels // 2
-    assert torch.equal(*both(Given(), q, k, policy))
+    check_ties(policy, levels, "triton")
 
 
 @pytest.mark.parametrize(("queries", "block_q"), [(60, 4), (60, 16), (37, 8), (1, 4)])
@@ -206,89 +115,22 @@ def test_ties_go_to_the_lower_block(policy: Policy, levels: int) -> None:
 def test_a_count_holds_what_is_read_anyway(
     queries: int, block_q: int, count: int, knobs: tuple[int, int, int]
 ) -> None:
-    """Short rows, more read anyway than counted, and query blocks that span several KV blocks."""
-    scorer = Given(block_size=(block_q, 4))
-    q, k = torch.ones(1, 1, queries, 16), torch.zeros(1, 1, 60, 16)
-    k[..., 0] = torch.randint(0, 4, (1, 1, 60))
-    sinks, local, dense = knobs
-    policy = TokenBudget(4 * count, sink_blocks=sinks, local_blocks=local, dense_last_rows=dense)
-    masks = both(scorer, q, k, policy)
-    assert torch.equal(*masks)
-    for row, mask in enumerate(masks[0][0, 0]):
-        first = 60 - queries + row * block_q
-        last = min(first + block_q, 60) - 1
-        seen = set(range(last // 4 + 1))
-        forced = {*range(sinks), *range(max(0, first // 4 - local + 1), last // 4 + 1)} & seen
-        if row >= len(masks[0][0, 0]) - dense:
-            forced = seen
-        read = set(mask.nonzero()[:, 0].tolist())
-        assert forced <= read <= seen
-        assert len(read) == max(len(forced), min(count, len(seen)))
+    check_count(queries, block_q, count, knobs, "triton")
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 1.0])
 def test_mass_of_ties(mass: float) -> None:
-    # Four blocks of equal share 1/4, a power of two: exact in every order.
-    scorer = Given()
-    q, k = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
-    args: dict[str, Any] = {}
-    args["k_blocks"] = scorer.compress(k, positions=torch.arange(16))
-    taken = select_blocks(q, scorer=scorer, policy=TopP(mass), **args, backend="triton").to_mask()
-    assert taken[0, 0, 3, :3].tolist() == [j / 4 < mass for j in range(3)]
+    check_mass_of_ties(mass, "triton")
 
 
 def test_extreme_scores() -> None:
-    scorer = Given(block_size=(4, 4))
-    q, k = torch.ones(1, 1, 64, 16), torch.zeros(1, 1, 64, 16)
-    k[0, 0, ::4, 0] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, 3e38, -3e38] * 2)
-    for policy in (TopK(0.2), TopK(0.4), TokenBudget(24)):
-        assert torch.equal(*both(scorer, q, k, policy)), policy
+    check_extremes("triton")
 
 
 # --- what the kernel cannot do -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Odd(Policy):
-    """A user's own, without a rule."""
-
-    name: ClassVar[str] = "odd"
-    value: float = 0
-
-    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
-        return (torch.arange(scores.shape[-1]) % 2 == 1).expand_as(scores)
-
-
-@dataclass(frozen=True)
-class Reversed(TopK):
-    """Changes how a policy with a rule chooses."""
-
-    name: ClassVar[str] = "reversed"
-
-    def choose(self, scores: Tensor, valid: Tensor, block_tokens: int) -> Tensor:
-        return super().choose(-scores, valid, block_tokens)
-
-
-@dataclass(frozen=True)
-class SecondToo(TopK):
-    """Changes what is always read."""
-
-    name: ClassVar[str] = "second_too"
-
-    def always(self, own: Tensor, valid: Tensor) -> Tensor:
-        second = torch.arange(own.shape[1], device=own.device) == 1
-        return super().always(own, valid) | (second & valid)
-
-
-@pytest.mark.parametrize(
-    ("policy", "reason"),
-    [
-        (Odd(), "the policy odd gives no rule"),
-        (Reversed(0.3), "the policy reversed gives no rule"),
-        (SecondToo(0.3), "the policy second_too always reads blocks of its own"),
-    ],
-    ids=["odd", "reversed", "second_too"],
-)
+@pytest.mark.parametrize(("policy", "reason"), RULELESS, ids=lambda x: getattr(x, "name", ""))
 def test_a_policy_that_is_not_its_rule_runs_in_torch(policy: Policy, reason: str) -> None:
     args = arguments(CASES[4])
     with pytest.raises(NotImplementedError, match=reason):

@@ -4,40 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from seerattention.ops import language
 from seerattention.ops.cases.summarise_blocks import CASES, Case
 from seerattention.ops.summarise_blocks import BACKENDS, summarise_blocks
 from seerattention.rows import Rows
-from seerattention.testing.budget import Budget
+from seerattention.testing.summaries import budget, inputs
 
 pytest.importorskip("triton")
-
-
-def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
-    width = len(case.pools) * case.width
-    weight = torch.randn(case.heads_out, width, case.dim) / width**0.5 if case.heads_out else None
-    angle = torch.rand(case.batch, case.blocks, case.dim) * 6
-    given: dict[str, Any] = {
-        # Heads after tokens in memory, as a model's own projections leave them.
-        "x": torch.randn(case.batch, case.tokens, case.heads, case.width).transpose(1, 2),
-        "weight": weight,
-        "norm": torch.rand(case.dim) + 0.5 if case.norm else None,
-    }
-    given = {n: None if t is None else t.to(device, dtype) for n, t in given.items()}
-    turns = (angle.cos().to(device), angle.sin().to(device)) if case.rope else None
-    return given | {"rotary": turns, "rows": case.rows}
-
-
-def budget(case: Case, given: dict[str, Any]) -> Budget:
-    names = [n for n in ("x", "weight", "norm") if given[n] is not None]
-
-    def reference(*tensors: Tensor) -> Tensor:
-        called = given | dict(zip(names, tensors, strict=True))
-        return summarise_blocks(called.pop("x"), case.size, case.pools, **called, backend="reference")
-
-    return Budget.of(reference, *(given[n] for n in names))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

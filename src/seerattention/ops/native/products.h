@@ -72,13 +72,17 @@ INLINE void transpose_rows(const RowAt& row, int64_t words, Word<BY_PAIRS<T>>* t
     for (int i = 0; i < LANES; ++i)
       store(reinterpret_cast<float*>(to + (word + i) * stride), flip_bits(rows[i], flipped));
   }
-  if constexpr (PAIR)
-    for (; word < words; ++word)
-      for (int i = 0; i < LANES; ++i) {
-        uint32_t pair;
-        std::memcpy(&pair, row(i) + 2 * word, 4);
-        to[word * stride + i] = pair ^ flipped;
+  for (; word < words; ++word)
+    for (int i = 0; i < LANES; ++i) {
+      uint32_t bits;
+      if constexpr (PAIR) std::memcpy(&bits, row(i) + 2 * word, 4);
+      else {
+        const float wide = widen(row(i)[word]);
+        std::memcpy(&bits, &wide, 4);
       }
+      bits ^= flipped;
+      std::memcpy(to + word * stride + i, &bits, 4);
+    }
 }
 
 }  // namespace

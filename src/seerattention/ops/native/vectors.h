@@ -29,6 +29,7 @@ INLINE Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Of two of which one is NaN the second: NaN must not vanish there.
 INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Vec times_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
 INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
@@ -49,6 +50,7 @@ INLINE void swap_parts(Vec& a, Vec& b) {
   b = _mm512_permutex2var_ps(a, high, b);
   a = first;
 }
+INLINE float largest_lane(Vec x) { return _mm512_reduce_max_ps(x); }
 INLINE Vec flip_bits(Vec x, uint32_t which) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32(int(which))));
 }
@@ -67,6 +69,7 @@ INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 INLINE Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 INLINE Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Vec times_power(Vec x, Vec whole) {
   // The power of two by its exponent; -127 is zero.
@@ -90,6 +93,11 @@ INLINE void swap_parts(Vec& a, Vec& b) {
     a = _mm256_blend_ps(first, _mm256_moveldup_ps(second), 0xAA);
     b = _mm256_blend_ps(_mm256_movehdup_ps(first), second, 0xAA);
   }
+}
+INLINE float largest_lane(Vec x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 INLINE Vec flip_bits(Vec x, uint32_t which) { return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(int(which)))); }
 

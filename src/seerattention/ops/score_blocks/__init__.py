@@ -16,7 +16,7 @@ from seerattention.rows import Rows, num_blocks
 BACKENDS = load_backends(__name__, __path__)
 
 #: What ``auto`` tries, in order.
-ORDER = ("triton", "chunked")
+ORDER = ("triton", "native", "chunked")
 
 
 @outside_autocast

@@ -13,7 +13,7 @@ from seerattention.selection import BlockSelection
 BACKENDS = load_backends(__name__, __path__)
 
 #: What ``auto`` tries, in order.
-ORDER = ("hopper", "triton", "composed")
+ORDER = ("hopper", "triton", "native", "composed")
 
 
 @outside_autocast
