@@ -50,8 +50,6 @@ std::vector<Sequence> sequences_of(const Choosing& call) {
 // The blocks that a row sees, of which those before `sink` and from `own` on are read whatever the scores.
 struct Seen {
   int64_t blocks, sink, own;
-
-  bool always(int64_t block) const { return block < sink || block >= own; }
 };
 
 Seen seen_of(const Choosing& call, const Sequence& of, int64_t row) {
@@ -88,11 +86,12 @@ void choose_row(const Choosing& call, const Seen& seen, double value, const floa
   const auto key = [](uint32_t rank, int64_t block) { return uint64_t(rank) << 32 | uint32_t(~block); };
   const auto block_of = [](uint64_t of) { return int64_t(uint32_t(~of)); };
   std::memset(bits, 0, size_t(call.words) * 4);
-  int64_t free = 0;
-  for (int64_t n = 0; n < seen.blocks; ++n)
-    if (seen.always(n)) set(n);
-    else if (call.kind == COUNT) keys[free++] = key(order(scores[n]), n);
+  const int64_t last = std::max(seen.sink, seen.own);
+  for (int64_t n = 0; n < seen.sink; ++n) set(n);
+  for (int64_t n = last; n < seen.blocks; ++n) set(n);
   if (call.kind == COUNT) {
+    const int64_t free = last - seen.sink;
+    for (int64_t n = 0; n < free; ++n) keys[n] = key(order(scores[seen.sink + n]), seen.sink + n);
     const int64_t room = std::min(free, int64_t(value) - (seen.blocks - free));
     if (room <= 0) return;
     std::nth_element(keys, keys + room - 1, keys + free, std::greater<>());
