@@ -39,7 +39,7 @@ def budget(case: SummaryCase, given: dict[str, Any]) -> Budget:
     names = [n for n in ("x", "weight", "norm") if given[n] is not None]
 
     def reference(*tensors: Tensor) -> Tensor:
-        called = given | dict(zip(names, tensors, strict=True))
+        called: dict[str, Any] = given | dict(zip(names, tensors, strict=True))
         return summarise_blocks(called.pop("x"), case.size, case.pools, **called, backend="reference")
 
     return Budget.of(reference, *(given[n] for n in names))

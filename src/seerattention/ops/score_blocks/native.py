@@ -26,7 +26,9 @@ def run(queries: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
     # Without rows every summary counts as a token.
     lengths = (queries.shape[2], keys.shape[2]) if rows is None else (rows.num_queries, rows.num_keys)
     size = options.sub_blocks if rows is None else options.block_size
-    given = [list(x) for x in (lengths, size, options.sub_blocks)]
     start = choosing.choose_op if torch.compiler.is_compiling() else choosing.choose
-    start(queries, keys, scores, *given, rows is not None, options.shares, options.scale)
+    start(
+        queries, keys, scores, list(lengths), list(size), [subs_q, subs_k], rows is not None, options.shares,
+        options.scale,
+    )  # fmt: skip
     return scores
