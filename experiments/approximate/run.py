@@ -136,7 +136,7 @@ def left_out(layer: Layer, policies: dict[str, Policy]) -> dict[str, dict[str, f
 
 
 def ranking(args: argparse.Namespace, model: Any, gates: Gates) -> dict[str, Any]:
-    """Return what every way chooses of held-out text, added up by layer."""
+    """Return what every way chooses of held-out text, over all layers, and what bounds rule out."""
     policies = {f"{x:g}": parse(POLICY.format(x)) for x in args.densities}
     named = {name: way for name, way in ways().items() if not args.ways or name in ("exact", *args.ways)}
     started, done = time.perf_counter(), 0
@@ -155,18 +155,28 @@ def ranking(args: argparse.Namespace, model: Any, gates: Gates) -> dict[str, Any
 
     by_layer = record_layers(model, gates, windows_of(args), look)
     return {
-        "layers": {layer: added([one for one, _ in texts]) for layer, texts in by_layer.items()},
+        "ways": of_all([added([one for one, _ in texts]) for texts in by_layer.values()]),
         "bounds": mean([one for texts in by_layer.values() for _, one in texts]),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
+def of_all(layers: list[Any]) -> dict[str, Any]:
+    """Add up what `ranked` says of layers, and say what share is ``kept`` in the ``worst`` of them."""
+    found = added(layers)
+    for name, cells in found.items():
+        for density in cells.keys() - {"products"}:
+            shares = [one["kept"] / one["of"] for x in layers if (one := x[name][density])["of"]]
+            cells[density]["worst"] = round(min(shares, default=1.0), 4)
+    return found
+
+
 def added(parts: list[Any]) -> Any:
     """Add up numbers in dictionaries of one shape, but for ``products``, of which it is the mean."""
     if not isinstance(parts[0], dict):
-        return sum(parts)
+        return round(sum(parts), 1)
     return {
-        key: float(np.mean([one[key] for one in parts]))
+        key: round(float(np.mean([one[key] for one in parts])), 4)
         if key == "products"
         else added([one[key] for one in parts])
         for key in parts[0]
@@ -229,7 +239,8 @@ def main() -> None:
     args = parsed()
     path = args.out / f"{args.part}.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    told = {"model": Path(args.model).name, **{name: getattr(args, name) for name in SETTINGS}}
+    model_name = "teacher" if args.model == bundled.BUNDLED else Path(args.model).name
+    told = {"model": model_name, **{name: getattr(args, name) for name in SETTINGS}}
     if args.part == "quality":
         told |= {name: getattr(args, name) for name in ("documents", "questions", "asked_length")}
     if path.exists() and read_json(path)["settings"] != told:
@@ -239,7 +250,7 @@ def main() -> None:
     if args.part == "ranking":
         results = about | ranking(args, model, bundled.named_gates(args.gates).float())
         write_json(path, results)
-        print(table(results))
+        print(table([results]))
     else:
         quality(args, model, tokenizer, lambda rows: write_json(path, about | {"rows": rows}))
     print(f"everything is in {args.out}")

@@ -11,38 +11,84 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-Layers = dict[str, dict[str, Any]]
+from seerattention.measure.intervals import rise
+
+Report = dict[str, Any]
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return a line per way: products, and by density what is kept of the exact choice and its attention.
+def table(reports: list[Report]) -> str:
+    """Return a line per way, a column per model and density.
 
-    A cell is the share of the exact way's blocks that are chosen too, of those that are a choice; the
-    attention in all blocks read, relative to the exact way's; and that without the blocks read anyway.
+    A cell of a ranking is the share of the exact way's blocks that are chosen too, of those that are a
+    choice; the attention in all blocks read, relative to the exact way's; and that without the blocks read
+    anyway. Of perplexity it is the rise over dense attention, the rise over the exact way with its 95 %
+    interval over the windows, and, where they were asked for, the share of numbers found.
     """
-    layers: Layers = results["layers"]
-    densities = [f"{x:g}" for x in results["settings"]["densities"]]
-    lines = [_line("way", "products", *(f"{float(x):.0%}" for x in densities))]
-    lines.append("|---" * (2 + len(densities)) + "|")
-    for name in next(iter(layers.values())):
-        products = fmean(layer[name]["products"] for layer in layers.values())
-        lines.append(_line(name, f"{products:.2f}", *(_cell(layers, name, x) for x in densities)))
+    return ranking(reports) if "ways" in reports[0] else quality(reports)
+
+
+def ranking(reports: list[Report]) -> str:
+    """Return which of the exact way's blocks are chosen."""
+    names = dict.fromkeys(name for one in reports for name in one["ways"])
+    lines = _head(reports, "way", "products")
+    for name in names:
+        cells = [_ranked(one["ways"], name, x) for one in reports for x in _densities(one)]
+        products = [one["ways"][name]["products"] for one in reports if name in one["ways"]]
+        lines.append(_line(name, f"{fmean(products):.2f}", *cells))
     return "\n".join(lines)
 
 
-def relative(layers: Layers, name: str, density: str) -> tuple[float, float, float]:
+def relative(ways: Report, name: str, density: str) -> tuple[float, float, float]:
     """Return what a way keeps of the exact one's blocks, of its attention, and of that of choices."""
-    cells = [(layer[name][density], layer["exact"][density]) for layer in layers.values()]
-    kept = sum(own["kept"] for own, _ in cells) / sum(own["of"] for own, _ in cells)
-    mass, free = (sum(own[x] for own, _ in cells) / sum(e[x] for _, e in cells) for x in ("mass", "free"))
-    return kept, mass, free
+    own, best = ways[name][density], ways["exact"][density]
+    return own["kept"] / own["of"], own["mass"] / best["mass"], own["free"] / best["free"]
 
 
-def _cell(layers: Layers, name: str, density: str) -> str:
-    if not any(layer[name][density]["of"] for layer in layers.values()):
+def _ranked(ways: Report, name: str, density: str) -> str:
+    if name not in ways:
+        return ""
+    if not ways[name][density]["of"]:
         return "no choice"
-    kept, mass, free = relative(layers, name, density)
+    kept, mass, free = relative(ways, name, density)
     return f"{kept:.1%}, {mass:.2%}, {free:.1%}"
+
+
+def quality(reports: list[Report]) -> str:
+    """Return perplexity and numbers found."""
+    names = dict.fromkeys(name for one in reports for name in one["rows"])
+    lines = _head(reports, "way")
+    for name in names:
+        cells = [_lost(one["rows"], name, x) for one in reports for x in _densities(one)]
+        lines.append(_line(name, *cells))
+    return "\n".join(lines)
+
+
+def _lost(rows: dict[str, Report], name: str, density: str) -> str:
+    at = "1" if name == "dense" else density
+    if at not in rows.get(name, {}).get("perplexity", {}):
+        return ""
+    own, dense = rows[name]["perplexity"][at], rows["dense"]["perplexity"]["1"]
+    exact = rows.get("exact", {"perplexity": {}})["perplexity"].get(density)
+    said = [] if name == "dense" else [f"{rise(own['losses'], dense['losses'])[0]:+.2%}"]
+    if exact is not None and name not in ("dense", "exact"):
+        more, half = rise(own["losses"], exact["losses"])
+        said.append(f"{more:+.2%} ± {half:.2%}")
+    shares = [own["needles"]] if "needles" in own else []
+    shares += [cells[at]["share"] for cells in rows[name]["found"].values() if at in cells]
+    return ", ".join([*said, *(f"{share:.0%}" for share in shares)])
+
+
+def _densities(report: Report) -> list[str]:
+    return [f"{x:g}" for x in report["settings"]["densities"]]
+
+
+def _head(reports: list[Report], *first: str) -> list[str]:
+    cells = [
+        f"{one['settings']['model']}, {one['settings']['window']:,} tokens, {float(x):.0%}"
+        for one in reports
+        for x in _densities(one)
+    ]
+    return [_line(*first, *cells), "|---" * (len(first) + len(cells)) + "|"]
 
 
 def _line(*cells: str) -> str:
@@ -50,4 +96,4 @@ def _line(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    print(table([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))

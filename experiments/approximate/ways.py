@@ -212,6 +212,12 @@ def coarse(
     return Scored(scores, share + 1 / (keys * queries))
 
 
+def coarse_alone(layer: Layer, keys: int, queries: int) -> Scored:
+    """Choose by coarse shares, and score nothing finely."""
+    rough = layer.best(averaged(layer.queries, queries), averaged(layer.keys, keys))
+    return Scored(layer.shares(rough, rough.logsumexp(1, keepdim=True)), 1 / (keys * queries))
+
+
 def keeping(layer: Layer, shares: Tensor, keep: float, *, together: bool) -> Tensor:
     """Return the pairs that are kept, the same for the query blocks of a tile, bool ``[H, Nq, Nk]``."""
     rows = layer.valid.shape[0]
@@ -289,6 +295,7 @@ def ways() -> dict[str, Way]:
     }
     for keys in (4, 16):
         for queries in (1, 4):
+            named[f"coarse {keys}x{queries} alone"] = partial(coarse_alone, keys=keys, queries=queries)
             for together in (True, False):
                 for keep in (0.2, 0.3, 0.4):
                     name = f"coarse {keys}x{queries}, {'largest' if together else 'any'}, {keep:.0%}"

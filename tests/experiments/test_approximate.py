@@ -130,10 +130,11 @@ def test_a_run_says_what_is_kept_and_goes_on(run_script, tmp_path):
     given += ["--densities", 0.5, 0.1, "--ways", *some]
     shown = run_script(MODULE, "ranking", *given)
     found = read_json(tmp_path / "out" / "ranking.json")
-    assert table(found) in shown
-    assert [*found["layers"]["0"]] == ["exact", *some]
-    assert relative(found["layers"], "exact", "0.5") == (1, 1, 1)
-    assert all(0.5 < share <= 1 for share in relative(found["layers"], "fp8", "0.5"))
+    assert table([found]) in shown
+    assert [*found["ways"]] == ["exact", *some]
+    assert relative(found["ways"], "exact", "0.5") == (1, 1, 1)
+    assert all(0.5 < share <= 1 for share in relative(found["ways"], "fp8", "0.5"))
+    assert found["ways"]["fp8"]["0.5"]["worst"] <= relative(found["ways"], "fp8", "0.5")[0]
     # 10 % of 16 blocks are read anyway.
     assert "no choice" in shown
     assert 0 <= found["bounds"]["1"]["0.5"]["tile"] <= found["bounds"]["1"]["0.5"]["alone"] < 1
