@@ -753,6 +753,27 @@ def longer() -> str:
     return parts(said, *found)
 
 
+def approximate() -> str:
+    """Return what choosing by cheaper approximations chooses otherwise, and loses."""
+    report = read("gates", "approximate.json")
+    made = runpy.run_path(str(ROOT / "experiments" / "approximate" / "table.py"))
+    windows = ", ".join(f"{x['settings']['windows']} of {x['settings']['model']}" for x in report["ranking"])
+    asked = "; ".join(
+        f"{x['settings']['model']}, {x['settings']['windows']} windows"
+        + (f", {8 * x['settings']['documents']} numbers" if x["settings"]["documents"] else "")
+        for x in report["quality"]
+    )
+    return parts(
+        f"`{POLICY}`, no dense last rows; windows of held-out books, {windows}; {machine(report)}, fp32. A "
+        "cell is the share of the exact way's blocks that are chosen too, of those that are a choice; the "
+        "attention in all blocks read, relative to the exact way's; and that without the blocks read anyway:",
+        made["table"](report["ranking"]),
+        "The rise of perplexity over dense attention, the rise over the exact way with its 95 % interval, "
+        f"and the numbers found ({asked}):",
+        made["table"](report["quality"]),
+    )
+
+
 def pooled() -> str:
     """Return attention with its map beside dense attention on a GPU."""
     report = read("h200", "pooled_attention.json")
@@ -912,7 +933,7 @@ PAGES = {
     "docs/support.md": {"support": markdown, "dense": dense_below},
     "docs/kernels.md": {
         "bench": bench, "native": native, "gpu": gpu, "pages": pages, "crossover": crossover,
-        "pooled": pooled,
+        "pooled": pooled, "approximate": approximate,
         "distill-step": distill_step, "parallel": parallel, "backward": backward, "decode": decode,
         "decode-step": decode_step,
     },
