@@ -25,12 +25,12 @@ from seerattention.ops import select_blocks as select_op
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.ops.launch import Launch
-from seerattention.ops.select_blocks import _scores
+from seerattention.ops.select_blocks.kernels import scores
 from seerattention.policies import Policy, parse
 from seerattention.rows import Rows
 from seerattention.testing.inputs import random_qkv
 
-KERNELS: dict[str, Any] = {"select": _scores, "summarise": summarise_op.BACKENDS["triton"]}
+KERNELS: dict[str, Any] = {"select": scores, "summarise": summarise_op.BACKENDS["triton"]}
 
 #: Tried by ``--sweep``.
 SCORE_SETTINGS = [

@@ -17,7 +17,9 @@ from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.cases import summarise_blocks as summaries
 from seerattention.ops.cases.select_blocks import CASES, EIGHT, SIXTEEN, Case
 from seerattention.ops.launch import Launch
-from seerattention.ops.select_blocks import _scores, select_blocks
+from seerattention.ops.select_blocks import select_blocks
+from seerattention.ops.select_blocks.kernels import choosing as kernel
+from seerattention.ops.select_blocks.kernels import scores
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.policies import Calibrated, Calibration, Policy
 from seerattention.rows import Rows
@@ -30,7 +32,6 @@ from seerattention.testing.waiting import no_waiting
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-kernel = select_op.BACKENDS["triton"]
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +214,7 @@ def test_compiles_as_one_graph(case: Case) -> None:
 def test_packed_sequences_choose_as_alone_in_as_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(next(c for c in MIDDLING if c.name == "packed"), torch.bfloat16)
     launches = []
-    for room, name in ((_scores, "score"), (kernel, "choose")):
+    for room, name in ((scores, "score"), (kernel, "choose")):
         monkeypatch.setattr(room, name, _Counted(getattr(room, name), launches))
     for policy in POLICIES:
         launches.clear()
@@ -246,8 +247,8 @@ def test_tiles_and_chunks_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
         (128, 256, 8, 2**16, 1),
         (64, 32, 4, 2**12, 2**22),
     ):
-        monkeypatch.setitem(_scores.LAUNCHES, "narrow", Launch(rows, columns, warps, 2))
-        monkeypatch.setattr(_scores, "HELD_BYTES", held)
+        monkeypatch.setitem(scores.LAUNCHES, "narrow", Launch(rows, columns, warps, 2))
+        monkeypatch.setattr(scores, "HELD_BYTES", held)
         monkeypatch.setattr(kernel, "SCORE_BYTES", size)
         monkeypatch.setattr(kernel, "SUMMARY_BYTES", 4 * size)
         certain.check(select_blocks(policy=TopK(0.1), **args))

@@ -11,7 +11,8 @@ import torch
 from seerattention import Threshold, TopK, TopP
 from seerattention.ops import select_blocks as select_op
 from seerattention.ops.cases.select_blocks import Case
-from seerattention.ops.select_blocks import _scores, select_blocks
+from seerattention.ops.select_blocks import select_blocks
+from seerattention.ops.select_blocks.kernels import choosing, scores
 from seerattention.policies import Policy
 from seerattention.testing.selections import Certain, arguments
 from seerattention.testing.waiting import no_waiting
@@ -65,7 +66,7 @@ POLICIES = [TopK(0.1), TopK(0.3, sink_blocks=2, dense_last_rows=1), Threshold(5e
 def test_it_chooses_as_any_right_backend(case: Case, dtype: torch.dtype) -> None:
     args = arguments(case, dtype, "cuda")
     for policy in POLICIES:
-        certain = Certain.of(policy=policy, **args, rounding=_scores.HOPPER_ROUNDING)
+        certain = Certain.of(policy=policy, **args, rounding=scores.HOPPER_ROUNDING)
         assert certain.share > 0.95
         certain.check(select_blocks(policy=policy, **args, backend="hopper"))
 
@@ -80,13 +81,12 @@ def test_calls_repeat_to_the_bit(name: str) -> None:
 
 def test_chunks_and_strips_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(shares("long", 9001), torch.bfloat16, "cuda")
-    certain = Certain.of(policy=TopK(0.1), **args, rounding=_scores.HOPPER_ROUNDING)
-    triton = select_op.BACKENDS["triton"]
+    certain = Certain.of(policy=TopK(0.1), **args, rounding=scores.HOPPER_ROUNDING)
     for strip, items, size, summaries in ((1, 1, 2**30, 2**30), (3, 1, 2**22, 2**22), (64, 1, 2**20, 2**19)):
-        monkeypatch.setattr(_scores, "HOPPER_STRIP", strip)
-        monkeypatch.setattr(_scores, "HOPPER_ITEMS", items)
-        monkeypatch.setattr(triton, "SHARE_BYTES", size)
-        monkeypatch.setattr(triton, "SUMMARY_BYTES", summaries)
+        monkeypatch.setattr(scores, "HOPPER_STRIP", strip)
+        monkeypatch.setattr(scores, "HOPPER_ITEMS", items)
+        monkeypatch.setattr(choosing, "SHARE_BYTES", size)
+        monkeypatch.setattr(choosing, "SUMMARY_BYTES", summaries)
         certain.check(select_blocks(policy=TopK(0.1), **args, backend="hopper"))
 
 
@@ -95,7 +95,7 @@ def test_what_lies_behind_the_keys_is_in_no_score() -> None:
     wanted = select_blocks(policy=TopK(0.1), **args, backend="hopper").bits
     keys = args["k_blocks"]
     # Memory that the copy of whole quarters will get.
-    quarter = _scores.HOPPER_BLOCKS // 4 * 16
+    quarter = scores.HOPPER_BLOCKS // 4 * 16
     whole = -(-keys.shape[2] // quarter) * quarter
     del args["k_blocks"]
     for _ in range(3):

@@ -19,8 +19,7 @@ from seerattention.ops.pooled_attention import triton as pooled
 from seerattention.ops.rotate_back import triton as rotating
 from seerattention.ops.score_blocks import _shares_kernel, _triton_kernel
 from seerattention.ops.score_blocks import triton as scoring
-from seerattention.ops.select_blocks import _scores
-from seerattention.ops.select_blocks import triton as choosing
+from seerattention.ops.select_blocks.kernels import choosing, scores
 from seerattention.ops.select_decode_blocks import _triton_kernel as _choosing_kernel
 from seerattention.ops.select_decode_blocks import triton as choosing_tokens
 from seerattention.ops.summarise_blocks import triton as summarising
@@ -131,8 +130,8 @@ def test_the_kernels_of_shares_compile_for_hopper(kernel: Any) -> None:
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("dim", [64, 96, 128])
 def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed: bool) -> None:
-    started = _scores.LAUNCHES["narrow shares" if shares else "narrow"]
-    options = _scores._tile(started, dim, 2, "tf32x3", 1 if shares else 16, 16)
+    started = scores.LAUNCHES["narrow shares" if shares else "narrow"]
+    options = scores._tile(started, dim, 2, "tf32x3", 1 if shares else 16, 16)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     heads = {"HEADS": 32, "BLOCK_Q": 64, "BLOCK_K": 64} | ({} if packed else {"sequences": None})
     constants = heads | {"GROUP": 4, "E": dim, "SUBS_Q": 16, "SUBS_K": 16, "PRECISION": "tf32x3"} | options
@@ -142,7 +141,7 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed:
     heads |= {} if shares else {"totals": None}
     constants |= heads | ({"BLOCK_Q": 4} if shares else {})
     types |= totals
-    made = compiled(_scores.score, constants, types, launch)
+    made = compiled(scores.score, constants, types, launch)
     assert made.metadata.shared <= 99 * 1024
     assert "wgmma.mma_async" in made.asm["ptx"]
     types = {"scores": "*fp32", "bits": "*i32", "sequences": "*i32", "values": "*fp32"}

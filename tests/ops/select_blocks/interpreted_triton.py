@@ -12,7 +12,9 @@ from seerattention import baselines
 from seerattention.ops import language
 from seerattention.ops.cases.select_blocks import CASES, Case
 from seerattention.ops.launch import Launch
-from seerattention.ops.select_blocks import BACKENDS, _scores, select_blocks
+from seerattention.ops.select_blocks import select_blocks
+from seerattention.ops.select_blocks.kernels import choosing as kernel
+from seerattention.ops.select_blocks.kernels import scores
 from seerattention.policies import Calibrated, Calibration, Policy, Rule, Threshold, TokenBudget, TopK, TopP
 from seerattention.rows import Rows
 from seerattention.testing.choices import (
@@ -32,7 +34,6 @@ from seerattention.testing.selections import Certain, arguments
 
 pytest.importorskip("triton")
 
-kernel = BACKENDS["triton"]
 by_case = pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids=lambda case: case.name)
 
 
@@ -40,9 +41,9 @@ by_case = pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and chunks at the sizes that an interpreter computes."""
     small = Launch(16, 64, 4, 1)
-    monkeypatch.setattr(_scores, "LAUNCHES", dict.fromkeys(_scores.LAUNCHES, small))
-    monkeypatch.setattr(_scores, "HELD_BYTES", 8 * 2**10)
-    monkeypatch.setattr(_scores, "STRIP", 2)
+    monkeypatch.setattr(scores, "LAUNCHES", dict.fromkeys(scores.LAUNCHES, small))
+    monkeypatch.setattr(scores, "HELD_BYTES", 8 * 2**10)
+    monkeypatch.setattr(scores, "STRIP", 2)
     monkeypatch.setattr(kernel, "SCORE_BYTES", 4 * 2 * 16 * 32)
     monkeypatch.setattr(kernel, "SHARE_BYTES", 4 * 2 * 16 * 32)
     return
@@ -206,17 +207,17 @@ def test_lengths_that_do_not_fit(rows: Rows, message: str) -> None:
 
 
 def test_chunks_cover_all_rows_within_the_buffer() -> None:
-    for widths, scores, tile in (
+    for widths, room, tile in (
         ([*range(1, 513)], 32 * 512, 64),
         ([*range(1, 2049)], 262144, 64),
         ([500] * 7, 60, 16),
         ([1], 1, 64),
     ):
-        chunks = list(kernel._chunks(widths, scores, tile))
+        chunks = list(kernel._chunks(widths, room, tile))
         rows = [row for start, stop in reversed(chunks) for row in range(start, stop)]
         assert rows == list(range(len(widths)))
         for start, stop in chunks:
-            assert stop - start == 1 or (stop - start) * _scores.stride(widths[stop - 1]) <= scores
+            assert stop - start == 1 or (stop - start) * scores.stride(widths[stop - 1]) <= room
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
-from seerattention.ops.select_blocks import _hopper_kernel as kernel
+from seerattention.ops.select_blocks.kernels import hopper as kernel
 
 made = []
 for subs in json.loads(sys.argv[1]):

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from seerattention.ops.language import padded, products
 from seerattention.ops.launch import Launch, width
-from seerattention.ops.select_blocks._triton_kernel import score
+from seerattention.ops.select_blocks.kernels.triton import score
 from seerattention.rows import num_blocks
 from seerattention.selection import WORD
 
 hopper_kernel: Any = None
 with contextlib.suppress(ImportError):
-    hopper_kernel = importlib.import_module("seerattention.ops.select_blocks._hopper_kernel")
+    hopper_kernel = importlib.import_module("seerattention.ops.select_blocks.kernels.hopper")
 
 #: Launches of Triton's kernel, by what `width` says; ``block_n`` are the summaries of keys in a product.
 LAUNCHES = {
