@@ -159,7 +159,7 @@ def headline() -> str:
     cpu = read("cpu", "demo.json")["lengths"][-1]
     asked = {"backend": "hopper", "tokens": 32768, "block": 64, "mask": "gate", "asked": 0.1}
     (gpu,) = (r for r in read("h200", "prefill.json")["rows"] if asked.items() <= r.items())
-    default = {"case": "products-32k", "part": "total top_k:0.1"}
+    default = {"case": "default-32k", "part": "total top_k:0.1 hopper"}
     (selecting,) = (r for r in read("h200", "select_blocks.json")["rows"] if default.items() <= r.items())
     with_selecting = gpu["ms"] * gpu["speedup"] / (gpu["ms"] + selecting["ms"])
     found, dense = (f"{by[method]['needle'] * 100:.0f} %" for method in ("gates", "dense"))
@@ -393,7 +393,6 @@ def end_to_end() -> str:
             + "peak GB: {peak_gb:?}",
             report["rows"],
         ),
-        FORMER,
     )
 
 
