@@ -65,10 +65,9 @@ for name, source in sources.items():
     assert adds == ("stored" in name or sys.argv[1] == "right"), "that has changed"
     assert adds or len(re.findall(r"%step\b", compiled)) == 1, "step is read in another way"
 PYTHON
-for case in 3.6.0:wrong 3.7.1:wrong 3.8.0:right 3.9.0:right; do
-    version=${case%:*}
-    python3 -m venv "venv-$version"
-    "venv-$version/bin/pip" install --quiet --disable-pip-version-check "triton==$version"
-    TRITON_CACHE_DIR="$folder/cache-$version" "venv-$version/bin/python" -W ignore compile.py "${case#*:}"
-    rm -rf "venv-$version"
+for case in triton==3.6.0:wrong triton==3.7.1:wrong triton==3.8.0:right triton==3.9.0:right; do
+    python3 -m venv venv
+    venv/bin/pip install --quiet --disable-pip-version-check "${case%:*}"
+    TRITON_CACHE_DIR="$folder/cache-${case%:*}" venv/bin/python -W ignore compile.py "${case#*:}"
+    rm -rf venv
 done
