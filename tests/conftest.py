@@ -15,8 +15,8 @@ from hypothesis import settings
 
 # Tests are small: threads that wait for each other on a busy machine cost more than they save.
 torch.set_num_threads(1)
-# Nothing is there: what was compiled for this machine would be chosen, here and not elsewhere.
-torch.hub.set_dir(Path(tempfile.gettempdir(), f"no-torch-{os.getpid()}", "hub"))
+# Nothing is there: what was compiled for this machine would be chosen, here and by processes of tests.
+os.environ["TORCH_HOME"] = str(Path(tempfile.gettempdir(), f"no-torch-{os.getpid()}"))
 # Examples are drawn alike in every run.
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("default")
