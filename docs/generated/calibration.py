@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from generated.reports import FORMER_DENSITY, machine, read
-from generated.text import parts, table
+from generated.text import Report, parts, table, under
 
 
 def targets() -> str:
     """Return what calibrated thresholds do at half, once and twice the length they were calibrated at."""
     report = read("cpu", "calibrate.json")
     on, dense = report["calibrated_on"], report["dense"]
-    for r in (r for target in report["targets"] for r in target["rows"]):
-        rise = r["perplexity"] / dense[str(r["tokens"])] - 1
-        r["cell"] = f"{r['density']:.1%}, {r['recall']:.1%}, {rise:+.1%}"
+
+    def cell(row: Report) -> str:
+        rise = row["perplexity"] / dense[str(row["tokens"])] - 1
+        return f"{row['density']:.1%}, {row['recall']:.1%}, {rise:+.1%}"
+
     return parts(
         f"{on['windows']} windows of {on['tokens']:,} tokens to calibrate on, {report['held_out_tokens']:,} "
         f"others to measure on; {machine(report)}. A cell is density, recall and the rise of perplexity over "
         "dense:",
         table(
-            "target: {target} {value:.0%} | "
-            + " | ".join(f"{int(n):,} tokens: {{rows[{i}][cell]}}" for i, n in enumerate(dense)),
-            report["targets"],
+            "target: {target} {value:.0%} | " + under(f"{int(n):,} tokens" for n in dense),
+            (target | {"at": list(map(cell, target["rows"]))} for target in report["targets"]),
         ),
     )
 

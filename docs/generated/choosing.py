@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
 from typing import Any
 
-from generated.reports import POLICY, ROOT, machine, read
-from generated.text import parts, table
+from generated.reports import POLICY, experiment, machine, read
+from generated.text import parts, table, under
 from seerattention.measure.intervals import rise
 
 
@@ -14,7 +13,7 @@ def prefill_gates() -> str:
     """Return what gates and other scorers lose and find in prefill."""
     report = read("gates", "prefill.json")
     settings = report["settings"]
-    made = runpy.run_path(str(ROOT / "experiments" / "prefill_gates" / "table.py"))
+    made = experiment("prefill_gates")
     return parts(
         f"{settings['model']}, {settings['steps']} steps of {settings['length']:,} tokens of books; "
         f"`{POLICY}`, no dense last rows; {settings['windows']} windows of held-out books, and "
@@ -29,7 +28,7 @@ def prefill_gates() -> str:
 def longer() -> str:
     """Return what gates lose and find at lengths that they were not taught at."""
     report = read("gates", "lengths.json")
-    made = runpy.run_path(str(ROOT / "experiments" / "prefill_gates" / "table.py"))
+    made = experiment("prefill_gates")
     found = []
     for model in report["models"]:
         s = model["settings"]
@@ -72,7 +71,7 @@ def decode_gates() -> str:
         f"{machine(report)}:",
         table(
             "chosen by: {name} | keys' summaries, share of K: {read} | "
-            + " | ".join(f"rise of perplexity at {n:,} tokens: {{risen[{i}]}}" for i, n in enumerate(budgets))
+            + under((f"rise of perplexity at {n:,} tokens" for n in budgets), "risen")
             + f" | one number in the text, found at {budgets[0]}: {{found[0]:.0%}} "
             + "| one of four: {found[1]:.0%} "
             + f"| attention kept at {budgets[0]}: {{kept}}",
@@ -84,7 +83,7 @@ def decode_gates() -> str:
 def approximate() -> str:
     """Return what choosing by cheaper approximations chooses otherwise, and loses."""
     report = read("gates", "approximate.json")
-    made = runpy.run_path(str(ROOT / "experiments" / "approximate" / "table.py"))
+    made = experiment("approximate")
     windows = ", ".join(f"{x['settings']['windows']} of {x['settings']['model']}" for x in report["ranking"])
     asked = "; ".join(
         f"{x['settings']['model']}, {x['settings']['windows']} windows"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from generated.reports import attention_of, model_of, read, targets
-from generated.text import Cells, Report, digits, parts, table
+from generated.reports import model_of, notes, read, shape_of, targets
+from generated.text import Cells, Report, digits, parts, table, under
 
 
 def decode() -> str:
@@ -12,20 +12,19 @@ def decode() -> str:
     sizes = list(dict.fromkeys((r["batch"], r["tokens"]) for r in report["rows"]))
     lines: dict[str, Report] = {}
     for r in report["rows"]:
-        line = lines.setdefault(r["variant"], r | {f"at{i}": "" for i in range(len(sizes))})
+        line = lines.setdefault(r["variant"], r | {"at": [""] * len(sizes)})
         cell = "{us:~} us, {tb_s:.2f} TB/s, {speedup:.2f}x" if r["tb_s"] else "{us:~} us"
-        line[f"at{sizes.index((r['batch'], r['tokens']))}"] = Cells().of(cell, r | {"us": r["ms"] * 1e3})
-    shape, copy = report["shape"], digits(report["ceilings"]["copy_tbs"])
+        line["at"][sizes.index((r["batch"], r["tokens"]))] = Cells().of(cell, r | {"us": r["ms"] * 1e3})
+    copy = digits(report["ceilings"]["copy_tbs"])
     return parts(
-        f"{attention_of(report | shape | {'heads': (shape['heads'], shape['kv_heads'])})}, blocks of "
-        f"{report['block']}, {report['density']:.0%} of them read; copies ran at {copy} TB/s:",
+        f"{shape_of(report)}, blocks of {report['block']}, {report['density']:.0%} of them read; "
+        f"copies ran at {copy} TB/s:",
         table(
-            "variant: {variant} | "
-            + " | ".join(f"{b} x {n // 1024}k: {{at{i}}}" for i, (b, n) in enumerate(sizes)),
+            "variant: {variant} | " + under(f"{b} x {n // 1024}k" for b, n in sizes),
             lines.values(),
         ),
         targets(report),
-        "\n".join(f"- {note}" for note in report["notes"]),
+        notes(report),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from generated.reports import FORMER, machine, read
-from generated.text import Cells, Report, parts, table
+from generated.text import Cells, Report, parts, table, under
 
 Designs = dict[tuple[str, int, float], dict[str, Any]]
 
@@ -50,7 +50,7 @@ def gates(name: str) -> str:
         "fraction of XAttention's gap, and the needles found:",
         table(
             "method: {method} | needle documents: {needles} | cost at 32k: {cost} | steps: {steps} | "
-            + " | ".join(f"{n // 1024}k, {a:.0%}: {{at[{i}]}}" for i, (n, a) in enumerate(shown)),
+            + under(f"{n // 1024}k, {a:.0%}" for n, a in shown),
             map(line, [*free, *trained]),
         ),
         FORMER,
@@ -91,8 +91,7 @@ def gates_final(name: str, *notes: str) -> str:
         f"per cell, no dense last rows; {several}with their largest gap to the oracle as a fraction of "
         f"XAttention's; {machine(report)}:",
         table(
-            "tokens: {n:,} | method: {name} | "
-            + " | ".join(f"{a:.0%} of the blocks: {{at[{i}]}}" for i, a in enumerate(asked)),
+            "tokens: {n:,} | method: {name} | " + under(f"{a:.0%} of the blocks" for a in asked),
             lines,
         ),
         *notes,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
 import textwrap
 
-from generated.reports import DATA, ROOT, read
+from generated.reports import DATA, experiment, read
 from generated.text import parts, table
 from seerattention.hosts.transformers import families
 from seerattention.policies import forms
@@ -35,7 +34,7 @@ HEADLINE = {
 def real() -> str:
     """Return the README's table of a real model: what reading less of a prompt costs, by method."""
     report = read("gates", "prefill.json")
-    made = runpy.run_path(str(ROOT / "experiments" / "prefill_gates" / "table.py"))
+    made = experiment("prefill_gates")
     ways = made["ways_of"](report)
     tokens = report["settings"]["eval_lengths"][-1]
     (seeds,) = {len(rows) for name, rows in ways.items() if name == "default"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from generated.reports import machine, read
+from generated.reports import dated, read
 from generated.text import Report, parts, table
 
 
@@ -12,7 +12,7 @@ def parallel() -> str:
     """Return how long processes take that share a prompt, and what a step of distillation takes there."""
     report, longer = read("h200", "parallel.json"), read("h200", "parallel_512k.json")
     about = (
-        f"{report['date']}, {machine(report)}, one process per GPU, NCCL over NVLink; shape "
+        f"{dated(report)}, one process per GPU, NCCL over NVLink; shape "
         f"{report['model']} with random weights, {report['dtype']}, `{report['policy']}`, the default gate. "
         "A layer by wall time, launches included, and its parts alone; dense by cuDNN on one "
         "GPU, by torch's ring on two:"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from generated.reports import DATA, FORMER_DENSITY, measured_with, model_of, read, targets
-from generated.text import Cells, Report, parts, table
+from generated.reports import DATA, FORMER_DENSITY, measured_with, model_of, notes, read, targets
+from generated.text import Cells, Report, parts, table, under
 
 
 def native() -> str:
@@ -58,7 +58,7 @@ def gpu() -> str:
         layers(report),
         FORMER_DENSITY,
         targets(report),
-        "\n".join(f"- {note}" for note in report["notes"]),
+        notes(report),
         end_to_end(),
     )
 
@@ -69,12 +69,12 @@ def by_density(report: Report) -> str:
     lines: dict[tuple[Any, ...], Report] = {}
     for r in report["rows"]:
         key = r["tokens"], r["block"], r["mask"], r["backend"]
-        line = lines.setdefault(key, r | {f"at{i}": "" for i in range(len(asked))})
+        line = lines.setdefault(key, r | {"at": [""] * len(asked)})
         cell = Cells().of("{ms:~} ms, {tflops:~} TFLOP/s, {speedup:.2f}x", r)
-        line[f"at{asked.index(r['asked'])}"] = cell
+        line["at"][asked.index(r["asked"])] = cell
     return table(
         "tokens: {tokens:,} | block: {block:?} | mask: {mask} | backend: {backend} | "
-        + " | ".join(f"{a:.0%}: {{at{i}}}" for i, a in enumerate(asked)),
+        + under(f"{a:.0%}" for a in asked),
         lines.values(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,50 @@ def read(*path: str, base: Path = RESULTS) -> Any:
     return json.loads(base.joinpath(*path).read_text())
 
 
+def read_all(pattern: str) -> list[Report]:
+    """Read the result files that a pattern matches, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def experiment(name: str) -> dict[str, Any]:
+    """Return what the table of an experiment is made with: its functions by their names."""
+    return runpy.run_path(str(ROOT / "experiments" / name / "table.py"))
+
+
 def machine(report: Report) -> str:
     """Say what a report was measured with."""
     versions = "{device}, {threads} threads, torch {torch}, transformers {transformers}, Python {python}"
     return Cells().of(versions, report["versions"])
 
 
+def dated(report: Report) -> str:
+    """Say when and with what something was measured."""
+    return f"{report['date']}, {machine(report)}"
+
+
 def attention_of(report: Report) -> str:
     """Say when, with what and on which heads something was measured."""
-    return f"{report['date']}, {machine(report)}; " + Cells().of(
-        "{dtype}, {heads[0]} query and {heads[1]} KV heads of {head_dim}", report
-    )
+    heads = "{dtype}, {heads[0]} query and {heads[1]} KV heads of {head_dim}"
+    return f"{dated(report)}; {Cells().of(heads, report)}"
+
+
+def shape_of(report: Report) -> str:
+    """Say when, with what and on which heads a benchmark measured, whose settings are in its shape."""
+    shape = report["shape"]
+    return attention_of(report | shape | {"heads": (shape["heads"], shape["kv_heads"])})
 
 
 def model_of(report: Report) -> str:
     """Say when, with what and on which model something was measured."""
-    return f"{report['date']}, {machine(report)}; " + Cells().of(
-        "shape {shape} with {layers} layers and random weights, {dtype}", report
-    )
+    model = "shape {shape} with {layers} layers and random weights, {dtype}"
+    return f"{dated(report)}; {Cells().of(model, report)}"
 
 
 def measured_with(report: Report) -> str:
     """Say what a prefill report was measured with, and the ceilings of that run."""
-    heads, limits = report["shape"], report["ceilings"]
-    n = limits["matmul_size"]
-    text = attention_of(report | heads | {"heads": (heads["heads"], heads["kv_heads"])}) + (
-        f", batch 1; a matrix product of {n} x {n} x {n} ran at {digits(limits['matmul_tflops'])} TFLOP/s"
-    )
+    limits = report["ceilings"]
+    n, rate = limits["matmul_size"], digits(limits["matmul_tflops"])
+    text = f"{shape_of(report)}, batch 1; a matrix product of {n} x {n} x {n} ran at {rate} TFLOP/s"
     for name, what in (("copy_tbs", "copies"), ("l2_tbs", "reads from the L2 cache")):
         text += f", {what} at {digits(limits[name])} TB/s" if limits[name] else ""
     return text + ":"
@@ -65,3 +83,8 @@ def targets(report: Report) -> str:
             for r in report["targets"]
         ),
     )
+
+
+def notes(report: Report) -> str:
+    """Return what a report notes, as a list."""
+    return "\n".join(f"- {note}" for note in report["notes"])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import runpy
-
-from generated.reports import DATA, FORMER_DENSITY, POLICY, RESULTS, ROOT, machine, measured_with, read
+from generated.reports import (
+    DATA,
+    FORMER_DENSITY,
+    POLICY,
+    dated,
+    experiment,
+    machine,
+    measured_with,
+    read,
+    read_all,
+)
 from generated.text import Cells, Report, parts, table
 
 
@@ -71,7 +78,7 @@ def table_of_all() -> str:
         return {"name": name, "asked": "all" if asked is None else f"{asked:.0%}", **cells}
 
     return parts(
-        f"{report['date']}, {machine(report)}, {report['dtype'].removeprefix('torch.')}; `{POLICY}`, no "
+        f"{dated(report)}, {report['dtype'].removeprefix('torch.')}; `{POLICY}`, no "
         f"dense last rows; {count} samples a cell, of eight needles each. 95 % intervals are at most "
         f"± {widest('needle', False):.0%} of needles and ± {widest('perplexity', True):.1%} of a perplexity; "
         "the latter is mostly the spread of the texts, which is the same for every method. "
@@ -110,6 +117,4 @@ def gpu_short() -> str:
 
 def decode_quality() -> str:
     """Return what decoding loses by reading less."""
-    made = runpy.run_path(str(ROOT / "experiments" / "decoding" / "table.py"))
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/decode_quality*.json"))]
-    return made["tables"](reports)
+    return experiment("decoding")["tables"](read_all("*/decode_quality*.json"))

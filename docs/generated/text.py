@@ -40,6 +40,11 @@ def table(columns: str, rows: Iterable[Report]) -> str:
     return "\n".join(lines + [f"| {Cells().of(' | '.join(cells), row)} |" for row in rows])
 
 
+def under(titles: Iterable[str], cells: str = "at") -> str:
+    """Return the columns of a table whose rows have a list of cells, one under each title."""
+    return " | ".join(f"{title}: {{{cells}[{i}]}}" for i, title in enumerate(titles))
+
+
 def parts(*texts: str) -> str:
     """Return paragraphs and tables under one another, empty ones left out."""
     return "\n\n".join(filter(None, texts))

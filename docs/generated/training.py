@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import runpy
-
-from generated.reports import FORMER, RESULTS, ROOT, attention_of, machine, model_of, read
+from generated.reports import FORMER, attention_of, dated, experiment, model_of, read, read_all
 from generated.text import parts, table
 
 
@@ -28,7 +25,7 @@ def backward_sweep() -> str:
     """Return the launches of the backward that were tried."""
     report = read("h100", "block_sparse_backward_sweep.json")
     launches = table("part, 32k: {part} | launch: `{launch}` | ms: {ms:.3f}", report["sweep"])
-    return parts(f"{report['date']}, {machine(report)}:", launches)
+    return parts(f"{dated(report)}:", launches)
 
 
 def pooled() -> str:
@@ -56,8 +53,6 @@ def distill_step() -> str:
 
 def yarn() -> str:
     """Return the context extension: dense, with gates afterwards, jointly with them."""
-    made = runpy.run_path(str(ROOT / "experiments" / "yarn" / "table.py"))
-    folder = RESULTS / "h200" / "yarn"
-    reports = [json.loads(path.read_text()) for path in folder.glob("lr-*.json")]
-    shown = made["table"](read("lr-1e-3.json", base=folder))
-    return parts(shown, made["learning_rates"](reports), FORMER)
+    made = experiment("yarn")
+    shown = made["table"](read("h200", "yarn", "lr-1e-3.json"))
+    return parts(shown, made["learning_rates"](read_all("h200/yarn/lr-*.json")), FORMER)
