@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seerattention.hosts.transformers import load_base, named_device
+from seerattention.hosts.transformers.load import load_tokenizer, outside
 from seerattention.measure import bundled
 
 TINY = LlamaConfig(
@@ -80,6 +81,32 @@ def test_a_damaged_model_is_refused_by_its_name(tmp_path, file, damage) -> None:
         bundled.named_model(str(tmp_path), device="cpu")
     assert len(str(refused.value)) < 800
     assert "\n" not in str(refused.value)
+
+
+def test_tokenizers_raises_no_kind_of_error_but_the_class_of_all(tmp_path) -> None:
+    """Why `outside` catches so much."""
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    of(lambda content: content["model"].update(vocab={"a": "b"}))(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="cannot be loaded, perhaps its files are damaged: ") as refused:
+        load_tokenizer(str(tmp_path))
+    assert type(refused.value.__cause__) is Exception
+
+
+@pytest.mark.parametrize("error", [OSError, ImportError, NotImplementedError, MemoryError, KeyboardInterrupt])
+def test_errors_that_name_themselves_pass_as_they_are(error) -> None:
+    with pytest.raises(error, match=r"^its own words$"), outside("the thing cannot be read"):
+        raise error("its own words")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyError("name"), "'name'"), (RecursionError(), "RecursionError")]
+)
+def test_other_errors_become_a_sentence(error, said) -> None:
+    sentence = f"^the thing cannot be read: {said}$"
+    with pytest.raises(ValueError, match=sentence) as refused, outside("the thing cannot be read"):
+        raise error
+    assert refused.value.__cause__ is error
 
 
 @pytest.mark.parametrize("name", ["/no/model", "./model", "~/model", "models/my/model", "../model"])

@@ -40,7 +40,8 @@ def outside(what: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, NotImplementedError, MemoryError):
         raise
-    # Not narrower: tokenizers raises Exception itself, and transformers whatever its code stumbles over.
+    # Nothing narrower would do: tokenizers raises Exception itself, safetensors, jinja2 and huggingface_hub
+    # kinds of their own, and transformers whatever it stumbles over, such as KeyError or ZeroDivisionError.
     except Exception as error:
         said = textwrap.shorten(str(error) or type(error).__name__, SAID)
         raise ValueError(f"{what}: {said}") from error
