@@ -300,6 +300,31 @@ def test_a_target_missed_at_half_the_length_alone_is_missed():
     assert "missed at 1,024 tokens, where it is 30.0%" in str(outcome.missed())
 
 
+@pytest.mark.parametrize(
+    ("asked", "found", "said", "unsaid"),
+    [
+        (
+            0.15,
+            0.229,
+            "perplexity +0.0%: use it as it is; at 1,024 tokens it reads 22.9%, which is the floor and no "
+            "miss: the blocks that are always read are 22.8% of all there, more than the 15.0% asked for",
+            "depend on the text",
+        ),
+        # More than the floor is read by choice.
+        (0.15, 0.3, "15.0% was asked for and missed at 1,024 tokens, where it is 30.0%", "floor"),
+        (0.25, 0.24, "perplexity +0.0%: use it as it is", "floor"),
+    ],
+)
+def test_a_length_too_short_for_a_density_is_at_its_floor_and_missed_nothing(asked, found, said, unsaid):
+    """1,024 tokens are 16 blocks of 64: rows always read their own and the first, 31 of 136 in all."""
+    made = Calibration("density", asked, 2048, (64, 64), 0.0, asked, {0: ((-1.0, 0.0, 0.0),)})
+    row = {"tokens": 2048, "density": asked, "recall": 0.9, "perplexity": 10.0, "dense_perplexity": 10.0}
+    half = row | {"tokens": 1024, "density": found}
+    told = Outcome(Calibrated(made, sink_blocks=1), [half, row], [], []).recommendation()
+    assert said in told
+    assert unsaid not in told
+
+
 def test_measured_on_text_that_was_not_fitted_to(teacher):
     model, gates, text = teacher
     found = calibrate(model, gates, text, Target(recall=0.9), length=2048, windows=2)

@@ -16,6 +16,7 @@ from seerattention.hosts.transformers import Gates, attach, detach
 from seerattention.measure.compare import measured
 from seerattention.policies import Calibrated, Calibration, Policy, TopK
 from seerattention.policies.base import SHORT
+from seerattention.rows import num_blocks
 
 #: For a rise of perplexity: the highest density that is tried, and how often the range below it is halved.
 DENSEST = 0.9
@@ -54,15 +55,42 @@ class Outcome:
             f"{row['recall']:.1%} of the attention, perplexity {rise:+.1%}: "
         )
         if missed := self.missed():
-            return text + missed
-        if rise <= 0.01:
-            return text + "use it as it is"
-        if rise <= 0.03:
-            return text + "fine for most uses; check retrieval on your own prompts"
-        return text + "a higher density is worth its time where quality matters"
+            text += missed
+        elif rise <= 0.01:
+            text += "use it as it is"
+        elif rise <= 0.03:
+            text += "fine for most uses; check retrieval on your own prompts"
+        else:
+            text += "a higher density is worth its time where quality matters"
+        return "; ".join([text, *self.floors()])
+
+    def floors(self) -> list[str]:
+        """Return a sentence for each length at which blocks always read are more than a density asked for."""
+        asked = self.policy.calibration.value
+        return [
+            f"at {row['tokens']:,.0f} tokens it reads {row['density']:.1%}, which is the floor and no miss: "
+            f"the blocks that are always read are {self._always(row):.1%} of all there, more than the "
+            f"{asked:.1%} asked for"
+            for row in self.rows
+            if self._at_floor(row)
+        ]
+
+    def _always(self, row: dict[str, float]) -> float:
+        """Return the density of what is always read at a row's length."""
+        return self.policy.always_density(
+            num_blocks(int(row["tokens"]), self.policy.calibration.block_size[1])
+        )
+
+    def _at_floor(self, row: dict[str, float]) -> bool:
+        """Whether no thresholds could read as little as was asked for, and these read hardly more."""
+        made, always = self.policy.calibration, self._always(row)
+        return made.target == "density" and made.value < always and row["density"] <= (1 + SHORT) * always
 
     def missed(self) -> str | None:
-        """Return in a sentence that the target was missed at a length, and the remedy; None if it was met."""
+        """Return in a sentence that the target was missed at a length, and the remedy; None if it was met.
+
+        A density that the length is too short for is not missed: see `floors`.
+        """
         target, asked = self.policy.calibration.target, self.policy.calibration.value
         for row in reversed(self.rows):
             rise = row["perplexity"] / row["dense_perplexity"] - 1
@@ -71,7 +99,7 @@ class Outcome:
                 "recall": (row["recall"], (asked - row["recall"]) / (1 - asked)),
                 "ppl_increase": (rise, (rise - asked) / asked),
             }[target]
-            if off <= SHORT:
+            if off <= SHORT or self._at_floor(row):
                 continue
             said = (
                 f"{asked:.1%} was asked for and missed at {row['tokens']:,.0f} tokens, where it is "
