@@ -194,7 +194,8 @@ class BlockSelection:
             num_heads: Query heads, ``Hq``; a selection with fewer heads is repeated over them.
 
         Returns:
-            A block mask whose diagonal blocks are causal inside.
+            A block mask whose diagonal blocks are causal inside, for a compiled ``flex_attention``:
+            uncompiled, that asks no mask for its blocks, and computes dense causal attention.
         """
         from torch.nn.attention.flex_attention import BlockMask
 

@@ -257,6 +257,27 @@ def test_scores_are_those_of_ruler() -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [
+        ("In 2015.", ["5"], 0),
+        ("In 5, or 2015.", ["5"], 1),
+        ("I do not know.", ["no"], 0),
+        ("No.", ["no"], 1),
+        ("$5", ["5"], 1),
+        ("about 5%", ["5%"], 1),
+        ("about 15%", ["5%"], 0),
+        ("a.b", ["a.b"], 1),
+        ("axb", ["a.b"], 0),
+        # No spaces between words.
+        ("他在北京工作", ["北京"], 1),
+        ("", ["no"], 0),
+    ],
+)
+def test_an_answer_to_a_question_is_found_as_whole_words(answer, expected, score) -> None:
+    assert whether_any(answer, expected) == score
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         (

@@ -172,8 +172,21 @@ def share_found(answer: str, expected: Sequence[str]) -> float:
 
 
 def whether_any(answer: str, expected: Sequence[str]) -> float:
-    """Return 1 if the answer contains any of the expected strings, whatever their case, else 0."""
-    return float(share_found(answer, expected) > 0)
+    """Return 1 if the answer contains any expected string as whole words, whatever their case, else 0.
+
+    A letter or digit next to one makes it part of another word: 5 is not in 2015, nor no in know.
+    """
+    return float(any(_whole(text).search(answer) for text in expected))
+
+
+def _whole(text: str) -> re.Pattern[str]:
+    # Latin letters alone, since others are written without spaces; an end that is none needs no edge.
+    edge = "[0-9A-Za-z]"
+    before, after = (
+        f"(?{look}{edge})" if re.match(edge, end) else ""
+        for look, end in (("<!", text[:1]), ("!", text[-1:]))
+    )
+    return re.compile(before + re.escape(text) + after, re.IGNORECASE)
 
 
 class Generated:

@@ -1,8 +1,9 @@
 """Questions about one of many documents, from a given file.
 
 Source: RULER (arXiv 2404.06654), section 3.4 and its published code: wording, any of the answers counts, 32
-tokens for the answer. Differences: other documents that contain an answer are left out, and the last one is
-cut, so that a prompt has exactly the length asked for.
+tokens for the answer. Differences: an answer counts as whole words, so that 5 is not found in 2015; other
+documents that contain an answer are left out, and the last one is cut, so that a prompt has exactly the
+length asked for.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class QA(Generated):
         return list(_entries(Path(self.file)))
 
     def score(self, answer: str, expected: Sequence[str]) -> float:
-        """Return 1 if any of the expected answers is found."""
+        """Return 1 if any of the expected answers is found, as whole words."""
         return whether_any(answer, expected)
 
     def make(self, source: Source, length: int, seed: int) -> Sample:
