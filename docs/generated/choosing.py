@@ -88,6 +88,7 @@ def approximate() -> str:
     asked = "; ".join(
         f"{x['settings']['model']}, {x['settings']['windows']} windows"
         + (f", {8 * x['settings']['documents']} numbers" if x["settings"]["documents"] else "")
+        + (f", {x['settings']['questions']} questions" if x["settings"]["questions"] else "")
         for x in report["quality"]
     )
     return parts(

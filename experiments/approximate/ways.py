@@ -52,6 +52,11 @@ def in_fp8(x: Tensor, *, per_head: bool) -> Tensor:
     return (x * scale).to(torch.float8_e4m3fn).float() / scale
 
 
+def plain_fp8(x: Tensor) -> Tensor:
+    """Round to float8_e4m3fn without a scale, which nobody has to look for first."""
+    return x.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn).float()
+
+
 def averaged(x: Tensor, count: int) -> Tensor:
     """Average every ``count`` summaries: ``[H, S, E]`` -> ``[H, S / count, E]``."""
     return x if count == 1 else x.unflatten(1, (-1, count)).mean(2)
@@ -289,6 +294,7 @@ def ways() -> dict[str, Way]:
         "bf16": partial(rounded, to=bf16),
         "fp8": partial(rounded, to=partial(in_fp8, per_head=False)),
         "fp8 per head": partial(rounded, to=partial(in_fp8, per_head=True)),
+        "fp8 unscaled": partial(rounded, to=plain_fp8),
         "fp16 sums": fp16_sums,
         "stored as fp16": partial(stored, dtype=torch.float16),
         "stored as bf16": partial(stored, dtype=torch.bfloat16),
