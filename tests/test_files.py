@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
 
 OTHER = """
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from seerattention.files import atomic_folder, locked
 with locked(sys.argv[1]), atomic_folder(sys.argv[2]):
     print("in", flush=True)
@@ -136,14 +140,29 @@ def test_a_second_process_is_refused_until_the_first_ends_or_is_killed(tmp_path)
 def test_a_lock_whose_last_owner_removes_it_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     free, removed = files._free, []
 
-    def late(descriptor):
+    def late(descriptor, wait):
         if not removed:
             removed.append(shutil.rmtree(tmp_path / "folder"))
-        return free(descriptor)
+        return free(descriptor, wait)
 
     monkeypatch.setattr(files, "_free", late)
     with locked(tmp_path / "folder"):
         assert names(tmp_path / "folder") == [".writing"]
+    assert names(tmp_path) == []
+
+
+def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
+    inside = []
+
+    def work(_):
+        with locked(tmp_path, wait=True):
+            inside.append(1)
+            time.sleep(0.02)
+            assert inside == [1]
+            inside.clear()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(8))) == [None] * 8
     assert names(tmp_path) == []
 
 

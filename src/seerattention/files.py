@@ -7,6 +7,7 @@ What is not complete has `UNFINISHED` and its later name as its name; a folder i
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -103,16 +104,17 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: str | Path, *, again: bool = False) -> Iterator[None]:
+def locked(folder: str | Path, *, again: bool = False, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes to a folder, which is made; first remove what a killed one left.
 
     Args:
         folder: The folder. Where its file system has no locks, there is none.
         again: Whether this process may have it locked already.
+        wait: Whether to wait for another process that is writing to it.
 
     Raises:
         OSError: If the folder cannot be written.
-        ValueError: If another process is writing to it.
+        ValueError: If another process is writing to it and is not waited for.
     """
     folder = check_writable(folder, folder=True)
     file = folder / UNFINISHED
@@ -120,7 +122,7 @@ def locked(folder: str | Path, *, again: bool = False) -> Iterator[None]:
         yield
         return
     made = not folder.exists()
-    descriptor = _opened(file)
+    descriptor = _opened(file, wait)
     _held.add(file)
     try:
         _remove(*folder.glob(f"{UNFINISHED}-*"))
@@ -136,24 +138,24 @@ def locked(folder: str | Path, *, again: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _opened(file: Path) -> int:
-    """Open a file that this process alone has open so; twice, if its last owner removed it meanwhile."""
-    for _ in range(2):
+def _opened(file: Path, wait: bool) -> int:
+    """Open a file that this process alone has open so; again, if its last owner removed it meanwhile."""
+    for _ in itertools.count() if wait else range(2):
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            if _free(descriptor) and _is(descriptor, file):
+            if _free(descriptor, wait) and _is(descriptor, file):
                 return descriptor
             os.close(descriptor)
     raise ValueError(f"another process is writing to {file.parent}; wait for it or choose another folder")
 
 
-def _free(descriptor: int) -> bool:
+def _free(descriptor: int, wait: bool) -> bool:
     """Lock a file, or say that another process has it locked."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (ModuleNotFoundError, OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,11 +58,41 @@ def test_builds_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         compiler.write_text('#!/bin/sh\nfor last; do :; done\necho nothing > "$last"\n')
         with pytest.raises(OSError, match=r"file too short|invalid ELF header"):
             native.build()
+        # What a killed build left goes with the next one.
+        left = native.library("avx2").parent / ".writing-left"
+        left.mkdir(parents=True)
+        with pytest.raises(OSError, match="file too short"):
+            native.build()
+        assert not left.exists()
         compiler.unlink()
         with pytest.raises(NotImplementedError, match=r"a C\+\+ compiler is needed, g\+\+ or clang\+\+"):
             native.build()
         assert not list(native.library("avx2").parent.iterdir())
-        native.library("avx2").write_text("damaged")
-        assert "file too short" in (native.missing() or "")
+        torch.hub.set_dir(tmp_path / "file" / "hub")
+        (tmp_path / "file").touch()
+        compiler.touch(0o755)
+        with pytest.raises(OSError, match=r"file is not a folder\); choose a folder .*, by TORCH_HOME"):
+            native.build()
     finally:
         torch.hub.set_dir(before)
+
+
+def test_damaged_libraries_are_not_loaded_and_built_anew(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = native.library(level).read_bytes()
+    torch.hub.set_dir(tmp_path / "hub")
+    to = native.library(level)
+    to.parent.mkdir()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1
+    for damaged in (b"", b"damaged", whole[:50_000], whole[:-100], bytes(changed)):
+        to.write_bytes(damaged)
+        assert native.missing() == f"{to} is damaged; `seerattention build` compiles it anew"
+    # Not damaged, but for a system that this one is not.
+    to.write_bytes(b"elsewhere" + hashlib.sha256(b"elsewhere").digest())
+    assert re.search("file too short; `seerattention build` compiles it anew", native.missing() or "")
+    monkeypatch.setattr(native, "_compiled", lambda _, made: (made.write_bytes(whole[:-32]), made)[1])
+    assert native.build() == to
+    assert to.read_bytes() == whole
+    assert native.missing() is None

@@ -14,9 +14,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from seerattention.files import UNFINISHED, check_writable, locked, write_whole
 
 #: Kinds of CPUs, the best first: what the system calls their instructions, which compilers call the same but
 #: for underscores. Each has its own library, so that machines may share a home.
@@ -42,23 +45,42 @@ def build() -> Path:
         OSError: If what was compiled cannot be loaded, or there is no room for it.
     """
     to = library(level())
-    if to.exists():
+    with suppress(OSError):
+        _opened(to)
         return to
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotImplementedError("a C++ compiler is needed, g++ or clang++, and none is on the PATH")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all, whoever else builds it meanwhile.
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        made = Path(folder) / to.name
-        command = [compiler, *_flags(level()), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
-            raise NotImplementedError(f"{compiler} cannot compile the CPU's kernels: {said[0]}")
-        _opened(made)
-        made.replace(to)
+    try:
+        check_writable(to)
+    except OSError as error:
+        raise OSError(f"{error}, by TORCH_HOME") from error
+    with locked(to.parent, wait=True):
+        # Who was waited for has perhaps built it.
+        with suppress(OSError):
+            _opened(to)
+            return to
+        with tempfile.TemporaryDirectory(prefix=f"{UNFINISHED}-", dir=to.parent) as folder:
+            made = _compiled(compiler, Path(folder) / to.name)
+            write_whole(to, lambda file: file.write_bytes(_sealed(made)))
     return to
+
+
+def _compiled(compiler: str, made: Path) -> Path:
+    """Compile a library that can be loaded."""
+    command = [compiler, *_flags(level()), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
+        raise NotImplementedError(f"{compiler} cannot compile the CPU's kernels: {said[0]}")
+    ctypes.CDLL(str(made))
+    return made
+
+
+def _sealed(made: Path) -> bytes:
+    """Return what a library holds and, after its end, a digest of it."""
+    content = made.read_bytes()
+    return content + hashlib.sha256(content).digest()
 
 
 def level() -> str:
@@ -124,6 +146,13 @@ def _opened(path: Path) -> ctypes.CDLL:
     """Open a library.
 
     Raises:
-        OSError: If it cannot be loaded.
+        OSError: If it is not there, damaged or cannot be loaded.
     """
-    return ctypes.CDLL(str(path))
+    content, again = path.read_bytes(), "`seerattention build` compiles it anew"
+    # Loading a file that was cut kills the process.
+    if content[-32:] != hashlib.sha256(content[:-32]).digest():
+        raise OSError(f"{path} is damaged; {again}")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise OSError(f"{error}; {again}") from error
