@@ -47,6 +47,16 @@ def test_builds_that_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         for tool, said in (
             ("echo native.cpp: error: unknown >&2; exit 1", "cannot compile .*: native.cpp: error: unknown"),
             ("echo killed >&2; exit 1", "cannot compile the CPU's kernels: killed"),
+            ("kill -9 $$", "cannot compile the CPU's kernels: it ended by -9 without a word"),
+            ("printf 'an error: \\377' >&2; exit 1", "cannot compile the CPU's kernels: an error: \ufffd"),
+            # The linker's reason, not the compiler's that the linker failed; nor a warning.
+            (
+                "echo 'ld: warning: old' >&2; echo '/bin/ld: cannot find -lomp' >&2; "
+                "echo 'clang: error: linker command failed' >&2; exit 1",
+                "cannot compile the CPU's kernels: /bin/ld: cannot find -lomp$",
+            ),
+            # In English, wherever its user lives.
+            ('test "$LC_ALL" = C || echo Fehler >&2; echo an error >&2; exit 1', "kernels: an error$"),
         ):
             compiler = tmp_path / "g++"
             compiler.write_text(f"#!/bin/sh\n{tool}\n")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -69,10 +71,14 @@ def build() -> Path:
 def _compiled(compiler: str, made: Path) -> Path:
     """Compile a library that can be loaded."""
     command = [compiler, *_flags(level()), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # What it says in the language of its user may be in any encoding.
+    told = {"text": True, "errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
+    done = subprocess.run(command, capture_output=True, **told)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
-        raise NotImplementedError(f"{compiler} cannot compile the CPU's kernels: {said[0]}")
+        # A linker gives its reason before the compiler says that it failed.
+        reasons = re.findall(r"^(?!.*warning:).*(?:error|\bld[.\w]*:).*$", done.stderr, re.MULTILINE)
+        said = [*reasons, done.stderr.strip() or f"it ended by {done.returncode} without a word"][0]
+        raise NotImplementedError(f"{compiler} cannot compile the CPU's kernels: {said}")
     ctypes.CDLL(str(made))
     return made
 
