@@ -106,3 +106,9 @@ def test_damaged_libraries_are_not_loaded_and_built_anew(
     assert native.build() == to
     assert to.read_bytes() == whole
     assert native.missing() is None
+
+
+def test_sources_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = native.library("avx2")
+    monkeypatch.setattr(native, "SOURCES", Path("nowhere"))
+    assert native.library("avx2") == first

@@ -111,10 +111,15 @@ def library(name: str) -> Path:
 
     Its name has a digest of all that it is made from.
     """
+    return Path(torch.hub.get_dir()).with_name("seerattention") / f"{name}-{_digest(*_flags(name))}.so"
+
+
+# Once: every call of a kernel asks, and what is read later may belong to another version than this code.
+@functools.cache
+def _digest(*flags: str) -> str:
     sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
-    parts = [" ".join(_flags(name)).encode(), *(path.read_bytes() for path in sources)]
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    return Path(torch.hub.get_dir()).with_name("seerattention") / f"{name}-{digest}.so"
+    parts = [" ".join(flags).encode(), *(path.read_bytes() for path in sources)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _flags(name: str) -> list[str]:
