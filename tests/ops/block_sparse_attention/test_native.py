@@ -119,6 +119,18 @@ def test_a_query_that_sees_nothing_gets_zeros(level: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_query_that_sees_nothing_beside_one_that_does_gets_zeros(level: str, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(Shape(name="", heads=1, kv_heads=1, queries=64, keys=72, head_dim=16), dtype=dtype)
+    # Queries at positions 8 to 71 of keys from 64 on: eight lie in one register with those that see some.
+    late = BlockSelection.from_mask(torch.tensor([[[[False, True]]]]), (64, 64))
+    out, lse = native.run(q, k, v, late, Options.of(q, k, return_lse=True))
+    assert lse is not None
+    assert not out[:, :, :56].any()
+    assert lse[:, :, :56].eq(-torch.inf).all()
+    assert out[:, :, 56:].any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_layouts(level: str, dtype: torch.dtype) -> None:
     case = BY_NAME["kv-selection"]
     selection, options = random_selection(case, density=0.3), case.options()

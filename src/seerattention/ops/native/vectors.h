@@ -31,7 +31,11 @@ INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Vec times_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
+// x 2^whole, zero where the exponent is below -127: what there is of a query that sees nothing.
+INLINE Vec times_power(Vec x, Vec whole, Vec exponent) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(exponent, all(-127.0f), _CMP_NLT_UQ), x, whole);
+}
+INLINE Vec exponent_of(Vec x) { return x; }
 INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
@@ -71,11 +75,12 @@ INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 INLINE Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Vec times_power(Vec x, Vec whole) {
-  // The power of two by its exponent; -127 is zero.
-  __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
-  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+INLINE Vec times_power(Vec x, Vec whole, Vec) {
+  // The power of two by its bits; -127 is zero.
+  __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23)));
 }
+INLINE Vec exponent_of(Vec x) { return larger(all(-127.0f), x); }
 INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
@@ -116,7 +121,7 @@ INLINE void transpose(Vec (&rows)[LANES]) { transpose_parts<LANES / 2>(rows); }
 // 3e-6 where the result is rounded to bfloat16.
 template <bool ROUGH>
 INLINE Vec exp2(Vec x) {
-  x = larger(all(-127.0f), x);
+  x = exponent_of(x);
   const Vec whole = nearest(x), r = sub(x, whole);
   Vec y;
   if (ROUGH) {
@@ -132,7 +137,7 @@ INLINE Vec exp2(Vec x) {
     y = fma(y, r, all(0.693147206f));
     y = fma(y, r, all(1.0f));
   }
-  return times_power(y, whole);
+  return times_power(y, whole, x);
 }
 
 // By its series near zero, elsewhere from e^(-2 |x|).
