@@ -106,7 +106,7 @@ Q, K, V = random_qkv(SHAPE)
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ((Q[0], K, V), ValueError, r"q must be \[B, H, T, D\], got \[4, 100, 16\]"),
+        ((Q[0], K, V), ValueError, r"q must be \[B, H, T, D\], .*, got \[4, 100, 16\]"),
         ((Q, K, V[None]), ValueError, r"v must be \[B, H, T, D\]"),
         ((Q, K.half(), V), TypeError, "share one floating-point dtype, got .* k torch.float16"),
         ((Q.bfloat16(), K, V), TypeError, "got q torch.bfloat16, k torch.float32"),
@@ -118,7 +118,9 @@ Q, K, V = random_qkv(SHAPE)
         ((Q.repeat(2, 1, 1, 1), K, V), ValueError, "must agree in batch and head dimension"),
         ((Q[..., :8], K, V), ValueError, "must agree in batch and head dimension"),
         ((Q[:, :3], K, V), ValueError, "multiple of KV heads, got 3 and 2"),
-        ((Q, K[:, :0], V[:, :0]), ValueError, "multiple of KV heads, got 4 and 0"),
+        ((Q, K[:, :0], V[:, :0]), ValueError, r"k must be .* at least 1, got \[1, 0, 100, 16\]"),
+        ((Q[:, :0], K, V), ValueError, r"q must be .* at least 1, got \[1, 0, 100, 16\]"),
+        ((Q[..., :0], K[..., :0], V[..., :0]), ValueError, r"q must be .* at least 1, got .* 100, 0\]"),
         ((Q, K[:, :, :50], V[:, :, :50]), ValueError, "1 <= Tq <= Tk, got Tq=100 and Tk=50"),
         ((Q[:, :, :0], K, V), ValueError, "1 <= Tq <= Tk, got Tq=0"),
     ],

@@ -107,8 +107,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in tensors.items():
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, T, D], got {list(x.shape)}")
+        if x.dim() != 4 or 0 in (x.shape[1], x.shape[3]):
+            raise ValueError(f"{name} must be [B, H, T, D], H and D at least 1, got {list(x.shape)}")
         if x.dtype != q.dtype or not x.dtype.is_floating_point:
             got = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items())
             raise TypeError(f"q, k and v must share one floating-point dtype, got {got}")
@@ -119,7 +119,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch and head dimension")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
 
 
