@@ -105,6 +105,25 @@ def test_mass_of_ties(level: str, mass: float) -> None:
     check_mass_of_ties(mass, "native")
 
 
+def test_summaries_that_do_not_fit(level: str) -> None:
+    given = arguments(BY_NAME["no-sub-blocks"]) | {"policy": TopK(0.3)}
+    keys = given.pop("k_blocks")
+    for wrong, message in (
+        (keys[..., :8], "must agree in batch and dimension"),
+        (torch.cat((keys, keys), 3), "must agree in batch and dimension"),
+        (torch.cat([keys] * 3, 1), "heads of queries must be a multiple of those of keys"),
+        (torch.cat([keys] * 8, 1), "heads of queries must be a multiple of those of keys"),
+        (keys[:, :0], r"keys must be \[B, H, S >= 1, E\]"),
+        (keys[..., :0], r"keys must be \[B, H, S >= 1, E\]"),
+    ):
+        for backend in ("native", "composed"):
+            with pytest.raises(ValueError, match=message):
+                select_blocks(k_blocks=wrong, **given, backend=backend)
+    empty = {"q": given.pop("q")[:0], "k_blocks": keys[:0]}
+    with pytest.raises(ValueError, match=r"queries must be \[B, H, S >= 1, E\]"):
+        select_blocks(**empty, **given, backend="native")
+
+
 def test_extreme_scores(level: str) -> None:
     check_extremes("native")
 

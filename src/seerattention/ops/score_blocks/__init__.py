@@ -83,17 +83,16 @@ def score_blocks(
     return torch.cat(parts, 2)
 
 
-def _check(queries: Tensor, keys: Tensor, options: ScoreOptions) -> None:
-    sub_blocks, rows, block_size = options.sub_blocks, options.rows, options.block_size
+def check_pair(queries: Tensor, keys: Tensor) -> None:
+    """Check that there are summaries of queries and of keys, which products can be made of.
+
+    Raises:
+        ValueError: If there are none, or heads or dimensions do not fit.
+    """
     for name, x in (("queries", queries), ("keys", keys)):
         if x.dim() != 4 or not x.numel():
             raise ValueError(f"{name} must be [B, H, S >= 1, E], got {list(x.shape)}")
-    if queries.dtype != keys.dtype or not queries.dtype.is_floating_point:
-        raise TypeError(
-            f"queries and keys must share one floating-point dtype, got {queries.dtype} and {keys.dtype}"
-        )
-    batch = (queries.shape[0],) * 2 if rows is None or not rows.is_packed else (1, len(rows.known))
-    if (queries.shape[0], keys.shape[0]) != batch or queries.shape[3] != keys.shape[3]:
+    if queries.shape[3] != keys.shape[3]:
         raise ValueError(
             f"queries {list(queries.shape)} and keys {list(keys.shape)} must agree in batch and dimension"
         )
@@ -101,6 +100,20 @@ def _check(queries: Tensor, keys: Tensor, options: ScoreOptions) -> None:
         raise ValueError(
             f"heads of queries must be a multiple of those of keys, got {queries.shape[1]} and "
             f"{keys.shape[1]}"
+        )
+
+
+def _check(queries: Tensor, keys: Tensor, options: ScoreOptions) -> None:
+    sub_blocks, rows, block_size = options.sub_blocks, options.rows, options.block_size
+    check_pair(queries, keys)
+    if queries.dtype != keys.dtype or not queries.dtype.is_floating_point:
+        raise TypeError(
+            f"queries and keys must share one floating-point dtype, got {queries.dtype} and {keys.dtype}"
+        )
+    batch = (queries.shape[0],) * 2 if rows is None or not rows.is_packed else (1, len(rows.known))
+    if (queries.shape[0], keys.shape[0]) != batch:
+        raise ValueError(
+            f"queries {list(queries.shape)} and keys {list(keys.shape)} must agree in batch and dimension"
         )
     if min(sub_blocks) < 1:
         raise ValueError(f"sub_blocks must be at least one summary per block, got {sub_blocks}")

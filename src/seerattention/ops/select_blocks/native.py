@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seerattention.ops.native import choosing
 from seerattention.ops.rules import KINDS
+from seerattention.ops.score_blocks import check_pair
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
 from seerattention.scorer import Scorer, compares_shares
@@ -33,6 +34,7 @@ def run(
 ) -> BlockSelection:
     """Return the selection."""
     queries = scorer.summarise_queries(q, positions=positions, rows=rows)
+    check_pair(queries, k_blocks)
     batch, heads = queries.shape[:2]
     down, columns = rows.num_blocks(scorer.block_size)
     rules = [_rule(policy, keys, scorer.block_size[1], heads) for _, keys in rows.known]

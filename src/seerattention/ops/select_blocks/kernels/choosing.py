@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seerattention.ops.language import power_of_two
 from seerattention.ops.rules import KINDS, MAX_BLOCKS
+from seerattention.ops.score_blocks import check_pair
 from seerattention.ops.select_blocks.kernels.scores import Scores, stride
 from seerattention.ops.select_blocks.kernels.triton import choose
 from seerattention.policies import Policy, Rule, rule_of
@@ -90,6 +91,7 @@ def run(
         part = slice(first * block_q, min(rows.num_queries, (first + step) * block_q))
         queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part], rows=packed)
         if bits is None:
+            check_pair(queries, keys)
             heads = queries.shape[1]
             values = _values(rules, heads, packed is not None, q.device)
             shape = (q.shape[0], heads, down, num_blocks(columns, WORD))
