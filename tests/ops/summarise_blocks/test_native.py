@@ -58,6 +58,54 @@ def test_one_rotation_for_the_whole_batch(level: str) -> None:
     assert torch.equal(*outs)
 
 
+def test_one_cosine_for_the_whole_batch_and_a_sine_for_each(level: str) -> None:
+    case = CASES[4]
+    given = inputs(case)
+    cos, sin = given["rotary"]
+    for turns in ((cos[:1], sin), (cos, sin[:1])):
+        mine, wanted = (
+            summarise_blocks(
+                given["x"], case.size, case.pools, weight=given["weight"], rotary=turns, backend=b
+            )
+            for b in ("native", "reference")
+        )
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": torch.randn(4, 20, 6)}, r"x must be \[B, H, T, D\], got \[4, 20, 6\]"),
+        ({"size": 0}, "blocks must be of at least one token, got 0"),
+        ({"pools": ()}, r"pools must be some of max, min, avg, each once, got \(\)"),
+        ({"pools": ("median", "max")}, "pools must be some of max, min, avg"),
+        ({"pools": ("max", "max")}, "pools must be some of max, min, avg, each once"),
+        ({"merge": 3}, "heads must be a multiple of merge=3, one at least, got 4"),
+        ({"x": torch.randn(2, 0, 20, 6)}, "heads must be a multiple of merge=1, one at least, got 0"),
+        ({"weight": torch.randn(4, 12, 8, 2)}, r"weight must be .*, got \[4, 12, 8, 2\]"),
+        ({"weight": torch.randn(6, 12, 8)}, r"weight must be \[a multiple of 4, 1 \* 2 \* 6, E\]"),
+        ({"weight": torch.randn(4, 13, 8)}, r"weight must be \[a multiple of 4, 1 \* 2 \* 6, E\]"),
+        ({"norm": torch.ones(1)}, r"norm must be \[8\], got \[1\]"),
+        ({"norm": torch.ones(4, 8)}, r"norm must be \[8\], got \[4, 8\]"),
+        ({"rotary": tuple(torch.randn(2, 2, 3, 8))}, r"cos must be \[2 or 1, 5, 8\], got \[2, 3, 8\]"),
+        ({"rotary": tuple(torch.randn(2, 3, 5, 8))}, r"cos must be \[2 or 1, 5, 8\], got \[3, 5, 8\]"),
+        (
+            {"weight": torch.randn(4, 12, 7), "rotary": tuple(torch.randn(2, 2, 5, 7))},
+            "pairs .*, and summaries have 7",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(wrong: dict[str, Any], message: str) -> None:
+    fine = {
+        "x": torch.randn(2, 4, 20, 6),
+        "size": 4,
+        "pools": ("max", "avg"),
+        "weight": torch.randn(4, 12, 8),
+    }
+    with pytest.raises(ValueError, match=message):
+        summarise_blocks(**fine | wrong)
+
+
 @pytest.mark.parametrize("name", ["packed", "packed-pools"])
 def test_packed_sequences_are_those_alone(level: str, name: str) -> None:
     case = next(c for c in CASES if c.name == name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from seerattention.gate_config import POOLS
 from seerattention.ops.dispatch import choose, load_backends, outside_autocast
 from seerattention.ops.options import SummaryOptions
 from seerattention.ops.summarise_blocks.reference import pool_blocks as pool_blocks
@@ -58,24 +61,46 @@ def summarise_blocks(
 
     Source: SeerAttention, section 3.1 (arXiv 2410.13276).
     """
-    heads = x.shape[1] // merge
-    if weight is not None and (weight.shape[0] % heads or weight.shape[1] != merge * len(pools) * x.shape[3]):
-        raise ValueError(
-            f"weight must be [a multiple of {heads}, {merge} * {len(pools)} * {x.shape[3]}, E], "
-            f"got {list(weight.shape)}"
-        )
     packed = rows if rows is not None and rows.is_packed else None
-    if packed is not None and x.shape[0] != 1:
-        raise ValueError(f"packed sequences lie in one batch entry, x has {x.shape[0]}")
-    blocks = num_blocks(x.shape[2], size) if packed is None else packed.places(x.shape[2], size)[-1].stop
-    turns = blocks, x.shape[3] if weight is None else weight.shape[2]
-    for name, angles in zip(("cos", "sin"), rotary or (), strict=False):
-        if angles.shape[0] not in (1, x.shape[0]) or angles.shape[1:] != turns:
-            raise ValueError(
-                f"{name} must be [{x.shape[0]} or 1, {turns[0]}, {turns[1]}], got {list(angles.shape)}"
-            )
     options = SummaryOptions(
         size=size, pools=pools, dtype=x.dtype if dtype is None else dtype, weight=weight, merge=merge,
         norm=norm, eps=eps, rotary=rotary, rows=packed,
     )  # fmt: skip
+    _check(x, options)
+    if rotary is not None and rotary[0].shape != rotary[1].shape:
+        # Backends go by the batch of one of them.
+        options = replace(options, rotary=torch.broadcast_tensors(*rotary))
     return choose(BACKENDS, ORDER, backend, x=x, options=options).run(x, options)
+
+
+def _check(x: Tensor, options: SummaryOptions) -> None:
+    pools, merge, weight, rows = options.pools, options.merge, options.weight, options.rows
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, H, T, D], got {list(x.shape)}")
+    if options.size < 1:
+        raise ValueError(f"blocks must be of at least one token, got {options.size}")
+    if not pools or any(pool not in POOLS or pools.count(pool) > 1 for pool in pools):
+        raise ValueError(f"pools must be some of {', '.join(POOLS)}, each once, got {pools!r}")
+    if merge < 1 or x.shape[1] % merge or not x.shape[1]:
+        raise ValueError(f"heads must be a multiple of merge={merge}, one at least, got {x.shape[1]}")
+    heads, width = x.shape[1] // merge, merge * len(pools) * x.shape[3]
+    if weight is not None:
+        if weight.dim() != 3 or weight.shape[0] % heads or weight.shape[1] != width:
+            raise ValueError(
+                f"weight must be [a multiple of {heads}, {merge} * {len(pools)} * {x.shape[3]}, E], "
+                f"got {list(weight.shape)}"
+            )
+        width = weight.shape[2]
+    if options.norm is not None and options.norm.shape != (width,):
+        raise ValueError(f"norm must be [{width}], got {list(options.norm.shape)}")
+    if rows is not None and x.shape[0] != 1:
+        raise ValueError(f"packed sequences lie in one batch entry, x has {x.shape[0]}")
+    tokens, size = x.shape[2], options.size
+    blocks = num_blocks(tokens, size) if rows is None else rows.places(tokens, size)[-1].stop
+    if options.rotary is not None and width % 2:
+        raise ValueError(f"pairs of numbers are rotated, and summaries have {width}")
+    for name, angles in zip(("cos", "sin"), options.rotary or (), strict=False):
+        if angles.shape[0] not in (1, x.shape[0]) or angles.shape[1:] != (blocks, width):
+            raise ValueError(
+                f"{name} must be [{x.shape[0]} or 1, {blocks}, {width}], got {list(angles.shape)}"
+            )
