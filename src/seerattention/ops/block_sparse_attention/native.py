@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from seerattention.ops.native import DTYPES, function, missing
+from seerattention.ops.native import DTYPES, address, differentiated, function, missing
 from seerattention.ops.options import Options
 from seerattention.selection import BlockSelection
 
@@ -45,8 +45,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, opti
         reasons.append(f"head_dim must be a multiple of {STEP} up to {MOST_DIM}, got {q.shape[3]}")
     if selection.block_size[1] % STEP:
         reasons.append(f"KV blocks must be of a multiple of {STEP} tokens, got {selection.block_size[1]}")
-    inputs = (q, k, v, options.sinks)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if differentiated(q, k, v, options.sinks):
         reasons.append("it has no backward")
     if why := missing():
         reasons.append(why)
@@ -69,7 +68,7 @@ def run(
     sinks = None if options.sinks is None else options.sinks.to(torch.float32).contiguous()
     lengths = torch.tensor(options.rows.known, dtype=torch.int64)
     pages = None if options.pages is None else _checked(options.pages, k, lengths)
-    pointers = (None if x is None else x.data_ptr() for x in (q, k, v, out, lse, bits, sinks, lengths, pages))
+    pointers = map(address, (q, k, v, out, lse, bits, sinks, lengths, pages))
     strides = ((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v, out))
     batch, heads, queries, dim = q.shape
     call = _Call(

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from seerattention.files import UNFINISHED, check_writable, locked, write_whole
 
@@ -145,6 +147,31 @@ def missing() -> str | None:
     except (NotImplementedError, OSError) as error:
         return str(error)
     return None
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Say whether a gradient is asked for, backwards or forwards: kernels have none."""
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    return not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in given)
+
+
+def address(x: Tensor | None) -> int | None:
+    """Return where a tensor's numbers lie, None if there is no tensor.
+
+    Raises:
+        NotImplementedError: If they lie nowhere, as in a ``FakeTensorMode`` or ``torch.func.vmap``.
+    """
+    if x is None:
+        return None
+    # PyTorch refuses to tell for some, and tells nothing for others.
+    with suppress(RuntimeError):
+        if (at := x.data_ptr()) or not x.numel():
+            return at
+    raise NotImplementedError(
+        f"the CPU's kernels read memory, and a {type(x).__name__} without any was given; name another backend"
+    )
 
 
 def function(name: str) -> Callable[..., int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seerattention.ops.native import DTYPES, function, missing
+from seerattention.ops.native import DTYPES, address, function, missing
 
 
 class _Call(ctypes.Structure):
@@ -79,10 +79,8 @@ def choose(
     pairs = torch.tensor(lengths, dtype=torch.int64)
     columns = -(-max(lengths[1::2]) // block_size[1])
     as_bits = out.dtype == torch.int32
-    pointers = (
-        None if x is None else x.data_ptr()
-        for x in (queries, keys, None if as_bits else out, out if as_bits else None, pairs, values)
-    )
+    tensors = queries, keys, None if as_bits else out, out if as_bits else None, pairs, values
+    pointers = map(address, tensors)
     batch, heads, query_summaries, dim = queries.shape
     call = _Call(
         *pointers, batch, heads, keys.shape[1], dim, len(lengths) // 2, query_summaries, keys.shape[2],

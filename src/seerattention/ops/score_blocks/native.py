@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seerattention.ops.native import choosing
+from seerattention.ops.native import choosing, differentiated
 from seerattention.ops.options import ScoreOptions
 from seerattention.rows import num_blocks
 
@@ -13,7 +13,7 @@ from seerattention.rows import num_blocks
 def unsupported(queries: Tensor, keys: Tensor, options: ScoreOptions) -> list[str]:
     """Return the reasons why this backend cannot run."""
     reasons = choosing.unsupported(keys)
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+    if differentiated(queries, keys):
         reasons.append("it has no backward")
     return reasons
 

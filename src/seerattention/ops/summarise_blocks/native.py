@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattention.ops.native import DTYPES, function, missing
+from seerattention.ops.native import DTYPES, address, differentiated, function, missing
 from seerattention.ops.options import SummaryOptions
 from seerattention.rows import num_blocks
 
@@ -44,8 +44,7 @@ def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
         reasons.append("it takes float32, bfloat16 and float16")
     elif torch.promote_types(x.dtype, options.dtype) != options.dtype:
         reasons.append(f"it does not round tokens, {x.dtype}, before they are pooled, to {options.dtype}")
-    given = [t for t in (x, options.weight, options.norm) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if differentiated(x, options.weight, options.norm):
         reasons.append("it has no backward")
     if why := missing():
         reasons.append(why)
@@ -88,7 +87,7 @@ def summarise(
     if weight is not None:
         weight = F.pad(weight.float(), (0, padded - width)).contiguous()
     norm, cos, sin = (None if t is None else t.float().contiguous() for t in (norm, cos, sin))
-    pointers = (None if t is None else t.data_ptr() for t in (x, out, weight, norm, cos, sin, edges))
+    pointers = map(address, (x, out, weight, norm, cos, sin, edges))
     places = (names.index(name) if name in names else -1 for name in ("max", "min", "avg"))
     call = _Call(
         *pointers, (ctypes.c_int64 * 3)(*x.stride()[:3]), *x.shape, heads_out, blocks, width, padded, size,
