@@ -34,6 +34,10 @@ from seerattention.testing.selections import Certain, arguments
 
 pytest.importorskip("triton")
 
+# Rows of scores that a short block lacks hold whatever was in memory. Infinite totals take them out of the
+# choice, from infinity too: maxima drop NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
+
 by_case = pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids=lambda case: case.name)
 
 
@@ -54,6 +58,22 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_kernel_chooses_as_the_reference(case: Case) -> None:
     # What the other rules take from a row of scores has nothing to do with where the scores come from.
     check_choice(case, TopK(0.3), "triton")
+
+
+@pytest.mark.parametrize("stale", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("name", ["shares-cut-short", "shares-unaligned-chunk", "packed-shares"])
+@torch.no_grad()
+def test_what_was_in_memory_is_not_read(name: str, stale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def used(*size: Any, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        return made.fill_(stale) if made.is_floating_point() else made
+
+    args = arguments(next(case for case in CASES if case.name == name))
+    certain = Certain.of(policy=TopK(0.3), **args)
+    monkeypatch.setattr(torch, "empty", used)
+    certain.check(select_blocks(policy=TopK(0.3), **args, backend="triton"))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
