@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.crossover import cudnn_from
+from seerattention.ops import flash_attention_4
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.dispatch import outside_autocast
 from seerattention.rows import Rows
@@ -62,6 +63,8 @@ def dense_attention(
     past = k.shape[2] - q.shape[2]
     if window is not None and window >= k.shape[2]:
         window = None
+    if positions is None and flash_attention_4.pays(q, k) and not flash_attention_4.unsupported(q, k, v):
+        return flash_attention_4.attend(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
     plain = softcap is None and sinks is None
     if plain and window is None and positions is None and (past == 0 or q.shape[2] == 1):
         causal = q.shape[2] > 1
