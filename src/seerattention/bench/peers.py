@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seerattention.ops import flash_attention_4
 from seerattention.ops.block_sparse_attention import flex as flex_backend
 from seerattention.rows import Rows
 from seerattention.selection import BlockSelection
@@ -19,8 +20,15 @@ from seerattention.selection import BlockSelection
 #: Computes attention of q ``[B, Hq, T, D]``, k and v ``[B, Hk, T, D]`` ; dense ones ignore the selection.
 Peer = Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor]
 
-#: Dense kernels of a GPU.
-DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+#: A dense kernel: one of torch's, its own choice for None, or FlashAttention-4.
+Kind = SDPBackend | Literal["fa4"] | None
+
+#: Dense kernels of a GPU; the last is there where flash-attn-4 is installed, and for prefill.
+DENSE: dict[str, Kind] = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "fa2": SDPBackend.FLASH_ATTENTION,
+    "fa4": "fa4",
+}
 
 #: Bytes of FlexAttention's index lists above which it is left out: they hold every block pair as int32,
 #: twice, and making them takes several times that.
@@ -37,7 +45,7 @@ def dense_peers(
 
     Args:
         device: ``cpu`` or ``cuda``. A CPU has one, torch's own choice.
-        names: Which of ``cudnn`` and ``fa2`` on a GPU.
+        names: Which of ``cudnn``, ``fa2`` and ``fa4`` on a GPU.
         run: What is done with a kernel; default `dense`, prefill.
 
     Raises:
@@ -51,12 +59,14 @@ def dense_peers(
         if name in names
     }
     if not found:
-        raise ValueError(f"peers must name a dense kernel, cudnn or fa2, to measure speedups by; got {names}")
+        raise ValueError(
+            f"peers must name a dense kernel, one of {', '.join(DENSE)}, to measure speedups by; got {names}"
+        )
     return found
 
 
 def dense(
-    kind: SDPBackend | None,
+    kind: Kind,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,11 +74,15 @@ def dense(
     *,
     causal: bool = True,
 ) -> Tensor:
-    """Compute attention by one of torch's kernels, or by its own choice for None.
+    """Compute attention by a dense kernel.
 
     Raises:
         NotImplementedError: If that kernel cannot.
     """
+    if kind == "fa4":
+        if reasons := flash_attention_4.unsupported(q, k, v):
+            raise NotImplementedError(f"dense fa4: {'; '.join(reasons)}")
+        return flash_attention_4.attend(q, k, v, scale=q.shape[-1] ** -0.5)
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
     if kind is None:
         return F.scaled_dot_product_attention(q, k, v, **options)
@@ -83,7 +97,7 @@ def dense(
             raise NotImplementedError(f"{kind.name} cannot run {list(q.shape)} {q.dtype} here") from error
 
 
-def dense_step(kind: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense_step(kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend to a whole cache with one token per sequence, which needs no mask; see `dense`.
 
     Returns:

@@ -126,7 +126,7 @@ class Plan(Setting):
         masks: Any of ``MASKS``.
         gates: Designs from ``GATES`` whose selection is timed, with random weights.
         pages: Tokens per page of the keys and values in pages that are timed, too.
-        peers: Any of ``cudnn``, ``fa2``, ``flex``; on a CPU dense SDPA is always there.
+        peers: Any of ``cudnn``, ``fa2``, ``fa4``, ``flex``; on a CPU dense SDPA is always there.
         extra: Further peers as ``module:function``.
         teacher_tokens: Length of the text that gate masks are made from.
         layer_density: Density of the selections that whole layers make.
@@ -146,7 +146,7 @@ class Plan(Setting):
         self.among(
             masks=(self.masks, MASKS),
             gates=(self.gates, GATES),
-            peers=(self.peers, ("cudnn", "fa2", "flex")),
+            peers=(self.peers, ("cudnn", "fa2", "fa4", "flex")),
         )
         self.shares(self.densities)
         self.counts(tokens=self.tokens, blocks=self.blocks, pages=self.pages)

@@ -63,7 +63,7 @@ def run(
         list[int] | None, typer.Option(help="Tokens per page, to time keys in pages, too; repeatable.")
     ] = None,
     peers: Annotated[
-        str, typer.Option(help="Of cudnn, fa2 and flex on a GPU; dense ones give the speedups.")
+        str, typer.Option(help="Of cudnn, fa2, fa4 and flex on a GPU; dense ones give the speedups.")
     ] = "cudnn,fa2,flex",
     peer: Annotated[
         list[str] | None,
