@@ -51,6 +51,45 @@ def config(**options: Any) -> GateConfig:
     return GateConfig(**{"num_heads": HEADS, "num_kv_heads": 2, "head_dim": DIM} | plain | options)
 
 
+def in_eight_bits(x: Tensor) -> Tensor:
+    """Round to sign, four bits of exponent and three of fraction, by arithmetic alone."""
+    exponent = x.abs().clamp_min(2.0**-6).log2().floor()
+    step = torch.exp2(exponent - 3)
+    # Python's rounding, to even, as IEEE's.
+    return ((x / step).round() * step).clamp(-448, 448)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_summaries_are_rounded_before_they_are_multiplied(shares: bool) -> None:
+    q, k = qk(300)
+    plain, rounding = (AttnGate(config(shares=shares, score_dtype=x)) for x in (None, "float8_e4m3fn"))
+    rounding.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        queries = plain.summarise_queries(q, positions=torch.arange(300))
+        keys = plain.compress(k, positions=torch.arange(300))
+        # Too large for eight bits, and too small.
+        queries[0, 0, :2, 0], queries[0, 1, :2, 1] = 3e4, 2.0**-11
+        found, rows = {}, Rows.last(300, 300)
+        for gate in (plain, rounding):
+            found[gate] = gate.score_summaries(queries, keys, rows=rows)
+        expected = plain.score_summaries(in_eight_bits(queries), in_eight_bits(keys), rows=rows)
+    torch.testing.assert_close(found[rounding], expected)
+    assert (found[plain] - expected).abs().max() > 0.01
+
+
+def test_gates_are_taught_without_rounding() -> None:
+    q, k = qk(128)
+    plain, rounding = (AttnGate(config(shares=True, score_dtype=x)) for x in (None, "float8_e4m3fn"))
+    rounding.load_state_dict(plain.state_dict())
+    grads = []
+    for gate in (plain, rounding):
+        gate(q, k).square().sum().backward()
+        grads.append([p.grad for p in gate.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+        assert b.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("head_dim", "gate_dim"), [(64, 48), (80, 64), (96, 64), (128, 96), (256, 192), (16, 16), (8, 8)]
 )
@@ -465,6 +504,11 @@ def test_unknown_published_type(name: str) -> None:
         ({"q_proj": False, "q_pool": ("avg",), "gate_dim": 16}, "without q_proj the gate needs one q pool"),
         ({"q_proj": False, "q_pool": ("avg",), "per_kv_head": True}, "per_kv_head merges"),
         ({"phase": "train"}, "phase must be 'prefill', 'decode' or 'both', got 'train'"),
+        ({"score_dtype": "int8"}, "score_dtype must be 'float8_e4m3fn', or left out, got 'int8'"),
+        (
+            {"score_dtype": "float8_e4m3fn", "phase": "decode"},
+            "score_dtype is for blocks of queries; gates of phase 'decode' score none",
+        ),
         ({"init": "zeros"}, "init must be 'identity' or 'random', got 'zeros'"),
     ],
 )

@@ -21,6 +21,7 @@ from seerattention.ops.summarise_blocks import pool_blocks as pool_blocks
 from seerattention.ops.summarise_blocks import project_blocks, rotate, summarise_blocks
 from seerattention.rows import Rows
 from seerattention.scorer import Scorer as Scorer
+from seerattention.scorer import rounded
 
 #: cos and sin of rotary positions: positions ``[B, N]`` -> two tensors ``[B, N, E]``.
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -93,6 +94,7 @@ class AttnGate(nn.Module):
         self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
         self.shares = config.shares
+        self.score_dtype = None if config.score_dtype is None else getattr(torch, config.score_dtype)
         self.tokens_per_summary = config.k_sub
         self.reset_parameters()
 
@@ -214,7 +216,8 @@ class AttnGate(nn.Module):
             fp32 ``[B, H, Nq, Nk]``, before softmax.
         """
         options = {"scale": self.scale, "rows": rows, "block_size": self.block_size, "shares": self.shares}
-        return score_blocks(queries, keys.to(queries.dtype), self.sub_blocks, **options)
+        queries, keys = rounded(queries, self), rounded(keys.to(queries.dtype), self)
+        return score_blocks(queries, keys, self.sub_blocks, **options)
 
     def per_token(self) -> TokenGate:
         """Return this gate for single query tokens; see `Scorer.per_token`."""

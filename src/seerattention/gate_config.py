@@ -66,6 +66,9 @@ class GateConfig:
             queries gives the KV block: of every query summary, the softmax over blocks of its largest
             product in each. Without, it is the largest product. New gates for prefill and both have it; for
             single queries both rank alike.
+        score_dtype: What summaries of blocks of queries, and of keys, are rounded to before they are
+            multiplied; default not at all. With ``float8_e4m3fn`` Hopper GPUs multiply twice as fast; what
+            it changes is in docs/kernels.md. Gates are taught without.
         per_kv_head: One score per KV head, the group's queries merged by the projection, instead of
             one per query head.
         rope: Rotate the summaries to the position of their first token.
@@ -94,6 +97,7 @@ class GateConfig:
     q_sub_block: int | None = 4
     k_sub_block: int | None = 4
     shares: bool = False
+    score_dtype: Literal["float8_e4m3fn"] | None = None
     per_kv_head: bool = False
     rope: bool = True
     rope_pairs: Literal["slowest", "spread"] = "slowest"
@@ -147,6 +151,10 @@ class GateConfig:
             )
         if self.per_kv_head and not self.q_proj:
             raise ValueError("per_kv_head merges a group's queries by q_proj; set q_proj=True")
+        if self.score_dtype not in (None, "float8_e4m3fn"):
+            raise ValueError(f"score_dtype must be 'float8_e4m3fn', or left out, got {self.score_dtype!r}")
+        if self.score_dtype and self.phase == "decode":
+            raise ValueError("score_dtype is for blocks of queries; gates of phase 'decode' score none")
         if self.init not in ("identity", "random"):
             raise ValueError(f"init must be 'identity' or 'random', got {self.init!r}")
         if self.phase not in ("prefill", "decode", "both"):

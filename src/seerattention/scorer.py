@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from seerattention.rows import Rows
@@ -54,8 +55,9 @@ class ProductScorer(Scorer, Protocol):
     """A scorer that says how its scores come about, so that a fused kernel can compute them.
 
     The score of a block pair is the largest ``scale * (query summary . key summary)`` over the pair's
-    sub-blocks; of a scorer whose ``shares`` is true it is the largest share, as `score_blocks` says. Whoever
-    changes ``score`` to anything else sets ``sub_blocks`` to None.
+    sub-blocks; of a scorer whose ``shares`` is true it is the largest share, as `score_blocks` says. One with
+    a ``score_dtype`` rounds summaries first, see `rounded`. Whoever changes ``score`` to anything else sets
+    ``sub_blocks`` to None.
 
     Attributes:
         sub_blocks: Summaries per (query block, KV block), or None.
@@ -78,6 +80,19 @@ class ProductScorer(Scorer, Protocol):
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``; packed as `compress`."""
         ...
+
+
+def rounded(summaries: Tensor, scorer: Scorer) -> Tensor:
+    """Return summaries as a `ProductScorer` multiplies them for blocks of queries.
+
+    They are rounded to its ``score_dtype``, where it has one, whose largest number stands for all beyond.
+    What gradients are asked of is left as it is.
+    """
+    dtype: torch.dtype | None = getattr(scorer, "score_dtype", None)
+    if dtype is None or summaries.requires_grad:
+        return summaries
+    largest = torch.finfo(dtype).max
+    return summaries.clamp(-largest, largest).to(dtype).to(summaries.dtype)
 
 
 def compares_shares(scorer: Scorer) -> bool:

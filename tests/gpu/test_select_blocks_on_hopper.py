@@ -10,7 +10,7 @@ import torch
 
 from seerattention import Threshold, TopK, TopP
 from seerattention.ops import select_blocks as select_op
-from seerattention.ops.cases.select_blocks import Case
+from seerattention.ops.cases.select_blocks import EIGHT_BITS, Case
 from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.select_blocks.kernels import choosing, scores
 from seerattention.policies import Policy
@@ -56,6 +56,11 @@ CASES = [
     shares("subs-16", 5001, gate=subs(16, 16)),
     shares("subs-16-4", 5001, gate=subs(16, 4)),
     shares("blocks-of-32", 3001, block_size=(32, 32), gate=subs(4, 4)),
+    *(shares(f"8-bits-{n}", n, gate=EIGHT_BITS) for n in (1, 65, 2049, 4173)),
+    shares("8-bits-batch", 2500, batch=3, gate=EIGHT_BITS),
+    shares("8-bits-later-chunk", 997, 33281, gate=EIGHT_BITS),
+    shares("8-bits-subs-8", 5001, gate=subs(8, 8) | EIGHT_BITS),
+    shares("8-bits-subs-16-4", 5001, gate=subs(16, 4) | EIGHT_BITS),
     shares("queries-of-128", 3001, block_size=(64, 64), gate=subs(1, 4)),
 ]
 POLICIES = [TopK(0.1), TopK(0.3, sink_blocks=2, dense_last_rows=1), Threshold(5e-4), TopP(0.9)]

@@ -24,10 +24,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from seerattention.ops.select_blocks.kernels import hopper as kernel
 
 made = []
-for subs in json.loads(sys.argv[1]):
+for subs, dtype, bits in json.loads(sys.argv[1]):
     types = {"scores": "*fp32", "totals": "*fp32", "scale": "fp32"}
-    types["queries"] = f"tensordesc<bf16[1, 64, 64],{kernel.QUERY_TILES!r}>"
-    types["keys"] = f"tensordesc<bf16[1, 4, 4, 2, 64],{kernel.KEY_TILES!r}>"
+    types["queries"] = f"tensordesc<{dtype}[1, 64, 64],{kernel.tiles(bits, 3)!r}>"
+    types["keys"] = f"tensordesc<{dtype}[1, 4, 4, 2, 64],{kernel.tiles(bits, 5)!r}>"
     constants = {"SUBS": subs, "BLOCK_Q": 4, "BLOCK_K": 64}
     names = kernel.score.arg_names
     source = GluonASTSource(
@@ -59,12 +59,12 @@ def test_the_kernel_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(hopper.__file__).parents[3])
-    kinds = [4, 8, 12, 16]
+    kinds = [(subs, dtype, bits) for dtype, bits in (("bf16", 16), ("fp8e4nv", 8)) for subs in (4, 8, 12, 16)]
     command = [sys.executable, "-c", COMPILE, json.dumps(kinds)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for subs, (shared, products) in zip(kinds, json.loads(done.stdout), strict=True):
+    for (subs, _, bits), (shared, products) in zip(kinds, json.loads(done.stdout), strict=True):
         # A Hopper multiprocessor lends a program 227 KiB.
         assert shared <= 227 * 1024
-        # Per consumer: four steps of 16 numbers for four places of blocks, and a loop of masked ones.
-        assert products == 2 * 4 * (subs // 4 + 1)
+        # Per consumer: steps of 32 bytes of numbers for four places of blocks, and a loop of masked ones.
+        assert products == 2 * (64 * bits // 256) * (subs // 4 + 1)

@@ -29,6 +29,7 @@ class Case(Shape):
 
 SIXTEEN = {"q_sub_block": 16, "k_sub_block": 16}
 EIGHT = {"q_sub_block": 8, "k_sub_block": 8}
+EIGHT_BITS = {"score_dtype": "float8_e4m3fn"}
 WHOLE = {"q_sub_block": None, "k_sub_block": None}
 
 
@@ -75,8 +76,11 @@ CASES = (
     # Its last summary of queries would end in a block that there is not.
     _case("shares-cut-short", 61, 128, gate={"shares": True}),
     _case("shares-uneven", 200, block_size=(16, 16), gate={**EIGHT, "q_sub_block": 2, "shares": True}),
+    _case("shares-of-8-bits", 700, heads=4, kv_heads=2, gate={"shares": True, **EIGHT_BITS}),
+    _case("products-of-8-bits", 300, gate={**SIXTEEN, **EIGHT_BITS}),
     _packed("packed", ODD, block_size=(16, 16), gate={"q_sub_block": 4, "k_sub_block": 8}),
     _packed("packed-shares", ODD, block_size=(16, 16), gate={**EIGHT, "shares": True}),
+    _packed("packed-of-8-bits", ODD, block_size=(16, 16), gate={**EIGHT, "shares": True, **EIGHT_BITS}),
     _packed("packed-whole", ODD[3:7], block_size=(16, 16), gate=WHOLE, heads=4, kv_heads=2),
     _packed("packed-per-kv-head", ODD[4:], block_size=(16, 16), gate={**WHOLE, "per_kv_head": True}),
     _llama("published-32k", 32768, published=True),
@@ -89,4 +93,6 @@ CASES = (
     _llama("products-128k", 131072, gate={"gate_dim": None}),
     _llama("default-32k", 32768, gate={"gate_dim": None, "shares": True}),
     _llama("default-128k", 131072, gate={"gate_dim": None, "shares": True}),
+    _llama("8-bits-32k", 32768, gate={"gate_dim": None, "shares": True, **EIGHT_BITS}),
+    _llama("8-bits-128k", 131072, gate={"gate_dim": None, "shares": True, **EIGHT_BITS}),
 )

@@ -12,7 +12,7 @@ from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.policies import Policy, select
 from seerattention.rows import Rows, num_blocks
-from seerattention.scorer import Scorer, compares_shares
+from seerattention.scorer import Scorer, compares_shares, rounded
 from seerattention.selection import BlockSelection
 
 unsupported = runs_everything
@@ -31,7 +31,8 @@ def _by_products(scorer: Any, q: Tensor, k_blocks: Tensor, rows: Rows, positions
     queries = scorer.summarise_queries(q, positions=positions, rows=rows)
     options = {"scale": scorer.scale, "rows": rows, "block_size": scorer.block_size}
     options["shares"] = compares_shares(scorer)
-    return score_blocks(queries, k_blocks.to(queries.dtype), scorer.sub_blocks, **options)
+    queries, keys = rounded(queries, scorer), rounded(k_blocks.to(queries.dtype), scorer)
+    return score_blocks(queries, keys, scorer.sub_blocks, **options)
 
 
 def _by_scorer(scorer: Scorer, q: Tensor, k_blocks: Tensor, rows: Rows, positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from seerattention.ops.rules import KINDS
 from seerattention.ops.score_blocks import check_pair
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
-from seerattention.scorer import Scorer, compares_shares
+from seerattention.scorer import Scorer, compares_shares, rounded
 from seerattention.selection import WORD, BlockSelection
 
 
@@ -42,8 +42,8 @@ def run(
     bits = torch.empty((batch, heads, down, num_blocks(columns, WORD)), dtype=torch.int32)
     start = choosing.choose_op if torch.compiler.is_compiling() else choosing.choose
     start(
-        queries,
-        k_blocks.to(queries.dtype),
+        rounded(queries, scorer),
+        rounded(k_blocks.to(queries.dtype), scorer),
         bits,
         [length for one in rows.known for length in one],
         list(scorer.block_size),

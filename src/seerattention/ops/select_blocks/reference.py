@@ -12,7 +12,7 @@ from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.score_blocks import score_blocks
 from seerattention.policies import Policy, select
 from seerattention.rows import Rows, num_blocks
-from seerattention.scorer import Scorer, compares_shares
+from seerattention.scorer import Scorer, compares_shares, rounded
 from seerattention.selection import BlockSelection
 
 unsupported = runs_everything
@@ -39,4 +39,5 @@ def scores_of(scorer: Any, q: Tensor, keys: Tensor, rows: Rows, positions: Tenso
         return scorer.score(q, keys, positions=positions, valid=rows.causal(size, q.device))
     queries = scorer.summarise_queries(q, positions=positions)
     options = {"scale": scorer.scale, "rows": rows, "block_size": size, "shares": compares_shares(scorer)}
-    return score_blocks(queries, keys.to(queries.dtype), scorer.sub_blocks, **options, backend="reference")
+    queries, keys = rounded(queries, scorer), rounded(keys.to(queries.dtype), scorer)
+    return score_blocks(queries, keys, scorer.sub_blocks, **options, backend="reference")

@@ -21,7 +21,7 @@ from torch import Tensor
 from seerattention.ops.language import power_of_two
 from seerattention.ops.rules import KINDS, MAX_BLOCKS
 from seerattention.ops.score_blocks import check_pair
-from seerattention.ops.select_blocks.kernels.scores import Scores, stride
+from seerattention.ops.select_blocks.kernels.scores import Scores, multiplied, stride
 from seerattention.ops.select_blocks.kernels.triton import choose
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import Rows, num_blocks
@@ -82,7 +82,7 @@ def run(
     asked = (rule_of(policy, num_blocks(num_keys, block_k), block_k) for _, num_keys in lengths)
     rules = [rule for rule in asked if rule is not None]
     start = choose_op if torch.compiler.is_compiling() else choose_rows
-    keys = k_blocks.contiguous()
+    keys = multiplied(k_blocks, scorer, hopper)
     sequences = None if packed is None else _sequences(packed, scorer, q.device)
     bits = values = None
     per_row = q.shape[0] * q.shape[1] * scorer.sub_blocks[0] * keys.shape[3] * keys.element_size()
@@ -97,7 +97,7 @@ def run(
             shape = (q.shape[0], heads, down, num_blocks(columns, WORD))
             bits = torch.zeros(shape, dtype=torch.int32, device=q.device)
         start(
-            queries.contiguous(),
+            multiplied(queries, scorer, hopper),
             keys,
             bits,
             first,

@@ -42,10 +42,6 @@ QUERY_STAGES, KEY_STAGES = gl.constexpr(3), gl.constexpr(2)
 #: Registers per thread: two consumers of 128 threads and the producers' warpgroup share 65,536.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 
-#: How a warpgroup holds a product, and rows as its left side.
-PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-QUERIES = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
-
 #: How it holds scores: a thread has 8 blocks side by side, of two rows.
 SCORES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -57,18 +53,35 @@ SCORES = gl.constexpr(
     )
 )
 
-#: How summaries of 64 numbers lie in shared memory, for TMA and wgmma alike: tiles of rows, boxes of keys.
-QUERY_TILES, KEY_TILES = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 5)
-
 # The copy is called async_load since triton 3.7.
 _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def _product_layout(dtype):
+    """How a warpgroup holds a product: a step is of 32 bytes of each summary."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 256 // dtype.primitive_bitwidth])
+
+
+@gluon.constexpr_function
+def _queries_layout(dtype):
+    """How it holds rows as the left side of that product."""
+    return gl.DotOperandLayout(0, _product_layout(dtype), 32 // dtype.primitive_bitwidth)
+
+
+def tiles(bits: int, rank: int) -> Any:
+    """How 64 numbers of so many bits lie in shared memory, for TMA and wgmma alike.
+
+    Tiles of rows are of rank 3, boxes of keys of rank 5.
+    """
+    return gl.NVMMASharedLayout(8 * bits, bits, rank)
 
 
 def describe_queries(queries: Tensor) -> Any:
     """Describe summaries ``[B, H, rows, E]`` for TMA copies of 64 rows; those past the end read as zero."""
     batch, heads, rows, dim = queries.shape
     shape, strides = [batch * heads, rows, dim], [rows * dim, dim, 1]
-    return TensorDescriptor(queries, shape, strides, [1, ROWS.value, dim], QUERY_TILES)
+    return TensorDescriptor(queries, shape, strides, [1, ROWS.value, dim], tiles(8 * queries.itemsize, 3))
 
 
 def describe_keys(keys: Tensor, subs: int) -> Any:
@@ -81,9 +94,8 @@ def describe_keys(keys: Tensor, subs: int) -> Any:
     batch, heads, rows, dim = keys.shape
     block = subs * dim
     shape = [batch * heads, 4, rows // (8 * subs), 2, block]
-    return TensorDescriptor(
-        keys, shape, [rows * dim, 2 * block, 8 * block, block, 1], [1, 4, 4, 2, dim], KEY_TILES
-    )
+    strides = [rows * dim, 2 * block, 8 * block, block, 1]
+    return TensorDescriptor(keys, shape, strides, [1, 4, 4, 2, dim], tiles(8 * keys.itemsize, 5))
 
 
 @gluon.jit
@@ -132,7 +144,7 @@ def _put(desc, coordinates, tiles, full, empty, g, first: gl.constexpr, STAGES: 
     """Copy a tile of rows into the next slot of the ring that begins at slot `first`, once it is free."""
     slot = first + g % STAGES
     mbarrier.wait(empty.index(slot), ((g // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), ROWS * desc.block_shape[2] * 2)
+    mbarrier.expect(full.index(slot), ROWS * desc.block_shape[2] * tiles.dtype.primitive_bitwidth // 8)
     _load_tile(desc, coordinates, full.index(slot), tiles.index(slot))
     return g + 1
 
@@ -171,7 +183,7 @@ def _bring_keys(
         head, tile, _top, _bottom = _place(item - before, strip, heads, sizes, BLOCK_Q, BLOCK_K)
         slot = g % KEY_STAGES
         mbarrier.wait(empty.index(slot), ((g // KEY_STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(slot), SUBS * BLOCKS * E * 2)
+        mbarrier.expect(full.index(slot), SUBS * BLOCKS * E * tiles.dtype.primitive_bitwidth // 8)
         for part in gl.static_range(SUBS // PLACES):
             for place in gl.static_range(PLACES):
                 to = tiles.index(slot * (SUBS // PLACES) + part).slice(place, 1, 0)
@@ -184,7 +196,7 @@ def _bring_keys(
 
 @gluon.jit
 def _product(query, keys, part):
-    zero = gl.zeros([ROWS, COLUMNS], gl.float32, PRODUCT)
+    zero = gl.zeros([ROWS, COLUMNS], gl.float32, _product_layout(keys.dtype))
     tile = keys.index(part).reshape([COLUMNS, keys.shape[5]])
     return warpgroup_mma(query, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -205,8 +217,8 @@ def _larger(best, product):
 
 
 @gluon.jit
-def _nothing():
-    return _by_place(gl.full([ROWS, COLUMNS], float("-inf"), gl.float32, PRODUCT))
+def _nothing(keys):
+    return _by_place(gl.full([ROWS, COLUMNS], float("-inf"), gl.float32, _product_layout(keys.dtype)))
 
 
 @gluon.jit
@@ -218,7 +230,7 @@ def _scores(query, keys, first, turns, c: gl.constexpr, PARTS: gl.constexpr):
     # Products are started and waited for in one branch: a branch in between may copy registers that the
     # tensor cores are still writing.
     waiting = _product(query, keys, first)
-    best = _nothing()
+    best = _nothing(keys)
     for part in gl.static_range(1, PARTS):
         following = _product(query, keys, first + part)
         if part + 1 == PARTS:
@@ -237,12 +249,13 @@ def _seen_scores(
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Return the same of summaries that begin by a row's end; the first row's is `end`, from the keys on."""
+    PRODUCT: gl.constexpr = _product_layout(keys.dtype)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, PRODUCT))
     # What differs between threads goes to the other side: constants are left on this, and not registers.
     same = _block(column % BLOCKS // 8 * 8 + column % 2) * BLOCK_K
     begin = same + column // BLOCKS * (BLOCK_K // SUBS)
     other = _block(column % 8 // 2 * 2) * BLOCK_K
-    best = _nothing()
+    best = _nothing(keys)
     for part in range(SUBS // PLACES):
         product = warpgroup_mma_wait(0, deps=[_product(query, keys, first + part)])
         last = end - part * (PLACES * BLOCK_K // SUBS)
@@ -307,7 +320,8 @@ def _consume(
             if row < bottom:
                 slot = c * QUERY_STAGES + g % QUERY_STAGES
                 mbarrier.wait(query_full.index(slot), (g // QUERY_STAGES) & 1)
-                query = queries.index(slot).reshape([ROWS, queries.shape[3]]).load(QUERIES)
+                query = queries.index(slot).reshape([ROWS, queries.shape[3]])
+                query = query.load(_queries_layout(queries.dtype))
                 end = past + (row + 1) * BLOCK_Q - 1
                 if end // BLOCK_K >= left + BLOCKS:
                     best = _scores(query, keys, first, turns, c, PARTS)
@@ -359,11 +373,11 @@ def score(
 
     A row is a query summary of BLOCK_Q tokens, the first at position `past`; a KV block has BLOCK_K tokens
     and SUBS summaries. `queries` and `keys` describe ``[B, H, all rows, 64]`` and ``[B, H / group, Nk * SUBS,
-    64]``; `heads` are ``B * H``. `totals`, fp32 ``[heads, across, 2, stop - start]``, get for each tile of 32
-    blocks, of which there are `across`, a row's largest score, times `scale`, and the sum of exponentials of
-    differences from it before the row's own block. `scores`, fp16 ``[heads, stop - start, stride]``, get the
-    difference of each block's largest score from that; of the block that a row ends in only summaries count
-    that begin by its end. A strip has `rows` of them, a multiple of 64.
+    64]`` of 16 or of 8 bits; `heads` are ``B * H``. `totals`, fp32 ``[heads, across, 2, stop - start]``, get
+    for each tile of 32 blocks, of which there are `across`, a row's largest score, times `scale`, and the sum
+    of exponentials of differences from it before the row's own block. `scores`, fp16 ``[heads, stop - start,
+    stride]``, get the difference of each block's largest score from that; of the block that a row ends in
+    only summaries count that begin by its end. A strip has `rows` of them, a multiple of 64.
     """
     E: gl.constexpr = queries.block_shape[2]
     query_tiles = gl.allocate_shared_memory(queries.dtype, [2 * QUERY_STAGES, 1, ROWS, E], queries.layout)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from seerattention.ops.language import padded, products
 from seerattention.ops.launch import Launch, width
-from seerattention.ops.select_blocks.kernels.triton import score
+from seerattention.ops.select_blocks.kernels.triton import narrow, score
 from seerattention.rows import num_blocks
+from seerattention.scorer import Scorer, rounded
 from seerattention.selection import WORD
 
 hopper_kernel: Any = None
@@ -39,6 +40,9 @@ HOPPER_BLOCKS, HOPPER_DIM, HOPPER_SUBS = 32, 64, (4, 8, 12, 16)
 
 #: How far a score that it keeps may be off, as a part of its distance from the largest of its tile: fp16's.
 HOPPER_ROUNDING = 2.0**-11
+
+#: Numbers that a program rounds to fewer bits.
+NARROWED = 4096
 
 #: Rows in a tile of it; tiles that pass by at most, and items that every multiprocessor gets before they do.
 HOPPER_ROWS, HOPPER_STRIP, HOPPER_ITEMS = 64, 16, 8
@@ -185,6 +189,22 @@ class Scores:
             keys[:, :, : self.keys.shape[2]] = self.keys
             keys[:, :, self.keys.shape[2] :] = self.keys[:, :, -1:]
         return hopper_kernel.describe_queries(self.queries), hopper_kernel.describe_keys(keys, self.subs[1])
+
+
+def multiplied(summaries: Tensor, scorer: Scorer, hopper: bool) -> Tensor:
+    """Return contiguous summaries as they are multiplied: on Hopper in the scorer's own dtype of scores."""
+    dtype: torch.dtype | None = getattr(scorer, "score_dtype", None)
+    if dtype is None or not hopper:
+        return rounded(summaries, scorer).contiguous()
+    if torch.compiler.is_compiling():
+        return rounded(summaries, scorer).to(dtype).contiguous()
+    summaries = summaries.contiguous()
+    out = torch.empty_like(summaries, dtype=dtype)
+    with torch.cuda.device_of(out):
+        narrow[(num_blocks(out.numel(), NARROWED),)](
+            summaries, out, out.numel(), torch.finfo(dtype).max, BLOCK=NARROWED, num_warps=4
+        )
+    return out
 
 
 def stride(seen: int) -> int:

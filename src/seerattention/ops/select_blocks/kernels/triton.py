@@ -9,6 +9,15 @@ from seerattention.ops.language import jit, tl
 from seerattention.ops.rules import store_bits, take
 
 
+@jit("count")
+def narrow(numbers, out, count, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """Round numbers to the dtype of `out`, whose largest stands for all beyond it."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(numbers + at, mask=at < count).to(tl.float32)
+    number = tl.minimum(tl.maximum(number, -LARGEST), LARGEST)
+    tl.store(out + at, number.to(out.dtype.element_ty), mask=at < count)
+
+
 @jit("query_subs", "key_subs", "start", "stop", "width", "past", "strip")
 def score(
     queries,
