@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
@@ -184,6 +185,11 @@ class ScoreOptions(Asked):
     def past(self) -> int | None:
         """Keys before the first query; None scores every pair."""
         return None if self.rows is None else self.rows.first
+
+
+def pool_places(pools: Sequence[str]) -> tuple[int, ...]:
+    """Return where max, min and avg stand among the pools of a summary, -1 for those that are not wanted."""
+    return tuple(pools.index(name) if name in pools else -1 for name in ("max", "min", "avg"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

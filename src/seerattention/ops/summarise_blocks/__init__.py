@@ -18,7 +18,7 @@ from seerattention.rows import Rows, num_blocks
 BACKENDS = load_backends(__name__, __path__)
 
 #: What ``auto`` tries, in order.
-ORDER = ("triton", "native", "reference")
+ORDER = ("hopper", "triton", "native", "reference")
 
 
 @outside_autocast

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from seerattention.ops.language import DTYPES, INTERPRETED, jit, padded, products, tl, unsupported_here
 from seerattention.ops.launch import Launch
-from seerattention.ops.options import SummaryOptions
+from seerattention.ops.options import SummaryOptions, pool_places
 from seerattention.rows import num_blocks
 
 #: Of a tile, ``block_m`` is the tokens and ``block_n`` how many of each block are loaded between two turns of
@@ -111,17 +110,12 @@ def summarise(
             D_PAD=halves[0],
             E_PAD=halves[1],
             SIZE=size,
-            PLACES=places(names),
+            PLACES=pool_places(names),
             HELD=held,
             PRECISION=products(x),
             **tile,
         )
     return out
-
-
-def places(pools: Sequence[str]) -> tuple[int, ...]:
-    """Return where max, min and avg stand among pools, -1 for those that are not wanted."""
-    return tuple(pools.index(name) if name in pools else -1 for name in ("max", "min", "avg"))
 
 
 def _empty(x: Tensor, size: int, pools: str, dtype: torch.dtype, weight: Tensor | None, *rest: Any) -> Tensor:

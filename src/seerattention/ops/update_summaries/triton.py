@@ -21,7 +21,8 @@ from seerattention.ops.language import (
     unsupported_here,
 )
 from seerattention.ops.launch import Launch
-from seerattention.ops.summarise_blocks.triton import finish, places, pool
+from seerattention.ops.options import pool_places
+from seerattention.ops.summarise_blocks.triton import finish, pool
 from seerattention.rows import num_blocks
 
 #: ``block_m`` are the most summaries of a block, ``block_n`` how many tokens of each are loaded together.
@@ -84,7 +85,7 @@ def run(summaries: Tensor, tail: Tensor, k: Tensor, scorer: Any, lengths: Tensor
             SUBS=subs,
             ROWS=max(16, power_of_two(subs)),
             UNROLL=math.gcd(options.size, LAUNCH.block_n),
-            PLACES=places(options.pools),
+            PLACES=pool_places(options.pools),
             PRECISION=products(k),
             num_warps=LAUNCH.warps,
             num_stages=LAUNCH.stages,

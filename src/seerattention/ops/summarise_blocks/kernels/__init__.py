@@ -1,0 +1,1 @@
+"""Kernels of the backends beside this folder."""
