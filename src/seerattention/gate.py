@@ -94,9 +94,14 @@ class AttnGate(nn.Module):
         self.sub_blocks = (config.block_size // config.q_sub, config.block_size // config.k_sub)
         self.scale = config.dim**-0.5
         self.shares = config.shares
-        self.score_dtype = None if config.score_dtype is None else getattr(torch, config.score_dtype)
         self.tokens_per_summary = config.k_sub
         self.reset_parameters()
+
+    @property
+    def score_dtype(self) -> torch.dtype | None:
+        """What summaries are rounded to for blocks of queries; None for not at all."""
+        name = self.config.score_dtype
+        return None if name is None else getattr(torch, name)
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``config.init`` says, from torch's random generator."""

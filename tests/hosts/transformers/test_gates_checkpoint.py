@@ -51,6 +51,32 @@ def test_round_trip(tiny, kind, tmp_path, dtype, design):
     assert torch.equal(tiny.logits(model, ids), expected)
 
 
+def test_gates_go_over_to_scores_in_eight_bits_and_back(tiny, tmp_path):
+    model, ids = tiny.make(), tiny.tokens(1, 200)
+    gates = tiny.gates_for(model)
+    host.attach(model, gates, min_tokens=0, policy="top_k:0.3")
+    plain = tiny.logits(model, ids)
+    assert gates.score_in("float8_e4m3fn") is gates
+    rounded = tiny.logits(model, ids)
+    assert not torch.equal(rounded, plain), "the same blocks are chosen; nothing would be tested"
+    host.save_gates(gates, tmp_path / "gates")
+    back = host.load_gates(tmp_path / "gates")
+    assert back.config.score_dtype == "float8_e4m3fn"
+    host.attach(model, back, min_tokens=0, policy="top_k:0.3")
+    assert torch.equal(tiny.logits(model, ids), rounded)
+    back.score_in(None)
+    assert torch.equal(tiny.logits(model, ids), plain)
+    with pytest.raises(ValueError, match="score_dtype must be 'float8_e4m3fn', or left out, got 'int8'"):
+        back.score_in("int8")
+
+
+def test_files_of_before_scores_in_eight_bits_have_none(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["gate"]["score_dtype"]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert host.load_gates(saved).config.score_dtype is None
+
+
 def test_a_policy_for_each_phase_is_saved(tiny, tmp_path):
     gates = tiny.gates_for(tiny.make(), phase="both")
     folder = tmp_path / "gates"

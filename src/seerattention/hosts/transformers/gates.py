@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -102,6 +103,22 @@ class Gates(nn.Module):
         for index, gate in self.layers.items():
             assert isinstance(gate, AttnGate)
             yield int(index), gate
+
+    def score_in(self, dtype: Literal["float8_e4m3fn"] | None) -> Self:
+        """Let all gates multiply summaries rounded to a dtype, or as they are; see `GateConfig.score_dtype`.
+
+        Weights stay what they are, and gates that are attached choose so from their next call on.
+
+        Returns:
+            These gates.
+
+        Raises:
+            ValueError: If it is no such dtype, or these gates do not choose for blocks of queries.
+        """
+        self.config = replace(self.config, score_dtype=dtype)
+        for _, gate in self.items():
+            gate.config = self.config
+        return self
 
     def shared(self, layers: Iterable[int]) -> dict[int, int]:
         """Return which layer with a gate chooses for each of a model's full-attention layers that has none.
