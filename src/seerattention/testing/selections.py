@@ -20,7 +20,7 @@ from seerattention.ops.cases.select_blocks import Case
 from seerattention.ops.cases.select_decode_blocks import Case as DecodeCase
 from seerattention.policies import Policy, Rule, rule_of
 from seerattention.rows import OneSequence, Rows, num_blocks
-from seerattention.scorer import compares_shares
+from seerattention.scorer import compares_shares, rounded
 from seerattention.selection import BlockSelection
 from seerattention.testing.inputs import random_qkv
 
@@ -118,7 +118,8 @@ class Certain:
         rule = rule_of(policy, valid.shape[1], scorer.block_size[1])
         assert rule is not None
         always = policy.always(own, valid)
-        queries = scorer.summarise_queries(q, positions=rows.positions(q.device))
+        queries = rounded(scorer.summarise_queries(q, positions=rows.positions(q.device)), scorer)
+        k_blocks = rounded(k_blocks, scorer)
         sizes = tuple(b // s for b, s in zip(scorer.block_size, scorer.sub_blocks, strict=True))
         seen = rows.causal(sizes, q.device) if compares_shares(scorer) else None
         taken, left = [], []

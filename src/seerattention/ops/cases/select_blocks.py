@@ -76,11 +76,13 @@ CASES = (
     # Its last summary of queries would end in a block that there is not.
     _case("shares-cut-short", 61, 128, gate={"shares": True}),
     _case("shares-uneven", 200, block_size=(16, 16), gate={**EIGHT, "q_sub_block": 2, "shares": True}),
-    _case("shares-of-8-bits", 700, heads=4, kv_heads=2, gate={"shares": True, **EIGHT_BITS}),
-    _case("products-of-8-bits", 300, gate={**SIXTEEN, **EIGHT_BITS}),
+    _case(
+        "shares-of-8-bits", 700, block_size=(16, 16), heads=4, kv_heads=2, gate=EIGHT_BITS | {"shares": True}
+    ),
+    _case("products-of-8-bits", 700, block_size=(16, 16), gate=EIGHT_BITS | EIGHT),
     _packed("packed", ODD, block_size=(16, 16), gate={"q_sub_block": 4, "k_sub_block": 8}),
     _packed("packed-shares", ODD, block_size=(16, 16), gate={**EIGHT, "shares": True}),
-    _packed("packed-of-8-bits", ODD, block_size=(16, 16), gate={**EIGHT, "shares": True, **EIGHT_BITS}),
+    _packed("packed-of-8-bits", ODD, block_size=(16, 16), gate=EIGHT_BITS | EIGHT | {"shares": True}),
     _packed("packed-whole", ODD[3:7], block_size=(16, 16), gate=WHOLE, heads=4, kv_heads=2),
     _packed("packed-per-kv-head", ODD[4:], block_size=(16, 16), gate={**WHOLE, "per_kv_head": True}),
     _llama("published-32k", 32768, published=True),
