@@ -90,7 +90,7 @@ def parts(
         """The gate with its queries' summaries at hand."""
 
         block_size, sub_blocks, scale, shares = gate.block_size, gate.sub_blocks, gate.scale, gate.shares
-        tokens_per_summary = gate.tokens_per_summary
+        tokens_per_summary, score_dtype = gate.tokens_per_summary, gate.score_dtype
 
         def summarise_queries(self, q: torch.Tensor, **_: object) -> torch.Tensor:
             first = int(q.storage_offset() // q.stride(2)) // gate.config.q_sub

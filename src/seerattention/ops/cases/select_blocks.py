@@ -95,6 +95,12 @@ CASES = (
     _llama("products-128k", 131072, gate={"gate_dim": None}),
     _llama("default-32k", 32768, gate={"gate_dim": None, "shares": True}),
     _llama("default-128k", 131072, gate={"gate_dim": None, "shares": True}),
+    _llama("8x4-32k", 32768, gate={"gate_dim": None, "shares": True, "q_sub_block": 8}),
+    _llama("8x4-128k", 131072, gate={"gate_dim": None, "shares": True, "q_sub_block": 8}),
     _llama("8-bits-32k", 32768, gate={"gate_dim": None, "shares": True, **EIGHT_BITS}),
     _llama("8-bits-128k", 131072, gate={"gate_dim": None, "shares": True, **EIGHT_BITS}),
+    _llama("8x4-8-bits-32k", 32768, gate={"gate_dim": None, "shares": True, "q_sub_block": 8, **EIGHT_BITS}),
+    _llama(
+        "8x4-8-bits-128k", 131072, gate={"gate_dim": None, "shares": True, "q_sub_block": 8, **EIGHT_BITS}
+    ),
 )
