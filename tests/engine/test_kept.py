@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seerattention import AttnGate, GateConfig
-from seerattention.engine.kept import Kept
+from seerattention.engine.kept import Kept, sums_of
 
 GATE = AttnGate(GateConfig(num_heads=4, num_kv_heads=2, head_dim=16, block_size=32))
 FINER = AttnGate(GateConfig(num_heads=4, num_kv_heads=2, head_dim=16, block_size=32, k_sub_block=8))
@@ -187,6 +187,21 @@ def test_any_changed_bit_is_noticed(length: int, token: int, head: int, dim: int
     left = at if at >= length // 16 * 16 else at // 16 * 16
     assert kept.tokens == [left]
     assert kept.compared(cached, [length]).tokens == [left]
+
+
+@pytest.mark.parametrize("dim", [128, 7, 131, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sums_are_of_bits_wherever_they_lie(dim: int, dtype: torch.dtype) -> None:
+    k = torch.randn(2, 3, 5, dim, dtype=dtype)
+    sums = sums_of(k)
+    assert sums.shape == k.shape[:3] and sums.dtype == torch.int64
+    wide = torch.zeros(2, 3, 5, dim + 3, dtype=dtype)
+    wide[..., 1 : dim + 1] = k
+    odd = torch.zeros(k.numel() + 1, dtype=dtype)[1:].view_as(k).copy_(k)
+    for same in (wide[..., 1 : dim + 1], odd, k.transpose(1, 2).contiguous().transpose(1, 2), k.mT.clone().mT):
+        assert torch.equal(sums_of(same), sums)
+    one = k[:1].as_strided(k[:1].shape, (1, *k.stride()[1:]))
+    assert torch.equal(sums_of(one), sums[:1])
 
 
 def test_a_cut_inside_a_finished_block_keeps_the_blocks_before() -> None:

@@ -16,7 +16,8 @@ from seerattention.engine.padding import on_device
 from seerattention.rows import Rows
 from seerattention.scorer import Scorer
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Integers by their bytes, the widest first.
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +206,16 @@ def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
 
 
 def sums_of(keys: Tensor) -> Tensor:
-    """Sum the bits of every key, ``[B, Hk, T, D]`` -> int64 ``[B, Hk, T]``."""
-    return keys.detach().view(_INTEGER[keys.element_size()]).sum(3, dtype=torch.int64)
+    """Sum the bits of every key, ``[B, Hk, T, D]`` -> int64 ``[B, Hk, T]``, as the widest words it consists of.
+
+    Torch writes narrower ones down as int64 before it adds them up, four times as many bytes as there are.
+    """
+    width, keys = keys.shape[3] * keys.element_size(), keys.detach()
+    size = next(n for n in _INTEGERS if width % n == 0)
+    steps = (keys.storage_offset(), *keys.stride()[:3])
+    if keys.stride(3) != 1 or any(step * keys.element_size() % size for step in steps):
+        keys = keys.clone(memory_format=torch.contiguous_format)
+    return keys.view(_INTEGERS[size]).sum(3, dtype=torch.int64)
 
 
 def _alike(held: Tensor, known: list[tuple[Tensor, list[int]]], past: list[int]) -> list[list[int]]:
