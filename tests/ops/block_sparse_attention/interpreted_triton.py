@@ -162,6 +162,27 @@ def test_strides_do_not_matter() -> None:
     assert torch.equal(out, expected)
 
 
+def test_the_output_lies_in_the_order_of_a_part_of_fused_queries_keys_and_values() -> None:
+    case = replace(TINY, batch=2)
+    q, k, v, selection = inputs(case)
+    options = Options.of(q, k, return_lse=True)
+    expected, expected_lse = backend.run(q, k, v, selection, options)
+    fused = torch.full((2, case.queries, case.heads + 4, case.head_dim), torch.nan)
+    fused[:, :, : case.heads] = q.transpose(1, 2)
+    part = fused[:, :, : case.heads].transpose(1, 2)
+    out, lse = backend.run(part, k, v, selection, options)
+    assert out.transpose(1, 2).is_contiguous()
+    assert torch.equal(out, expected)
+    assert lse is not None
+    assert expected_lse is not None
+    assert torch.equal(lse, expected_lse)
+    # What a compiler is told of the strides is so.
+    op = torch.ops.seerattention.block_sparse_attention.default
+    rest = 0.2, None, None, None, None, None, case.keys, True, backend.__name__
+    args = part, k, v, selection.bits, [16, 16], selection.shape[3], [], *rest
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_bits_that_no_selection_may_have_are_ignored() -> None:
     q, k, v, selection = inputs(TINY)
     options = Options.of(q, k)

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from seerattention import BlockSelection
 from seerattention.ops.block_sparse_attention import hopper
@@ -41,6 +45,8 @@ for heads, tiles, dim, options, pooled in json.loads(sys.argv[1]):
     tile = f"tensordesc<bf16[1, 1, 64, {dim}],{kernel.TILES!r}>"
     pointers = {"out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "bits": "*i32", "counter": "*i32"}
     pointers |= {"maxima": "*fp32", "shares": "*fp32", "scale": "fp32"}
+    # A stride of more than 31 bits takes the most room.
+    pointers |= {"stride_out_b": "i64"}
     constants = {
         "D": dim, "BLOCK_Q": 64 * tiles, "PARTS": tiles,
         "STAGES": 229376 // (128 * dim) // (2 // (heads * tiles)), "WORDS": 32,
@@ -130,6 +136,58 @@ def test_an_item_never_mixes_lists_or_kv_heads(heads, kv_heads) -> None:
             item = range(first, first + item_heads)
             assert len({head // (heads // sel_heads) for head in item}) == 1
             assert len({head // (heads // kv_heads) for head in item}) == 1
+
+
+class Started:
+    """What stands in for a kernel: keeps what it is started with, by the names of the kernel's arguments."""
+
+    def __init__(self) -> None:
+        kernel = pytest.importorskip("seerattention.ops.block_sparse_attention.kernels.hopper")
+        self.names = kernel.attend.arg_names
+        self.given: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int]) -> Started:
+        return self
+
+    def __call__(self, *given: Any, num_warps: int, **constants: Any) -> None:
+        self.given = dict(zip(self.names, given, strict=False)) | constants
+        assert self.given.keys() == set(self.names)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    kernel = Started()
+    module = SimpleNamespace(attend=kernel, descriptor=lambda x, _: x)
+    monkeypatch.setattr(hopper, "kernel", module)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
+    return kernel
+
+
+#: By name: q, and the order of batch, heads and tokens in its memory.
+ORDERS: dict[str, tuple[Tensor, tuple[int, int, int]]] = {
+    "heads first": (torch.zeros(2, 8, 192, 64), (0, 1, 2)),
+    "tokens first": (torch.zeros(2, 192, 8, 64).transpose(1, 2), (0, 2, 1)),
+    "of fused q, k, v": (torch.zeros(2, 192, 12, 64)[:, :, :8].transpose(1, 2), (0, 2, 1)),
+    "batch inside": (torch.zeros(192, 2, 8, 64).permute(1, 2, 0, 3), (2, 0, 1)),
+    "some of the tokens": (torch.zeros(2, 8, 500, 64)[:, :, 7:199], (0, 1, 2)),
+    "one of each": (torch.zeros(1, 1, 64).expand(1, 1, 1, 64), (0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_output_lies_in_the_order_of_q(order: str, started: Started) -> None:
+    q, inside = ORDERS[order]
+    k = q.new_zeros(q.shape[0], 1, 192, 64)
+    selection = BlockSelection.full(Rows.last(q.shape[2], 192), (64, 64))
+    out, lse = hopper.run(q, k, k, selection, Options.of(q, k, return_lse=True))
+    assert out.permute(*inside, 3).is_contiguous()
+    assert lse is not None
+    assert lse.is_contiguous()
+    assert started.given["out"] is out
+    strides = (64 * started.given[f"stride_out_{name}"] for name in ("b", "h", "row"))
+    assert out.stride() == (*strides, 1)
 
 
 def test_the_kernel_compiles_for_hopper() -> None:

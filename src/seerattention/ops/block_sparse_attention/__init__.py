@@ -105,7 +105,9 @@ def block_sparse_attention(
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
-        ``[B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` a pair, `Attended`.
+        ``[B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` a pair, `Attended`. On a GPU ``hopper`` and
+        ``triton`` write it in the order that q has in memory: where q is ``[B, Tq, Hq, D]`` with its
+        dimensions transposed, so is the output, and ``out.transpose(1, 2)`` is contiguous.
 
     Raises:
         TypeError: If dtypes differ.

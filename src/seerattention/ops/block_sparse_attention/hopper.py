@@ -117,7 +117,8 @@ def start(
     """
     assert kernel is not None
     batch, heads, num_queries, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # In the order of q: where tokens come before heads, models join the heads of a token without a copy.
+    out = torch.empty_like(q)
     lse = out.new_empty(q.shape[:3] if options.return_lse else (0,), dtype=torch.float32)
     item_heads, item_tiles = item_size(heads, k.shape[1], bits.shape[1], block_size[0])
     share = item_heads * item_tiles == 2
@@ -134,6 +135,8 @@ def start(
         kernel.attend[(programs,)](
             *(kernel.descriptor(x, TILE) for x in (q, k, v)),
             out,
+            # In vectors of a head; of a dimension with one entry the stride may be any number.
+            *(s // dim for s in out.stride()[:3]),
             lse,
             out if options.sinks is None else options.sinks.float().contiguous(),
             maxima,

@@ -296,17 +296,20 @@ def _load_queries(channel, g, c: gl.constexpr, SHARE: gl.constexpr, r: gl.conste
 
 
 @gluon.jit
-def _store(out, lse, o, m, total, line, first, queries, LSE: gl.constexpr):
-    """Write 64 rows of the output: `line` is the number of (batch, head), `first` the first query."""
+def _store(out, strides, lse, o, m, total, b, head, first, sizes, LSE: gl.constexpr):
+    """Write 64 rows of the output from query `first` on."""
+    heads, _kv_heads, _tiles_q, _past, queries = sizes
     layout: gl.constexpr = o.type.layout
     D: gl.constexpr = o.shape[1]
     if LSE:
         at = first + gl.arange(0, 64, m.type.layout)
-        gl.store(lse + line.to(gl.int64) * queries + at, (m + gl.log2(total)) * LN2, mask=at < queries)
+        line = lse + (b * heads + head).to(gl.int64) * queries
+        gl.store(line + at, (m + gl.log2(total)) * LN2, mask=at < queries)
     o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))[:, None]
     rows = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
     columns = gl.arange(0, D, gl.SliceLayout(0, layout))
-    where = out + line.to(gl.int64) * queries * D + rows[:, None] * D + columns[None, :]
+    vector = b.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1] + rows.to(gl.int64) * strides[2]
+    where = out + (vector * D)[:, None] + columns[None, :]
     gl.store(where, o.to(out.dtype.element_ty), mask=(rows < queries)[:, None])
 
 
@@ -345,8 +348,8 @@ def _consume(  # noqa: PLR0915
     MAP: gl.constexpr,
 ):
     """Compute attention of the items that a ring brings."""
-    out, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel = target
-    heads, _kv_heads, _tiles_q, past, queries = sizes
+    out, strides, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel = target
+    heads, _kv_heads, _tiles_q, past, _queries = sizes
     SHARE: gl.constexpr = ITEM_HEADS * ITEM_TILES == 2
     r: gl.constexpr = 0 if SHARE else c
     dtype: gl.constexpr = channel[0].dtype
@@ -428,7 +431,7 @@ def _consume(  # noqa: PLR0915
             _free(channel, v1, r, STAGES)
         if SINKS:
             total += gl.exp2(gl.load(sinks + head) * LOG2E - m)
-        _store(out, lse, o, m, total, b * heads + head, tile * 64, queries, LSE)
+        _store(out, strides, lse, o, m, total, b, head, tile * 64, sizes, LSE)
         if MAP:
             _pool(maxima, shares, m, total, b * heads + head, tile, last_tile, tiles_k, scale, sizes)
         g += 2 * n
@@ -439,6 +442,7 @@ def _consume(  # noqa: PLR0915
 # Sizes change with every prompt; compiling anew for round ones would gain nothing.
 @gluon.jit(
     do_not_specialize=[
+        *("stride_out_b", "stride_out_h", "stride_out_row"),
         *("items", "words", "sel_batch", "sel_heads", "sel_rows"),
         *("heads", "kv_heads", "tiles_q", "tiles_k", "past", "queries"),
     ]
@@ -448,6 +452,9 @@ def attend(
     kd,
     vd,
     out,
+    stride_out_b,
+    stride_out_h,
+    stride_out_row,
     lse,
     sinks,
     maxima,
@@ -479,8 +486,9 @@ def attend(
 ):
     """Compute attention of all items; launched with at most one program per multiprocessor.
 
-    `qd`, `kd` and `vd` describe q ``[B, Hq, Tq, D]`` and k, v ``[B, Hk, Tk, D]``. `out` is a contiguous
-    ``[B, Hq, Tq, D]``, `lse` fp32 ``[B, Hq, Tq]`` (written with LSE), `sinks` fp32 ``[Hq]`` (read with
+    `qd`, `kd` and `vd` describe q ``[B, Hq, Tq, D]`` and k, v ``[B, Hk, Tk, D]``. `out` is
+    ``[B, Hq, Tq, D]`` with its dimensions but the last in any order and no gaps, strides given in vectors
+    of D numbers, `lse` fp32 ``[B, Hq, Tq]`` (written with LSE), `sinks` fp32 ``[Hq]`` (read with
     SINKS), `bits` int32 ``[sel_batch, sel_heads, sel_rows, words]``. `counter` is zero and counts the
     `items` taken, ITEM_HEADS times ITEM_TILES tiles of queries each. `past` is the number of keys
     before the first query, `scale` the softmax scale times log2(e). A KV block has PARTS tiles, WORDS is
@@ -505,7 +513,8 @@ def attend(
     lists = (bits, words, sel_batch, sel_heads, sel_rows)
     channel = (ring, notes, full, empty)
     source = (qd, kd, vd, lists, counter, items, sizes, channel)
-    target = (out, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel)
+    strides = (stride_out_b, stride_out_h, stride_out_row)
+    target = (out, strides, lse, sinks, maxima, shares, tiles_k, sizes, scale, channel)
     if SHARE:
         gl.warp_specialize(
             [
