@@ -64,6 +64,11 @@ def test_padding_of_a_batch() -> None:
     assert padding.keys.align(x)[0].flatten().tolist() == [0, 1, 4, 5, 6, 8, 0, 0, 0]
     real = padding.keys.real[:, None, :, None]
     assert torch.equal(padding.keys.unpack(padding.keys.pack(x)), x * real)
+    wide = torch.randn(3, 2, 9, 4)
+    out = padding.keys.unpack(padding.keys.pack(wide))
+    assert torch.equal(out, wide * real)
+    # Models join the heads of a token without a copy.
+    assert out.transpose(1, 2).is_contiguous()
     assert torch.equal(padding.keys.unalign(padding.keys.align(x)), x * real)
     part = padding.part([2, 0])
     assert part.rows.known == ((4, 9), (3, 6))

@@ -108,8 +108,12 @@ class Side:
         return x.transpose(0, 1)[:, self.row, self.token][None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Undo `pack`, with zeros where nothing is real."""
-        return self._spread(x[0], self.token)
+        """Undo `pack`, with zeros where nothing is real; in memory tokens come before heads."""
+        _, heads, _, dim = x.shape
+        out = x.new_zeros(*self.real.shape, heads, dim)
+        # In the order in which models join the heads of a token, which then takes no copy.
+        out[self.row, self.token] = x[0].transpose(0, 1)
+        return out.transpose(1, 2)
 
     def align(self, x: Tensor) -> Tensor:
         """Move every row's real tokens to its beginning, ``[B, H, T, D]``, zeros behind them."""
