@@ -157,13 +157,23 @@ class AttnGate(nn.Module):
         """
         return self._summarise(k, self.config.k_sub, self.config.k_pool, positions, rows, **self._of_keys())
 
-    def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
+    def summarise_queries(
+        self, q: Tensor, *, positions: Tensor, rows: Rows | None = None, rounded_to: torch.dtype | None = None
+    ) -> Tensor:
         """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, Nq * block_size / q_sub, E]``."""
-        return self._summarise_queries(q, self.config.q_sub, positions, rows)
+        return self._summarise_queries(q, self.config.q_sub, positions, rows, rounded_to)
 
-    def _summarise_queries(self, q: Tensor, size: int, positions: Tensor, rows: Rows | None) -> Tensor:
+    def _summarise_queries(
+        self,
+        q: Tensor,
+        size: int,
+        positions: Tensor,
+        rows: Rows | None,
+        rounded_to: torch.dtype | None = None,
+    ) -> Tensor:
         """Summarise every ``size`` queries."""
-        return self._summarise(q, size, self.config.q_pool, positions, rows, **self._of_queries())
+        options = self._of_queries() | ({} if rounded_to is None else {"rounded_to": rounded_to})
+        return self._summarise(q, size, self.config.q_pool, positions, rows, **options)
 
     def _of_keys(self) -> dict[str, Any]:
         """Return what projects and normalises the pools of keys."""

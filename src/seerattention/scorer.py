@@ -78,7 +78,10 @@ class ProductScorer(Scorer, Protocol):
         ...
 
     def summarise_queries(self, q: Tensor, *, positions: Tensor, rows: Rows | None = None) -> Tensor:
-        """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``; packed as `compress`."""
+        """Summarise queries: ``[B, Hq, Tq, D]`` -> ``[B, H, ceil(Tq / tokens), E]``; packed as `compress`.
+
+        A scorer with a ``score_dtype`` takes ``rounded_to`` as well, which is that: they are returned so.
+        """
         ...
 
 
@@ -91,8 +94,13 @@ def rounded(summaries: Tensor, scorer: Scorer) -> Tensor:
     dtype: torch.dtype | None = getattr(scorer, "score_dtype", None)
     if dtype is None or summaries.requires_grad:
         return summaries
+    return narrowed(summaries, dtype).to(summaries.dtype)
+
+
+def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round numbers to a dtype of few bits, whose largest number stands for all beyond."""
     largest = torch.finfo(dtype).max
-    return summaries.clamp(-largest, largest).to(dtype).to(summaries.dtype)
+    return numbers.clamp(-largest, largest).to(dtype)
 
 
 def compares_shares(scorer: Scorer) -> bool:

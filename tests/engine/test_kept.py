@@ -194,11 +194,17 @@ def test_any_changed_bit_is_noticed(length: int, token: int, head: int, dim: int
 def test_sums_are_of_bits_wherever_they_lie(dim: int, dtype: torch.dtype) -> None:
     k = torch.randn(2, 3, 5, dim, dtype=dtype)
     sums = sums_of(k)
-    assert sums.shape == k.shape[:3] and sums.dtype == torch.int64
+    assert sums.shape == k.shape[:3]
+    assert sums.dtype == torch.int64
     wide = torch.zeros(2, 3, 5, dim + 3, dtype=dtype)
     wide[..., 1 : dim + 1] = k
     odd = torch.zeros(k.numel() + 1, dtype=dtype)[1:].view_as(k).copy_(k)
-    for same in (wide[..., 1 : dim + 1], odd, k.transpose(1, 2).contiguous().transpose(1, 2), k.mT.clone().mT):
+    for same in (
+        wide[..., 1 : dim + 1],
+        odd,
+        k.transpose(1, 2).contiguous().transpose(1, 2),
+        k.mT.clone().mT,
+    ):
         assert torch.equal(sums_of(same), sums)
     one = k[:1].as_strided(k[:1].shape, (1, *k.stride()[1:]))
     assert torch.equal(sums_of(one), sums[:1])

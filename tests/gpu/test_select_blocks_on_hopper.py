@@ -76,7 +76,7 @@ def test_it_chooses_as_any_right_backend(case: Case, dtype: torch.dtype) -> None
         certain.check(select_blocks(policy=policy, **args, backend="hopper"))
 
 
-@pytest.mark.parametrize("name", ["tokens-4173", "later-chunk-unaligned", "batch"])
+@pytest.mark.parametrize("name", ["tokens-4173", "later-chunk-unaligned", "batch", "8-bits-batch"])
 def test_calls_repeat_to_the_bit(name: str) -> None:
     args = arguments(next(c for c in CASES if c.name == name), torch.bfloat16, "cuda")
     first = select_blocks(policy=TopK(0.1), **args, backend="hopper").bits
@@ -84,8 +84,9 @@ def test_calls_repeat_to_the_bit(name: str) -> None:
         assert torch.equal(select_blocks(policy=TopK(0.1), **args, backend="hopper").bits, first)
 
 
-def test_chunks_and_strips_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = arguments(shares("long", 9001), torch.bfloat16, "cuda")
+@pytest.mark.parametrize("gate", [{}, EIGHT_BITS], ids=["16-bits", "8-bits"])
+def test_chunks_and_strips_of_other_sizes(gate: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(shares("long", 9001, gate=gate), torch.bfloat16, "cuda")
     certain = Certain.of(policy=TopK(0.1), **args, rounding=scores.HOPPER_ROUNDING)
     for strip, items, size, summaries in ((1, 1, 2**30, 2**30), (3, 1, 2**22, 2**22), (64, 1, 2**20, 2**19)):
         monkeypatch.setattr(scores, "HOPPER_STRIP", strip)

@@ -12,6 +12,7 @@ from torch import Tensor
 from seerattention.ops import summarise_blocks as summarise_op
 from seerattention.ops.options import SummaryOptions
 from seerattention.ops.summarise_blocks import hopper, summarise_blocks
+from seerattention.scorer import narrowed
 from seerattention.testing.budget import Budget
 from seerattention.testing.waiting import no_waiting
 
@@ -159,8 +160,22 @@ def test_it_compiles_with_torch() -> None:
     assert torch.equal(compiled(given["x"]), summarise_blocks(**given, backend="hopper"))
 
 
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("tokens", [1, 257, 4173])
+def test_rounded_as_what_is_not_is_rounded_later(tokens: int, backend: str) -> None:
+    few = torch.float8_e4m3fn
+    given = inputs(tokens)
+    given["weight"] *= 300
+    whole = summarise_blocks(**given, backend=backend)
+    assert whole.abs().max() > 448 > whole.abs().median()
+    out = summarise_blocks(**given, rounded_to=few, backend=backend)
+    assert torch.equal(out.float(), narrowed(whole, few).float())
+    compiled = torch.compile(lambda x: summarise_blocks(**given | {"x": x}, rounded_to=few, backend=backend))
+    assert torch.equal(compiled(given["x"]).float(), out.float())
+
+
 def test_auto_takes_it_for_all_but_a_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "LEAST_TOKENS", 2048)
+    monkeypatch.setattr(hopper, "LEAST_TOKENS", 8 * 2048)
     backends = summarise_op.BACKENDS
     for tokens, name in ((2048, "hopper"), (2047, "triton")):
         given = inputs(tokens)

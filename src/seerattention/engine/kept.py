@@ -206,7 +206,7 @@ def summarised(scorer: Any, k: Tensor, rows: Rows, positions: Tensor) -> Tensor:
 
 
 def sums_of(keys: Tensor) -> Tensor:
-    """Sum the bits of every key, ``[B, Hk, T, D]`` -> int64 ``[B, Hk, T]``, as the widest words it consists of.
+    """Sum the bits of every key, ``[B, Hk, T, D]`` -> int64 ``[B, Hk, T]``, in the widest words there are.
 
     Torch writes narrower ones down as int64 before it adds them up, four times as many bytes as there are.
     """

@@ -64,6 +64,15 @@ def unsupported_on_hopper(device: torch.device, dtype: torch.dtype, kernel: Any)
     return reasons
 
 
+def cannot_round(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the reasons why Triton's kernels do not round to a dtype of few bits on a device."""
+    if dtype != torch.float8_e4m3fn:
+        return [f"it rounds to float8_e4m3fn, not to {dtype}"]
+    if device.type == "cuda" and not _is_hopper(device):
+        return ["it rounds to float8_e4m3fn on Hopper GPUs (sm_90), where this is multiplied"]
+    return []
+
+
 # A bool, since some compilers of PyTorch cannot compare a constant tuple.
 @torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:

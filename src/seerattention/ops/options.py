@@ -205,6 +205,12 @@ class SummaryOptions(Asked):
     eps: float = 1e-6
     rotary: tuple[Tensor, Tensor] | None = None
     rows: Rows | None = None
+    rounded_to: torch.dtype | None = None
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Of what is returned."""
+        return self.rounded_to or self.dtype
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

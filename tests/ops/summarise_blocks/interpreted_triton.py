@@ -9,6 +9,7 @@ from seerattention.ops import language
 from seerattention.ops.cases.summarise_blocks import CASES, Case
 from seerattention.ops.summarise_blocks import BACKENDS, summarise_blocks
 from seerattention.rows import Rows
+from seerattention.scorer import narrowed
 from seerattention.testing.summaries import budget, inputs
 
 pytest.importorskip("triton")
@@ -29,6 +30,35 @@ def test_summaries_in_another_dtype_than_the_tokens() -> None:
     wanted = budget(case, {"x": x.float(), **given})
     out = summarise_blocks(x, case.size, case.pools, dtype=torch.float32, **given, backend="triton")
     wanted.check(out)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", ["sixteen", "thousand"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rounded_as_what_is_not_is_rounded_later(name: str, backend: str, dtype: torch.dtype) -> None:
+    case = next(c for c in CASES if c.name == name)
+    given = inputs(case, dtype)
+    # Some are beyond the largest number of eight bits.
+    given["weight"] = given["weight"] * 300
+    x, few = given.pop("x"), torch.float8_e4m3fn
+    whole = summarise_blocks(x, case.size, case.pools, **given, backend=backend)
+    assert whole.abs().max() > 448 > whole.abs().median()
+    out = summarise_blocks(x, case.size, case.pools, rounded_to=few, **given, backend=backend)
+    assert out.dtype == few
+    assert torch.equal(out.float(), narrowed(whole, few).float())
+
+
+def test_what_it_does_not_round() -> None:
+    x = torch.randn(1, 1, 40, 16)
+    with pytest.raises(NotImplementedError, match="without a projection it does not round"):
+        summarise_blocks(x, 8, ("avg",), rounded_to=torch.float8_e4m3fn, backend="triton")
+    weight = torch.randn(1, 16, 8)
+    with pytest.raises(NotImplementedError, match=r"to float8_e4m3fn, not to torch\.float8_e5m2"):
+        summarise_blocks(x, 8, ("avg",), weight=weight, rounded_to=torch.float8_e5m2, backend="triton")
+    with pytest.raises(NotImplementedError, match="interpreter rounds ties"):
+        summarise_blocks(x, 8, ("avg",), weight=weight, rounded_to=torch.float8_e4m3fn, backend="triton")
+    out = summarise_blocks(x, 8, ("avg",), rounded_to=torch.float8_e5m2)
+    assert out.dtype == torch.float8_e5m2
 
 
 def test_one_rotation_for_the_whole_batch() -> None:

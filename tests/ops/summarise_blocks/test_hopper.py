@@ -25,9 +25,9 @@ from seerattention.ops.summarise_blocks.kernels import hopper as kernel
 from seerattention.ops.summarise_blocks.hopper import stages
 
 made = []
-for kind, size, width, dim, pools, rotates in json.loads(sys.argv[1]):
+for kind, size, width, dim, pools, rotates, out in json.loads(sys.argv[1]):
     matrix = kernel.gl.NVMMASharedLayout(min(128, 2 * dim), 16, 2)
-    types = {"x": f"*{kind}", "out": f"*{kind}"}
+    types = {"x": f"*{kind}", "out": f"*{out}"}
     types["parts"] = f"tensordesc<{kind}[1, 1, {min(size, 4)}, 64, 64],{kernel.TOKENS!r}>"
     types["matrices"] = f"tensordesc<{kind}[64, {dim}],{matrix!r}>"
     held = sum(place >= 0 for place in pools) * width * dim * 2
@@ -73,7 +73,7 @@ def test_only_the_device_is_missing() -> None:
         (tokens(dtype=torch.float16), {"dtype": torch.bfloat16}, "in the tokens' dtype, torch.float16"),
         (tokens(width=96), {}, "it takes heads of (64, 128) numbers, not 96"),
         (tokens(), {"size": 6}, "it takes blocks of (2, 4, 8, 16) tokens, not 6"),
-        (tokens((1 << 16) - 1), {}, "of fewer than 524,288 tokens of all heads it is no faster than triton"),
+        (tokens((1 << 15) - 1), {}, "of fewer than 262,144 tokens of all heads it is no faster than triton"),
         (tokens(width=256)[..., ::2], {}, "x must be 16-byte aligned with a contiguous last dimension"),
         (tokens()[..., :1, :].expand(1, 8, 1 << 16, 128), {}, "x must be 16-byte aligned"),
         (tokens(), {"weight": None}, "it does nothing without a projection"),
@@ -83,6 +83,7 @@ def test_only_the_device_is_missing() -> None:
         (tokens(), {"norm": tokens().new_empty(64)}, "it does not normalise"),
         (tokens(), {"rows": Rows.packed([(1 << 15, 1 << 15)] * 2)}, "it takes no packed sequences"),
         (tokens(), {"merge": 2}, "it does not merge heads"),
+        (tokens(), {"rounded_to": torch.float8_e5m2}, "it rounds to float8_e4m3fn, not to torch.float8_e5m2"),
     ],
 )  # fmt: skip
 def test_reasons_why_not(x: torch.Tensor, options: dict[str, Any], reason: str) -> None:
@@ -94,16 +95,17 @@ def test_the_kernel_compiles_for_hopper() -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(hopper.__file__).parents[3])
     kinds = [
-        ("bf16", 4, 128, 64, (0, 1, 2), True),
-        ("fp16", 4, 64, 64, (0, 1, 2), False),
-        ("bf16", 16, 128, 64, (-1, -1, 0), True),
-        ("bf16", 2, 128, 128, (1, 2, 0), True),
-        ("bf16", 8, 128, 16, (0, -1, 1), True),
+        ("bf16", 4, 128, 64, (0, 1, 2), True, "bf16"),
+        ("bf16", 4, 128, 64, (0, 1, 2), True, "fp8e4nv"),
+        ("fp16", 4, 64, 64, (0, 1, 2), False, "fp16"),
+        ("bf16", 16, 128, 64, (-1, -1, 0), True, "bf16"),
+        ("bf16", 2, 128, 128, (1, 2, 0), True, "bf16"),
+        ("bf16", 8, 128, 16, (0, -1, 1), True, "bf16"),
     ]
     command = [sys.executable, "-c", COMPILE, json.dumps(kinds)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for (_, _, width, _, pools, _), (shared, products) in zip(kinds, json.loads(done.stdout), strict=True):
+    for (_, _, width, _, pools, _, _), (shared, products) in zip(kinds, json.loads(done.stdout), strict=True):
         # A Hopper multiprocessor lends a program 227 KiB; other versions of Triton may take a little more.
         assert shared <= 227 * 1024 - 500
         # Per consumer: steps of 16 numbers of all pools.

@@ -34,6 +34,7 @@ def summarise_blocks(
     eps: float = 1e-6,
     rotary: tuple[Tensor, Tensor] | None = None,
     rows: Rows | None = None,
+    rounded_to: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Pool blocks of tokens, project them per head, normalise and rotate.
@@ -50,6 +51,7 @@ def summarise_blocks(
         eps: Of the norm.
         rotary: cos and sin ``[B or 1, N, E]`` of the angles to rotate by; default no rotation.
         rows: Where packed sequences lie in x: blocks begin anew with each. Default none are packed.
+        rounded_to: Dtype of few bits to round the result to, see `narrowed`; default not at all.
         backend: ``auto``, or a name of ``BACKENDS``, which then runs or raises.
 
     Returns:
@@ -64,7 +66,7 @@ def summarise_blocks(
     packed = rows if rows is not None and rows.is_packed else None
     options = SummaryOptions(
         size=size, pools=pools, dtype=x.dtype if dtype is None else dtype, weight=weight, merge=merge,
-        norm=norm, eps=eps, rotary=rotary, rows=packed,
+        norm=norm, eps=eps, rotary=rotary, rows=packed, rounded_to=rounded_to,
     )  # fmt: skip
     _check(x, options)
     if rotary is not None and rotary[0].shape != rotary[1].shape:

@@ -27,8 +27,8 @@ HEAD_DIMS, DIMS, SIZES = (64, 128), (16, 32, 64, 128), (2, 4, 8, 16)
 #: Blocks of an item; numbers of a token and places within a block in a part, at most.
 ROWS, NUMBERS, PLACES = 64, 64, 4
 
-#: Tokens, those of all heads counted, below which Triton's kernel is as fast: 16,384 of 32 heads.
-LEAST_TOKENS = 1 << 19
+#: Tokens, those of all heads counted, below which Triton's kernel is as fast: 8,192 of 32 heads.
+LEAST_TOKENS = 1 << 18
 
 #: Shared memory of a program: 227 KiB, less what barriers and sums of threads take.
 SHARED_BYTES = 225 * 1024
@@ -67,6 +67,8 @@ def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
             reasons.append("weight must be 16-byte aligned")
     if options.norm is not None:
         reasons.append("it does not normalise")
+    if options.rounded_to not in (None, torch.float8_e4m3fn):
+        reasons.append(f"it rounds to float8_e4m3fn, not to {options.rounded_to}")
     if options.rows is not None:
         reasons.append("it takes no packed sequences")
     return reasons
@@ -78,14 +80,20 @@ def run(x: Tensor, options: SummaryOptions) -> Tensor:
     assert options.weight is not None
     # An operator of torch costs tens of microseconds a call; only torch.compile needs one.
     start = summarise_op if torch.compiler.is_compiling() else summarise
-    return start(x, options.size, " ".join(options.pools), options.weight, cos, sin)
+    return start(x, options.size, " ".join(options.pools), options.weight, cos, sin, options.out_dtype)
 
 
 def summarise(
-    x: Tensor, size: int, pools: str, weight: Tensor, cos: Tensor | None, sin: Tensor | None
+    x: Tensor,
+    size: int,
+    pools: str,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Launch the kernel; arguments as those of `run`, pools in one text."""
-    out = _empty(x, size, pools, weight, cos, sin)
+    """Launch the kernel; arguments as those of `run`, pools in one text, and the result's dtype."""
+    out = _empty(x, size, pools, weight, dtype)
     (batch, heads, tokens, width), (blocks, dim) = x.shape, out.shape[2:]
     if out.numel() == 0:
         return out
@@ -129,7 +137,8 @@ def stages(size: int, held: int, dim: int) -> int:
 
 
 def _empty(x: Tensor, size: int, pools: str, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], num_blocks(x.shape[2], size), weight.shape[2])
+    shape = x.shape[0], x.shape[1], num_blocks(x.shape[2], size), weight.shape[2]
+    return x.new_empty(shape, dtype=rest[-1])
 
 
 summarise_op = torch.library.custom_op(

@@ -44,6 +44,8 @@ def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
         reasons.append("it takes float32, bfloat16 and float16")
     elif torch.promote_types(x.dtype, options.dtype) != options.dtype:
         reasons.append(f"it does not round tokens, {x.dtype}, before they are pooled, to {options.dtype}")
+    if options.rounded_to is not None:
+        reasons.append(f"it does not round to {options.rounded_to}")
     if differentiated(x, options.weight, options.norm):
         reasons.append("it has no backward")
     if why := missing():

@@ -8,12 +8,18 @@ from torch import Tensor
 
 from seerattention.ops.dispatch import runs_everything
 from seerattention.ops.options import SummaryOptions
+from seerattention.scorer import narrowed
 
 unsupported = runs_everything
 
 
 def run(x: Tensor, options: SummaryOptions) -> Tensor:
     """Return the summaries, ``[B, H, N, E]``: every packed sequence's as if it were alone."""
+    made = _summarised(x, options)
+    return made if options.rounded_to is None else narrowed(made, options.rounded_to)
+
+
+def _summarised(x: Tensor, options: SummaryOptions) -> Tensor:
     size, pools, rows, rotary = options.size, options.pools, options.rows, options.rotary
     then = {"weight": options.weight, "merge": options.merge, "norm": options.norm, "eps": options.eps}
     if rows is None:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seerattention.ops.language import DTYPES, INTERPRETED, jit, padded, products, tl, unsupported_here
+from seerattention.ops.language import (
+    DTYPES,
+    INTERPRETED,
+    cannot_round,
+    jit,
+    padded,
+    products,
+    tl,
+    unsupported_here,
+)
 from seerattention.ops.launch import Launch
 from seerattention.ops.options import SummaryOptions, pool_places
 from seerattention.rows import num_blocks
@@ -47,6 +56,12 @@ def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if max(x.shape[3], 0 if weight is None else weight.shape[2]) * dtype.itemsize > 512:
         reasons.append("it takes vectors of up to 512 bytes")
+    if options.rounded_to is not None:
+        if weight is None:
+            reasons.append("without a projection it does not round")
+        if INTERPRETED:
+            reasons.append("Triton's interpreter rounds ties in eight bits away from zero")
+        reasons += cannot_round(x.device, options.rounded_to)
     return reasons
 
 
@@ -58,7 +73,7 @@ def run(x: Tensor, options: SummaryOptions) -> Tensor:
     start = summarise_op if torch.compiler.is_compiling() else summarise
     return start(
         x, options.size, " ".join(options.pools), options.dtype, options.weight, options.norm, options.eps,
-        cos, sin, edges,
+        cos, sin, edges, options.out_dtype,
     )  # fmt: skip
 
 
@@ -73,17 +88,18 @@ def summarise(
     cos: Tensor | None,
     sin: Tensor | None,
     edges: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Launch the kernel; arguments as those of `run`, pools in one text, packed blocks by their edges."""
-    out = _empty(x, size, pools, dtype, weight, edges)
+    out = _empty(x, size, pools, dtype, weight, edges, out_dtype)
     (batch, heads, tokens, width), (_, heads_out, blocks, dim) = x.shape, out.shape
     names = pools.split()
     if weight is None:
         dim = width
-    kind = _kind(max(width, dim) * out.element_size(), projects=weight is not None or len(names) > 1)
+    kind = _kind(max(width, dim) * dtype.itemsize, projects=weight is not None or len(names) > 1)
     tile = _tile(LAUNCHES[kind], size)
     halves = padded(num_blocks(width, 2)), padded(num_blocks(dim, 2))
-    nbytes = 4 * len(names) * halves[0] * halves[1] * out.element_size()
+    nbytes = 4 * len(names) * halves[0] * halves[1] * dtype.itemsize
     held = weight is not None and heads_out == heads and nbytes <= HELD_BYTES
     programs = num_blocks(blocks, tile["ROWS"])
     if held:
@@ -113,17 +129,18 @@ def summarise(
             PLACES=pool_places(names),
             HELD=held,
             PRECISION=products(x),
+            LARGEST=None if out_dtype == dtype else torch.finfo(out_dtype).max,
             **tile,
         )
     return out
 
 
 def _empty(x: Tensor, size: int, pools: str, dtype: torch.dtype, weight: Tensor | None, *rest: Any) -> Tensor:
-    edges = rest[-1]
+    edges, out_dtype = rest[-2:]
     plain = x.shape[1], len(pools.split()) * x.shape[3]
     heads, dim = plain if weight is None else (weight.shape[0], weight.shape[2])
     blocks = num_blocks(x.shape[2], size) if edges is None else edges.shape[1]
-    return x.new_empty((x.shape[0], heads, blocks, dim), dtype=dtype)
+    return x.new_empty((x.shape[0], heads, blocks, dim), dtype=out_dtype)
 
 
 summarise_op = torch.library.custom_op("seerattention::summarise_blocks", summarise, mutates_args=())
@@ -178,8 +195,12 @@ def _summarise(
     UNROLL: tl.constexpr,
     HELD: tl.constexpr,
     PRECISION: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """Summarise a head's blocks, `ROWS` at a time; PLACES are those of max, min and avg, -1 if not wanted."""
+    """Summarise a head's blocks, `ROWS` at a time; PLACES are those of max, min and avg, -1 if not wanted.
+
+    With LARGEST, that of the dtype of `out`, summaries are rounded to their own dtype first and then to it.
+    """
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
     E_HALF: tl.constexpr = (E + 1) // 2
     POOLS: tl.constexpr = (PLACES[0] >= 0) + (PLACES[1] >= 0) + (PLACES[2] >= 0)
@@ -187,7 +208,7 @@ def _summarise(
     WIDTH: tl.constexpr = E if weight is not None else POOLS * E
     e = tl.arange(0, E_PAD)
     x += batch * stride_b + head * stride_h
-    like = out.dtype.element_ty
+    like = out.dtype.element_ty if weight is None else weight.dtype.element_ty
     kept = tl.float32 if weight is None else like
     parts = None
     if HELD:
@@ -214,6 +235,8 @@ def _summarise(
                 pools, w, parts, norm, cos, sin, turn, kept_a, kept_b, eps, D, E, D_PAD, E_PAD, PLACES, ROWS,
                 PRECISION,
             )  # fmt: skip
+            if LARGEST is not None:
+                first, second = _within(first.to(like), LARGEST), _within(second.to(like), LARGEST)
             to = out + ((batch * HEADS * GROUPS + head_out) * blocks + row[:, None]) * WIDTH + e[None, :]
             if WIDTH == E:
                 tl.store(to, first, mask=kept_a)
@@ -224,6 +247,11 @@ def _summarise(
                         a, b = pools[kind]
                         tl.store(to + PLACES[kind] * E, a, mask=kept_a)
                         tl.store(to + PLACES[kind] * E + E_HALF, b, mask=kept_b)
+
+
+@jit
+def _within(number, LARGEST: tl.constexpr):
+    return tl.minimum(tl.maximum(number.to(tl.float32), -LARGEST), LARGEST)
 
 
 @jit

@@ -84,12 +84,17 @@ def run(
     start = choose_op if torch.compiler.is_compiling() else choose_rows
     keys = multiplied(k_blocks, scorer, hopper)
     sequences = None if packed is None else _sequences(packed, scorer, q.device)
+    # Those of queries are rounded as they are made: there are many, and they are used once.
+    dtype = getattr(scorer, "score_dtype", None) if hopper else None
+    few_bits = {} if dtype is None else {"rounded_to": dtype}
     bits = values = None
     per_row = q.shape[0] * q.shape[1] * scorer.sub_blocks[0] * keys.shape[3] * keys.element_size()
     step = max(1, SUMMARY_BYTES // per_row) if packed is None else down
     for first in range(0, down, step):
         part = slice(first * block_q, min(rows.num_queries, (first + step) * block_q))
-        queries = scorer.summarise_queries(q[:, :, part], positions=positions[..., part], rows=packed)
+        queries = scorer.summarise_queries(
+            q[:, :, part], positions=positions[..., part], rows=packed, **few_bits
+        )
         if bits is None:
             check_pair(queries, keys)
             heads = queries.shape[1]

@@ -196,6 +196,8 @@ def multiplied(summaries: Tensor, scorer: Scorer, hopper: bool) -> Tensor:
     dtype: torch.dtype | None = getattr(scorer, "score_dtype", None)
     if dtype is None or not hopper:
         return rounded(summaries, scorer).contiguous()
+    if summaries.dtype == dtype:
+        return summaries.contiguous()
     if torch.compiler.is_compiling():
         return rounded(summaries, scorer).to(dtype).contiguous()
     summaries = summaries.contiguous()

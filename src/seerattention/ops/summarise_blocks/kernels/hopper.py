@@ -248,15 +248,24 @@ def _angles(turns, at, inside, E: gl.constexpr):
 
 
 @gluon.jit
-def _finish(a, b, angles, out, inside, ROTATES: gl.constexpr, E: gl.constexpr):
+def _rounded(number, out, LIKE: gl.constexpr):
+    """Round numbers to LIKE and then to the dtype of `out`; of 8 bits, its largest stands for all beyond."""
+    number = number.to(LIKE)
+    if out.dtype.element_ty.primitive_bitwidth == 8:
+        number = gl.minimum(gl.maximum(number.to(gl.float32), -448.0), 448.0)
+    return number.to(out.dtype.element_ty)
+
+
+@gluon.jit
+def _finish(a, b, angles, out, inside, ROTATES: gl.constexpr, E: gl.constexpr, LIKE: gl.constexpr):
     """Rotate summaries in two halves and store them, the first half at `out`."""
     if ROTATES:
         cos_a, cos_b, sin_a, sin_b = angles
         turned = a * cos_a - b * sin_a
         b = b * cos_b + a * sin_b
         a = turned
-    gl.store(out, a.to(out.dtype.element_ty), mask=inside)
-    gl.store(out + E // 2, b.to(out.dtype.element_ty), mask=inside)
+    gl.store(out, _rounded(a, out, LIKE), mask=inside)
+    gl.store(out + E // 2, _rounded(b, out, LIKE), mask=inside)
 
 
 @gluon.jit
@@ -271,7 +280,7 @@ def _summarise_last(x, stride, count, held, turns, at, out, D: gl.constexpr, POO
     )
     a, b = product.reshape([2, E // 2]).permute((1, 0)).split()
     a, b = gl.convert_layout(a, COLUMNS), gl.convert_layout(b, COLUMNS)
-    _finish(a, b, _angles(turns, at + e, e < E, E), out + e, e < E, turns[0] is not None, E)
+    _finish(a, b, _angles(turns, at + e, e < E, E), out + e, e < E, turns[0] is not None, E, held.dtype)
 
 
 @gluon.jit
@@ -302,7 +311,7 @@ def _consume(target, c: gl.constexpr, SIZE: gl.constexpr, D: gl.constexpr, POOLS
             product = _project(parts, full, empty, held, order.index(1 - c), g, SIZE, D, POOLS)
             a, b = product.reshape([ROWS, 2, E // 2]).permute((0, 2, 1)).split()
             a, b = gl.convert_layout(a, _half(E)), gl.convert_layout(b, _half(E))
-            _finish(a, b, angles, to + row * E + e, row < whole, turns[0] is not None, E)
+            _finish(a, b, angles, to + row * E + e, row < whole, turns[0] is not None, E, held.dtype)
             if (item + 1 == (head + 1) * tiles) & (whole < blocks):
                 short = x + (head // heads).to(gl.int64) * stride_b + (head % heads).to(gl.int64) * stride_h
                 short += whole.to(gl.int64) * SIZE * stride_t
