@@ -61,6 +61,7 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     from seerattention.hosts.transformers import push_to_hub as push
     from seerattention.hosts.transformers import save_gates
     from seerattention.rows import num_blocks
+    from seerattention.train.eight_bits import try_eight_bits
     from seerattention.train.save import GATES
     from seerattention.train.target import LEAST_TAKEN, shown_density
 
@@ -82,6 +83,8 @@ def _teach(told: Distillation, out: Path, push_to_hub: str, dry_run: bool) -> No
     train(trainer, console, after=plan.tokens if plan else 0)
     if dropped := getattr(run.text.batches, "dropped", 0):
         console.print(f"dropped {dropped:,} documents of fewer than 4 blocks")
+    if told.eight_bits >= 0 and (found := try_eight_bits(trainer, told.eight_bits)) is not None:
+        console.print(str(found))
     main = trainer.accelerator.is_main_process
     if main:
         save_gates(trainer.gates, out / GATES)

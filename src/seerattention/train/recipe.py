@@ -174,6 +174,8 @@ class Distillation(Recipe["Distiller"]):
         share_text: Let all processes share every sequence, if it is longer than one GPU takes.
         retrieval: Share of the sequences that state things and ask for them, made from the text.
         repeats: Share of the sequences in which passages of the text return.
+        eight_bits: Held-out recall that gates for prefill may lose to be saved with scores in eight bits,
+            which Hopper GPUs multiply faster; tried at the end on such a GPU. Negative: never.
         seed: Of new gates, gaps, the order of the text and what is made of it.
     """
 
@@ -185,6 +187,7 @@ class Distillation(Recipe["Distiller"]):
     share_text: bool = False
     retrieval: float = 0.25
     repeats: float = 0.1
+    eight_bits: float = 0.002
 
     def __post_init__(self) -> None:
         from seerattention.train.mixture import check_shares
@@ -312,6 +315,10 @@ class Finetuning(Recipe["Finetuner"]):
 
 
 def _design(config: GateConfig) -> dict[str, Any]:
-    """Return what `new_gates` made these gates of, with a number in place of None: TOML has no null."""
+    """Return what `new_gates` made these gates of: TOML has no null.
+
+    None of a setting whose default is another is a number; where None is the default, it is left out.
+    """
     whole = {"q_sub_block": config.q_sub, "k_sub_block": config.k_sub}
-    return {name: value for name, value in {**config.to_dict(), **whole}.items() if name not in SHAPE}
+    design = {**config.to_dict(), **whole}
+    return {name: value for name, value in design.items() if name not in SHAPE and value is not None}
