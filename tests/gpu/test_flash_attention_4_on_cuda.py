@@ -8,6 +8,9 @@ from seerattention.ops import flash_attention_4
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.testing.budget import Budget
 
+#: What it imports warns.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 OPTIONS = {
     "plain": {},
     "window": {"window": 129},
