@@ -31,6 +31,8 @@ from seerattention.hosts.transformers import attach, detach, new_gates, usage
 from seerattention.ops.dense_attention import CUDNN_FIRST
 
 POLICY = "top_k:0.1,sink_blocks=1"
+#: Of gates; the last is the default with scores in eight bits.
+DESIGNS = ("published", "default", "8-bits")
 #: Which part a module belongs to, by the last word of its name.
 MODULES = {"mlp": "mlp"} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "projections")
 PARTS = ("attention", "selection", "mlp", "projections", "rest")
@@ -47,6 +49,8 @@ def make_gates(model: Any, design: str) -> Any:
         )
         shape = ("num_heads", "num_kv_heads", "head_dim")
         settings = {k: v for k, v in asdict(published).items() if k not in shape}
+    elif design == "8-bits":
+        settings = {"score_dtype": "float8_e4m3fn"}
     torch.manual_seed(0)
     return new_gates(model, **settings).to(model.dtype)
 
@@ -198,15 +202,13 @@ def main() -> None:
     parser = script.parser(__doc__, [32768, 131072], repeats=2)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="default: %(default)s")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument(
-        "--gate", choices=("published", "default"), action="append", help="repeatable; default both"
-    )
+    parser.add_argument("--gate", choices=DESIGNS, action="append", help="repeatable; default all")
     parser.add_argument("--backend", default="auto", help="of block_sparse_attention (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = random_model(random_config(args.shape, layers=args.layers), args.device, dtype)
-    designs = args.gate or ("published", "default")
+    designs = args.gate or DESIGNS
     gates = {"dense": None} | {name: make_gates(model, name) for name in designs}
     about = script.model_settings(model, args.shape) | {"policy": POLICY, "backend": args.backend}
     rows: list[dict[str, Any]] = []
