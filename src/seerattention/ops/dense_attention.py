@@ -63,11 +63,11 @@ def dense_attention(
     past = k.shape[2] - q.shape[2]
     if window is not None and window >= k.shape[2]:
         window = None
-    if positions is None and flash_attention_4.pays(q, k) and not flash_attention_4.unsupported(q, k, v):
-        return flash_attention_4.attend(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
     plain = softcap is None and sinks is None
     if plain and window is None and positions is None and (past == 0 or q.shape[2] == 1):
         causal = q.shape[2] > 1
+        if flash_attention_4.pays(q, k) and not flash_attention_4.unsupported(q, k, v):
+            return flash_attention_4.attend(q, k, v, scale=scale)
         if q.is_cuda and causal and (least := cudnn_from()) is not None and q.shape[2] >= least:
             return cudnn_first(q, k, v, scale=scale)
         gqa = q.shape[1] != k.shape[1]

@@ -1,7 +1,7 @@
 """FlashAttention-4 for dense attention on Hopper GPUs, where the package flash-attn-4 is installed.
 
-It is faster than cuDNN there, and takes windows, soft-caps, sinks and later queries, for which torch's
-kernels need masks. It compiles a kernel for each kind, which takes seconds in the first call of a process;
+It is 5 % faster than cuDNN there at 32k tokens and 18 % at 128k (docs/kernels.md). What else it could do,
+windows, soft-caps, sinks and later queries, was not run here on a GPU, and is left to others. It compiles a kernel for each kind, which takes seconds in the first call of a process;
 with ``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1`` it keeps them for later processes.
 """
 
@@ -19,11 +19,11 @@ from torch import Tensor
 #: The package on PyPI, and the module in it.
 PACKAGE, MODULE = "flash-attn-4", "flash_attn.cute"
 
-#: Queries times keys from which it is taken: those of 16,384 tokens, or of a piece of 2,048 behind 128k.
-LEAST = 1 << 28
+#: Tokens from which it is taken.
+LEAST = 1 << 14
 
-#: What its kernels for Hopper multiply, and the widest head.
-DTYPES, WIDEST = (torch.float16, torch.bfloat16), 256
+#: What it was run with.
+DTYPE, HEAD_DIM = torch.bfloat16, 128
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
@@ -31,10 +31,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if q.device.type != "cuda":
         return ["it needs a Hopper GPU"]
     reasons = _absent() + _elsewhere(q.device)
-    if q.dtype not in DTYPES:
-        reasons.append(f"it computes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}")
-    if q.shape[3] % 8 or q.shape[3] > WIDEST:
-        reasons.append(f"head_dim must be a multiple of 8 up to {WIDEST}, got {q.shape[3]}")
+    if q.dtype != DTYPE:
+        reasons.append(f"it is asked for bfloat16, not {str(q.dtype).removeprefix('torch.')}")
+    if q.shape[3] != HEAD_DIM:
+        reasons.append(f"it is asked for heads of {HEAD_DIM} numbers, not {q.shape[3]}")
+    if q.shape[2] != k.shape[2]:
+        reasons.append(f"it is asked for as many queries as keys, not {q.shape[2]} and {k.shape[2]}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         reasons.append("its gradients are not used here")
     return reasons
@@ -42,27 +44,15 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 def pays(q: Tensor, k: Tensor) -> bool:
     """Whether attention is so long that it is worth to be asked; not where torch compiles what calls it."""
-    return q.is_cuda and q.shape[2] * k.shape[2] >= LEAST and not torch.compiler.is_compiling()
+    return q.is_cuda and min(q.shape[2], k.shape[2]) >= LEAST and not torch.compiler.is_compiling()
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of the last ``Tq`` of ``Tk`` tokens; see `dense_attention.dense_attention`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Causal attention; see `dense_attention.dense_attention`."""
     # Its tensors have tokens before heads; strides are as they are.
     tensors = (x.transpose(1, 2) for x in (q, k, v))
     with torch.cuda.device(q.device):
-        found = _function()(
-            *tensors, softmax_scale=scale, causal=True, softcap=softcap or 0.0, learnable_sink=sinks,
-            window_size=(None, None) if window is None else (window - 1, 0),
-        )  # fmt: skip
+        found = _function()(*tensors, softmax_scale=scale, causal=True)
     # Some versions return the logarithms of the sums as well, or None for them.
     out: Tensor = found[0] if isinstance(found, tuple) else found
     return out.transpose(1, 2)
