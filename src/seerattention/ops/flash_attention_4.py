@@ -1,8 +1,9 @@
 """FlashAttention-4 for dense attention on Hopper GPUs, where the package flash-attn-4 is installed.
 
 It is 5 % faster than cuDNN there at 32k tokens and 18 % at 128k (docs/kernels.md). What else it could do,
-windows, soft-caps, sinks and later queries, was not run here on a GPU, and is left to others. It compiles a kernel for each kind, which takes seconds in the first call of a process;
-with ``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1`` it keeps them for later processes.
+windows, soft-caps, sinks and later queries, was not run here on a GPU and is left to others. It compiles a
+kernel for each kind, which takes seconds in the first call of a process; with
+``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1`` it keeps them for later processes.
 """
 
 from __future__ import annotations
