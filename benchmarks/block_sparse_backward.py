@@ -184,6 +184,8 @@ def main() -> None:
     places = {part: [(table, key) for table in tables] for part, tables in TABLES.items()}
     override(places, args.set)
     check(heads, args.head_dim, args.block, dtype)
+    about = {"dtype": args.dtype, "heads": heads, "head_dim": args.head_dim, "block": args.block}
+    about |= {"density": args.density, "set": args.set}
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         work = Work(tokens, heads, args.head_dim, args.block, args.density, dtype)
@@ -194,9 +196,10 @@ def main() -> None:
             rows += measure(work, args.repeats)
         del work
         torch.cuda.empty_cache()
-    about = {"dtype": args.dtype, "heads": heads, "head_dim": args.head_dim, "block": args.block}
-    about |= {"density": args.density, "set": args.set}
-    write(args.out, rows, **about, launches=launches({part: table for part, (table, *_) in TABLES.items()}))
+        # Long ones come last: what is stopped there keeps what it has.
+        write(
+            args.out, rows, **about, launches=launches({part: table for part, (table, *_) in TABLES.items()})
+        )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def main() -> None:
             )
         del calls
         torch.cuda.empty_cache()
-    write(args.out, rows, set=args.set)
+        # Long ones come last: what is stopped there keeps what it has.
+        write(args.out, rows, set=args.set)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ PAGES = {
         "native": prefill.native,
         "gpu": prefill.gpu,
         "pages": prefill.pages,
+        "peers": prefill.peers,
         "crossover": prefill.crossover,
         "pooled": training.pooled,
         "approximate": choosing.approximate,

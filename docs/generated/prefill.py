@@ -63,6 +63,27 @@ def gpu() -> str:
     )
 
 
+def peers() -> str:
+    """Return other libraries' kernels on equal masks, and layers over the best dense kernel, on a GPU."""
+    report = read("h200", "peers.json")
+    sizes = sorted({r["tokens"] for r in report["rows"]})
+    dense = {(r["tokens"], r["backend"]): r["ms"] for r in report["rows"] if r["kind"] == "dense"}
+    lines: dict[tuple[Any, ...], Report] = {}
+    for r in report["rows"]:
+        line = lines.setdefault((r["block"], r["mask"], r["backend"]), r | {"at": [""] * len(sizes)})
+        over = {name: dense[r["tokens"], f"dense {name}"] / r["ms"] for name in ("cudnn", "fa4")}
+        cell = Cells().of("{ms:~} ms, {over[cudnn]:.2f}x, {over[fa4]:.2f}x", r | {"over": over})
+        line["at"][sizes.index(r["tokens"])] = cell
+    return parts(
+        measured_with(report),
+        table(
+            "block: {block:?} | mask: {mask} | kernel: {backend} | " + under(f"{n:,}" for n in sizes),
+            lines.values(),
+        ),
+        layers(report),
+    )
+
+
 def by_density(report: Report) -> str:
     """Return attention alone, one line per backend, one column per density asked for."""
     asked = sorted({r["asked"] for r in report["rows"]}, reverse=True)

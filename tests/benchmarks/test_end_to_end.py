@@ -11,7 +11,7 @@ def test_end_to_end_runs_on_a_tiny_model(run_script, tmp_path):
     options = ("--shape", "small", "--tokens", 300, "--repeats", 1, "--device", "cpu", "--out", out)
     printed = run_script(SCRIPT, *options)
     report = json.loads(out.read_text())
-    assert [row["method"] for row in report["rows"]] == ["dense", "published", "default"]
+    assert [row["method"] for row in report["rows"]] == ["dense", "published", "default", "8-bits"]
     for row in report["rows"]:
         assert all(row["parts_s"][part] > 0 for part in ("attention", "mlp", "projections"))
         assert (row["parts_s"]["selection"] > 0) == (row["method"] != "dense")
