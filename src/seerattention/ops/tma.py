@@ -30,9 +30,20 @@ def tiles(launch: Launch, rows: int, *tensors: Tensor) -> list[object] | None:
 def can_copy(x: Tensor) -> bool:
     """Return whether TMA can copy tiles of ``[B, H, T, D]``: address and strides are of whole 16 bytes."""
     strides = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    return x.stride(3) == 1 and all(strides) and not any(s % 16 for s in strides) and aligned(x)
+
+
+def aligned(x: Tensor) -> bool:
+    """Return whether a tensor begins at a whole 16 bytes, which one without memory does not."""
     # A compiler cannot read addresses; there the descriptor asserts it.
-    aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
-    return x.stride(3) == 1 and all(strides) and not any(s % 16 for s in strides) and aligned
+    if torch.compiler.is_compiling():
+        return True
+    # PyTorch refuses to tell for some, as in `torch.func.vmap`, and tells nothing for others.
+    try:
+        at = x.data_ptr()
+    except RuntimeError:
+        return False
+    return at % 16 == 0 and (at != 0 or not x.numel())
 
 
 def line(numbers: int, x: Tensor) -> object:

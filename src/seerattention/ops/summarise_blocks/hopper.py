@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seerattention.ops.language import unsupported_on_hopper
 from seerattention.ops.options import SummaryOptions, pool_places
-from seerattention.ops.tma import can_copy
+from seerattention.ops.tma import aligned, can_copy
 from seerattention.rows import num_blocks
 
 kernel: Any = None
@@ -63,7 +63,7 @@ def unsupported(x: Tensor, options: SummaryOptions) -> list[str]:
         # A consumer gives parts back once it has multiplied 64 numbers of all places.
         if stages(options.size, held, weight.shape[2]) < options.size // PLACES:
             reasons.append(f"shared memory has no room for blocks of {options.size} tokens beside weights")
-        if not torch.compiler.is_compiling() and weight.data_ptr() % 16:
+        if not aligned(weight):
             reasons.append("weight must be 16-byte aligned")
     if options.norm is not None:
         reasons.append("it does not normalise")
