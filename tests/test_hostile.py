@@ -132,6 +132,8 @@ def saved(model, tmp_path_factory):
     return folder
 
 
+# Damage may leave gates that were taught for less, which is said.
+@pytest.mark.filterwarnings("ignore:a text of .* tokens is past the .* positions:UserWarning")
 def test_folders_of_gates(model, saved, tmp_path):
     rng, refusals, right = random.Random(0), [], 0
     ids = torch.arange(64)[None]
