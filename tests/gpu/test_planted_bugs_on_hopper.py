@@ -17,6 +17,7 @@ from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.block_sparse_attention import hopper as attention
 from seerattention.ops.block_sparse_attention.kernels import hopper_backward as columns
 from seerattention.ops.cases.block_sparse_attention import Case
+from seerattention.ops.cases.select_blocks import EIGHT_BITS
 from seerattention.ops.cases.select_blocks import Case as Choice
 from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.select_blocks.kernels import scores
@@ -39,13 +40,18 @@ PLAIN = Case(name="plain", heads=8, kv_heads=2, queries=1000, keys=1300, head_di
 
 
 @torch.no_grad()
-def check_scores() -> None:
-    gate = {"gate_dim": None, "shares": True}
+def check_scores(**more: str) -> None:
+    gate = {"gate_dim": None, "shares": True, **more}
     case = Choice(name="", heads=8, kv_heads=2, head_dim=128, queries=2500, keys=2900, gate=gate)
     args = arguments(case, torch.bfloat16, "cuda")
     for policy in (TopK(0.1), TopP(0.9)):
-        certain = Certain.of(policy=policy, **args, rounding=scores.HOPPER_ROUNDING)
+        adding = scores.HOPPER_ADDING if more else 0.0
+        certain = Certain.of(policy=policy, **args, rounding=scores.HOPPER_ROUNDING, adding=adding)
         certain.check(select_blocks(policy=policy, **args, backend="hopper"))
+
+
+def check_scores_of_8_bits() -> None:
+    check_scores(**EIGHT_BITS)
 
 
 @torch.no_grad()
@@ -95,8 +101,17 @@ KERNELS: dict[str, tuple[ModuleType, str, Callable[[], None], dict[str, tuple[st
             "another head's keys": ("[head // group, 0, tile", "[head % (heads // group), 0, tile"),
             "sums leave a block out": ("block[None, :] < own", "block[None, :] + 1 < own"),
             "blocks change places": (".permute((0, 2, 1, 3)).reshape", ".permute((0, 1, 2, 3)).reshape"),
-            "scores without their factor": ("best * scale, to", "best * 1.0, to"),
+            "scores without their factor": ("best * scale, SCORES", "best * 1.0, SCORES"),
             "places of another part": ("part * PLACES + place) * E", "place) * E"),
+        },
+    ),
+    "scores of 8 bits": (
+        scores, "hopper_kernel", check_scores_of_8_bits,
+        {
+            "the least of two": ("max.f16x2", "min.f16x2"),
+            "the last product": ("_larger_pairs(best, _by_place(product))", "_by_place(product)"),
+            "the second consumer's rows": ("row + 2 * ROWS, 0]", "row + ROWS, 0]"),
+            "sees the next summary": ("1, PRODUCT)) * BLOCK_Q", "1, PRODUCT)) * BLOCK_Q + BLOCK_Q"),
         },
     ),
     "summaries": (

@@ -66,14 +66,27 @@ CASES = [
 POLICIES = [TopK(0.1), TopK(0.3, sink_blocks=2, dense_last_rows=1), Threshold(5e-4), TopP(0.9)]
 
 
+def certain_of(policy: Policy, args: dict[str, Any]) -> Certain:
+    adding = 0.0 if args["scorer"].score_dtype is None else scores.HOPPER_ADDING
+    return Certain.of(policy=policy, **args, rounding=scores.HOPPER_ROUNDING, adding=adding)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_it_chooses_as_any_right_backend(case: Case, dtype: torch.dtype) -> None:
     args = arguments(case, dtype, "cuda")
+    # Sums in fp16 leave less certain, most of all what a sum of shares decides.
+    few_bits = args["scorer"].score_dtype is not None
     for policy in POLICIES:
-        certain = Certain.of(policy=policy, **args, rounding=scores.HOPPER_ROUNDING)
-        assert certain.share > 0.95
-        certain.check(select_blocks(policy=policy, **args, backend="hopper"))
+        certain = certain_of(policy, args)
+        assert certain.share > (0.75 if few_bits else 0.95)
+        selection = select_blocks(policy=policy, **args, backend="hopper")
+        certain.check(selection)
+        if few_bits:
+            mask, same = (
+                x.to_mask() for x in (selection, select_blocks(policy=policy, **args, backend="triton"))
+            )
+            assert (mask != same).sum() <= 0.01 * same.sum()
 
 
 @pytest.mark.parametrize("name", ["tokens-4173", "later-chunk-unaligned", "batch", "8-bits-batch"])
@@ -87,7 +100,7 @@ def test_calls_repeat_to_the_bit(name: str) -> None:
 @pytest.mark.parametrize("gate", [{}, EIGHT_BITS], ids=["16-bits", "8-bits"])
 def test_chunks_and_strips_of_other_sizes(gate: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(shares("long", 9001, gate=gate), torch.bfloat16, "cuda")
-    certain = Certain.of(policy=TopK(0.1), **args, rounding=scores.HOPPER_ROUNDING)
+    certain = certain_of(TopK(0.1), args)
     for strip, items, size, summaries in ((1, 1, 2**30, 2**30), (3, 1, 2**22, 2**22), (64, 1, 2**20, 2**19)):
         monkeypatch.setattr(scores, "HOPPER_STRIP", strip)
         monkeypatch.setattr(scores, "HOPPER_ITEMS", items)

@@ -98,7 +98,14 @@ class Certain:
 
     @classmethod
     def of(
-        cls, scorer: Any, policy: Policy, q: Tensor, k_blocks: Tensor, rows: Rows, rounding: float = 0.0
+        cls,
+        scorer: Any,
+        policy: Policy,
+        q: Tensor,
+        k_blocks: Tensor,
+        rows: Rows,
+        rounding: float = 0.0,
+        adding: float = 0.0,
     ) -> Certain:
         """Decide from the scores in fp64 of the summaries that backends get.
 
@@ -110,9 +117,12 @@ class Certain:
             rows: Where the queries lie among the keys.
             rounding: How far a score may be from its sum besides, as a part of its distance from the largest
                 of its row: half the precision in which a backend keeps that distance.
+            adding: How far a sum of products may be off besides what fp32 explains, as a part of the sum of
+                their sizes.
         """
         if rows.is_packed:
-            args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows, "rounding": rounding}
+            args = {"scorer": scorer, "q": q, "k_blocks": k_blocks, "rows": rows}
+            args |= {"rounding": rounding, "adding": adding}
             return cls._of_packed(policy, args)
         valid, own = rows.causal(scorer.block_size, q.device), rows.own(scorer.block_size, q.device)
         rule = rule_of(policy, valid.shape[1], scorer.block_size[1])
@@ -127,7 +137,7 @@ class Certain:
         for h in range(queries.shape[1]):
             keys = k_blocks[:, h * k_blocks.shape[1] // queries.shape[1]].double()
             scores, slack = _scores(
-                queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale, seen, rounding
+                queries[:, h].double(), keys, scorer.sub_blocks, scorer.scale, seen, rounding, adding
             )
             sure, never = _decide(_of_head(rule, h), scores, slack, valid, always)
             taken.append(sure)
@@ -211,13 +221,15 @@ def _scores(
     scale: float,
     seen: Tensor | None = None,
     rounding: float = 0.0,
+    adding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Scores ``[B, Nq, Nk]`` in fp64, and how far fp32 sums in any order may be from them.
 
     With the summaries of keys that those of queries see, bool ``[Sq, Sk]``, scores are shares.
 
     A sum of E products is at most ``E * eps * sum |q_i k_i|`` off, whatever the order and even if
-    intermediate results are cut off instead of rounded; scaling adds two more roundings. Kept as a difference
+    intermediate results are cut off instead of rounded; scaling adds two more roundings. What `Certain.of`
+    says may be added. Kept as a difference
     from the row's largest, it is rounded again, see `Certain.of`. The maximum
     of sums is no further off than the worst of them. The logarithm of a sum of N exponentials is as far off
     as the worst of them, and as N roundings of it and those of the exponents.
@@ -226,7 +238,8 @@ def _scores(
     exact, size = (q @ k.mT) * scale, (q.abs() @ k.abs().mT) * scale
     if seen is not None:
         exact, size = exact.masked_fill(~seen, float("-inf")), size.masked_fill(~seen, 0)
-    exact, slack = _largest(exact, each, float("-inf")), (q.shape[-1] + 2) * EPS * _largest(size, each, 0.0)
+    exact, size = _largest(exact, each, float("-inf")), _largest(size, each, 0.0)
+    slack = ((q.shape[-1] + 2) * EPS + adding) * size
     distance = exact.amax(-1, keepdim=True) - exact
     kept = slack + rounding * distance.masked_fill(torch.isinf(distance), 0)
     if seen is None:

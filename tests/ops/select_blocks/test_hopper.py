@@ -13,6 +13,7 @@ import torch
 
 from seerattention.ops.cases.select_blocks import CASES
 from seerattention.ops.select_blocks import hopper
+from seerattention.ops.select_blocks.kernels.scores import hopper_tile
 from seerattention.policies import TopK
 from seerattention.testing.selections import arguments
 
@@ -22,13 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from seerattention.ops.select_blocks.kernels import hopper as kernel
+from seerattention.ops.select_blocks.kernels.scores import hopper_tile
 
 made = []
 for subs, dtype, bits in json.loads(sys.argv[1]):
     types = {"scores": "*fp32", "totals": "*fp32", "scale": "fp32"}
     types["queries"] = f"tensordesc<{dtype}[1, 64, 64],{kernel.tiles(bits, 3)!r}>"
     types["keys"] = f"tensordesc<{dtype}[1, 4, 4, 2, 64],{kernel.tiles(bits, 5)!r}>"
-    constants = {"SUBS": subs, "BLOCK_Q": 4, "BLOCK_K": 64}
+    constants = {"SUBS": subs, "BLOCK_Q": 4, "BLOCK_K": 64, **hopper_tile(subs, bits // 8)}
     names = kernel.score.arg_names
     source = GluonASTSource(
         kernel.score,
@@ -66,5 +68,6 @@ def test_the_kernel_compiles_for_hopper() -> None:
     for (subs, _, bits), (shared, products) in zip(kinds, json.loads(done.stdout), strict=True):
         # A Hopper multiprocessor lends a program 227 KiB.
         assert shared <= 227 * 1024
-        # Per consumer: steps of 32 bytes of numbers for four places of blocks, and a loop of masked ones.
-        assert products == 2 * (64 * bits // 256) * (subs // 4 + 1)
+        tile = hopper_tile(subs, bits // 8)
+        # Per consumer: steps of 32 bytes of numbers for some places of blocks, and a loop of masked ones.
+        assert products == tile["CONSUMERS"] * (64 * bits // 256) * (subs // tile["PLACES"] + 1)

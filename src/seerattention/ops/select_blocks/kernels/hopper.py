@@ -1,9 +1,13 @@
 """Scores of shares in Gluon, Triton's language with explicit layouts, barriers and warp roles.
 
-A multiprocessor runs one persistent program of two consumers (a warpgroup each) and two producers (a warp
-each). An item is a tile of 32 blocks of keys, all of whose summaries lie in shared memory while a strip
-of rows, query summaries, passes in tiles of 64. The consumers take these in turn: while one's products run,
-the other takes its last maxima and stores. A product is of 64 rows and of some places within all the blocks.
+A multiprocessor runs one persistent program of two or three consumers (a warpgroup each) and two producers (a
+warp each). An item is a tile of 32 blocks of keys, all of whose summaries lie in shared memory while a strip
+of rows, query summaries, passes in tiles of 64, one consumer's after the other's. A product is of 64 rows and
+of some places within all the blocks.
+
+Of 16 bits, two consumers take turns: while one's products run, the other takes its last maxima and stores. Of
+8 bits, products are added up in fp16, which halves maxima and registers: three consumers fit, who overlap
+without turns.
 
 `c` numbers a consumer, `g` counts uses of a ring's slots since the start. Items are numbered from the last
 strip of rows and its first blocks, heads next to each other; program `i` of `n` takes `i`, `i + n`, ...
@@ -32,15 +36,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
-#: Rows of a tile, those of a warpgroup's wgmma; blocks of keys in a tile, and their places in a product.
-ROWS, BLOCKS, PLACES = gl.constexpr(64), gl.constexpr(32), gl.constexpr(4)
-COLUMNS = gl.constexpr(128)
+#: Rows of a tile, those of a warpgroup's wgmma, and blocks of keys in a tile.
+ROWS, BLOCKS = gl.constexpr(64), gl.constexpr(32)
 
 #: Slots for tiles of rows of each consumer, and for tiles of keys.
 QUERY_STAGES, KEY_STAGES = gl.constexpr(3), gl.constexpr(2)
 
-#: Registers per thread: two consumers of 128 threads and the producers' warpgroup share 65,536.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
+#: Registers per thread of two and of three consumers of 128 threads, who share 65,536 with the producers'.
+TWO_REGISTERS, THREE_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(160), gl.constexpr(24)
 
 #: How it holds scores: a thread has 8 blocks side by side, of two rows.
 SCORES = gl.constexpr(
@@ -58,15 +61,29 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
-def _product_layout(dtype):
-    """How a warpgroup holds a product: a step is of 32 bytes of each summary."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 256 // dtype.primitive_bitwidth])
+def _columns(keys):
+    """Summaries of keys in a product: of some places within all blocks."""
+    return keys.shape[1] * BLOCKS.value
 
 
 @gluon.constexpr_function
-def _queries_layout(dtype):
+def _sums(keys):
+    """In what products are added up: those of eight bits in fp16, whose maxima are two per instruction."""
+    return gl.float16 if keys.dtype.primitive_bitwidth == 8 else gl.float32
+
+
+@gluon.constexpr_function
+def _product_layout(keys):
+    """How a warpgroup holds a product: a step is of 32 bytes of each summary."""
+    return gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, _columns(keys), 256 // keys.dtype.primitive_bitwidth]
+    )
+
+
+@gluon.constexpr_function
+def _queries_layout(keys):
     """How it holds rows as the left side of that product."""
-    return gl.DotOperandLayout(0, _product_layout(dtype), 32 // dtype.primitive_bitwidth)
+    return gl.DotOperandLayout(0, _product_layout(keys), 32 // keys.dtype.primitive_bitwidth)
 
 
 def tiles(bits: int, rank: int) -> Any:
@@ -150,32 +167,34 @@ def _put(desc, coordinates, tiles, full, empty, g, first: gl.constexpr, STAGES: 
 
 
 @gluon.jit
-def _bring_queries(
-    queries, tiles, full, empty, heads, sizes,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-):  # fmt: skip
-    """Copy the rows of all items, tiles to one consumer and the other in turn."""
+def _bring_queries(source, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Copy the rows of all items, tiles to one consumer after the other."""
+    queries, tiles, full, empty, heads, sizes = source
+    CONSUMERS: gl.constexpr = tiles.shape[0] // QUERY_STAGES
     g0 = 0
     g1 = 0
+    g2 = 0
     item = gl.program_id(0)
     strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
     while more:
         head, _tile, top, bottom = _place(item - before, strip, heads, sizes, BLOCK_Q, BLOCK_K)
-        for row in range(top, bottom, 2 * ROWS):
+        for row in range(top, bottom, CONSUMERS * ROWS):
             g0 = _put(queries, [head, row, 0], tiles, full, empty, g0, 0, QUERY_STAGES)
             if row + ROWS < bottom:
                 g1 = _put(queries, [head, row + ROWS, 0], tiles, full, empty, g1, QUERY_STAGES, QUERY_STAGES)
+            if CONSUMERS == 3 and row + 2 * ROWS < bottom:
+                at = [head, row + 2 * ROWS, 0]
+                g2 = _put(queries, at, tiles, full, empty, g2, 2 * QUERY_STAGES, QUERY_STAGES)
         item += gl.num_programs(0)
         strip, before, more = _find(item, strip, before, heads, sizes, BLOCK_Q, BLOCK_K)
 
 
 @gluon.jit
-def _bring_keys(
-    keys, tiles, full, empty, heads, group, sizes, SUBS: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-):  # fmt: skip
+def _bring_keys(source, SUBS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
     """Copy all summaries of the blocks of all items, place by place."""
+    keys, tiles, full, empty, heads, group, sizes = source
     E: gl.constexpr = keys.block_shape[4]
+    PLACES: gl.constexpr = tiles.shape[1]
     g = 0
     item = gl.program_id(0)
     strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
@@ -196,34 +215,59 @@ def _bring_keys(
 
 @gluon.jit
 def _product(query, keys, part):
-    zero = gl.zeros([ROWS, COLUMNS], gl.float32, _product_layout(keys.dtype))
-    tile = keys.index(part).reshape([COLUMNS, keys.shape[5]])
+    zero = gl.zeros([ROWS, _columns(keys)], _sums(keys), _product_layout(keys))
+    tile = keys.index(part).reshape([_columns(keys), keys.shape[5]])
     return warpgroup_mma(query, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.constexpr_function
+def _halvings(columns):
+    return (columns // BLOCKS.value).bit_length() - 1
+
+
+@gluon.jit
+def _larger_pairs(a, b):
+    """Return the larger ones of two tiles of fp16, two at a time; compilers move nothing over it."""
+    return gl.inline_asm_elementwise(
+        "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.float16, is_pure=False, pack=2
+    )
 
 
 @gluon.jit
 def _by_place(product):
     """Return the maximum over the places of a product, ``[64, 32]``: one within each thread."""
-    return gl.max(product.reshape([ROWS, PLACES, BLOCKS]), 1)
+    if product.dtype == gl.float16:
+        for _ in gl.static_range(_halvings(product.shape[1])):
+            halves = product.reshape([ROWS, 2, product.shape[1] // 2]).permute((0, 2, 1))
+            first, second = halves.split()
+            product = _larger_pairs(first, second)
+        best = product
+    else:
+        best = gl.max(product.reshape([ROWS, product.shape[1] // BLOCKS, BLOCKS]), 1)
+    return best
 
 
 @gluon.jit
 def _larger(best, product):
     """Return the larger of `best` and the maximum over the places of a product."""
-    best = gl.maximum(best, _by_place(product))
     # Compilers put maxima off until all products are there, which takes the registers of all of them. They
-    # move nothing over this, which does nothing.
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [best], gl.float32, is_pure=False, pack=1)
+    # move nothing over assembly, which in fp32 does nothing.
+    if product.dtype == gl.float16:
+        best = _larger_pairs(best, _by_place(product))
+    else:
+        best = gl.maximum(best, _by_place(product))
+        best = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [best], gl.float32, is_pure=False, pack=1)
+    return best
 
 
 @gluon.jit
 def _nothing(keys):
-    return _by_place(gl.full([ROWS, COLUMNS], float("-inf"), gl.float32, _product_layout(keys.dtype)))
+    return _by_place(gl.full([ROWS, _columns(keys)], float("-inf"), _sums(keys), _product_layout(keys)))
 
 
 @gluon.jit
-def _scores(query, keys, first, turns, c: gl.constexpr, PARTS: gl.constexpr):
-    """Return the largest product of each row with each block, ``[64, 32]``, and end the consumer's turn.
+def _scores(query, keys, first, next_turn, PARTS: gl.constexpr):
+    """Return the largest product of each row with each block, ``[64, 32]``, and end the turn, if it is one.
 
     The blocks' summaries are PARTS tiles of `keys` from the `first` on.
     """
@@ -233,24 +277,25 @@ def _scores(query, keys, first, turns, c: gl.constexpr, PARTS: gl.constexpr):
     best = _nothing(keys)
     for part in gl.static_range(1, PARTS):
         following = _product(query, keys, first + part)
-        if part + 1 == PARTS:
-            mbarrier.arrive(turns.index(1 - c), count=1)
+        if part + 1 == PARTS and next_turn is not None:
+            mbarrier.arrive(next_turn, count=1)
         best = _larger(best, warpgroup_mma_wait(1, deps=[waiting]))
         waiting = following
     best = _larger(best, warpgroup_mma_wait(0, deps=[waiting]))
-    if PARTS == 1:
-        mbarrier.arrive(turns.index(1 - c), count=1)
+    if PARTS == 1 and next_turn is not None:
+        mbarrier.arrive(next_turn, count=1)
     return best
 
 
 @gluon.jit
 def _seen_scores(
-    query, keys, first, end, turns, c: gl.constexpr, SUBS: gl.constexpr,
+    query, keys, first, end, next_turn, SUBS: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Return the same of summaries that begin by a row's end; the first row's is `end`, from the keys on."""
-    PRODUCT: gl.constexpr = _product_layout(keys.dtype)
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, PRODUCT))
+    PRODUCT: gl.constexpr = _product_layout(keys)
+    PLACES: gl.constexpr = keys.shape[1]
+    column = gl.arange(0, _columns(keys), gl.SliceLayout(0, PRODUCT))
     # What differs between threads goes to the other side: constants are left on this, and not registers.
     same = _block(column % BLOCKS // 8 * 8 + column % 2) * BLOCK_K
     begin = same + column // BLOCKS * (BLOCK_K // SUBS)
@@ -261,20 +306,26 @@ def _seen_scores(
         last = end - part * (PLACES * BLOCK_K // SUBS)
         ends = last + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)) * BLOCK_Q
         seen = begin[None, :] <= ends[:, None] - other[None, :]
-        best = _larger(best, gl.where(seen, product, float("-inf")))
-    mbarrier.arrive(turns.index(1 - c), count=1)
+        best = _larger(best, gl.where(seen, product, gl.full_like(product, float("-inf"))))
+    if next_turn is not None:
+        mbarrier.arrive(next_turn, count=1)
     return best
 
 
 @gluon.jit
 def _store(
-    best, to, totals, row, kept, left, end, sizes, stride, ALL: gl.constexpr,
+    best, to, totals, row, kept, left, end, sizes, stride, scale, ALL: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Write scores and totals of 64 rows before row `kept`; with ALL they see all blocks to the end."""
+    HALF: gl.constexpr = best.dtype == gl.float16
     # Columns into the order of blocks: nothing moves but the names.
     best = best.reshape([ROWS, BLOCKS // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, BLOCKS])
-    best = gl.convert_layout(best, SCORES)
+    best = best.to(gl.float32)
+    if HALF:
+        # Sums beyond fp16 count as its largest.
+        best = gl.minimum(best, 65504.0)
+    best = gl.convert_layout(best * scale, SCORES)
     at = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     block = left + gl.arange(0, BLOCKS, gl.SliceLayout(0, SCORES))
     largest = gl.maximum(gl.max(best, 1), -3e38)
@@ -299,7 +350,10 @@ def _consume(
     scores, totals, stride, scale, heads, sizes, rings, turns = target
     queries, query_full, query_empty, keys, key_full, key_empty = rings
     start, stop, past, across, _rows = sizes
-    PARTS: gl.constexpr = SUBS // PLACES
+    CONSUMERS: gl.constexpr = queries.shape[0] // QUERY_STAGES
+    PARTS: gl.constexpr = SUBS // keys.shape[1]
+    TURNS: gl.constexpr = CONSUMERS == 2
+    next_turn = turns.index(1 - c) if TURNS else None
     g = 0
     k = 0
     turn = 0
@@ -312,37 +366,38 @@ def _consume(
         to_totals = totals + (head * across + tile).to(gl.int64) * 2 * (stop - start)
         mbarrier.wait(key_full.index(k % KEY_STAGES), (k // KEY_STAGES) & 1)
         first = k % KEY_STAGES * PARTS
-        for pair in range(top, bottom, 2 * ROWS):
-            row = pair + c * ROWS
-            # Both have as many turns; the first of all is consumer 0's.
-            mbarrier.wait(turns.index(c), turn & 1 ^ (1 - c))
-            turn += 1
+        for group in range(top, bottom, CONSUMERS * ROWS):
+            row = group + c * ROWS
+            if TURNS:
+                # Both have as many; the first of all is consumer 0's.
+                mbarrier.wait(turns.index(c), turn & 1 ^ (1 - c))
+                turn += 1
             if row < bottom:
                 slot = c * QUERY_STAGES + g % QUERY_STAGES
                 mbarrier.wait(query_full.index(slot), (g // QUERY_STAGES) & 1)
                 query = queries.index(slot).reshape([ROWS, queries.shape[3]])
-                query = query.load(_queries_layout(queries.dtype))
+                query = query.load(_queries_layout(keys))
                 end = past + (row + 1) * BLOCK_Q - 1
                 if end // BLOCK_K >= left + BLOCKS:
-                    best = _scores(query, keys, first, turns, c, PARTS)
+                    best = _scores(query, keys, first, next_turn, PARTS)
                     # Only now: behind a product of them the copy into registers has happened.
                     mbarrier.arrive(query_empty.index(slot), count=1)
                     _store(
-                        best * scale, to, to_totals, row - start, bottom - start, left, end, sizes, stride,
+                        best, to, to_totals, row - start, bottom - start, left, end, sizes, stride, scale,
                         True, BLOCK_Q, BLOCK_K,
                     )  # fmt: skip
                 else:
                     best = _seen_scores(
-                        query, keys, first, end - left * BLOCK_K, turns, c, SUBS, BLOCK_Q, BLOCK_K
+                        query, keys, first, end - left * BLOCK_K, next_turn, SUBS, BLOCK_Q, BLOCK_K
                     )
                     mbarrier.arrive(query_empty.index(slot), count=1)
                     _store(
-                        best * scale, to, to_totals, row - start, bottom - start, left, end, sizes, stride,
+                        best, to, to_totals, row - start, bottom - start, left, end, sizes, stride, scale,
                         False, BLOCK_Q, BLOCK_K,
                     )  # fmt: skip
                 g += 1
-            else:
-                mbarrier.arrive(turns.index(1 - c), count=1)
+            elif TURNS:
+                mbarrier.arrive(next_turn, count=1)
         mbarrier.arrive(key_empty.index(k % KEY_STAGES), count=1)
         k += 1
         item += gl.num_programs(0)
@@ -368,6 +423,8 @@ def score(
     SUBS: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    PLACES: gl.constexpr,
 ):
     """Write the scores of rows `start` to `stop`; launched with a program per multiprocessor.
 
@@ -380,41 +437,54 @@ def score(
     only summaries count that begin by its end. A strip has `rows` of them, a multiple of 64.
     """
     E: gl.constexpr = queries.block_shape[2]
-    query_tiles = gl.allocate_shared_memory(queries.dtype, [2 * QUERY_STAGES, 1, ROWS, E], queries.layout)
+    query_tiles = gl.allocate_shared_memory(
+        queries.dtype, [CONSUMERS * QUERY_STAGES, 1, ROWS, E], queries.layout
+    )
     # Places side by side, as products take them.
     key_tiles = gl.allocate_shared_memory(
         keys.dtype, [KEY_STAGES * (SUBS // PLACES), PLACES, 4, 4, 2, E], keys.layout
     )
-    query_full = gl.allocate_shared_memory(gl.int64, [2 * QUERY_STAGES, 1], mbarrier.MBarrierLayout())
-    query_empty = gl.allocate_shared_memory(gl.int64, [2 * QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(
+        gl.int64, [CONSUMERS * QUERY_STAGES, 1], mbarrier.MBarrierLayout()
+    )
     key_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
     key_empty = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * QUERY_STAGES):
+    for i in gl.static_range(CONSUMERS * QUERY_STAGES):
         mbarrier.init(query_full.index(i), count=1)
         mbarrier.init(query_empty.index(i), count=1)
     for i in gl.static_range(KEY_STAGES):
         mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=2)
+        mbarrier.init(key_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
     sizes = (start, stop, past, across, rows)
     rings = (query_tiles, query_full, query_empty, key_tiles, key_full, key_empty)
     target = (scores, totals, stride, scale, heads, sizes, rings, turns)
-    gl.warp_specialize(
-        [
-            (_consume, (target, 0, SUBS, BLOCK_Q, BLOCK_K)),
-            (_consume, (target, 1, SUBS, BLOCK_Q, BLOCK_K)),
-            (
-                _bring_keys,
-                (keys, key_tiles, key_full, key_empty, heads, group, sizes, SUBS, BLOCK_Q, BLOCK_K),
-            ),
-            (
-                _bring_queries,
-                (queries, query_tiles, query_full, query_empty, heads, sizes, BLOCK_Q, BLOCK_K),
-            ),
-        ],
-        [4, 1, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    of_keys = (keys, key_tiles, key_full, key_empty, heads, group, sizes)
+    of_queries = (queries, query_tiles, query_full, query_empty, heads, sizes)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (target, 0, SUBS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 1, SUBS, BLOCK_Q, BLOCK_K)),
+                (_bring_keys, (of_keys, SUBS, BLOCK_Q, BLOCK_K)),
+                (_bring_queries, (of_queries, BLOCK_Q, BLOCK_K)),
+            ],
+            [4, 1, 1],
+            [TWO_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (target, 0, SUBS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 1, SUBS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 2, SUBS, BLOCK_Q, BLOCK_K)),
+                (_bring_keys, (of_keys, SUBS, BLOCK_Q, BLOCK_K)),
+                (_bring_queries, (of_queries, BLOCK_Q, BLOCK_K)),
+            ],
+            [4, 4, 1, 1],
+            [THREE_REGISTERS, THREE_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )

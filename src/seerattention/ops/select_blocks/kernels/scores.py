@@ -41,11 +41,19 @@ HOPPER_BLOCKS, HOPPER_DIM, HOPPER_SUBS = 32, 64, (4, 8, 12, 16)
 #: How far a score that it keeps may be off, as a part of its distance from the largest of its tile: fp16's.
 HOPPER_ROUNDING = 2.0**-11
 
+#: How far its sums of products of 8 bits may be off, as a part of the sum of their sizes: it adds up 32 at a
+#: time in fp16, which may cut off.
+HOPPER_ADDING = 2 * 2.0**-10
+
 #: Numbers that a program rounds to fewer bits.
 NARROWED = 4096
 
-#: Rows in a tile of it; tiles that pass by at most, and items that every multiprocessor gets before they do.
-HOPPER_ROWS, HOPPER_STRIP, HOPPER_ITEMS = 64, 16, 8
+#: Rows in a tile of it; tiles that pass by a consumer at most, and items that every multiprocessor gets
+#: before they do.
+HOPPER_ROWS, HOPPER_STRIP, HOPPER_ITEMS = 64, 8, 8
+
+#: Its consumers, and the places of a product, by the bytes of a number.
+HOPPER_CONSUMERS, HOPPER_PLACES = {1: 3, 2: 2}, {1: 8, 2: 4}
 
 
 @dataclass(frozen=True)
@@ -156,8 +164,10 @@ class Scores:
         across = num_blocks(seen, self.blocks)
         processors = torch.cuda.get_device_properties(self.queries.device).multi_processor_count
         tiles = num_blocks(stop - start, HOPPER_ROWS) * across * self.heads
-        strip = HOPPER_STRIP
-        while strip > 2 and tiles < HOPPER_ITEMS * processors * strip:
+        tile = hopper_tile(self.subs[1], self.queries.element_size())
+        # As many tiles for each of the consumers.
+        strip = HOPPER_STRIP * tile["CONSUMERS"]
+        while strip > tile["CONSUMERS"] and tiles < HOPPER_ITEMS * processors * strip:
             strip //= 2
         hopper_kernel.score[(processors,)](
             *self._described,
@@ -176,6 +186,7 @@ class Scores:
             BLOCK_Q=self.block_size[0],
             BLOCK_K=self.block_size[1],
             num_warps=4,
+            **tile,
         )
 
     @cached_property
@@ -207,6 +218,11 @@ def multiplied(summaries: Tensor, scorer: Scorer, hopper: bool) -> Tensor:
             summaries, out, out.numel(), torch.finfo(dtype).max, BLOCK=NARROWED, num_warps=4
         )
     return out
+
+
+def hopper_tile(subs: int, nbytes: int) -> dict[str, int]:
+    """Return the Hopper kernel's tiles for summaries of so many bytes a number, ``subs`` in a KV block."""
+    return {"CONSUMERS": HOPPER_CONSUMERS[nbytes], "PLACES": math.gcd(subs, HOPPER_PLACES[nbytes])}
 
 
 def stride(seen: int) -> int:
