@@ -61,6 +61,9 @@ CASES = [
     shares("8-bits-later-chunk", 997, 33281, gate=EIGHT_BITS),
     shares("8-bits-subs-8", 5001, gate=subs(8, 8) | EIGHT_BITS),
     shares("8-bits-subs-16-4", 5001, gate=subs(16, 4) | EIGHT_BITS),
+    shares("blocks-of-128", 5001, block_size=(128, 128), gate=subs(4, 4)),
+    shares("blocks-of-128-later-chunk", 997, 33281, block_size=(128, 128), gate=subs(4, 4)),
+    shares("8-bits-blocks-of-128", 5001, block_size=(128, 128), gate=subs(4, 4) | EIGHT_BITS),
     shares("queries-of-128", 3001, block_size=(64, 64), gate=subs(1, 4)),
 ]
 POLICIES = [TopK(0.1), TopK(0.3, sink_blocks=2, dense_last_rows=1), Threshold(5e-4), TopP(0.9)]
@@ -139,7 +142,7 @@ def test_auto_takes_it_and_says_why_it_takes_another() -> None:
     assert select_op.BACKENDS["hopper"].unsupported(**args) == []
     for case, reason in (
         (shares("wide", 1000, gate={"gate_dim": 96}), "it takes summaries of 64 numbers, not 96"),
-        (shares("many", 1000, gate=subs(4, 2)), "a KV block must have 4, 8, 12 or 16 summaries, not 32"),
+        (shares("many", 1000, gate=subs(4, 1)), "a KV block must have 4, 8, 12, 16 or 32 summaries, not 64"),
         (shares("products", 1000, gate={"shares": False}), "it takes scorers that compare shares"),
     ):
         other = arguments(case, torch.bfloat16, "cuda") | {"policy": TopK(0.1)}

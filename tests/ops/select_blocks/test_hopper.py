@@ -61,7 +61,9 @@ def test_the_kernel_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(hopper.__file__).parents[3])
-    kinds = [(subs, dtype, bits) for dtype, bits in (("bf16", 16), ("fp8e4nv", 8)) for subs in (4, 8, 12, 16)]
+    kinds = [
+        (subs, dtype, bits) for dtype, bits in (("bf16", 16), ("fp8e4nv", 8)) for subs in (4, 8, 12, 16, 32)
+    ]
     command = [sys.executable, "-c", COMPILE, json.dumps(kinds)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

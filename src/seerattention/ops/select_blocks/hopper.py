@@ -27,7 +27,7 @@ def unsupported(q: Tensor, k_blocks: Tensor, scorer: Scorer, policy: Policy, row
         reasons.append(f"it takes summaries of {scores.HOPPER_DIM} numbers, not {k_blocks.shape[3]}")
     subs = getattr(scorer, "sub_blocks", None)
     if subs is not None and subs[1] not in scores.HOPPER_SUBS:
-        reasons.append(f"a KV block must have 4, 8, 12 or 16 summaries, not {subs[1]}")
+        reasons.append(f"a KV block must have 4, 8, 12, 16 or 32 summaries, not {subs[1]}")
     if rows.is_packed:
         reasons.append("it takes no packed sequences")
     return reasons

@@ -39,8 +39,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 #: Rows of a tile, those of a warpgroup's wgmma, and blocks of keys in a tile.
 ROWS, BLOCKS = gl.constexpr(64), gl.constexpr(32)
 
-#: Slots for tiles of rows of each consumer, and for tiles of keys.
-QUERY_STAGES, KEY_STAGES = gl.constexpr(3), gl.constexpr(2)
+#: Slots for tiles of rows of each consumer; tiles of keys have one or two.
+QUERY_STAGES = gl.constexpr(3)
 
 #: Registers per thread of two and of three consumers of 128 threads, who share 65,536 with the producers'.
 TWO_REGISTERS, THREE_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(160), gl.constexpr(24)
@@ -195,6 +195,7 @@ def _bring_keys(source, SUBS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.c
     keys, tiles, full, empty, heads, group, sizes = source
     E: gl.constexpr = keys.block_shape[4]
     PLACES: gl.constexpr = tiles.shape[1]
+    KEY_STAGES: gl.constexpr = full.shape[0]
     g = 0
     item = gl.program_id(0)
     strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
@@ -352,6 +353,7 @@ def _consume(
     start, stop, past, across, _rows = sizes
     CONSUMERS: gl.constexpr = queries.shape[0] // QUERY_STAGES
     PARTS: gl.constexpr = SUBS // keys.shape[1]
+    KEY_STAGES: gl.constexpr = key_full.shape[0]
     TURNS: gl.constexpr = CONSUMERS == 2
     next_turn = turns.index(1 - c) if TURNS else None
     g = 0
@@ -425,6 +427,7 @@ def score(
     BLOCK_K: gl.constexpr,
     CONSUMERS: gl.constexpr,
     PLACES: gl.constexpr,
+    KEY_STAGES: gl.constexpr,
 ):
     """Write the scores of rows `start` to `stop`; launched with a program per multiprocessor.
 

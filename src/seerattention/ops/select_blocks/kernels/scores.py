@@ -36,7 +36,7 @@ LAUNCHES = {
 HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 16, 1024
 
 #: KV blocks of a tile of the Hopper kernel, its summaries' numbers, and how many summaries a block may have.
-HOPPER_BLOCKS, HOPPER_DIM, HOPPER_SUBS = 32, 64, (4, 8, 12, 16)
+HOPPER_BLOCKS, HOPPER_DIM, HOPPER_SUBS = 32, 64, (4, 8, 12, 16, 32)
 
 #: How far a score that it keeps may be off, as a part of its distance from the largest of its tile: fp16's.
 HOPPER_ROUNDING = 2.0**-11
@@ -222,7 +222,10 @@ def multiplied(summaries: Tensor, scorer: Scorer, hopper: bool) -> Tensor:
 
 def hopper_tile(subs: int, nbytes: int) -> dict[str, int]:
     """Return the Hopper kernel's tiles for summaries of so many bytes a number, ``subs`` in a KV block."""
-    return {"CONSUMERS": HOPPER_CONSUMERS[nbytes], "PLACES": math.gcd(subs, HOPPER_PLACES[nbytes])}
+    # A tile of blocks with 32 summaries of 16 bits is 128 KiB: there is no room for a second one.
+    stages = 1 if HOPPER_BLOCKS * subs * HOPPER_DIM * nbytes > 64 * 2**10 else 2
+    tile = {"CONSUMERS": HOPPER_CONSUMERS[nbytes], "PLACES": math.gcd(subs, HOPPER_PLACES[nbytes])}
+    return tile | {"KEY_STAGES": stages}
 
 
 def stride(seen: int) -> int:
