@@ -93,7 +93,7 @@ def test_prefill_times_keys_in_pages(tmp_path):
     [
         (["--page", 0], "pages must be a whole number >= 1, got 0"),
         (["--mask", "stripes"], "masks must be one of random, group, gate, band, got 'stripes'"),
-        (["--gate", "best"], "gates must be one of published, sub16, sub8, default, got 'best'"),
+        (["--gate", "best"], "gates must be one of published, sub16, sub8, default, 8-bits, got 'best'"),
         (["--peers", "cudnn,fa9"], "peers must be one of cudnn, fa2, fa4, flex, got 'fa9'"),
         (["--density", 1.5], "densities must be in (0, 1], got 1.5"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),

@@ -8,8 +8,11 @@ from seerattention.ops import flash_attention_4
 from seerattention.ops.dense_attention import dense_attention
 from seerattention.testing.budget import Budget
 
-#: What it imports warns.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+#: What it imports warns, and its compiler of every argument that is None.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Argument .* cannot be converted:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

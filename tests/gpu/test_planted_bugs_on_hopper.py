@@ -1,4 +1,4 @@
-"""Bugs planted in the Gluon kernels turn checks red: what a source says, and what it must not say."""
+"""Bugs planted in the kernels for Hopper turn checks red: what a source says, and what it must not say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from seerattention.ops.cases.block_sparse_attention import Case
 from seerattention.ops.cases.select_blocks import EIGHT_BITS
 from seerattention.ops.cases.select_blocks import Case as Choice
 from seerattention.ops.select_blocks import select_blocks
-from seerattention.ops.select_blocks.kernels import scores
+from seerattention.ops.select_blocks.kernels import choosing, scores
 from seerattention.ops.summarise_blocks import hopper as summaries
 from seerattention.ops.summarise_blocks import summarise_blocks
 from seerattention.testing import gradients
@@ -101,17 +101,27 @@ KERNELS: dict[str, tuple[ModuleType, str, Callable[[], None], dict[str, tuple[st
             "another head's keys": ("[head // group, 0, tile", "[head % (heads // group), 0, tile"),
             "sums leave a block out": ("block[None, :] < own", "block[None, :] + 1 < own"),
             "blocks change places": (".permute((0, 2, 1, 3)).reshape", ".permute((0, 1, 2, 3)).reshape"),
-            "scores without their factor": ("best * scale, SCORES", "best * 1.0, SCORES"),
+            "scores without their factor": ("best * scale + shift", "best * STEPS + shift"),
             "places of another part": ("part * PLACES + place) * E", "place) * E"),
         },
     ),
     "scores of 8 bits": (
         scores, "hopper_kernel", check_scores_of_8_bits,
         {
-            "the least of two": ("max.f16x2", "min.f16x2"),
-            "the last product": ("_larger_pairs(best, _by_place(product))", "_by_place(product)"),
+            "the least of two": ('_pairs("max", best', '_pairs("min", best'),
+            "the last product": ('_pairs("max", best, _by_place(product))', "_by_place(product)"),
             "the second consumer's rows": ("row + 2 * ROWS, 0]", "row + ROWS, 0]"),
-            "sees the next summary": ("1, PRODUCT)) * BLOCK_Q", "1, PRODUCT)) * BLOCK_Q + BLOCK_Q"),
+        },
+    ),
+    "choice": (
+        choosing, "choose", check_scores,
+        {
+            "the least share, not the largest": ("max.s16x2", "min.s16x2"),
+            "its own block does not count": ('+ _fast("ex2", own - highest))', "+ 0.0)"),
+            "one total for all rows": ("at + i, mask=stored", "at, mask=stored"),
+            "the second half first": (
+                "tl.join((best << 16) >> 16, best >> 16)", "tl.join(best >> 16, (best << 16) >> 16)"
+            ),
         },
     ),
     "summaries": (
@@ -158,9 +168,12 @@ def _all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant(kernel: str, bug: tuple[str, str] | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an op start a copy of its kernel with a bug, or without."""
+    """Let an op start a copy of its kernel, a module or a function of one, with a bug, or without."""
     module, name, _, _ = KERNELS[kernel]
-    source = Path(getattr(module, name).__file__).read_text(encoding="utf-8")
+    planted = getattr(module, name)
+    alone = not isinstance(planted, ModuleType)
+    file = planted.fn.__code__.co_filename if alone else planted.__file__
+    source = Path(file).read_text(encoding="utf-8")
     if bug is not None:
         assert bug[0] in source
         source = source.replace(*bug)
@@ -171,7 +184,7 @@ def plant(kernel: str, bug: tuple[str, str] | None, folder: Path, monkeypatch: p
     assert spec.loader is not None
     made: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    monkeypatch.setattr(module, name, made)
+    monkeypatch.setattr(module, name, getattr(made, name) if alone else made)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -82,7 +82,7 @@ def test_it_chooses_as_any_right_backend(case: Case, dtype: torch.dtype) -> None
     few_bits = args["scorer"].score_dtype is not None
     for policy in POLICIES:
         certain = certain_of(policy, args)
-        assert certain.share > (0.75 if few_bits else 0.95)
+        assert certain.share > (0.5 if few_bits else 0.9)
         selection = select_blocks(policy=policy, **args, backend="hopper")
         certain.check(selection)
         if few_bits:

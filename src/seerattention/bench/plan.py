@@ -20,8 +20,8 @@ from seerattention.measure.versions import versions
 from seerattention.ops.shapes import Shape
 from seerattention.scorer import Scorer
 
-#: Gate designs.
-GATES = ("published", "sub16", "sub8", "default")
+#: Gate designs; the last is the default with scores in eight bits.
+GATES = ("published", "sub16", "sub8", "default", "8-bits")
 
 
 class Reporter(Protocol):
@@ -178,7 +178,8 @@ class Plan(Setting):
             config = GateConfig(*sizes, block, self.head_dim, q_sub_block=sub, k_sub_block=sub)
         else:
             shape = dict(zip(("num_heads", "num_kv_heads", "head_dim"), sizes, strict=True))
-            config = GateConfig.from_dict(design_of({**shape, "block_size": block}))
+            dtype = {"score_dtype": "float8_e4m3fn"} if name == "8-bits" else {}
+            config = GateConfig.from_dict(design_of({**shape, "block_size": block, **dtype}))
         return self.made(config)
 
 

@@ -24,11 +24,17 @@ def digit_bits(blocks: int, warps: int) -> int:
 
 @jit
 def take(score, valid, always, read, value, KIND: tl.constexpr, BITS: tl.constexpr):
-    """Mark the blocks of a row that a rule takes besides those always read, which it may mark too.
+    """Mark the blocks of a row that are always read and those that a rule takes besides.
 
-    ``score`` is -inf where a block is not ``valid``: there it takes no part in the softmax either. ``read``
-    are how many are always read, the first of a count.
+    ``score`` is -inf where a block is not ``valid``: there it takes no part in the softmax either. Of a count
+    scores may be int32, logarithms of shares in steps, and any where a block is not valid. ``read`` are how
+    many are always read, the first of a count.
     """
+    if KIND == 1 and score.dtype == tl.int32:
+        # Above all shares are those always read. No two keys are alike, so that no search ends among several.
+        key = tl.where(valid, _order(tl.where(always, 2, score)), 0)
+        found, _ = _limit(key, tl.maximum(tl.cast(value, tl.int32), read), BITS)
+        return key > found
     if KIND == 1:
         room = tl.cast(value, tl.int32) - read
         taken = _best(tl.where(valid & (always == 0), _order(score), 0), score, room, True, BITS)
@@ -41,7 +47,7 @@ def take(score, valid, always, read, value, KIND: tl.constexpr, BITS: tl.constex
         else:
             # Bits of floats >= 0 are in the floats' order.
             taken = _best(share.to(tl.uint32, bitcast=True), share, value, False, BITS)
-    return taken & valid
+    return (taken & valid) | always
 
 
 @jit
@@ -56,7 +62,10 @@ def store_bits(taken, to, words):
 
 @jit
 def _order(score):
-    """Unsigned integers in the order of the scores, -0 and 0 alike."""
+    """Unsigned integers above 0 in the order of the scores: -0 and 0 alike; of int32 the left ones first."""
+    if score.dtype == tl.int32:
+        WIDTH: tl.constexpr = score.shape[0]
+        return ((score + (2**15 + 1)).to(tl.uint32) * WIDTH) | (WIDTH - 1 - tl.arange(0, WIDTH)).to(tl.uint32)
     image = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     # Negative floats count down: flip all their bits, and only the sign of the others.
     flip = (image >> 31) | -0x80000000
@@ -82,7 +91,8 @@ def _limit(key, limit, BITS: tl.constexpr):
     MASK: tl.constexpr = (1 << DIGIT) - 1
     low, high = tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
     if BITS == 1:
-        low, high = tl.min(tl.where(key > 0, key, high), 0) - 1, tl.max(key, 0)
+        # 0, which is not taken, counts as the largest.
+        low, high = tl.min(key - 1, 0), tl.max(key, 0)
     all_above = low
     # None is left where the limit is not above 0.
     low = tl.where(limit > 0, low, high)

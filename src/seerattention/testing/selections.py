@@ -115,8 +115,8 @@ class Certain:
             q: ``[B, Hq, Tq, D]``, or packed sequences.
             k_blocks: Summaries of all keys.
             rows: Where the queries lie among the keys.
-            rounding: How far a score may be from its sum besides, as a part of its distance from the largest
-                of its row: half the precision in which a backend keeps that distance.
+            rounding: How far a score, or the logarithm of a share, may be off besides: the precision in
+                which a backend keeps it.
             adding: How far a sum of products may be off besides what fp32 explains, as a part of the sum of
                 their sizes.
         """
@@ -229,10 +229,8 @@ def _scores(
 
     A sum of E products is at most ``E * eps * sum |q_i k_i|`` off, whatever the order and even if
     intermediate results are cut off instead of rounded; scaling adds two more roundings. What `Certain.of`
-    says may be added. Kept as a difference
-    from the row's largest, it is rounded again, see `Certain.of`. The maximum
-    of sums is no further off than the worst of them. The logarithm of a sum of N exponentials is as far off
-    as the worst of them, and as N roundings of it and those of the exponents.
+    says may be added. The maximum of sums is no further off than the worst of them. The logarithm of a sum of
+    N exponentials is as far off as the worst of them, and as N roundings of it and those of the exponents.
     """
     each = subs if seen is None else (1, subs[1])
     exact, size = (q @ k.mT) * scale, (q.abs() @ k.abs().mT) * scale
@@ -240,16 +238,13 @@ def _scores(
         exact, size = exact.masked_fill(~seen, float("-inf")), size.masked_fill(~seen, 0)
     exact, size = _largest(exact, each, float("-inf")), _largest(size, each, 0.0)
     slack = ((q.shape[-1] + 2) * EPS + adding) * size
-    distance = exact.amax(-1, keepdim=True) - exact
-    kept = slack + rounding * distance.masked_fill(torch.isinf(distance), 0)
     if seen is None:
-        return exact, kept
+        return exact, slack + rounding
     share = exact.log_softmax(-1)
     least = share.masked_fill(torch.isinf(share), 0)
-    # Sums are made before scores are kept, but for the row's own block: a distance d weighs exp(-d) there.
-    total = slack.amax(-1, keepdim=True) + rounding / 2
+    total = slack.amax(-1, keepdim=True)
     total = total + (least.abs().amax(-1, keepdim=True) + share.shape[-1] + 8) * EPS
-    slack = kept + total + least.abs() * EPS
+    slack = slack + total + rounding + least.abs() * EPS
     rows = subs[0], 1
     return _largest(share, rows, float("-inf")), _largest(slack, rows, 0.0)
 

@@ -175,7 +175,7 @@ class Distillation(Recipe["Distiller"]):
         retrieval: Share of the sequences that state things and ask for them, made from the text.
         repeats: Share of the sequences in which passages of the text return.
         eight_bits: Held-out recall that gates for prefill may lose to be saved with scores in eight bits,
-            which Hopper GPUs multiply faster: 0.002, say. Tried at the end on such a GPU; negative: never.
+            which Hopper GPUs multiply faster. Tried at the end on such a GPU; negative: never.
         seed: Of new gates, gaps, the order of the text and what is made of it.
     """
 
@@ -187,7 +187,7 @@ class Distillation(Recipe["Distiller"]):
     share_text: bool = False
     retrieval: float = 0.25
     repeats: float = 0.1
-    eight_bits: float = -1.0
+    eight_bits: float = 0.002
 
     def __post_init__(self) -> None:
         from seerattention.train.mixture import check_shares

@@ -27,10 +27,10 @@ from seerattention.ops.select_blocks.kernels.scores import hopper_tile
 
 made = []
 for subs, dtype, bits in json.loads(sys.argv[1]):
-    types = {"scores": "*fp32", "totals": "*fp32", "scale": "fp32"}
+    types = {"scores": "*i16", "totals": "*fp32", "scale": "fp32"}
     types["queries"] = f"tensordesc<{dtype}[1, 64, 64],{kernel.tiles(bits, 3)!r}>"
     types["keys"] = f"tensordesc<{dtype}[1, 4, 4, 2, 64],{kernel.tiles(bits, 5)!r}>"
-    constants = {"SUBS": subs, "BLOCK_Q": 4, "BLOCK_K": 64, **hopper_tile(subs, bits // 8)}
+    constants = {"SUBS": subs, "BLOCK_Q": 4, "BLOCK_K": 64, "STEPS": 512, **hopper_tile(subs, bits // 8)}
     names = kernel.score.arg_names
     source = GluonASTSource(
         kernel.score,
@@ -71,5 +71,5 @@ def test_the_kernel_compiles_for_hopper() -> None:
         # A Hopper multiprocessor lends a program 227 KiB.
         assert shared <= 227 * 1024
         tile = hopper_tile(subs, bits // 8)
-        # Per consumer: steps of 32 bytes of numbers for some places of blocks, and a loop of masked ones.
-        assert products == tile["CONSUMERS"] * (64 * bits // 256) * (subs // tile["PLACES"] + 1)
+        # Per consumer: steps of 32 bytes of numbers for four places of blocks, and a loop of masked ones.
+        assert products == tile["CONSUMERS"] * (64 * bits // 256) * (subs // 4 + 1)

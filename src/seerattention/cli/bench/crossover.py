@@ -43,7 +43,7 @@ def run(
     ] = "both",
     tokens: Annotated[list[int] | None, typer.Option(help="Sequence length; repeatable.")] = None,
     gate: Annotated[
-        str, typer.Option(help="published, sub16, sub8 or default: whose selection counts in prefill.")
+        str, typer.Option(help="published, sub16, sub8, default or 8-bits: what selects in prefill.")
     ] = "default",
     decode_gate: Annotated[
         str,

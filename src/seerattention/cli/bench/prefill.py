@@ -56,7 +56,7 @@ def run(
     gate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Gate whose selection is timed: published, sub16, sub8, default, none; repeatable."
+            help="Gate whose selection is timed: published, sub16, sub8, default, 8-bits, none; repeatable."
         ),
     ] = None,
     page: Annotated[

@@ -179,7 +179,7 @@ def choose_row(
     # From other programs: not what a cache of this one may hold. What is not finished may hold anything.
     score = tl.load(scores + block, mask=block < words * 32, other=0.0, cache_modifier=".cg")
     score = tl.where(finished, score, float("-inf"))
-    store_bits(take(score, finished, always, read, value, KIND, BITS) | always, to, words)
+    store_bits(take(score, finished, always, read, value, KIND, BITS), to, words)
 
 
 @jit("tokens", "chunk", "words", "sink", "local")

@@ -228,6 +228,7 @@ def choose_rows(
                 TILE=scored.blocks,
                 SUBS=power_of_two(each),
                 WITHIN=sequences is None and past % block_k == 0 and block_k % block_q == 0,
+                STEPS=scored.steps,
                 num_warps=min(16, max(1, wide // SCORES_PER_WARP)),
             )
 

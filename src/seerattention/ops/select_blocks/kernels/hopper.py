@@ -3,7 +3,7 @@
 A multiprocessor runs one persistent program of two or three consumers (a warpgroup each) and two producers (a
 warp each). An item is a tile of 32 blocks of keys, all of whose summaries lie in shared memory while a strip
 of rows, query summaries, passes in tiles of 64, one consumer's after the other's. A product is of 64 rows and
-of some places within all the blocks.
+of four places within all the blocks.
 
 Of 16 bits, two consumers take turns: while one's products run, the other takes its last maxima and stores. Of
 8 bits, products are added up in fp16, which halves maxima and registers: three consumers fit, who overlap
@@ -36,14 +36,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
-#: Rows of a tile, those of a warpgroup's wgmma, and blocks of keys in a tile.
-ROWS, BLOCKS = gl.constexpr(64), gl.constexpr(32)
+#: Rows of a tile, those of a warpgroup's wgmma; blocks of keys in a tile, and their places in a product.
+ROWS, BLOCKS, PLACES = gl.constexpr(64), gl.constexpr(32), gl.constexpr(4)
+COLUMNS = gl.constexpr(128)
 
 #: Slots for tiles of rows of each consumer; tiles of keys have one or two.
 QUERY_STAGES = gl.constexpr(3)
 
 #: Registers per thread of two and of three consumers of 128 threads, who share 65,536 with the producers'.
-TWO_REGISTERS, THREE_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(160), gl.constexpr(24)
+TWO_REGISTERS, THREE_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(144), gl.constexpr(24)
 
 #: How it holds scores: a thread has 8 blocks side by side, of two rows.
 SCORES = gl.constexpr(
@@ -61,29 +62,21 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
-def _columns(keys):
-    """Summaries of keys in a product: of some places within all blocks."""
-    return keys.shape[1] * BLOCKS.value
-
-
-@gluon.constexpr_function
-def _sums(keys):
+def _sums(dtype):
     """In what products are added up: those of eight bits in fp16, whose maxima are two per instruction."""
-    return gl.float16 if keys.dtype.primitive_bitwidth == 8 else gl.float32
+    return gl.float16 if dtype.primitive_bitwidth == 8 else gl.float32
 
 
 @gluon.constexpr_function
-def _product_layout(keys):
+def _product_layout(dtype):
     """How a warpgroup holds a product: a step is of 32 bytes of each summary."""
-    return gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, _columns(keys), 256 // keys.dtype.primitive_bitwidth]
-    )
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 256 // dtype.primitive_bitwidth])
 
 
 @gluon.constexpr_function
-def _queries_layout(keys):
+def _queries_layout(dtype):
     """How it holds rows as the left side of that product."""
-    return gl.DotOperandLayout(0, _product_layout(keys), 32 // keys.dtype.primitive_bitwidth)
+    return gl.DotOperandLayout(0, _product_layout(dtype), 32 // dtype.primitive_bitwidth)
 
 
 def tiles(bits: int, rank: int) -> Any:
@@ -194,7 +187,6 @@ def _bring_keys(source, SUBS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.c
     """Copy all summaries of the blocks of all items, place by place."""
     keys, tiles, full, empty, heads, group, sizes = source
     E: gl.constexpr = keys.block_shape[4]
-    PLACES: gl.constexpr = tiles.shape[1]
     KEY_STAGES: gl.constexpr = full.shape[0]
     g = 0
     item = gl.program_id(0)
@@ -216,21 +208,21 @@ def _bring_keys(source, SUBS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.c
 
 @gluon.jit
 def _product(query, keys, part):
-    zero = gl.zeros([ROWS, _columns(keys)], _sums(keys), _product_layout(keys))
-    tile = keys.index(part).reshape([_columns(keys), keys.shape[5]])
-    return warpgroup_mma(query, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    """Start a product with a tile of keys; one that is added up in fp16 is finished.
 
-
-@gluon.constexpr_function
-def _halvings(columns):
-    return (columns // BLOCKS.value).bit_length() - 1
+    Triton splits pairs of fp16 right away: of a product that is not there the assembler serialises all parts.
+    """
+    SUMS: gl.constexpr = _sums(keys.dtype)
+    zero = gl.zeros([ROWS, COLUMNS], SUMS, _product_layout(keys.dtype))
+    tile = keys.index(part).reshape([COLUMNS, keys.shape[5]])
+    return warpgroup_mma(query, tile.permute((1, 0)), zero, use_acc=False, is_async=gl.float32 == SUMS)
 
 
 @gluon.jit
-def _larger_pairs(a, b):
-    """Return the larger ones of two tiles of fp16, two at a time; compilers move nothing over it."""
+def _pairs(name: gl.constexpr, a, b):
+    """Return the ``max`` or ``min`` of two tiles of fp16, two at a time; compilers move nothing over it."""
     return gl.inline_asm_elementwise(
-        "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.float16, is_pure=False, pack=2
+        name + ".f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.float16, is_pure=False, pack=2
     )
 
 
@@ -238,13 +230,12 @@ def _larger_pairs(a, b):
 def _by_place(product):
     """Return the maximum over the places of a product, ``[64, 32]``: one within each thread."""
     if product.dtype == gl.float16:
-        for _ in gl.static_range(_halvings(product.shape[1])):
-            halves = product.reshape([ROWS, 2, product.shape[1] // 2]).permute((0, 2, 1))
-            first, second = halves.split()
-            product = _larger_pairs(first, second)
-        best = product
+        first, second = product.reshape([ROWS, 2, COLUMNS // 2]).permute((0, 2, 1)).split()
+        half = _pairs("max", first, second)
+        first, second = half.reshape([ROWS, 2, BLOCKS]).permute((0, 2, 1)).split()
+        best = _pairs("max", first, second)
     else:
-        best = gl.max(product.reshape([ROWS, product.shape[1] // BLOCKS, BLOCKS]), 1)
+        best = gl.max(product.reshape([ROWS, PLACES, BLOCKS]), 1)
     return best
 
 
@@ -254,7 +245,7 @@ def _larger(best, product):
     # Compilers put maxima off until all products are there, which takes the registers of all of them. They
     # move nothing over assembly, which in fp32 does nothing.
     if product.dtype == gl.float16:
-        best = _larger_pairs(best, _by_place(product))
+        best = _pairs("max", best, _by_place(product))
     else:
         best = gl.maximum(best, _by_place(product))
         best = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [best], gl.float32, is_pure=False, pack=1)
@@ -263,7 +254,8 @@ def _larger(best, product):
 
 @gluon.jit
 def _nothing(keys):
-    return _by_place(gl.full([ROWS, _columns(keys)], float("-inf"), _sums(keys), _product_layout(keys)))
+    LAYOUT: gl.constexpr = _product_layout(keys.dtype)
+    return _by_place(gl.full([ROWS, COLUMNS], float("-inf"), _sums(keys.dtype), LAYOUT))
 
 
 @gluon.jit
@@ -276,13 +268,19 @@ def _scores(query, keys, first, next_turn, PARTS: gl.constexpr):
     # tensor cores are still writing.
     waiting = _product(query, keys, first)
     best = _nothing(keys)
-    for part in gl.static_range(1, PARTS):
-        following = _product(query, keys, first + part)
-        if part + 1 == PARTS and next_turn is not None:
-            mbarrier.arrive(next_turn, count=1)
-        best = _larger(best, warpgroup_mma_wait(1, deps=[waiting]))
-        waiting = following
-    best = _larger(best, warpgroup_mma_wait(0, deps=[waiting]))
+    if best.dtype == gl.float16:
+        for part in gl.static_range(1, PARTS):
+            best = _larger(best, waiting)
+            waiting = _product(query, keys, first + part)
+    else:
+        for part in gl.static_range(1, PARTS):
+            following = _product(query, keys, first + part)
+            if part + 1 == PARTS:
+                mbarrier.arrive(next_turn, count=1)
+            best = _larger(best, warpgroup_mma_wait(1, deps=[waiting]))
+            waiting = following
+        waiting = warpgroup_mma_wait(0, deps=[waiting])
+    best = _larger(best, waiting)
     if PARTS == 1 and next_turn is not None:
         mbarrier.arrive(next_turn, count=1)
     return best
@@ -294,57 +292,77 @@ def _seen_scores(
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Return the same of summaries that begin by a row's end; the first row's is `end`, from the keys on."""
-    PRODUCT: gl.constexpr = _product_layout(keys)
-    PLACES: gl.constexpr = keys.shape[1]
-    column = gl.arange(0, _columns(keys), gl.SliceLayout(0, PRODUCT))
+    PRODUCT: gl.constexpr = _product_layout(keys.dtype)
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, PRODUCT))
     # What differs between threads goes to the other side: constants are left on this, and not registers.
     same = _block(column % BLOCKS // 8 * 8 + column % 2) * BLOCK_K
     begin = same + column // BLOCKS * (BLOCK_K // SUBS)
     other = _block(column % 8 // 2 * 2) * BLOCK_K
     best = _nothing(keys)
     for part in range(SUBS // PLACES):
-        product = warpgroup_mma_wait(0, deps=[_product(query, keys, first + part)])
+        product = _product(query, keys, first + part)
+        if best.dtype == gl.float32:
+            product = warpgroup_mma_wait(0, deps=[product])
         last = end - part * (PLACES * BLOCK_K // SUBS)
         ends = last + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCT)) * BLOCK_Q
         seen = begin[None, :] <= ends[:, None] - other[None, :]
-        best = _larger(best, gl.where(seen, product, gl.full_like(product, float("-inf"))))
+        if product.dtype == gl.float16:
+            most = gl.where(seen, gl.full_like(product, float("inf")), gl.full_like(product, float("-inf")))
+            best = _larger(best, _pairs("min", product, most))
+        else:
+            best = _larger(best, gl.where(seen, product, gl.full_like(product, float("-inf"))))
     if next_turn is not None:
         mbarrier.arrive(next_turn, count=1)
     return best
 
 
 @gluon.jit
+def _exp2(x):
+    """Return 2 to the power of a number by one instruction; below the smallest normal number it is 0."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _store(
     best, to, totals, row, kept, left, end, sizes, stride, scale, ALL: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STEPS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """Write scores and totals of 64 rows before row `kept`; with ALL they see all blocks to the end."""
-    HALF: gl.constexpr = best.dtype == gl.float16
+    """Write scores and totals of 64 rows before row `kept`; with ALL they see all blocks to the end.
+
+    Logarithms are to the base of 2. Scores are differences from the row's largest in steps, the least -2^14.
+    """
     # Columns into the order of blocks: nothing moves but the names.
     best = best.reshape([ROWS, BLOCKS // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, BLOCKS])
-    best = best.to(gl.float32)
-    if HALF:
+    if best.dtype == gl.float16:
         # Sums beyond fp16 count as its largest.
-        best = gl.minimum(best, 65504.0)
-    best = gl.convert_layout(best * scale, SCORES)
+        best = _pairs("min", best, gl.full_like(best, 65504.0))
+    best = gl.convert_layout(best.to(gl.float32), SCORES)
     at = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     block = left + gl.arange(0, BLOCKS, gl.SliceLayout(0, SCORES))
-    largest = gl.maximum(gl.max(best, 1), -3e38)
-    before = (best - largest[:, None]) * LOG2E
+    # Differences from the largest in steps, and that in whole ones: added to ZERO a number is rounded to an
+    # integer, which the last bits hold.
+    ZERO: gl.constexpr = 12582912.0
+    scale *= LOG2E * STEPS
+    shift = ZERO - gl.maximum(gl.max(best, 1), -1e30) * scale
+    steps = gl.maximum(best * scale + shift[:, None], ZERO - 16384.0)
+    power = _exp2(steps * (1 / STEPS) - ZERO / STEPS)
     if not ALL:
         own = (end + (at - row) * BLOCK_Q) // BLOCK_K
-        before = gl.where(block[None, :] < own[:, None], before, float("-inf"))
-    total = gl.sum(gl.exp2(before), 1)
+        power = gl.where(block[None, :] < own[:, None], power, 0.0)
+    total = gl.sum(power, 1)
+    largest = (ZERO - shift) / STEPS
+    steps = steps.to(gl.int32, bitcast=True).to(gl.int16)
     rows = sizes[1] - sizes[0]
-    where = to + at.to(gl.int64)[:, None] * stride + block[None, :]
-    gl.store(where, (best - largest[:, None]).to(gl.float16), mask=(at < kept)[:, None])
+    gl.store(to + at.to(gl.int64)[:, None] * stride + block[None, :], steps, mask=(at < kept)[:, None])
     gl.store(totals + at, largest, mask=at < kept)
     gl.store(totals + rows + at, total, mask=at < kept)
 
 
 @gluon.jit
 def _consume(
-    target, c: gl.constexpr, SUBS: gl.constexpr,
+    target, c: gl.constexpr, SUBS: gl.constexpr, STEPS: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Score every second tile of rows of all items."""
@@ -378,7 +396,7 @@ def _consume(
                 slot = c * QUERY_STAGES + g % QUERY_STAGES
                 mbarrier.wait(query_full.index(slot), (g // QUERY_STAGES) & 1)
                 query = queries.index(slot).reshape([ROWS, queries.shape[3]])
-                query = query.load(_queries_layout(keys))
+                query = query.load(_queries_layout(keys.dtype))
                 end = past + (row + 1) * BLOCK_Q - 1
                 if end // BLOCK_K >= left + BLOCKS:
                     best = _scores(query, keys, first, next_turn, PARTS)
@@ -386,7 +404,7 @@ def _consume(
                     mbarrier.arrive(query_empty.index(slot), count=1)
                     _store(
                         best, to, to_totals, row - start, bottom - start, left, end, sizes, stride, scale,
-                        True, BLOCK_Q, BLOCK_K,
+                        True, STEPS, BLOCK_Q, BLOCK_K,
                     )  # fmt: skip
                 else:
                     best = _seen_scores(
@@ -395,7 +413,7 @@ def _consume(
                     mbarrier.arrive(query_empty.index(slot), count=1)
                     _store(
                         best, to, to_totals, row - start, bottom - start, left, end, sizes, stride, scale,
-                        False, BLOCK_Q, BLOCK_K,
+                        False, STEPS, BLOCK_Q, BLOCK_K,
                     )  # fmt: skip
                 g += 1
             elif TURNS:
@@ -426,18 +444,19 @@ def score(
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    PLACES: gl.constexpr,
     KEY_STAGES: gl.constexpr,
+    STEPS: gl.constexpr,
 ):
     """Write the scores of rows `start` to `stop`; launched with a program per multiprocessor.
 
     A row is a query summary of BLOCK_Q tokens, the first at position `past`; a KV block has BLOCK_K tokens
     and SUBS summaries. `queries` and `keys` describe ``[B, H, all rows, 64]`` and ``[B, H / group, Nk * SUBS,
     64]`` of 16 or of 8 bits; `heads` are ``B * H``. `totals`, fp32 ``[heads, across, 2, stop - start]``, get
-    for each tile of 32 blocks, of which there are `across`, a row's largest score, times `scale`, and the sum
-    of exponentials of differences from it before the row's own block. `scores`, fp16 ``[heads, stop - start,
-    stride]``, get the difference of each block's largest score from that; of the block that a row ends in
-    only summaries count that begin by its end. A strip has `rows` of them, a multiple of 64.
+    for each tile of 32 blocks, of which there are `across`, a row's largest score, times `scale` above 0 and
+    to the base of 2, and the sum of exponentials of differences from it before the row's own block. `scores`,
+    int16 ``[heads, stop - start, stride]``, get the difference of each block's largest score from that, STEPS
+    per unit; of the block that a row ends in only summaries count that begin by its end. A strip has `rows`
+    of them, a multiple of 64.
     """
     E: gl.constexpr = queries.block_shape[2]
     query_tiles = gl.allocate_shared_memory(
@@ -471,8 +490,8 @@ def score(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (target, 0, SUBS, BLOCK_Q, BLOCK_K)),
-                (_consume, (target, 1, SUBS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 0, SUBS, STEPS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 1, SUBS, STEPS, BLOCK_Q, BLOCK_K)),
                 (_bring_keys, (of_keys, SUBS, BLOCK_Q, BLOCK_K)),
                 (_bring_queries, (of_queries, BLOCK_Q, BLOCK_K)),
             ],
@@ -482,9 +501,9 @@ def score(
     else:
         gl.warp_specialize(
             [
-                (_consume, (target, 0, SUBS, BLOCK_Q, BLOCK_K)),
-                (_consume, (target, 1, SUBS, BLOCK_Q, BLOCK_K)),
-                (_consume, (target, 2, SUBS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 0, SUBS, STEPS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 1, SUBS, STEPS, BLOCK_Q, BLOCK_K)),
+                (_consume, (target, 2, SUBS, STEPS, BLOCK_Q, BLOCK_K)),
                 (_bring_keys, (of_keys, SUBS, BLOCK_Q, BLOCK_K)),
                 (_bring_queries, (of_queries, BLOCK_Q, BLOCK_K)),
             ],

@@ -38,8 +38,12 @@ HELD_BYTES, STRIP, PROGRAMS = 64 * 2**10, 16, 1024
 #: KV blocks of a tile of the Hopper kernel, its summaries' numbers, and how many summaries a block may have.
 HOPPER_BLOCKS, HOPPER_DIM, HOPPER_SUBS = 32, 64, (4, 8, 12, 16, 32)
 
-#: How far a score that it keeps may be off, as a part of its distance from the largest of its tile: fp16's.
-HOPPER_ROUNDING = 2.0**-11
+#: It keeps scores as int16, differences from the largest of a tile: so many steps are a factor of 2.
+HOPPER_STEPS = 512
+
+#: How far the logarithm of a share of them may be off: half a step for the score, for its tile's largest and
+#: for the score in the row's own block, which adds to the total.
+HOPPER_ROUNDING = 1.5 * math.log(2) / HOPPER_STEPS
 
 #: How far its sums of products of 8 bits may be off, as a part of the sum of their sizes: it adds up 32 at a
 #: time in fp16, which may cut off.
@@ -52,8 +56,8 @@ NARROWED = 4096
 #: before they do.
 HOPPER_ROWS, HOPPER_STRIP, HOPPER_ITEMS = 64, 8, 8
 
-#: Its consumers, and the places of a product, by the bytes of a number.
-HOPPER_CONSUMERS, HOPPER_PLACES = {1: 3, 2: 2}, {1: 8, 2: 4}
+#: Its consumers, by the bytes of a number.
+HOPPER_CONSUMERS = {1: 3, 2: 2}
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,13 @@ class Scores:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Scores are kept in it: fp16, differences from the largest of a tile, by the Hopper kernel."""
-        return torch.float16 if self.hopper else torch.float32
+        """Scores are kept in it."""
+        return torch.int16 if self.hopper else torch.float32
+
+    @property
+    def steps(self) -> int:
+        """How many are a factor of 2; 0 of floats."""
+        return HOPPER_STEPS if self.hopper else 0
 
     @cached_property
     def tile(self) -> dict[str, int]:
@@ -185,6 +194,7 @@ class Scores:
             SUBS=self.subs[1],
             BLOCK_Q=self.block_size[0],
             BLOCK_K=self.block_size[1],
+            STEPS=self.steps,
             num_warps=4,
             **tile,
         )
@@ -224,8 +234,7 @@ def hopper_tile(subs: int, nbytes: int) -> dict[str, int]:
     """Return the Hopper kernel's tiles for summaries of so many bytes a number, ``subs`` in a KV block."""
     # A tile of blocks with 32 summaries of 16 bits is 128 KiB: there is no room for a second one.
     stages = 1 if HOPPER_BLOCKS * subs * HOPPER_DIM * nbytes > 64 * 2**10 else 2
-    tile = {"CONSUMERS": HOPPER_CONSUMERS[nbytes], "PLACES": math.gcd(subs, HOPPER_PLACES[nbytes])}
-    return tile | {"KEY_STAGES": stages}
+    return {"CONSUMERS": HOPPER_CONSUMERS[nbytes], "KEY_STAGES": stages}
 
 
 def stride(seen: int) -> int:

@@ -232,12 +232,13 @@ def choose(
     TILE: tl.constexpr,
     SUBS: tl.constexpr,
     WITHIN: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """Choose the blocks of one row; with EACH by the shares of so many query summaries' rows of scores.
 
-    Of these, ``totals`` has the sums of ``across`` tiles of TILE blocks, as `score` writes them; scores of
-    fp16 are differences from a tile's largest. SUBS is EACH or the power of two above it. With WITHIN all
-    queries of a row are within one block.
+    Of these, ``totals`` has the sums of ``across`` tiles of TILE blocks, as `score` writes them. SUBS is EACH
+    or the power of two above it. With WITHIN all queries of a row are within one block. With STEPS scores are
+    int16, see `_largest_in_steps`.
     """
     row, head = first + tl.program_id(1), tl.program_id(0).to(tl.int64)
     row_of_bits = head * all_rows + row
@@ -259,56 +260,125 @@ def choose(
     at = scores + (head * rows + tl.program_id(1)) * tl.maximum(EACH, 1) * stride
     if EACH > 0:
         totals += head * across * 2 * rows * EACH + tl.program_id(1) * EACH
+    if STEPS > 0:
+        score = _largest_in_steps(
+            at, stride, totals, rows * EACH, row, last, tokens, past, BLOCK_Q, BLOCK_K, EACH, SUBS, WIDTH,
+            WITHIN, STEPS,
+        )  # fmt: skip
+        if KIND != 1:
+            score = tl.where(valid, tl.cast(score, tl.float32) * (0.6931471805599453 / STEPS), float("-inf"))
+    elif EACH > 0:
         total = _totals(
             at, stride, totals, rows * EACH, row, last, tokens, past, BLOCK_Q, BLOCK_K, EACH, SUBS, TILE,
             WIDTH,
         )  # fmt: skip
         score = _largest_shares(
-            at, stride, stored, total, totals, rows * EACH, row, past, BLOCK_Q, BLOCK_K, EACH, SUBS, TOGETHER,
-            WIDTH, WITHIN,
-        )  # fmt: skip
+            at, stride, stored, total, row, past, BLOCK_Q, BLOCK_K, EACH, SUBS, TOGETHER, WIDTH, WITHIN
+        )
         score = tl.where(valid, score, float("-inf"))
     else:
         score = tl.where(valid, tl.load(at + block, mask=block < stored, other=0.0), float("-inf"))
-    always = ((block < sink) | (block > own - local) | (row >= dense_from)) & valid
+    from_here = tl.where(row >= dense_from, 0, tl.maximum(own - local + 1, 0))
+    always = (block < sink) | (block >= from_here)
+    if STEPS == 0 or KIND != 1:
+        always &= valid
+    read = tl.minimum(tl.minimum(sink, from_here) + tl.maximum(last + 1 - from_here, 0), last + 1)
     if SLOPED:
         value *= tl.exp(row_exponent * tl.log((last + 1).to(tl.float32)))
-    read = tl.sum(always.to(tl.int32), 0)
-    taken = take(score, valid, always, read, value, KIND, 1) | always
-    store_bits(taken & valid, bits + row_of_bits * words, words)
+    taken = take(score, valid, always, read, value, KIND, 1)
+    store_bits(taken, bits + row_of_bits * words, words)
 
 
 @jit
 def _largest_shares(
-    scores, stride, stored, total, totals, step, row, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    scores, stride, stored, total, row, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     EACH: tl.constexpr, SUBS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
     WITHIN: tl.constexpr,
 ):  # fmt: skip
     """Return the logarithms of the largest shares of a row's blocks, ``[WIDTH]``; any past its last."""
-    tile = tl.arange(0, WIDTH // 32)
-    block = tile[:, None] * 32 + tl.arange(0, 32)[None, :]
-    best = tl.full([WIDTH // 32, 32], float("-inf"), tl.float32)
+    block = tl.arange(0, WIDTH)
+    best = tl.full([WIDTH], float("-inf"), tl.float32)
     for first in range(0, EACH, TOGETHER):
         # Some rows at a time, so that enough is on its way.
-        products, largest = (), ()
+        products = ()
         for sub in tl.static_range(TOGETHER):
             product = tl.load(scores + (first + sub) * stride + block, mask=block < stored, other=0.0)
             products = products + (product,)  # noqa: RUF005, Triton has no stars
-            if scores.dtype.element_ty == tl.float16:
-                one = tl.load(totals + tile * 2 * step + first + sub, mask=tile * 32 < stored, other=0.0)
-                largest = largest + (one,)  # noqa: RUF005
         for sub in tl.static_range(TOGETHER):
-            product = tl.cast(products[sub], tl.float32)
-            less = tl.sum(tl.where(tl.arange(0, SUBS) == first + sub, total, 0.0), 0)
-            if scores.dtype.element_ty == tl.float16:
-                product += (largest[sub] - less)[:, None]
-            else:
-                product -= less
+            product = products[sub]
+            product -= tl.sum(tl.where(tl.arange(0, SUBS) == first + sub, total, 0.0), 0)
             if not WITHIN:
                 end = (row * BLOCK_Q + (first + sub + 1) * (BLOCK_Q // EACH) - 1 + past) // BLOCK_K
                 product = tl.where(block <= end, product, float("-inf"))
             best = tl.maximum(best, product)
-    return tl.reshape(best, [WIDTH])
+    return best
+
+
+@jit
+def _largest_in_steps(
+    scores, stride, totals, step, row, last, tokens, past, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EACH: tl.constexpr, SUBS: tl.constexpr, WIDTH: tl.constexpr, WITHIN: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Return what `_largest_shares` does in steps, int32 ``[WIDTH]``, of scores that are int16.
+
+    A factor of 2 has STEPS. Scores are differences from the largest of their 32 blocks, from 0 to -2^14,
+    where all that is less ends, and so are those of the largest from the total, which take their place: a
+    Hopper GPU adds two pairs and compares both with two others by one instruction.
+    """
+    tile, sub = tl.arange(0, WIDTH // 32), tl.arange(0, SUBS)
+    token = row * BLOCK_Q + sub * (BLOCK_Q // EACH)
+    here = (sub < EACH) & (token < tokens)
+    end = (token + BLOCK_Q // EACH - 1 + past) // BLOCK_K
+    if WITHIN:
+        end = (row * BLOCK_Q + past) // BLOCK_K + tl.zeros_like(sub)
+    at, held = totals + tile[None, :] * 2 * step + sub[:, None], (tile * 32 <= last)[None, :]
+    if SUBS > EACH:
+        held &= (sub < EACH)[:, None]
+    largest, total = tl.load(at, mask=held, other=-3e38), tl.load(at + step, mask=held, other=0.0)
+    # What lies before the block that a row ends in, and that one.
+    begun = (tile * 32)[None, :] < tl.minimum(end, last + 1)[:, None]
+    before = tl.where(begun, largest, -3e38)
+    there = here & (end <= last)
+    own = tl.cast(tl.load(scores + sub * stride + end, mask=there, other=0), tl.float32) / STEPS
+    own += tl.load(totals + end // 32 * 2 * step + sub, mask=there, other=0.0)
+    own = tl.where(there, own, -3e38)
+    highest = tl.maximum(tl.max(before, 1), own)
+    total = tl.where(begun, total * _fast("ex2", before - highest[:, None]), 0.0)
+    total = highest + _fast("lg2", tl.sum(total, 1) + _fast("ex2", own - highest))
+    # Added to 1.5 * 2^23 a number is rounded to an integer, which the last bits hold: both halves of a word.
+    less = tl.where(here[:, None], (largest - total[:, None]) * STEPS, float("-inf"))
+    less = tl.maximum(less, -(2.0**14)) + 12582912.0
+    pair = (less.to(tl.int32, bitcast=True) & 0xFFFF) * 65537
+    tl.debug_barrier()
+    tl.store(at.to(tl.pointer_type(tl.int32), bitcast=True), pair, mask=held)
+    tl.debug_barrier()
+
+    at = (totals + tile * 2 * step).to(tl.pointer_type(tl.int32), bitcast=True)
+    word = tile[:, None] * 16 + tl.arange(0, 16)[None, :]
+    words = scores.to(tl.pointer_type(tl.int32), bitcast=True) + word
+    stored = tile * 32 <= last
+    best = tl.full([WIDTH // 32, 16], -0x7FFF8000, tl.int32)
+    for i in tl.static_range(EACH):
+        product = tl.load(words + i * (stride // 2), mask=stored[:, None], other=0)
+        less = tl.load(at + i, mask=stored, other=0)[:, None]
+        if not WITHIN:
+            end = (row * BLOCK_Q + (i + 1) * (BLOCK_Q // EACH) - 1 + past) // BLOCK_K
+            unseen = tl.where(2 * word > end, 0xFFFF, 0) | tl.where(2 * word + 1 > end, -0x10000, 0)
+            product = (product & ~unseen) | (-0x3FFFC000 & unseen)
+            less = (less & ~unseen) | (-0x3FFFC000 & unseen)
+        best = tl.inline_asm_elementwise(
+            "{ .reg .b32 sum; add.s16x2 sum, $1, $2; max.s16x2 $0, sum, $3; }", "=r,r,r,r",
+            [product, less, best], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.reshape(tl.join((best << 16) >> 16, best >> 16), [WIDTH])
+
+
+@jit
+def _fast(name: tl.constexpr, x):
+    """Return 2 to the power of a number, ``ex2``, or its logarithm, ``lg2``, by one instruction."""
+    return tl.inline_asm_elementwise(
+        name + ".approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @jit
@@ -329,11 +399,7 @@ def _totals(
     highest = tl.load(at, mask=begun, other=-3e38)
     total = tl.load(at + step, mask=begun, other=0.0)
     there = here & (end <= last)
-    own = tl.load(scores + sub * stride + end, mask=there, other=-3e38).to(tl.float32)
-    if scores.dtype.element_ty == tl.float16:
-        own = tl.where(
-            there, own + tl.load(totals + end // TILE * 2 * step + sub, mask=there, other=0.0), -3e38
-        )
+    own = tl.load(scores + sub * stride + end, mask=there, other=-3e38)
     largest = tl.maximum(tl.max(highest, 1), own)
     total = tl.sum(total * tl.exp(highest - largest[:, None]), 1) + tl.exp(own - largest)
     return tl.where(here, largest + tl.log(total), float("inf"))
