@@ -80,7 +80,12 @@ def peers() -> str:
             "block: {block:?} | mask: {mask} | kernel: {backend} | " + under(f"{n:,}" for n in sizes),
             lines.values(),
         ),
-        layers(report),
+        "Whole layers, " + measured_with(read("h200", "layers.json")),
+        layers(read("h200", "layers.json")),
+        "Before scores were kept in steps, in the run of the first table:",
+        layers(
+            report | {"layers": [r for r in report["layers"] if r["tokens"] == 8192 or r["block"] == 128]}
+        ),
     )
 
 

@@ -8,6 +8,7 @@ largest. H heads, Nq and Nk blocks, Sq and Sk summaries, E numbers each; best pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,6 +26,9 @@ TILE = 4
 
 #: Largest number of float8_e4m3fn, and how many products are added up before a sum is rounded to fp16.
 LARGEST_FP8, SUMMED = 448.0, 16
+
+#: Steps of a factor of 2 in which the Hopper kernel keeps scores.
+STEPS = 512
 
 #: Key summaries by query summaries, ``[Sk, E]`` and ``[Sq, E]``, to ``[Sk, Sq]``.
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -192,6 +196,12 @@ def stored(layer: Layer, dtype: torch.dtype) -> Scored:
     return Scored(layer.shares(layer.exact.to(dtype).float(), layer.totals), 1.0)
 
 
+def stored_in_steps(layer: Layer) -> Scored:
+    """Write them and their sums in steps of a part of a factor of 2, as the Hopper kernel does."""
+    best, totals = ((x * (STEPS / math.log(2))).round() for x in (layer.exact, layer.totals))
+    return Scored(layer.shares(best, totals), 1.0)
+
+
 def coarse(
     layer: Layer, keys: int, queries: int, keep: float, *, together: bool, rest: bool = True
 ) -> Scored:
@@ -298,6 +308,7 @@ def ways() -> dict[str, Way]:
         "fp16 sums": fp16_sums,
         "stored as fp16": partial(stored, dtype=torch.float16),
         "stored as bf16": partial(stored, dtype=torch.bfloat16),
+        "stored in steps": stored_in_steps,
     }
     for keys in (4, 16):
         for queries in (1, 4):
