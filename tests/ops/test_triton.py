@@ -149,10 +149,19 @@ def test_the_choosing_kernels_compile_for_hopper(dim: int, shares: bool, packed:
     heads |= {"TILE": options["BLOCK_N"], "SUBS": 16, "WITHIN": not packed}
     for kind in range(len(choosing.KINDS)):
         constants = heads | {"KIND": kind, "SLOPED": kind == 0, "WIDTH": 512, "EACH": 16 if shares else 0}
-        constants["TOGETHER"] = choosing.TOGETHER
+        constants |= {"TOGETHER": choosing.TOGETHER, "STEPS": 0}
         if not packed and kind:
             constants["values"] = None
         compiled(choosing.choose, constants, types, {"num_warps": 1})
+        if shares and not packed:
+            # What the Hopper kernel's scores are chosen from; pieces of a prompt may begin within a block.
+            steps = constants | {
+                "TILE": scores.HOPPER_BLOCKS,
+                "STEPS": scores.HOPPER_STEPS,
+                "WITHIN": kind > 0,
+            }
+            made = compiled(choosing.choose, steps, types | {"scores": "*i16"}, {"num_warps": 1})
+            assert made.asm["ptx"].count("max.s16x2") >= 16
 
 
 @compiles
