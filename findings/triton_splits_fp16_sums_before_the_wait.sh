@@ -60,9 +60,9 @@ for sums, name, split, said in ((gl.float32, "fp32", False, False), (gl.float16,
     assert (pairs > 0) == split, "that has changed"
     assert serial == said, told
 PYTHON
-for version in 3.6.0 3.7.1 3.8.0 3.9.0; do
+for package in triton==3.6.0 triton==3.7.1 triton==3.8.0 triton==3.9.0; do
     python3 -m venv venv
-    venv/bin/pip install --quiet --disable-pip-version-check "triton==$version"
-    TRITON_CACHE_DIR="$folder/cache-$version" venv/bin/python -W ignore compile.py 2> said || { cat said; exit 1; }
+    venv/bin/pip install --quiet --disable-pip-version-check "$package"
+    TRITON_CACHE_DIR="$folder/cache-$package" venv/bin/python -W ignore compile.py 2> said || { cat said; exit 1; }
     rm -rf venv
 done
