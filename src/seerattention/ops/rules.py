@@ -32,7 +32,7 @@ def take(score, valid, always, read, value, KIND: tl.constexpr, BITS: tl.constex
     """
     if KIND == 1 and score.dtype == tl.int32:
         # Above all shares are those always read. No two keys are alike, so that no search ends among several.
-        key = tl.where(valid, _order(tl.where(always, 2, score)), 0)
+        key = tl.where(valid, _order(tl.where(always, 2, tl.minimum(score, 1))), 0)
         found, _ = _limit(key, tl.maximum(tl.cast(value, tl.int32), read), BITS)
         return key > found
     if KIND == 1:
