@@ -5,9 +5,9 @@ warp each). An item is a tile of 32 blocks of keys, all of whose summaries lie i
 of rows, query summaries, passes in tiles of 64, one consumer's after the other's. A product is of 64 rows and
 of four places within all the blocks.
 
-Of 16 bits, two consumers take turns: while one's products run, the other takes its last maxima and stores. Of
-8 bits, products are added up in fp16, which halves maxima and registers: three consumers fit, who overlap
-without turns.
+Of 16 bits, a consumer stores a tile of rows while the first products of its next one run. Of 8 bits, products
+are added up in fp16, which halves maxima and registers: three consumers fit, one of whom multiplies while
+others store.
 
 `c` numbers a consumer, `g` counts uses of a ring's slots since the start. Items are numbered from the last
 strip of rows and its first blocks, heads next to each other; program `i` of `n` takes `i`, `i + n`, ...
@@ -259,37 +259,39 @@ def _nothing(keys):
 
 
 @gluon.jit
-def _scores(query, keys, first, next_turn, PARTS: gl.constexpr):
-    """Return the largest product of each row with each block, ``[64, 32]``, and end the turn, if it is one.
+def _scores(query, keys, first, PARTS: gl.constexpr):
+    """Return the largest product of each row with each block, ``[64, 32]``, of sums in fp16.
 
     The blocks' summaries are PARTS tiles of `keys` from the `first` on.
     """
-    # Products are started and waited for in one branch: a branch in between may copy registers that the
-    # tensor cores are still writing.
-    waiting = _product(query, keys, first)
     best = _nothing(keys)
-    if best.dtype == gl.float16:
-        for part in gl.static_range(1, PARTS):
-            best = _larger(best, waiting)
-            waiting = _product(query, keys, first + part)
-    else:
-        for part in gl.static_range(1, PARTS):
-            following = _product(query, keys, first + part)
-            if part + 1 == PARTS:
-                mbarrier.arrive(next_turn, count=1)
-            best = _larger(best, warpgroup_mma_wait(1, deps=[waiting]))
-            waiting = following
-        waiting = warpgroup_mma_wait(0, deps=[waiting])
-    best = _larger(best, waiting)
-    if PARTS == 1 and next_turn is not None:
-        mbarrier.arrive(next_turn, count=1)
+    for part in gl.static_range(PARTS):
+        best = _larger(best, _product(query, keys, first + part))
     return best
 
 
 @gluon.jit
+def _scores_and_store(query, keys, first, before, target, PARTS: gl.constexpr, STEPS: gl.constexpr):
+    """Return the same of sums in fp32, and store those of the tile before while the first products run."""
+    to, totals, where, sizes, stride, scale = target
+    # Products are started and waited for in one branch: a branch in between may copy registers that the
+    # tensor cores are still writing.
+    waiting = _product(query, keys, first)
+    best = _nothing(keys)
+    if PARTS == 1:
+        _store(before, to, totals, where, 0, sizes, stride, scale, True, STEPS, 1, 1)
+    for part in gl.static_range(1, PARTS):
+        following = _product(query, keys, first + part)
+        if part == 1:
+            _store(before, to, totals, where, 0, sizes, stride, scale, True, STEPS, 1, 1)
+        best = _larger(best, warpgroup_mma_wait(1, deps=[waiting]))
+        waiting = following
+    return _larger(best, warpgroup_mma_wait(0, deps=[waiting]))
+
+
+@gluon.jit
 def _seen_scores(
-    query, keys, first, end, next_turn, SUBS: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    query, keys, first, end, SUBS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr
 ):  # fmt: skip
     """Return the same of summaries that begin by a row's end; the first row's is `end`, from the keys on."""
     PRODUCT: gl.constexpr = _product_layout(keys.dtype)
@@ -311,8 +313,6 @@ def _seen_scores(
             best = _larger(best, _pairs("min", product, most))
         else:
             best = _larger(best, gl.where(seen, product, gl.full_like(product, float("-inf"))))
-    if next_turn is not None:
-        mbarrier.arrive(next_turn, count=1)
     return best
 
 
@@ -326,13 +326,14 @@ def _exp2(x):
 
 @gluon.jit
 def _store(
-    best, to, totals, row, kept, left, end, sizes, stride, scale, ALL: gl.constexpr,
+    best, to, totals, where, end, sizes, stride, scale, ALL: gl.constexpr,
     STEPS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Write scores and totals of 64 rows before row `kept`; with ALL they see all blocks to the end.
 
     Logarithms are to the base of 2. Scores are differences from the row's largest in steps, the least -2^14.
     """
+    row, kept, left = where
     # Columns into the order of blocks: nothing moves but the names.
     best = best.reshape([ROWS, BLOCKS // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, BLOCKS])
     if best.dtype == gl.float16:
@@ -361,22 +362,28 @@ def _store(
 
 
 @gluon.jit
+def _take(queries, full, keys, c: gl.constexpr, g):
+    """Wait for a consumer's next rows, and load them."""
+    slot = c * QUERY_STAGES + g % QUERY_STAGES
+    mbarrier.wait(full.index(slot), (g // QUERY_STAGES) & 1)
+    return queries.index(slot).reshape([ROWS, queries.shape[3]]).load(_queries_layout(keys.dtype))
+
+
+@gluon.jit
 def _consume(
     target, c: gl.constexpr, SUBS: gl.constexpr, STEPS: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Score every second tile of rows of all items."""
-    scores, totals, stride, scale, heads, sizes, rings, turns = target
+    scores, totals, stride, scale, heads, sizes, rings = target
     queries, query_full, query_empty, keys, key_full, key_empty = rings
     start, stop, past, across, _rows = sizes
     CONSUMERS: gl.constexpr = queries.shape[0] // QUERY_STAGES
     PARTS: gl.constexpr = SUBS // keys.shape[1]
     KEY_STAGES: gl.constexpr = key_full.shape[0]
-    TURNS: gl.constexpr = CONSUMERS == 2
-    next_turn = turns.index(1 - c) if TURNS else None
+    STRIDE: gl.constexpr = CONSUMERS * ROWS
     g = 0
     k = 0
-    turn = 0
     item = gl.program_id(0)
     strip, before, more = _find(item, gl.to_tensor(0), gl.to_tensor(0), heads, sizes, BLOCK_Q, BLOCK_K)
     while more:
@@ -386,38 +393,39 @@ def _consume(
         to_totals = totals + (head * across + tile).to(gl.int64) * 2 * (stop - start)
         mbarrier.wait(key_full.index(k % KEY_STAGES), (k // KEY_STAGES) & 1)
         first = k % KEY_STAGES * PARTS
-        for group in range(top, bottom, CONSUMERS * ROWS):
-            row = group + c * ROWS
-            if TURNS:
-                # Both have as many; the first of all is consumer 0's.
-                mbarrier.wait(turns.index(c), turn & 1 ^ (1 - c))
-                turn += 1
-            if row < bottom:
-                slot = c * QUERY_STAGES + g % QUERY_STAGES
-                mbarrier.wait(query_full.index(slot), (g // QUERY_STAGES) & 1)
-                query = queries.index(slot).reshape([ROWS, queries.shape[3]])
-                query = query.load(_queries_layout(keys.dtype))
-                end = past + (row + 1) * BLOCK_Q - 1
-                if end // BLOCK_K >= left + BLOCKS:
-                    best = _scores(query, keys, first, next_turn, PARTS)
-                    # Only now: behind a product of them the copy into registers has happened.
-                    mbarrier.arrive(query_empty.index(slot), count=1)
-                    _store(
-                        best, to, to_totals, row - start, bottom - start, left, end, sizes, stride, scale,
-                        True, STEPS, BLOCK_Q, BLOCK_K,
-                    )  # fmt: skip
-                else:
-                    best = _seen_scores(
-                        query, keys, first, end - left * BLOCK_K, next_turn, SUBS, BLOCK_Q, BLOCK_K
-                    )
-                    mbarrier.arrive(query_empty.index(slot), count=1)
-                    _store(
-                        best, to, to_totals, row - start, bottom - start, left, end, sizes, stride, scale,
-                        False, STEPS, BLOCK_Q, BLOCK_K,
-                    )  # fmt: skip
-                g += 1
-            elif TURNS:
-                mbarrier.arrive(next_turn, count=1)
+        # Rows that end within the tile come first, then those behind it.
+        begin = top + c * ROWS
+        behind = gl.cdiv((left + BLOCKS) * BLOCK_K + 1 - past, BLOCK_Q) - 1
+        middle = begin + gl.maximum(gl.cdiv(behind - begin, STRIDE), 0) * STRIDE
+        for row in range(begin, gl.minimum(middle, bottom), STRIDE):
+            query = _take(queries, query_full, keys, c, g)
+            end = past + (row + 1) * BLOCK_Q - 1
+            best = _seen_scores(query, keys, first, end - left * BLOCK_K, SUBS, BLOCK_Q, BLOCK_K)
+            mbarrier.arrive(query_empty.index(c * QUERY_STAGES + g % QUERY_STAGES), count=1)
+            where = (row - start, bottom - start, left)
+            _store(best, to, to_totals, where, end, sizes, stride, scale, False, STEPS, BLOCK_Q, BLOCK_K)
+            g += 1
+        best = _nothing(keys)
+        # Before the first tile there is none to store: no row is before this.
+        kept = gl.to_tensor(-(2**30))
+        for row in range(middle, bottom, STRIDE):
+            query = _take(queries, query_full, keys, c, g)
+            if best.dtype == gl.float16:
+                best = _scores(query, keys, first, PARTS)
+            else:
+                where = (row - STRIDE - start, kept, left)
+                pending = (to, to_totals, where, sizes, stride, scale)
+                best = _scores_and_store(query, keys, first, best, pending, PARTS, STEPS)
+            # Only now: behind a product of them the copy into registers has happened.
+            mbarrier.arrive(query_empty.index(c * QUERY_STAGES + g % QUERY_STAGES), count=1)
+            kept = bottom - start
+            if best.dtype == gl.float16:
+                where = (row - start, kept, left)
+                _store(best, to, to_totals, where, 0, sizes, stride, scale, True, STEPS, 1, 1)
+            g += 1
+        if best.dtype == gl.float32:
+            last = middle + (gl.cdiv(bottom - middle, STRIDE) - 1) * STRIDE - start
+            _store(best, to, to_totals, (last, kept, left), 0, sizes, stride, scale, True, STEPS, 1, 1)
         mbarrier.arrive(key_empty.index(k % KEY_STAGES), count=1)
         k += 1
         item += gl.num_programs(0)
@@ -472,19 +480,16 @@ def score(
     )
     key_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
     key_empty = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS * QUERY_STAGES):
         mbarrier.init(query_full.index(i), count=1)
         mbarrier.init(query_empty.index(i), count=1)
     for i in gl.static_range(KEY_STAGES):
         mbarrier.init(key_full.index(i), count=1)
         mbarrier.init(key_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
     sizes = (start, stop, past, across, rows)
     rings = (query_tiles, query_full, query_empty, key_tiles, key_full, key_empty)
-    target = (scores, totals, stride, scale, heads, sizes, rings, turns)
+    target = (scores, totals, stride, scale, heads, sizes, rings)
     of_keys = (keys, key_tiles, key_full, key_empty, heads, group, sizes)
     of_queries = (queries, query_tiles, query_full, query_empty, heads, sizes)
     if CONSUMERS == 2:
