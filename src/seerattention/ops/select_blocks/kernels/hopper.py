@@ -370,6 +370,28 @@ def _take(queries, full, keys, c: gl.constexpr, g):
 
 
 @gluon.jit
+def _consume_within(
+    target, to, to_totals, within, c: gl.constexpr, g, SUBS: gl.constexpr, STEPS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Score a consumer's rows that end within an item's blocks; return `g` after them."""
+    _scores, _totals, stride, scale, _heads, sizes, rings = target
+    queries, query_full, query_empty, keys, _key_full, _key_empty = rings
+    start, _stop, past, _across, _rows = sizes
+    begin, end_of_rows, bottom, left, first = within
+    STRIDE: gl.constexpr = queries.shape[0] // QUERY_STAGES * ROWS
+    for row in range(begin, end_of_rows, STRIDE):
+        query = _take(queries, query_full, keys, c, g)
+        end = past + (row + 1) * BLOCK_Q - 1
+        best = _seen_scores(query, keys, first, end - left * BLOCK_K, SUBS, BLOCK_Q, BLOCK_K)
+        mbarrier.arrive(query_empty.index(c * QUERY_STAGES + g % QUERY_STAGES), count=1)
+        where = (row - start, bottom - start, left)
+        _store(best, to, to_totals, where, end, sizes, stride, scale, False, STEPS, BLOCK_Q, BLOCK_K)
+        g += 1
+    return g
+
+
+@gluon.jit
 def _consume(
     target, c: gl.constexpr, SUBS: gl.constexpr, STEPS: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -397,14 +419,8 @@ def _consume(
         begin = top + c * ROWS
         behind = gl.cdiv((left + BLOCKS) * BLOCK_K + 1 - past, BLOCK_Q) - 1
         middle = begin + gl.maximum(gl.cdiv(behind - begin, STRIDE), 0) * STRIDE
-        for row in range(begin, gl.minimum(middle, bottom), STRIDE):
-            query = _take(queries, query_full, keys, c, g)
-            end = past + (row + 1) * BLOCK_Q - 1
-            best = _seen_scores(query, keys, first, end - left * BLOCK_K, SUBS, BLOCK_Q, BLOCK_K)
-            mbarrier.arrive(query_empty.index(c * QUERY_STAGES + g % QUERY_STAGES), count=1)
-            where = (row - start, bottom - start, left)
-            _store(best, to, to_totals, where, end, sizes, stride, scale, False, STEPS, BLOCK_Q, BLOCK_K)
-            g += 1
+        within = (begin, gl.minimum(middle, bottom), bottom, left, first)
+        g = _consume_within(target, to, to_totals, within, c, g, SUBS, STEPS, BLOCK_Q, BLOCK_K)
         best = _nothing(keys)
         # Before the first tile there is none to store: no row is before this.
         kept = gl.to_tensor(-(2**30))
