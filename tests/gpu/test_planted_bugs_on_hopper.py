@@ -141,9 +141,12 @@ KERNELS: dict[str, tuple[ModuleType, str, Callable[[], None], dict[str, tuple[st
         {
             "sees the next key": ("<= query[:, None], s", "<= query[:, None] + 1, s"),
             "misses its own key": ("<= query[:, None], s", "< query[:, None], s"),
+            "a tile that goes alone counts twice": ("first_query, t * 64)", "first_query, 128)"),
+            "the first tile of a pair twice": ("next_tile * 64, i", "tile * 64, i"),
+            "the first tile's keys in both": ("(tile - column // 64)", "tile"),
             "outputs keep their old factor": ("gl.convert_layout(alpha, o_row)[:, None]", "1.0"),
             "sums keep their old factor": ("total * alpha + gl.sum", "total + gl.sum"),
-            "the second head's queries": ("head + ITEM_HEADS - 1, tile", "head, tile"),
+            "the second head's queries": ("second_head = head + ITEM_HEADS - 1", "second_head = head"),
             "another head's list": ("head // (sizes[0] // sel_heads)", "head % sel_heads"),
             "outputs as if heads came first": ("rows.to(gl.int64) * strides[2]", "rows.to(gl.int64)"),
         },

@@ -124,7 +124,8 @@ def start(
     share = item_heads * item_tiles == 2
     tiles, tiles_k = num_blocks(num_queries, TILE), num_blocks(k.shape[2], TILE)
     items = batch * (heads // item_heads) * num_blocks(tiles, item_tiles)
-    stages = RING_BYTES // (TILE * dim * q.element_size()) // (1 if share else 2)
+    # A slot of a ring has two tiles.
+    stages = RING_BYTES // (2 * TILE * dim * q.element_size()) // (1 if share else 2)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(processors, num_blocks(items, 1 if share else 2))
     # A kernel argument that is not used still needs a pointer.
@@ -133,7 +134,7 @@ def start(
         maxima = torch.empty(programs, 2, tiles_k + 1, TILE, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
         kernel.attend[(programs,)](
-            *(kernel.descriptor(x, TILE) for x in (q, k, v)),
+            *(kernel.descriptor(x, TILE, kernel.NUMBERS.value) for x in (q, k, v)),
             out,
             # In vectors of a head; of a dimension with one entry the stride may be any number.
             *(s // dim for s in out.stride()[:3]),

@@ -2,10 +2,10 @@
 
 A multiprocessor runs one persistent program of two consumers (a warpgroup each, 64 queries) and their
 producers (a warp each). A producer takes the next query tile from a counter, reads its row of the
-selection's bits from the last block to the first and copies keys and values into a ring of 64-token
-tiles by TMA. Its consumer multiplies tiles two by two: while softmax works on one pair, the tensor cores
-multiply the probabilities of the pair before. Only tiles at a row's end need a causal mask, and they come
-first.
+selection's bits from the last block to the first and copies keys and values into a ring of pairs of
+64-token tiles by TMA. Its consumer multiplies pairs: while softmax works on one, the tensor cores multiply
+the probabilities of the one before. The first of an odd number of tiles is a pair with itself, whose second
+half is masked. Only tiles at a row's end need a causal mask, and they come first.
 
 An item of work is ITEM_TILES query tiles of ITEM_HEADS neighbouring query heads, one or two in all. Two read
 the same list of the same KV head: the halves of a query block, or one tile of two heads of a list. Then the
@@ -43,25 +43,32 @@ LN2 = gl.constexpr(0.6931471805599453)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
-#: How tiles of 16-bit numbers lie in shared memory, for TMA and wgmma alike.
+#: How tiles and pairs of tiles of 16-bit numbers lie in shared memory, for TMA and wgmma alike.
 TILES = gl.NVMMASharedLayout(128, 16, 4)
+PAIRS = gl.NVMMASharedLayout(128, 16, 2)
 
-#: How a warpgroup holds 64 x 64 scores, and queries as a product's left side.
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+#: Numbers of a token in a copy: 128 bytes, as far as tokens lie next to each other in shared memory.
+NUMBERS = gl.constexpr(64)
+
+#: How a warpgroup holds 64 x 128 scores, and queries as a product's left side.
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 
 # Called barrier since triton 3.7.
 _synchronise = getattr(gl, "thread_barrier", None) or gl.barrier
 
+# It has no underscore since triton 3.9.
+_view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
 # The copy is called async_load since triton 3.7.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
-def descriptor(x: Tensor, tile: int) -> Any:
-    """Describe ``[B, H, T, D]`` for TMA copies of ``[tile, D]``; tokens past the end read as zero."""
+def descriptor(x: Tensor, tile: int, numbers: int | None = None) -> Any:
+    """Describe ``[B, H, T, D]`` for TMA copies of ``[tile, numbers or D]``; past the end tokens are zero."""
     # A dimension of one element may have any stride, TMA wants a multiple of 16 bytes.
     strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride(), x.shape, strict=True)][:3]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, x.shape[3]], TILES)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, numbers or x.shape[3]], TILES)
 
 
 @gluon.jit
@@ -104,14 +111,23 @@ def _wait_free(channel, g, r: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _put(desc, b, head, tile, channel, g, r: gl.constexpr, STAGES: gl.constexpr):
-    """Copy a tile of 64 tokens into the ring's next slot once it is free."""
+def _put(
+    desc, b, head, tile, next_head, next_tile, channel, g, r: gl.constexpr, STAGES: gl.constexpr,
+    ALONE: gl.constexpr = False,
+):  # fmt: skip
+    """Copy two tiles of 64 tokens into the ring's next slot once it is free, or the first of them alone."""
     ring, _notes, full, _empty = channel
-    D: gl.constexpr = desc.block_shape[3]
+    D: gl.constexpr = ring.shape[2]
     slot = _slot(g, r, STAGES)
     _wait_free(channel, g, r, STAGES)
-    mbarrier.expect(full.index(slot), 64 * D * 2)
-    load_tile(desc, [b, head, tile * 64, 0], full.index(slot), ring.index(slot))
+    mbarrier.expect(full.index(slot), (1 if ALONE else 2) * 64 * D * 2)
+    # Numbers by numbers, the tokens of both tiles behind one another.
+    parts = _view(ring.index(slot), ring.dtype, [2 * D // NUMBERS, 1, 1, 64, NUMBERS], TILES)
+    for i in gl.static_range(D // NUMBERS):
+        load_tile(desc, [b, head, tile * 64, i * NUMBERS], full.index(slot), parts.index(2 * i))
+        if not ALONE:
+            at = [b, next_head, next_tile * 64, i * NUMBERS]
+            load_tile(desc, at, full.index(slot), parts.index(2 * i + 1))
 
 
 @gluon.jit
@@ -159,6 +175,7 @@ def _produce(
     WORDS: gl.constexpr,
 ):
     """Feed a ring: per item its queries, then keys and values of its tiles, two by two, keys first."""
+    ALONE: gl.constexpr = ITEM_HEADS * ITEM_TILES == 1
     qd, kd, vd, lists, counter, items, sizes, channel = source
     g = 0
     item = gl.atomic_add(counter, 1)
@@ -175,14 +192,14 @@ def _produce(
         surplus = (last_tile // PARTS + 1) * PARTS - 1 - last_tile
         n = _count(row, word, 2 * own - 1, own, WORDS) * PARTS - surplus
         _note(channel, g, item, n, r, STAGES)
-        _put(qd, b, head, tile, channel, g, r, STAGES)
+        second_head = head + ITEM_HEADS - 1
+        _put(qd, b, head, tile, second_head, tile + ITEM_TILES - 1, channel, g, r, STAGES, ALONE)
         g += 1
-        if ITEM_HEADS * ITEM_TILES == 2:
-            _put(qd, b, head + ITEM_HEADS - 1, tile + ITEM_TILES - 1, channel, g, r, STAGES)
-            g += 1
-        # An odd first tile goes alone, its values right behind its keys.
-        t = -(n & 1)
-        held = 0
+        # An odd row's first tile is a pair with itself. Values come behind the keys of the next pair.
+        t = n & 1
+        one = last_tile
+        one_held = 0
+        other_held = 0
         while word >= 0:
             following = gl.load(row + gl.maximum(word - 1, 0))
             while w != 0:
@@ -191,27 +208,31 @@ def _produce(
                 for part in gl.static_range(PARTS):
                     j = (word * 32 + bit) * PARTS + (PARTS - 1 - part)
                     if j <= last_tile:
-                        _put(kd, b, kv_head, j, channel, g, r, STAGES)
-                        g += 1
                         if (t & 1) == 1:
-                            if t > 0:
-                                _put(vd, b, kv_head, held, channel, g, r, STAGES)
-                                g += 1
-                            _put(vd, b, kv_head, j, channel, g, r, STAGES)
+                            _put(kd, b, kv_head, one, kv_head, j, channel, g, r, STAGES)
                             g += 1
-                        held = j
+                            if t > 1:
+                                _put(vd, b, kv_head, one_held, kv_head, other_held, channel, g, r, STAGES)
+                                g += 1
+                            one_held = one
+                            other_held = j
+                        one = j
                         t += 1
             w = following
             word -= 1
+        _put(vd, b, kv_head, one_held, kv_head, other_held, channel, g, r, STAGES)
+        g += 1
         item = following_item
     _note(channel, g, -1, 0, r, STAGES)
     mbarrier.arrive(channel[2].index(_slot(g, r, STAGES)), count=1)
 
 
 @gluon.jit
-def _mask(s, first_key, first_query):
+def _mask(s, tile, first_query, end):
+    """Mask keys after their query and columns from `end` on: those of `tile`, then of the one before it."""
     layout: gl.constexpr = s.type.layout
-    key = first_key + gl.arange(0, 64, gl.SliceLayout(0, layout))
+    column = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    key = gl.where(column < end, (tile - column // 64) * 64 + column % 64, 2**30)
     query = first_query + gl.arange(0, 64, gl.SliceLayout(1, layout))
     return gl.where(key[None, :] <= query[:, None], s, float("-inf"))
 
@@ -223,76 +244,44 @@ def _maxima_of(maxima, c: gl.constexpr, tiles_k):
 
 
 @gluon.jit
-def _largest(s0, s1, maxima, j, MAP: gl.constexpr):
+def _largest(s, maxima, j, MAP: gl.constexpr):
     """Return each row's largest score; with MAP keep it, per tile, of tiles `j` and `j - 1`."""
     if MAP:
-        row = gl.arange(0, 64, gl.SliceLayout(1, s0.type.layout))
-        top0 = gl.max(s0, 1)
-        top1 = gl.max(s1, 1)
-        gl.store(maxima + j * 64 + row, top0)
+        row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+        at = gl.arange(0, 64, row)
+        top0, top1 = gl.max(s.reshape([64, 2, 64]), 2).split()
+        top0 = gl.convert_layout(top0, row)
+        top1 = gl.convert_layout(top1, row)
+        gl.store(maxima + j * 64 + at, top0)
         # A tile that goes alone has no partner; what is kept here for the tile before is replaced later.
-        gl.store(maxima + (j - 1) * 64 + row, top1)
+        gl.store(maxima + (j - 1) * 64 + at, top1)
         top = gl.maximum(top0, top1)
     else:
-        top = gl.max(gl.maximum(s0, s1), 1)
+        top = gl.max(s, 1)
     return top
 
 
 @gluon.jit
-def _softmax(s0, s1, top, m, total, scale):
+def _softmax(s, top, m, total, scale):
     """Go on with a running softmax, base 2: probabilities, maximum, sum and the factor of what was."""
     m_new = gl.maximum(m, top * scale)
-    p0 = gl.exp2(s0 * scale - m_new[:, None])
-    p1 = gl.exp2(s1 * scale - m_new[:, None])
+    p = gl.exp2(s * scale - m_new[:, None])
     alpha = gl.exp2(m - m_new)
-    return p0, p1, m_new, total * alpha + gl.sum(p0 + p1, 1), alpha
+    return p, m_new, total * alpha + gl.sum(p, 1), alpha
 
 
 @gluon.jit
 def _scores(q, channel, g, r: gl.constexpr, STAGES: gl.constexpr):
-    """Start the product of queries and a tile of keys."""
-    D: gl.constexpr = q.shape[1]
-    k = channel[0].index(_slot(g, r, STAGES)).reshape([64, D])
-    zero = gl.zeros([64, 64], gl.float32, SCORES)
-    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    """Start the product of queries and a pair of tiles of keys."""
+    keys = channel[0].index(_slot(g, r, STAGES))
+    zero = gl.zeros([64, 128], gl.float32, SCORES)
+    return warpgroup_mma(q, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _add_values(p, channel, g, o, r: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
-    """Start the product of probabilities and a tile of values."""
-    return warpgroup_mma(p, channel[0].index(_slot(g, r, STAGES)).reshape([64, D]), o, is_async=True)
-
-
-@gluon.jit
-def _first_scores(q, channel, g, single, r: gl.constexpr, STAGES: gl.constexpr):
-    """Multiply the first tile, and the second unless the first goes alone."""
-    _wait(channel, g, r, STAGES)
-    # Products are started and waited for in one branch: a branch in between may copy registers that the
-    # tensor cores are still writing.
-    if single == 0:
-        _wait(channel, g + 1, r, STAGES)
-        s0_done = _scores(q, channel, g, r, STAGES)
-        s1_done = _scores(q, channel, g + 1, r, STAGES)
-        s0, s1 = warpgroup_mma_wait(0, deps=[s0_done, s1_done])
-        _free(channel, g, r, STAGES)
-        _free(channel, g + 1, r, STAGES)
-    else:
-        s0 = warpgroup_mma_wait(0, deps=[_scores(q, channel, g, r, STAGES)])
-        s1 = gl.full([64, 64], float("-inf"), gl.float32, SCORES)
-        _free(channel, g, r, STAGES)
-    return s0, s1
-
-
-@gluon.jit
-def _load_queries(channel, g, c: gl.constexpr, SHARE: gl.constexpr, r: gl.constexpr, STAGES: gl.constexpr):
-    """Copy the queries into registers."""
-    D: gl.constexpr = channel[0].shape[4]
-    if SHARE:
-        _wait(channel, g + 1, r, STAGES)
-        q = channel[0].index(_slot(g + c, r, STAGES)).reshape([64, D]).load(QUERIES)
-    else:
-        q = channel[0].index(_slot(g, r, STAGES)).reshape([64, D]).load(QUERIES)
-    return q
+def _add_values(p, channel, g, o, r: gl.constexpr, STAGES: gl.constexpr):
+    """Start the product of probabilities and a pair of tiles of values."""
+    return warpgroup_mma(p, channel[0].index(_slot(g, r, STAGES)), o, is_async=True)
 
 
 @gluon.jit
@@ -364,77 +353,54 @@ def _consume(  # noqa: PLR0915
         n = _read_note(channel, g, 1, r, STAGES)
         b, _kv_head, head, tile = _place(item, sizes, ITEM_HEADS, ITEM_TILES)
         last_tile = _last_key_tile(tile, sizes, ITEM_TILES)
-        q = _load_queries(channel, g, c, SHARE, r, STAGES)
-        g += 2 if SHARE else 1
+        mine: gl.constexpr = c * 64 if SHARE else 0
+        q = channel[0].index(_slot(g, r, STAGES)).slice(mine, 64, 0).load(QUERIES)
+        g += 1
         head += c * (ITEM_HEADS - 1)
         tile += c * (ITEM_TILES - 1)
         first_query = past + tile * 64
         # Tiles at the front that hold keys after the first query: they need the causal mask.
         late = last_tile - first_query // 64 + 1
-        single = n & 1
-        s0, s1 = _first_scores(q, channel, g, single, r, STAGES)
+        _wait(channel, g, r, STAGES)
+        s = warpgroup_mma_wait(0, deps=[_scores(q, channel, g, r, STAGES)])
         # Only now: a barrier behind the copy into registers does not mean that it has happened, but a
         # product of them does. Freed earlier, queries were overwritten by keys, in one call of three.
-        if SHARE:
-            _free(channel, g - 2, r, STAGES)
         _free(channel, g - 1, r, STAGES)
-        s0 = _mask(s0, last_tile * 64, first_query)
-        if (late > 1) & (single == 0):
-            s1 = _mask(s1, (last_tile - 1) * 64, first_query)
+        _free(channel, g, r, STAGES)
+        g += 1
+        t = 2 - (n & 1)
+        s = _mask(s, last_tile, first_query, t * 64)
         # Finite, so that a row without a key in its first tiles has weight zero there and not NaN.
         m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
         o = gl.zeros([64, D], gl.float32, o_layout)
-        top = _largest(s0, s1, maxima, last_tile, MAP)
-        p0, p1, m, total, alpha = _softmax(s0, s1, top, m, total, scale)
-        p0 = gl.convert_layout(p0.to(dtype), p_layout)
-        p1 = gl.convert_layout(p1.to(dtype), p_layout)
-        # A single first tile has no partner: probabilities of zero meet its own values again.
-        v0 = g + 2 - single
-        v1 = v0 + 1 - single
-        t = 2 - single
+        p, m, total, alpha = _softmax(s, _largest(s, maxima, last_tile, MAP), m, total, scale)
+        p = gl.convert_layout(p.to(dtype), p_layout)
         while t < n:
-            k = g + 2 * t
-            _wait(channel, k, r, STAGES)
-            s0_done = _scores(q, channel, k, r, STAGES)
-            _wait(channel, k + 1, r, STAGES)
-            s1_done = _scores(q, channel, k + 1, r, STAGES)
-            _wait(channel, v0, r, STAGES)
-            _wait(channel, v1, r, STAGES)
-            o = _add_values(p0, channel, v0, o, r, STAGES, D)
-            o = _add_values(p1, channel, v1, o, r, STAGES, D)
-            s0, s1 = warpgroup_mma_wait(2, deps=[s0_done, s1_done])
-            _free(channel, k, r, STAGES)
-            _free(channel, k + 1, r, STAGES)
+            _wait(channel, g, r, STAGES)
+            s_done = _scores(q, channel, g, r, STAGES)
+            _wait(channel, g + 1, r, STAGES)
+            o = _add_values(p, channel, g + 1, o, r, STAGES)
+            s = warpgroup_mma_wait(1, deps=[s_done])
+            _free(channel, g, r, STAGES)
             if t < late:
-                s0 = _mask(s0, (last_tile - t) * 64, first_query)
-                if t + 1 < late:
-                    s1 = _mask(s1, (last_tile - t - 1) * 64, first_query)
-            top = _largest(s0, s1, maxima, last_tile - t, MAP)
-            e0, e1, m, total, alpha = _softmax(s0, s1, top, m, total, scale)
-            o, p0, p1 = warpgroup_mma_wait(0, deps=[o, p0, p1])
-            _free(channel, v0, r, STAGES)
-            if v1 > v0:
-                _free(channel, v1, r, STAGES)
+                s = _mask(s, last_tile - t, first_query, 128)
+            e, m, total, alpha = _softmax(s, _largest(s, maxima, last_tile - t, MAP), m, total, scale)
+            o, p = warpgroup_mma_wait(0, deps=[o, p])
+            _free(channel, g + 1, r, STAGES)
             o = o * gl.convert_layout(alpha, o_row)[:, None]
-            p0 = gl.convert_layout(e0.to(dtype), p_layout)
-            p1 = gl.convert_layout(e1.to(dtype), p_layout)
-            v0 = k + 2
-            v1 = k + 3
+            p = gl.convert_layout(e.to(dtype), p_layout)
+            g += 2
             t += 2
-        _wait(channel, v0, r, STAGES)
-        _wait(channel, v1, r, STAGES)
-        o = _add_values(p0, channel, v0, o, r, STAGES, D)
-        o = warpgroup_mma_wait(0, deps=[_add_values(p1, channel, v1, o, r, STAGES, D)])
-        _free(channel, v0, r, STAGES)
-        if v1 > v0:
-            _free(channel, v1, r, STAGES)
+        _wait(channel, g, r, STAGES)
+        o = warpgroup_mma_wait(0, deps=[_add_values(p, channel, g, o, r, STAGES)])
+        _free(channel, g, r, STAGES)
+        g += 1
         if SINKS:
             total += gl.exp2(gl.load(sinks + head) * LOG2E - m)
         _store(out, strides, lse, o, m, total, b, head, tile * 64, sizes, LSE)
         if MAP:
             _pool(maxima, shares, m, total, b * heads + head, tile, last_tile, tiles_k, scale, sizes)
-        g += 2 * n
         _wait(channel, g, r, STAGES)
         item = _read_note(channel, g, 0, r, STAGES)
 
@@ -500,7 +466,7 @@ def attend(
     """
     SHARE: gl.constexpr = ITEM_HEADS * ITEM_TILES == 2
     rings: gl.constexpr = 1 if SHARE else 2
-    ring = gl.allocate_shared_memory(qd.dtype, [rings * STAGES, 1, 1, 64, D], qd.layout)
+    ring = gl.allocate_shared_memory(qd.dtype, [rings * STAGES, 128, D], PAIRS)
     note_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     notes = gl.allocate_shared_memory(gl.int32, [rings * STAGES * 2, 1], note_layout)
     full = gl.allocate_shared_memory(gl.int64, [rings * STAGES, 1], mbarrier.MBarrierLayout())

@@ -35,10 +35,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from seerattention.ops.block_sparse_attention.kernels.hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    SCORES,
     descriptor,
     load_tile,
 )
+
+#: How a warpgroup holds 64 x 64 scores.
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
 #: How 64 numbers of queries lie in shared memory.
 LINE = gl.NVMMASharedLayout(0, 32, 1)
