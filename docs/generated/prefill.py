@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from generated.reports import DATA, FORMER_DENSITY, measured_with, model_of, notes, read, targets
+from generated.reports import DATA, measured_with, model_of, notes, read, targets
 from generated.text import Cells, Report, parts, table, under
 
 
@@ -56,7 +56,6 @@ def gpu() -> str:
         measured_with(report),
         by_density(report),
         layers(report),
-        FORMER_DENSITY,
         targets(report),
         notes(report),
         end_to_end(),
@@ -65,12 +64,25 @@ def gpu() -> str:
 
 def peers() -> str:
     """Return other libraries' kernels on equal masks, and layers over the best dense kernel, on a GPU."""
-    report = read("h200", "peers.json")
+    runs = (read("h200", name) for name in ("layers.json", "layers_128.json"))
+    earlier = read("h200", "peers.json")
+    kept = ("dense cudnn", "dense fa4", "flex", "flashinfer")
+    return parts(
+        *(part for report in runs for part in (equal_masks(report), layers(report))),
+        "FlexAttention and FlashInfer, " + equal_masks(earlier, kept),
+    )
+
+
+def equal_masks(report: Report, kept: tuple[str, ...] | None = None) -> str:
+    """Return kernels on equal masks, all or those kept: times, and over dense cuDNN and FlashAttention-4."""
     sizes = sorted({r["tokens"] for r in report["rows"]})
     dense = {(r["tokens"], r["backend"]): r["ms"] for r in report["rows"] if r["kind"] == "dense"}
     lines: dict[tuple[Any, ...], Report] = {}
     for r in report["rows"]:
-        line = lines.setdefault((r["block"], r["mask"], r["backend"]), r | {"at": [""] * len(sizes)})
+        if kept is not None and r["backend"] not in kept:
+            continue
+        short = r["backend"].rpartition(":")[2]
+        line = lines.setdefault((r["block"], r["mask"], short), r | {"backend": short, "at": [""] * len(sizes)})
         over = {name: dense[r["tokens"], f"dense {name}"] / r["ms"] for name in ("cudnn", "fa4")}
         cell = Cells().of("{ms:~} ms, {over[cudnn]:.2f}x, {over[fa4]:.2f}x", r | {"over": over})
         line["at"][sizes.index(r["tokens"])] = cell
@@ -79,12 +91,6 @@ def peers() -> str:
         table(
             "block: {block:?} | mask: {mask} | kernel: {backend} | " + under(f"{n:,}" for n in sizes),
             lines.values(),
-        ),
-        "Whole layers, " + measured_with(read("h200", "layers.json")),
-        layers(read("h200", "layers.json")),
-        "Before scores were kept in steps, in the run of the first table:",
-        layers(
-            report | {"layers": [r for r in report["layers"] if r["tokens"] == 8192 or r["block"] == 128]}
         ),
     )
 
