@@ -82,7 +82,8 @@ def equal_masks(report: Report, kept: tuple[str, ...] | None = None) -> str:
         if kept is not None and r["backend"] not in kept:
             continue
         short = r["backend"].rpartition(":")[2]
-        line = lines.setdefault((r["block"], r["mask"], short), r | {"backend": short, "at": [""] * len(sizes)})
+        cells = {"backend": short, "at": [""] * len(sizes)}
+        line = lines.setdefault((r["block"], r["mask"], short), r | cells)
         over = {name: dense[r["tokens"], f"dense {name}"] / r["ms"] for name in ("cudnn", "fa4")}
         cell = Cells().of("{ms:~} ms, {over[cudnn]:.2f}x, {over[fa4]:.2f}x", r | {"over": over})
         line["at"][sizes.index(r["tokens"])] = cell
