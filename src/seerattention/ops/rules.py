@@ -65,7 +65,8 @@ def _order(score):
     """Unsigned integers above 0 in the order of the scores: -0 and 0 alike; of int32 the left ones first."""
     if score.dtype == tl.int32:
         WIDTH: tl.constexpr = score.shape[0]
-        return ((score + (2**15 + 1)).to(tl.uint32) * WIDTH) | (WIDTH - 1 - tl.arange(0, WIDTH)).to(tl.uint32)
+        from_right = tl.arange(0, WIDTH) ^ (WIDTH - 1)
+        return ((score + (2**15 + 1)).to(tl.uint32) * WIDTH) | from_right.to(tl.uint32)
     image = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     # Negative floats count down: flip all their bits, and only the sign of the others.
     flip = (image >> 31) | -0x80000000

@@ -11,7 +11,9 @@ from torch import Tensor
 from seerattention import baselines
 from seerattention.ops import language
 from seerattention.ops.cases.select_blocks import CASES, Case
+from seerattention.ops.language import jit, tl
 from seerattention.ops.launch import Launch
+from seerattention.ops.rules import take
 from seerattention.ops.select_blocks import select_blocks
 from seerattention.ops.select_blocks.kernels import choosing as kernel
 from seerattention.ops.select_blocks.kernels import scores
@@ -273,3 +275,23 @@ def test_a_wrong_selection_is_noticed() -> None:
     with pytest.raises(AssertionError, match="blocks"):
         certain.check(select_blocks(policy=TopK(0.3), **args, backend="triton"))
     assert replace(TopK(0.3), sink_blocks=1).rule(10, 64) == TopK(0.3).rule(10, 64)
+
+
+@jit
+def _take_in_steps(scores, wanted, to):
+    block = tl.arange(0, 64)
+    always = (block == 20) | (block == 63)
+    taken = take(tl.load(scores + block), block < 64, always, 2, tl.load(wanted), 1, 1)
+    tl.store(to + block, taken.to(tl.int32))
+
+
+@pytest.mark.parametrize("large", [1, 2, 5000])
+def test_blocks_that_are_always_read_keep_their_place_however_large_scores_are(large: int) -> None:
+    scores = torch.arange(-64, 0, dtype=torch.int32)
+    scores[[20, 63]] = -16384
+    scores[[7, 9, 30]] = large
+    taken, wanted = torch.empty(64, dtype=torch.int32), torch.tensor([3.0])
+    for count, more in ((2, []), (4, [7, 9]), (6, [7, 9, 30, 62])):
+        wanted[0] = count
+        _take_in_steps[(1,)](scores, wanted, taken)
+        assert taken.nonzero().flatten().tolist() == sorted([20, 63, *more])
