@@ -76,6 +76,7 @@ TARGETS = (
     _layer("128k, selection with 16-token sub-blocks: ms", 3, _128K, "sub16", "selection_ms"),
     _layer("128k, extra memory of selection, published gate: MB", 100, _128K, "published", "memory_mb"),
     _layer("128k, extra memory of selection, sub-blocks: MB", 100, _128K, "sub16", "memory_mb"),
+    _layer("128k, selection and attention, 10 %: speedup", 7.5, _128K, "published", "speedup"),
     _layer("32k, selection by the default gate in 8 bits: ms", 0.35, _32K, "8-bits", "selection_ms"),
     _layer("128k, selection by the default gate in 8 bits: ms", 3, _128K, "8-bits", "selection_ms"),
     _layer("32k, selection in 8 bits and attention, 10 %: speedup", 5.8, _32K, "8-bits", "speedup"),

@@ -26,7 +26,7 @@ def test_targets(run_script, tmp_path):
     report = json.loads(path.read_text())
     assert report["rows"] == rows
     found = {t["what"]: t for t in report["targets"]}
-    assert len(found) == len(printed.splitlines()) == 16
+    assert len(found) == len(printed.splitlines()) == 17
     at_32k = found["32k, blocks of 64, random 10 %: speedup"]
     assert (at_32k["reached"], at_32k["met"], at_32k["backend"]) == (8.3, True, "hopper")
     assert found["128k, blocks of 64, random 10 %: speedup"]["met"] is False
